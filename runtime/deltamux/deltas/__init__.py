@@ -1,0 +1,44 @@
+"""What a delta is: sites, ops, programs, the files that hold them, and the reference executor."""
+
+from deltamux.deltas.base_model import BaseModel
+from deltamux.deltas.checkpoint import Checkpoint, ClaimedTensors
+from deltamux.deltas.executor import Attachment, attached
+from deltamux.deltas.merge import merge_program
+from deltamux.deltas.ops import Bias, Bottleneck, KVPrefix, LowRank, NormAffine, Op
+from deltamux.deltas.program import PlacedOp, Placement, Program
+from deltamux.deltas.sites import (
+    AttentionSite,
+    BlockRole,
+    BlockSite,
+    EmbeddingSite,
+    LinearSite,
+    NormSite,
+    Site,
+    SiteKind,
+)
+
+__all__ = [
+    "AttentionSite",
+    "Attachment",
+    "BaseModel",
+    "Bias",
+    "BlockRole",
+    "BlockSite",
+    "Bottleneck",
+    "Checkpoint",
+    "ClaimedTensors",
+    "EmbeddingSite",
+    "KVPrefix",
+    "LinearSite",
+    "LowRank",
+    "NormAffine",
+    "NormSite",
+    "Op",
+    "PlacedOp",
+    "Placement",
+    "Program",
+    "Site",
+    "SiteKind",
+    "attached",
+    "merge_program",
+]

@@ -1,0 +1,26 @@
+"""The delta ops: one file each, holding all three lives of one formula."""
+
+from deltamux.deltas.ops.base import Op
+from deltamux.deltas.ops.batched import OpBatch, Run, StepIndex, VirtualRows
+from deltamux.deltas.ops.bias import Bias
+from deltamux.deltas.ops.bottleneck import Bottleneck
+from deltamux.deltas.ops.kv_prefix import KVPrefix
+from deltamux.deltas.ops.low_rank import LowRank
+from deltamux.deltas.ops.norm_affine import NormAffine
+
+OPS: dict[str, type[Op]] = {op.name: op for op in (LowRank, Bias, NormAffine, Bottleneck, KVPrefix)}
+"""Every op that a compiled program may name."""
+
+__all__ = [
+    "OPS",
+    "Bias",
+    "Bottleneck",
+    "KVPrefix",
+    "LowRank",
+    "NormAffine",
+    "Op",
+    "OpBatch",
+    "Run",
+    "StepIndex",
+    "VirtualRows",
+]

@@ -1,0 +1,144 @@
+"""The base model as deltas see it: its sites, its sizes, a fingerprint, and its tensors by name when a method asks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltamux.deltas.discovery import Dimensions, discover
+from deltamux.deltas.sites import AttentionSite, BlockSite, EmbeddingSite, LinearSite, NormSite, Site, SiteKind
+from deltamux.deltas.weights import WeightFiles
+from deltamux.errors import BaseMismatchError, FailedPreconditionError
+
+TensorReader = Callable[[str], Tensor]
+"""Returns the base model's parameter of that name (its path in the Hugging Face model); KeyError if it has none."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a method may know of the base: enough to place, check and create deltas without loading the model.
+
+    Attributes:
+        architecture: class name of the Hugging Face model, such as ``LlamaForCausalLM``.
+        fingerprint: 32 hex digits over sites and a sample of every weight; "" where the weights are not at hand. The
+            sample is taken in bfloat16, so that a copy of the base saved in bfloat16 keeps its fingerprint.
+    """
+
+    architecture: str
+    dims: Dimensions
+    sites: Mapping[tuple[SiteKind, str], Site]
+    fingerprint: str = ""
+    _read: TensorReader | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def from_config(cls, config: Any) -> BaseModel:
+        """Describes the model of a `transformers.PretrainedConfig`, built on the meta device: no weights, no memory."""
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        return cls._describe(model, config)
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> BaseModel:
+        """Describes a loaded Hugging Face causal model; its tensors are read from the live parameters."""
+        described = cls._describe(model, model.config)
+        parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return cls(described.architecture, described.dims, described.sites, "", lambda name: parameters[name].detach())
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path) -> BaseModel:
+        """Describes the model of a directory or Hugging Face id, reading config and the sampled weights only.
+
+        Raises:
+            FailedPreconditionError: no such model, or no decoder of the usual structure.
+        """
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise FailedPreconditionError(
+                f"base model {str(model)!r} cannot be read: {error}. Give a directory with config.json and safetensors, "
+                "or a Hugging Face id",
+                reason="BASE_NOT_FOUND",
+            ) from error
+        described = cls.from_config(config)
+        files = WeightFiles.locate(model)
+        fingerprint = _fingerprint(described, files)
+        return cls(described.architecture, described.dims, described.sites, fingerprint, files.read)
+
+    @classmethod
+    def _describe(cls, model: nn.Module, config: Any) -> BaseModel:
+        dims = Dimensions.of(config)
+        sites = {(site.kind, site.name): site for site in discover(model, dims)}
+        return cls(type(model).__name__, dims, sites)
+
+    @property
+    def linears(self) -> list[LinearSite]:
+        return [s for s in self.sites.values() if isinstance(s, LinearSite)]
+
+    @property
+    def norms(self) -> list[NormSite]:
+        return [s for s in self.sites.values() if isinstance(s, NormSite)]
+
+    @property
+    def blocks(self) -> list[BlockSite]:
+        return [s for s in self.sites.values() if isinstance(s, BlockSite)]
+
+    @property
+    def attentions(self) -> list[AttentionSite]:
+        return [s for s in self.sites.values() if isinstance(s, AttentionSite)]
+
+    @property
+    def embedding(self) -> EmbeddingSite:
+        return next(s for s in self.sites.values() if isinstance(s, EmbeddingSite))
+
+    def site(self, kind: SiteKind, name: str) -> Site:
+        """Returns the site, or raises BaseMismatchError naming it: the delta was made for another base."""
+        try:
+            return self.sites[kind, name]
+        except KeyError:
+            raise BaseMismatchError(
+                f"the base model {self.architecture} has no {kind} site {name!r}: the adapter was made for another "
+                "base, or names its modules otherwise",
+                metadata={"site": name, "kind": str(kind)},
+            ) from None
+
+    def has_tensor(self, name: str) -> bool:
+        """Tells whether the base has a parameter of that name, at hand."""
+        try:
+            self.tensor(name)
+        except BaseMismatchError:
+            return False
+        return True
+
+    def tensor(self, name: str) -> Tensor:
+        """Returns the base's parameter of that name in its stored dtype; do not write to it."""
+        if self._read is None:
+            raise FailedPreconditionError(
+                f"the weights of the base model are not at hand, and {name!r} is needed", reason="BASE_WEIGHTS_MISSING"
+            )
+        try:
+            return self._read(name)
+        except KeyError:
+            raise BaseMismatchError(
+                f"the base model {self.architecture} has no parameter {name!r}", metadata={"tensor": name}
+            ) from None
+
+
+def _fingerprint(base: BaseModel, files: WeightFiles) -> str:
+    digest = hashlib.sha256(base.architecture.encode())
+    for site in base.sites.values():
+        digest.update(json.dumps(repr(site)).encode())
+    for name in files.names():
+        digest.update(name.encode())
+        digest.update(files.sample(name).tobytes())
+    return digest.hexdigest()[:32]

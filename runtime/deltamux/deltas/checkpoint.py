@@ -1,0 +1,146 @@
+"""An adapter's files: ``adapter_config.json`` and ``adapter_model.safetensors``, PEFT's layout. Nothing else is read."""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from deltamux.errors import InvalidAdapterError
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An adapter as its files hold it.
+
+    Attributes:
+        config: the values of adapter_config.json; ``peft_type`` names the method.
+        tensors: by name, as stored (PEFT prefixes names with ``base_model.model.``).
+        metadata: the safetensors header's strings, such as ``base_fingerprint``.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: str | Path) -> Checkpoint:
+        """Reads an adapter's directory.
+
+        Raises:
+            InvalidAdapterError: a file is missing, irregular, damaged, a pickle, or holds dtypes that are not floats.
+        """
+        directory = Path(directory)
+        config = _read_config(_regular(directory / CONFIG_FILE))
+        tensors, metadata = _read_tensors(_regular(directory / TENSORS_FILE))
+        return cls(config, tensors, metadata)
+
+    def write(self, directory: str | Path) -> None:
+        """Writes both files; the directory is made where needed."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dict(self.config), indent=2, sort_keys=True)
+        (directory / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors.items()}
+        save_file(tensors, directory / TENSORS_FILE, metadata={"format": "pt", **self.metadata})
+
+
+class ClaimedTensors(Mapping[str, Tensor]):
+    """Tensors that remember which were asked for, so that a checkpoint's leftovers are refused instead of ignored."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._claimed: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            tensor = self._tensors[name]
+        except KeyError:
+            raise InvalidAdapterError(
+                f"tensor {name!r} is missing from {TENSORS_FILE}", reason="MISSING_TENSOR", metadata={"tensor": name}
+            ) from None
+        self._claimed.add(name)
+        return tensor
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self._tensors else default
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def check_all_claimed(self, method: str) -> None:
+        """Raises InvalidAdapterError naming the tensors that the method did not ask for."""
+        leftovers = sorted(set(self._tensors) - self._claimed)
+        if leftovers:
+            shown = ", ".join(leftovers[:3]) + (f" and {len(leftovers) - 3} more" if len(leftovers) > 3 else "")
+            raise InvalidAdapterError(
+                f"{len(leftovers)} tensor(s) of {TENSORS_FILE} are not part of method {method!r} on this base: {shown}",
+                reason="UNCLAIMED_TENSOR",
+                metadata={"tensor": leftovers[0], "count": str(len(leftovers))},
+            )
+
+
+def _regular(path: Path) -> Path:
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        raise InvalidAdapterError(
+            f"{path.name} is missing: an adapter is a directory with {CONFIG_FILE} and {TENSORS_FILE} (pickles such as "
+            "adapter_model.bin are never read)",
+            reason="MISSING_FILE",
+            metadata={"file": path.name},
+        ) from None
+    if not stat.S_ISREG(mode):
+        raise InvalidAdapterError(f"{path.name} is not a regular file", metadata={"file": path.name})
+    return path
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise InvalidAdapterError(
+            f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes", metadata={"file": path.name}
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidAdapterError(f"{CONFIG_FILE} is no JSON: {error}", metadata={"file": path.name}) from error
+    if not isinstance(values, dict):
+        raise InvalidAdapterError(f"{CONFIG_FILE} holds no JSON object", metadata={"file": path.name})
+    return values
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (OSError, SafetensorError) as error:
+        raise InvalidAdapterError(
+            f"{TENSORS_FILE} is damaged or no safetensors file: {error}", metadata={"file": path.name}
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise InvalidAdapterError(
+                f"tensor {name!r} has dtype {tensor.dtype}; adapters hold float32, float16 or bfloat16",
+                metadata={"tensor": name, "dtype": str(tensor.dtype)},
+            )
+    return tensors, metadata

@@ -1,0 +1,137 @@
+"""Finds the sites of any Hugging Face decoder by walking its modules; no model is known by name.
+
+What is relied on is what decoders share: one ``ModuleList`` holds the layers; in a layer, one child named ``*attn*`` or
+``*attention*`` holds the attention's projections, and every other projection belongs to the feed-forward; the last
+registered projection back to the hidden size is a sub-layer's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from deltamux.deltas.sites import (
+    AttentionSite,
+    BlockRole,
+    BlockSite,
+    EmbeddingSite,
+    LinearSite,
+    NormForm,
+    NormSite,
+    Site,
+)
+from deltamux.errors import FailedPreconditionError
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """The sizes of a decoder that sites and methods need, whatever its config calls them."""
+
+    hidden_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position: int
+
+    @classmethod
+    def of(cls, config: Any) -> Dimensions:
+        text = config.get_text_config()
+        heads = int(text.num_attention_heads)
+        return cls(
+            hidden_size=int(text.hidden_size),
+            num_layers=int(text.num_hidden_layers),
+            num_attention_heads=heads,
+            num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+            vocab_size=int(text.vocab_size),
+            max_position=int(text.max_position_embeddings),
+        )
+
+
+def discover(model: nn.Module, dims: Dimensions) -> Iterator[Site]:
+    """Yields every site of `model` (weights may be on the meta device).
+
+    Raises:
+        FailedPreconditionError: the model is no decoder of the usual structure.
+    """
+    embedding_name, embedding = _input_embedding(model)
+    yield EmbeddingSite(embedding_name, dims.vocab_size, embedding.embedding_dim)
+    layers_name, layers = _layers(model, dims)
+    for index, layer in enumerate(layers):
+        yield from _layer_sites(f"{layers_name}.{index}", index, layer, dims)
+    for name, module in model.named_modules():
+        if not name.startswith(f"{layers_name}.") and _is_norm(module, dims):
+            yield _norm_site(name, None, module, dims)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _layers(model: nn.Module, dims: Dimensions) -> tuple[str, nn.ModuleList]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == dims.num_layers:
+            return name, module
+    raise FailedPreconditionError(
+        f"{type(model).__name__} has no list of {dims.num_layers} decoder layers; deltamux serves decoders that keep "
+        "their layers in one ModuleList",
+        reason="UNSUPPORTED_BASE",
+    )
+
+
+def _input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
+    wanted = model.get_input_embeddings()  # type: ignore[operator]  # PreTrainedModel's method behind nn.Module's __getattr__
+    for name, module in model.named_modules():
+        if module is wanted:
+            return name, module  # type: ignore[return-value]  # identical to the embedding asked for
+    raise FailedPreconditionError(f"{type(model).__name__} has no input embedding", reason="UNSUPPORTED_BASE")
+
+
+def _layer_sites(path: str, index: int, layer: nn.Module, dims: Dimensions) -> Iterator[Site]:
+    attention = next((n for n, _ in layer.named_children() if "attn" in n.lower() or "attention" in n.lower()), None)
+    linears: dict[BlockRole, list[LinearSite]] = {BlockRole.ATTENTION: [], BlockRole.FEED_FORWARD: []}
+    for name, module in layer.named_modules():
+        inside = attention is not None and name.startswith(f"{attention}.")
+        role = BlockRole.ATTENTION if inside else BlockRole.FEED_FORWARD
+        if is_linear(module):
+            linears[role].append(_linear_site(f"{path}.{name}", index, role, module))
+        elif _is_norm(module, dims):
+            yield _norm_site(f"{path}.{name}", index, module, dims)
+    for role, members in linears.items():
+        yield from members
+        yield from _block_site(index, role, members, dims)
+    if attention is not None:
+        yield AttentionSite(f"layers.{index}.attention", f"{path}.{attention}", dims.num_kv_heads, dims.head_dim, index)
+
+
+def _linear_site(name: str, layer: int, role: BlockRole, module: nn.Module) -> LinearSite:
+    transposed = isinstance(module, Conv1D)
+    weight: Any = module.weight
+    out_features, in_features = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
+    return LinearSite(name, in_features, out_features, module.bias is not None, transposed, layer, role)
+
+
+def _block_site(layer: int, role: BlockRole, members: list[LinearSite], dims: Dimensions) -> Iterator[BlockSite]:
+    readers = [s for s in members if s.in_features == dims.hidden_size]
+    writers = [s for s in members if s.out_features == dims.hidden_size]
+    if readers and writers:
+        yield BlockSite(f"layers.{layer}.{role}", dims.hidden_size, role, readers[0].name, writers[-1].name, layer)
+
+
+def _is_norm(module: nn.Module, dims: Dimensions) -> bool:
+    weight = getattr(module, "weight", None)
+    named = "norm" in type(module).__name__.lower()
+    return named and weight is not None and tuple(weight.shape) == (dims.hidden_size,)
+
+
+def _norm_site(name: str, layer: int | None, module: nn.Module, dims: Dimensions) -> NormSite:
+    form = NormForm.LAYER if isinstance(module, nn.LayerNorm) else NormForm.RMS
+    eps: Any = getattr(module, "variance_epsilon", None) or getattr(module, "eps", 1e-6)
+    has_bias = getattr(module, "bias", None) is not None
+    return NormSite(name, dims.hidden_size, form, float(eps), has_bias, layer)

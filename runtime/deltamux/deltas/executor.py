@@ -1,0 +1,134 @@
+"""The reference executor: attaches a program to a Hugging Face model with forward hooks; torch only.
+
+Trainers train through it, evaluation runs it without the engine, and parity tests hold the engine against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from deltamux.deltas.base_model import BaseModel
+from deltamux.deltas.ops import KVPrefix, Op
+from deltamux.deltas.program import Program
+from deltamux.deltas.sites import BlockSite, Site, SiteKind
+
+SiteKey = tuple[SiteKind, str]
+
+
+class Attachment:
+    """A program at work in a model, until `detach`.
+
+    Args:
+        model: a Hugging Face causal model.
+        base: its description.
+        program: the program; or, while training, a function that builds it anew from live parameters. It is called once
+            a forward pass of the model, so that gradients reach the parameters.
+    """
+
+    def __init__(self, model: nn.Module, base: BaseModel, program: Program | Callable[[], Program]) -> None:
+        self.model = model
+        self._build: Callable[[], Program] = (lambda: program) if isinstance(program, Program) else program
+        self._ops: dict[SiteKey, list[Op]] = {}
+        self._block_inputs: dict[str, Tensor] = {}
+        self._num_virtual_tokens = 0
+        self._handles: list[RemovableHandle] = []
+        with torch.no_grad():
+            sites = self._sites_of(self._build(), base)
+        self._hook(sites)
+
+    def detach(self) -> None:
+        """Removes every hook; the model is the base again, bit for bit."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _sites_of(self, program: Program, base: BaseModel) -> dict[SiteKey, Site]:
+        return {(site.kind, site.name): site for site, _ in program.placed(base)}
+
+    def _refresh(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        program = self._build()
+        self._ops = {}
+        for name, op in program:
+            self._ops.setdefault((op.site_kind, name), []).append(op)
+        self._num_virtual_tokens = program.num_virtual_tokens
+        return args, kwargs
+
+    def _hook(self, sites: Mapping[SiteKey, Site]) -> None:
+        modules = dict(self.model.named_modules())
+        self._handles.append(self.model.register_forward_pre_hook(self._refresh, with_kwargs=True))
+        if any(site.kind is SiteKind.ATTENTION for site in sites.values()):
+            self._handles.append(self.model.register_forward_pre_hook(self._put_prefix, with_kwargs=True))
+        # Blocks come last: at an output projection, the projection's own ops apply before the sub-layer's.
+        for site in sorted(sites.values(), key=lambda s: s.kind is SiteKind.BLOCK):
+            if isinstance(site, BlockSite):
+                self._hook_block(site, modules)
+            elif site.kind in (SiteKind.LINEAR, SiteKind.NORM):
+                self._handles.append(modules[site.name].register_forward_hook(self._hook_output(site)))
+
+    def _hook_output(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return self._apply(site, args[0], output, module.training)
+
+        return hook
+
+    def _hook_block(self, site: BlockSite, modules: Mapping[str, nn.Module]) -> None:
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._block_inputs[site.name] = args[0]
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = self._block_inputs.pop(site.name)
+            return self._apply(site, x.view_as(output), output, module.training)
+
+        self._handles.append(modules[site.input_module].register_forward_pre_hook(keep))
+        self._handles.append(modules[site.output_module].register_forward_hook(hook))
+
+    def _apply(self, site: Site, x: Tensor, y: Tensor, training: bool) -> Tensor:
+        for op in self._ops[site.kind, site.name]:
+            y = op.apply(x, y, site, training=training)
+        return y
+
+    def _put_prefix(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Fills an empty cache with the prefix, and counts it in the mask and the positions."""
+        from transformers import DynamicCache
+
+        if args:
+            kwargs["input_ids"], args = args[0], args[1:]
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = kwargs["past_key_values"] = DynamicCache()
+        if cache.get_seq_length() == 0:
+            self._fill(cache, tokens.shape[0])
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and mask.shape[1] < cache.get_seq_length() + tokens.shape[1]:
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self._num_virtual_tokens), mask], dim=1)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + self._num_virtual_tokens
+        return args, kwargs
+
+    def _fill(self, cache: Any, batch: int) -> None:
+        prefixes = [(name, op) for (_, name), ops in self._ops.items() for op in ops if isinstance(op, KVPrefix)]
+        dtype = next(self.model.parameters()).dtype
+        for name, op in prefixes:
+            key, value = (t.to(dtype).transpose(0, 1).expand(batch, -1, -1, -1) for t in (op.key, op.value))
+            cache.update(key, value, _layer_of(name))
+
+
+def _layer_of(attention_site: str) -> int:
+    return int(attention_site.split(".")[1])
+
+
+@contextmanager
+def attached(model: nn.Module, base: BaseModel, program: Program | Callable[[], Program]) -> Iterator[Attachment]:
+    """Attaches a program for the length of a block; see `Attachment`."""
+    attachment = Attachment(model, base, program)
+    try:
+        yield attachment
+    finally:
+        attachment.detach()

@@ -1,0 +1,96 @@
+"""What a delta op is: parameters, one formula, and its three lives.
+
+An op is a frozen dataclass: its tensor fields are its parameters, its other fields its attributes (plain JSON values).
+
+* train: `apply` is differentiable; the reference executor calls it behind the module of the op's site.
+* merge: `merge` folds it into the site's weights, or raises NotMergeableError with the reason.
+* inference: `batch` names the class that holds the parameters of all resident adapters at one site of the engine, and
+  applies each to its own rows of a mixed batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas.sites import Site, SiteKind
+from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
+
+if TYPE_CHECKING:
+    from deltamux.deltas.ops.batched import OpBatch
+
+Attribute = bool | int | float | str
+ReadTensor = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """Base of all ops; see the module's docstring."""
+
+    name: ClassVar[str]
+    site_kind: ClassVar[SiteKind]
+    batch: ClassVar[type[OpBatch]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the parameters by field name; absent optional ones are left out."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in values if isinstance(value, Tensor)}
+
+    def attributes(self) -> dict[str, Attribute]:
+        """Returns the fields that are no tensors, as JSON values."""
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return {name: value for name, value in values if value is not None and not isinstance(value, Tensor)}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> Self:
+        return cls(**tensors, **attributes)
+
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
+        """Returns the op with its parameters cast and moved, detached and contiguous."""
+        cast = {k: t.detach().to(device=device, dtype=dtype).contiguous() for k, t in self.tensors().items()}
+        return self.of(cast, self.attributes())
+
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    def rank(self) -> int:
+        """Returns the width of the op's widest inner dimension (LowRank's r, Bottleneck's width), 0 if it has none."""
+        return 0
+
+    def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Returns the shape that each parameter must have at `site`."""
+        raise NotImplementedError
+
+    def check(self, site: Site) -> None:
+        """Raises BaseMismatchError when a parameter does not fit the site."""
+        if site.kind is not self.site_kind:
+            raise InvalidAdapterError(f"op {self.name} stands at {self.site_kind} sites; {site.name} is a {site.kind}")
+        expected = self.expected_shapes(site)
+        for field, tensor in self.tensors().items():
+            if tuple(tensor.shape) != expected[field]:
+                raise BaseMismatchError(
+                    f"{self.name}.{field} at {site.name} has shape {list(tensor.shape)}, but this base model needs "
+                    f"{list(expected[field])}: the adapter was made for another base",
+                    metadata={"site": site.name, "parameter": field},
+                )
+
+    def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
+        """Returns the site's new output, given its input `x` and output `y` ([..., features], any float dtype).
+
+        Differentiable in x, y and the parameters; never changes `y` in place. Parameters take part in y's dtype.
+        """
+        raise NotImplementedError
+
+    def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
+        """Returns the changed base parameters by name, in float32.
+
+        Args:
+            read: returns the present value of a base parameter; KeyError where the base has none.
+        Raises:
+            NotMergeableError: with the reason.
+        """
+        raise NotMergeableError(f"{self.name} at {site.name} cannot be folded into weights")

@@ -1,0 +1,153 @@
+"""The batched life of ops: which rows of a step belong to which adapter, and what every op's batch class promises."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas.ops.base import Op
+from deltamux.deltas.sites import Site
+
+
+class Run(NamedTuple):
+    """Consecutive rows of a step that belong to one slot."""
+
+    slot: int
+    start: int
+    stop: int
+
+
+class VirtualRows(NamedTuple):
+    """Rows of a step that hold virtual tokens.
+
+    Attributes:
+        rows: [v] int64, positions in the step.
+        slots: [v] int64, the slot of each.
+        index: [v] int64, which of its adapter's virtual tokens each one is.
+    """
+
+    rows: Tensor
+    slots: Tensor
+    index: Tensor
+    mask: int
+
+
+class StepIndex:
+    """Who owns each row of one step; built once a step, read by every site.
+
+    Args:
+        runs: the adapter rows in order; rows outside every run belong to the base.
+        num_rows: rows of the step.
+        num_slots: device slots of the engine.
+        virtual: rows that hold virtual tokens, if any.
+
+    ``mask`` has bit i set when slot i has a row here, so that a site without work decides it with one ``&``.
+    """
+
+    def __init__(
+        self,
+        runs: Iterable[Run],
+        num_rows: int,
+        num_slots: int,
+        *,
+        device: torch.device | str = "cpu",
+        virtual: VirtualRows | None = None,
+    ) -> None:
+        self.runs = tuple(runs)
+        self.num_rows = num_rows
+        self.num_slots = num_slots
+        self.device = torch.device(device)
+        self.virtual = virtual
+        self.mask = 0
+        self._by_slot: dict[int, list[Run]] = {}
+        for run in self.runs:
+            self.mask |= 1 << run.slot
+            self._by_slot.setdefault(run.slot, []).append(run)
+        self._rows: dict[int, slice | Tensor] = {}
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[num_rows] int64: each row's slot, `num_slots` for the base's rows."""
+        slots = torch.full((self.num_rows,), self.num_slots, dtype=torch.int64)
+        for slot, start, stop in self.runs:
+            slots[start:stop] = slot
+        return slots.to(self.device)
+
+    def rows(self, slot: int) -> slice | Tensor:
+        """Returns a slot's rows: a slice where they are consecutive, else int64 positions."""
+        if slot not in self._rows:
+            runs = self._by_slot[slot]
+            consecutive = all(a.stop == b.start for a, b in zip(runs, runs[1:], strict=False))
+            if consecutive:
+                self._rows[slot] = slice(runs[0].start, runs[-1].stop)
+            else:
+                self._rows[slot] = torch.cat([torch.arange(r.start, r.stop) for r in runs]).to(self.device)
+        return self._rows[slot]
+
+    def count(self, slot: int) -> int:
+        """Returns how many rows a slot has in this step."""
+        return sum(run.stop - run.start for run in self._by_slot.get(slot, ()))
+
+
+def bits(mask: int) -> Iterator[int]:
+    """Yields the positions of a mask's set bits, lowest first."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def add_rows(y: Tensor, rows: slice | Tensor, delta: Tensor) -> None:
+    """Adds `delta` [n, features] to the given rows of `y`, in place; no other row is read or written."""
+    if isinstance(rows, slice):
+        y[rows] += delta
+    else:
+        y.index_add_(0, rows, delta)
+
+
+class OpBatch(ABC):
+    """One op at one site, for the adapters in all device slots.
+
+    Rows of other adapters and of the base are never touched: whatever a slot holds, even a NaN, stays in its own rows.
+
+    Attributes:
+        mask: bit i set when slot i has this op here.
+    """
+
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.site = site
+        self.num_slots = num_slots
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.mask = 0
+
+    def place(self, slot: int, op: Op) -> None:
+        """Puts an adapter's op, already in this batch's dtype and on its device, into a free slot."""
+        self._place(slot, op)
+        self.mask |= 1 << slot
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot and drops its tensors; an empty slot may be cleared again."""
+        if self.mask & (1 << slot):
+            self.mask &= ~(1 << slot)
+            self._clear(slot)
+
+    def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
+        """Changes `y` [rows, features] in place for the rows whose slot has the op; `x` is the site's input."""
+        active = self.mask & step.mask
+        if active:
+            self._apply(x, y, step, active)
+
+    @abstractmethod
+    def _place(self, slot: int, op: Op) -> None: ...
+
+    @abstractmethod
+    def _clear(self, slot: int) -> None: ...
+
+    @abstractmethod
+    def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None: ...

@@ -1,0 +1,171 @@
+"""Bottleneck: the adapter module of adapter tuning.
+
+Sequential, y += s * (W_up f(W_down y + b_down) + b_up): Houlsby et al. 2019, https://arxiv.org/abs/1902.00751.
+Parallel, the same of the sub-layer's input x: He et al. 2021, https://arxiv.org/abs/2110.04366.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltamux.deltas.ops.base import Op, ReadTensor
+from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.sites import BlockSite, Site, SiteKind
+from deltamux.errors import InvalidAdapterError, NotMergeableError
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "leaky_relu": F.leaky_relu,
+    "identity": lambda x: x,
+}
+
+
+class BottleneckBatch(OpBatch):
+    """Each slot's module runs over its own rows; decode steps stack the modules of one activation into two GEMMs."""
+
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(site, num_slots, dtype, device)
+        self._ops: dict[int, Bottleneck] = {}
+        self._stacks: list[_Stack] | None = None
+
+    def _place(self, slot: int, op: Op) -> None:
+        assert isinstance(op, Bottleneck)
+        self._ops[slot] = op
+        self._stacks = None
+
+    def _clear(self, slot: int) -> None:
+        del self._ops[slot]
+        self._stacks = None
+
+    def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
+        slots = list(bits(active))
+        rows = sum(step.count(slot) for slot in slots)
+        if len(slots) == 1 or rows >= SEGMENT_ROWS * len(slots):
+            for slot in slots:
+                own = step.rows(slot)
+                op = self._ops[slot]
+                add_rows(y, own, op.change((x if op.parallel else y)[own]))
+            return
+        before = y.clone() if any(not op.parallel for op in self._ops.values()) else y
+        self._stacks = self._stacks or _Stack.all_of(self._ops)
+        for stack in self._stacks:
+            stack.add(x if stack.parallel else before, y, step)
+
+
+SEGMENT_ROWS = 12
+"""Rows an adapter must have in a step, on average, for one pair of GEMMs an adapter to beat the stacked pair."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bottleneck(Op):
+    """y += scale * (W_up f(W_down z + b_down) + b_up), z = y (sequential) or the sub-layer's input x (parallel).
+
+    Attributes:
+        down_weight: [width, features].
+        down_bias: [width] or None.
+        up_weight: [features, width].
+        up_bias: [features] or None.
+        activation: a key of ACTIVATIONS.
+    """
+
+    down_weight: Tensor
+    up_weight: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    activation: str = "relu"
+    scale: float = 1.0
+    parallel: bool = False
+
+    name: ClassVar[str] = "bottleneck"
+    site_kind: ClassVar[SiteKind] = SiteKind.BLOCK
+    batch: ClassVar[type[OpBatch]] = BottleneckBatch
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(sorted(ACTIVATIONS))
+            raise InvalidAdapterError(f"unknown activation {self.activation!r}; known: {known}")
+
+    def rank(self) -> int:
+        return self.down_weight.shape[0]
+
+    def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        assert isinstance(site, BlockSite)
+        width = self.down_weight.shape[0] if self.down_weight.dim() else 0
+        return {
+            "down_weight": (width, site.features),
+            "down_bias": (width,),
+            "up_weight": (site.features, width),
+            "up_bias": (site.features,),
+        }
+
+    def change(self, z: Tensor) -> Tensor:
+        """Returns what is added to the sub-layer's output, in z's dtype."""
+        hidden = ACTIVATIONS[self.activation](F.linear(z.to(self.down_weight.dtype), self.down_weight, self.down_bias))
+        return (self.scale * F.linear(hidden, self.up_weight, self.up_bias)).to(z.dtype)
+
+    def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
+        return y + self.change(x if self.parallel else y)
+
+    def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
+        raise NotMergeableError(
+            f"the bottleneck at {site.name} holds a nonlinearity ({self.activation}) between its two projections, which "
+            "no weight of the base can express; serve it as an adapter instead",
+            metadata={"site": site.name, "op": self.name},
+        )
+
+
+class _Stack(NamedTuple):
+    """The modules of all slots that share activation and input, one beside the other, at their own widths."""
+
+    activation: Callable[[Tensor], Tensor]
+    parallel: bool
+    down: Tensor  # [sum width, features]
+    down_bias: Tensor  # [sum width]
+    up: Tensor  # [sum width, features], scaled
+    up_bias: Tensor  # [slots + 1, features], scaled; zero for slots outside the stack and for the base
+    owner: Tensor  # [sum width] int64
+
+    @classmethod
+    def all_of(cls, ops: dict[int, Bottleneck]) -> list[_Stack]:
+        groups: dict[tuple[str, bool], dict[int, Bottleneck]] = {}
+        for slot, op in ops.items():
+            groups.setdefault((op.activation, op.parallel), {})[slot] = op
+        return [cls._of(activation, parallel, group) for (activation, parallel), group in groups.items()]
+
+    @classmethod
+    def _of(cls, activation: str, parallel: bool, ops: dict[int, Bottleneck]) -> _Stack:
+        first = next(iter(ops.values())).down_weight
+        up_bias = first.new_zeros(max(ops) + 2, first.shape[1])
+        for slot, op in ops.items():
+            if op.up_bias is not None:
+                up_bias[slot] = op.up_bias * op.scale
+        widths = [op.rank() for op in ops.values()]
+        biases = [op.down_bias if op.down_bias is not None else first.new_zeros(op.rank()) for op in ops.values()]
+        return cls(
+            ACTIVATIONS[activation],
+            parallel,
+            torch.cat([op.down_weight for op in ops.values()]),
+            torch.cat(biases),
+            torch.cat([op.up_weight.t() * op.scale for op in ops.values()]),
+            up_bias,
+            torch.tensor(list(ops), device=first.device).repeat_interleave(torch.tensor(widths, device=first.device)),
+        )
+
+    def add(self, z: Tensor, y: Tensor, step: StepIndex) -> None:
+        """Adds each row's own module to `y` in place; what is not a row's own is deselected, never multiplied."""
+        hidden = self.activation(F.linear(z, self.down, self.down_bias))
+        own = step.slots.unsqueeze(1) == self.owner
+        y.addmm_(torch.where(own, hidden, hidden.new_zeros(())), self.up)
+        y += self.up_bias[step.slots.clamp(max=self.up_bias.shape[0] - 1)]

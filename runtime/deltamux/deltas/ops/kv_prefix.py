@@ -1,0 +1,73 @@
+"""KVPrefix: trained keys and values in front of a layer's cache (prefix tuning, Li & Liang 2021, arXiv:2101.00190)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas.ops.base import Op, ReadTensor
+from deltamux.deltas.ops.batched import OpBatch, StepIndex, bits
+from deltamux.deltas.sites import AttentionSite, Site, SiteKind
+from deltamux.errors import NotMergeableError
+
+
+class KVPrefixBatch(OpBatch):
+    """Keys and values of virtual tokens are replaced right before they enter the cache.
+
+    Here `x` is the step's keys and `y` its values, both [rows, num_kv_heads * head_dim], and both change in place.
+    """
+
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(site, num_slots, dtype, device)
+        self._prefixes: dict[int, KVPrefix] = {}
+
+    def _place(self, slot: int, op: Op) -> None:
+        assert isinstance(op, KVPrefix)
+        self._prefixes[slot] = op
+
+    def _clear(self, slot: int) -> None:
+        del self._prefixes[slot]
+
+    def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
+        if step.virtual is None or not active & step.virtual.mask:
+            return
+        for slot in bits(active & step.virtual.mask):
+            own = step.virtual.slots == slot
+            rows, index = step.virtual.rows[own], step.virtual.index[own]
+            prefix = self._prefixes[slot]
+            x[rows] = prefix.key.flatten(1)[index]
+            y[rows] = prefix.value.flatten(1)[index]
+
+
+@dataclass(frozen=True, eq=False)
+class KVPrefix(Op):
+    """n keys and values that every token of a request attends to, at positions 0 to n-1.
+
+    Keys are stored as the cache holds them: after the rotary embedding (as PEFT stores them).
+
+    Attributes:
+        key: [n, num_kv_heads, head_dim].
+        value: [n, num_kv_heads, head_dim].
+    """
+
+    key: Tensor
+    value: Tensor
+
+    name: ClassVar[str] = "kv_prefix"
+    site_kind: ClassVar[SiteKind] = SiteKind.ATTENTION
+    batch: ClassVar[type[OpBatch]] = KVPrefixBatch
+
+    def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        assert isinstance(site, AttentionSite)
+        shape = (self.key.shape[0] if self.key.dim() else 0, site.num_kv_heads, site.head_dim)
+        return {"key": shape, "value": shape}
+
+    def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
+        raise NotMergeableError(
+            f"the prefix at {site.name} is keys and values in front of the cache, not a change of any weight; serve it as "
+            "an adapter instead",
+            metadata={"site": site.name, "op": self.name},
+        )

@@ -1,0 +1,105 @@
+"""Sites: the places of a base model where a delta op may stand.
+
+A linear or norm site carries its module's path in the Hugging Face model (``model.layers.0.self_attn.q_proj``), which is
+also the name that PEFT's files use. A block or attention site is named by layer and role (``layers.0.feed_forward``),
+because models disagree on which module, if any, holds a sub-layer (OPT's feed-forward has none).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class SiteKind(StrEnum):
+    LINEAR = "linear"
+    NORM = "norm"
+    BLOCK = "block"
+    ATTENTION = "attention"
+    EMBEDDING = "embedding"
+
+
+class BlockRole(StrEnum):
+    ATTENTION = "attention"
+    FEED_FORWARD = "feed_forward"
+
+
+class NormForm(StrEnum):
+    """How a norm centres its input: ``layer`` subtracts the mean, ``rms`` does not."""
+
+    LAYER = "layer"
+    RMS = "rms"
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """A linear projection y = W x (+ b).
+
+    Attributes:
+        transposed: the stored weight is [in, out] (GPT-2's Conv1D) instead of [out, in].
+        layer: index of the decoder layer that holds it.
+        block: the sub-layer it belongs to.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    has_bias: bool
+    transposed: bool
+    layer: int
+    block: BlockRole
+    kind = SiteKind.LINEAR
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """A normalisation over the hidden size; ``layer`` is None for the one after the last layer."""
+
+    name: str
+    features: int
+    form: NormForm
+    eps: float
+    has_bias: bool
+    layer: int | None
+    kind = SiteKind.NORM
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """A sub-layer: its input is what `input_module` reads, its output what `output_module` returns.
+
+    The residual connection is outside: an op here changes what is added to the residual stream.
+    """
+
+    name: str
+    features: int
+    role: BlockRole
+    input_module: str
+    output_module: str
+    layer: int
+    kind = SiteKind.BLOCK
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """The key-value cache of one layer; `module` is the sub-layer's path in the Hugging Face model."""
+
+    name: str
+    module: str
+    num_kv_heads: int
+    head_dim: int
+    layer: int
+    kind = SiteKind.ATTENTION
+
+
+@dataclass(frozen=True)
+class EmbeddingSite:
+    """The input embedding table [vocab_size, features]."""
+
+    name: str
+    vocab_size: int
+    features: int
+    kind = SiteKind.EMBEDDING
+
+
+Site = LinearSite | NormSite | BlockSite | AttentionSite | EmbeddingSite

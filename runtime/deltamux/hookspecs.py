@@ -1,0 +1,140 @@
+"""The hooks of a fine-tuning method: what a plugin implements, and nothing else of deltamux needs to be known.
+
+A plugin is a module (or object) with functions marked `hookimpl`, registered under the entry point group
+``deltamux.methods``; one plugin is one method. The built-in methods are registered the same way.
+
+One definition, three lives: `deltamux_program` turns named tensors into ops at sites, and is differentiable. Training
+calls it with live parameters, serving and merging with a checkpoint's tensors; so what was trained is what is served.
+
+Hooks are called outside the engine, in the trainer and at upload, never while tokens are generated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltamux.deltas import BaseModel, Checkpoint, Program
+
+PROJECT = "deltamux"
+ENTRY_POINT_GROUP = "deltamux.methods"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+Initialiser = Callable[["Tensor"], Any]
+"""Fills a float32 tensor in place (`torch.nn.init` style)."""
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What a method is, for people and for the registry.
+
+    Attributes:
+        name: the method's one name, as on the command line (``lora``).
+        title: its name in prose (``LoRA``).
+        summary: one line: what it places where.
+        paper: link to the source.
+        peft_type: the ``peft_type`` of its checkpoints' adapter_config.json; PEFT's own where PEFT has the method.
+        config_class: a frozen dataclass; its fields are the keys of adapter_config.json and of ``--set``, and it checks
+            its values in ``__post_init__`` (raise InvalidConfigError).
+        ignored_keys: keys of foreign adapter_config.json files that do not change what is served, and are skipped.
+        merges: whether its deltas fold into plain weights.
+        in_peft: whether PEFT loads the files (peft_type is one of PEFT's).
+        learning_rate: default for training, with `learning_rate_source` saying where it comes from.
+    """
+
+    name: str
+    title: str
+    summary: str
+    paper: str
+    peft_type: str
+    config_class: type[Any]
+    merges: bool
+    in_peft: bool
+    learning_rate: float
+    learning_rate_source: str
+    ignored_keys: frozenset[str] = field(default_factory=frozenset)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One trainable parameter: its shape and how a fresh one is filled (float32)."""
+
+    shape: tuple[int, ...]
+    init: Initialiser
+
+
+@hookspec
+def deltamux_method() -> MethodInfo:  # type: ignore[empty-body]  # a specification has no body
+    """Describes the method. Called once, when the plugin is registered. Required."""
+
+
+@hookspec
+def deltamux_parameters(config: Any, base: BaseModel) -> Mapping[str, ParameterSpec]:  # type: ignore[empty-body]
+    """Train hook: declares the trainable parameters, by name.
+
+    A fresh adapter (every parameter as initialised) must leave the base's output unchanged, unless the method's paper
+    says otherwise (prefix tuning). Called once per training run. Required.
+
+    Args:
+        config: an instance of the method's config_class.
+        base: the base model's sites and sizes.
+    Raises:
+        InvalidConfigError: the config selects nothing on this base.
+    """
+
+
+@hookspec
+def deltamux_export(config: Any, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # type: ignore[empty-body]
+    """Train hook: computes the checkpoint's tensors (names as in the file) from the trainable parameters.
+
+    Differentiable: training runs `deltamux_program` on its result in every step, so a reparameterisation (prefix tuning's
+    MLP) lives here and is gone from the file. Not implemented, or None: the parameters are the checkpoint's tensors.
+    """
+
+
+@hookspec
+def deltamux_program(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:  # type: ignore[empty-body]
+    """Inference hook: turns a checkpoint's tensors into ops at sites. Differentiable in the tensors. Required.
+
+    Ask for tensors by name: ``tensors[name]`` raises the right error for a missing one, and tensors never asked for are
+    refused as not belonging to the method. Shapes need no check: every op is checked against its site afterwards.
+    Never change a tensor in place.
+
+    Raises:
+        InvalidAdapterError, BaseMismatchError: with the offending tensor, field or site.
+    """
+
+
+@hookspec
+def deltamux_merge(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
+    """Merge hook: returns the changed base parameters by name, merged.
+
+    Not implemented, or None: the program's ops are folded one by one, and an op that cannot be refuses with its reason.
+
+    Raises:
+        NotMergeableError: with the reason.
+    """
+
+
+@hookspec
+def deltamux_config(config: Any, base: BaseModel) -> Mapping[str, Any]:  # type: ignore[empty-body]
+    """Train hook: returns the values that adapter_config.json must hold for others to load it (PEFT's bookkeeping keys).
+
+    Not implemented, or None: the config's own fields and ``peft_type``.
+    """
+
+
+@hookspec
+def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
+    """Reads foreign checkpoints: returns the checkpoint in this method's own names, or None if it is not this method's.
+
+    Asked only when no method claims the checkpoint's ``peft_type``.
+    """
