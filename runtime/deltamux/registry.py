@@ -235,6 +235,6 @@ def _load_installed(manager: pluggy.PluginManager) -> None:
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
             manager.register(point.load(), name=point.name)
-        except Exception as error:  # noqa: BLE001 - foreign code; reported by name, and everybody else serves on
+        except Exception as error:
             broken[point.name] = f"{type(error).__name__}: {error}"
     manager.broken = broken  # type: ignore[attr-defined]  # read once, by Registry

@@ -18,8 +18,8 @@ from deltamux.deltas.sites import (
 )
 
 __all__ = [
-    "AttentionSite",
     "Attachment",
+    "AttentionSite",
     "BaseModel",
     "Bias",
     "BlockRole",

@@ -43,7 +43,7 @@ class BaseModel:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
         return cls._describe(model, config)
 
     @classmethod
@@ -66,8 +66,8 @@ class BaseModel:
             config = AutoConfig.from_pretrained(model)
         except (OSError, ValueError) as error:
             raise FailedPreconditionError(
-                f"base model {str(model)!r} cannot be read: {error}. Give a directory with config.json and safetensors, "
-                "or a Hugging Face id",
+                f"base model {str(model)!r} cannot be read: {error}. Give a directory with config.json and "
+                "safetensors, or a Hugging Face id",
                 reason="BASE_NOT_FOUND",
             ) from error
         described = cls.from_config(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -28,12 +29,12 @@ class VirtualRows(NamedTuple):
     Attributes:
         rows: [v] int64, positions in the step.
         slots: [v] int64, the slot of each.
-        index: [v] int64, which of its adapter's virtual tokens each one is.
+        positions: [v] int64, which of its adapter's virtual tokens each one is.
     """
 
     rows: Tensor
     slots: Tensor
-    index: Tensor
+    positions: Tensor
     mask: int
 
 
@@ -82,7 +83,7 @@ class StepIndex:
         """Returns a slot's rows: a slice where they are consecutive, else int64 positions."""
         if slot not in self._rows:
             runs = self._by_slot[slot]
-            consecutive = all(a.stop == b.start for a, b in zip(runs, runs[1:], strict=False))
+            consecutive = all(a.stop == b.start for a, b in pairwise(runs))
             if consecutive:
                 self._rows[slot] = slice(runs[0].start, runs[-1].stop)
             else:

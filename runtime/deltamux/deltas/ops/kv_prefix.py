@@ -36,10 +36,10 @@ class KVPrefixBatch(OpBatch):
             return
         for slot in bits(active & step.virtual.mask):
             own = step.virtual.slots == slot
-            rows, index = step.virtual.rows[own], step.virtual.index[own]
+            rows, positions = step.virtual.rows[own], step.virtual.positions[own]
             prefix = self._prefixes[slot]
-            x[rows] = prefix.key.flatten(1)[index]
-            y[rows] = prefix.value.flatten(1)[index]
+            x[rows] = prefix.key.flatten(1)[positions]
+            y[rows] = prefix.value.flatten(1)[positions]
 
 
 @dataclass(frozen=True, eq=False)
