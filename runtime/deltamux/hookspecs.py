@@ -95,8 +95,8 @@ def deltamux_parameters(config: Any, base: BaseModel) -> Mapping[str, ParameterS
 def deltamux_export(config: Any, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # type: ignore[empty-body]
     """Train hook: computes the checkpoint's tensors (names as in the file) from the trainable parameters.
 
-    Differentiable: training runs `deltamux_program` on its result in every step, so a reparameterisation (prefix tuning's
-    MLP) lives here and is gone from the file. Not implemented, or None: the parameters are the checkpoint's tensors.
+    Differentiable: training runs `deltamux_program` on its result in every step, so a reparameterisation (prefix
+    tuning's MLP) lives here and is gone from the file. Not implemented, or None: the parameters are the checkpoint's tensors.
     """
 
 
@@ -126,7 +126,7 @@ def deltamux_merge(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) 
 
 @hookspec
 def deltamux_config(config: Any, base: BaseModel) -> Mapping[str, Any]:  # type: ignore[empty-body]
-    """Train hook: returns the values that adapter_config.json must hold for others to load it (PEFT's bookkeeping keys).
+    """Train hook: returns what adapter_config.json must hold for others to load it (PEFT's bookkeeping keys).
 
     Not implemented, or None: the config's own fields and ``peft_type``.
     """

@@ -59,7 +59,8 @@ class Method:
         unknown = sorted(set(values) - fields - self.info.ignored_keys - {"peft_type"})
         if unknown:
             raise InvalidConfigError(
-                f"method {self.name!r} has no option {', '.join(map(repr, unknown))}; it has: {', '.join(sorted(fields))}",
+                f"method {self.name!r} has no option {', '.join(map(repr, unknown))}; "
+                f"it has: {', '.join(sorted(fields))}",
                 metadata={"field": unknown[0], "method": self.name},
             )
         try:

@@ -1,4 +1,4 @@
-"""An adapter's files: ``adapter_config.json`` and ``adapter_model.safetensors``, PEFT's layout. Nothing else is read."""
+"""An adapter's files, in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``, nothing else."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def _input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
     wanted = model.get_input_embeddings()  # type: ignore[operator]  # PreTrainedModel's method behind nn.Module's __getattr__
     for name, module in model.named_modules():
         if module is wanted:
-            return name, module  # type: ignore[return-value]  # identical to the embedding asked for
+            return name, module
     raise FailedPreconditionError(f"{type(model).__name__} has no input embedding", reason="UNSUPPORTED_BASE")
 
 

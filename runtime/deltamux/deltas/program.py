@@ -1,4 +1,4 @@
-"""A program: what one adapter does to the base, as ops at sites; and its compiled file, which is all the engine reads."""
+"""A program is what one adapter does to the base: ops at sites. Its compiled file is all the engine reads."""
 
 from __future__ import annotations
 

@@ -120,8 +120,8 @@ class Bottleneck(Op):
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         raise NotMergeableError(
-            f"the bottleneck at {site.name} holds a nonlinearity ({self.activation}) between its two projections, which "
-            "no weight of the base can express; serve it as an adapter instead",
+            f"the bottleneck at {site.name} holds a nonlinearity ({self.activation}) between its two projections, "
+            "which no weight of the base can express; serve it as an adapter instead",
             metadata={"site": site.name, "op": self.name},
         )
 

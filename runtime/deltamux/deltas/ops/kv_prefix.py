@@ -67,7 +67,7 @@ class KVPrefix(Op):
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         raise NotMergeableError(
-            f"the prefix at {site.name} is keys and values in front of the cache, not a change of any weight; serve it as "
-            "an adapter instead",
+            f"the prefix at {site.name} is keys and values in front of the cache, not a change of any weight; serve it "
+            "as an adapter instead",
             metadata={"site": site.name, "op": self.name},
         )
