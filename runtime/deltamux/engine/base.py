@@ -1,13 +1,15 @@
-"""What the server knows of an engine: requests in, chunks out, and programs by digest. Needs neither torch nor vLLM."""
+"""What the server asks of an engine. Torch-free: the client's and server's light parts may import it.
+
+One engine serves one base model. It knows compiled programs by digest, never methods, tenants or names.
+"""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from deltamux.errors import InvalidArgumentError
 
@@ -15,29 +17,40 @@ if TYPE_CHECKING:
     from deltamux.deltas import BaseModel
 
 
+class ChatMessage(NamedTuple):
+    """One turn of a conversation; `role` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
+"""Text, token ids, or chat messages (rendered with the base model's chat template)."""
+
+
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine is started with.
+    """How to start an engine.
 
     Attributes:
         model: directory or Hugging Face id of the base model.
-        dtype: "auto", "float32", "bfloat16" or "float16".
-        device: "auto", "cpu" or "cuda".
-        max_active_adapters: device slots: how many programs one batch may mix.
-        max_host_adapters: programs kept ready in host memory.
-        max_model_len: longest context in tokens, virtual tokens included; None takes the model's own.
-        max_num_seqs: most sequences in one batch.
-        kv_cache_gib: size of the key-value cache on CPU.
-        engine_arguments: handed to the engine as they are, by its own names; they win over everything above.
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        max_model_len: longest sequence in tokens, virtual tokens included; None takes the model's.
+        max_num_seqs: sequences in one batch at most.
+        max_active_adapters: adapters in one batch at most (device slots).
+        max_host_adapters: programs kept in host memory.
+        kv_cache_gib: size of the key-value cache on a CPU, in GiB.
+        engine_arguments: further arguments of vLLM's AsyncEngineArgs, for operators who know them.
     """
 
-    model: str | Path
+    model: str
     dtype: str = "auto"
     device: str = "auto"
-    max_active_adapters: int = 16
-    max_host_adapters: int = 128
     max_model_len: int | None = None
     max_num_seqs: int = 64
+    max_active_adapters: int = 8
+    max_host_adapters: int = 256
     kv_cache_gib: float = 2.0
     seed: int = 0
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -45,43 +58,39 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class ProgramRef:
-    """A compiled program in the store.
-
-    Attributes:
-        digest: content digest of the version; equal digests are equal programs.
-        path: the compiled file, readable for as long as the version exists.
-    """
+    """A compiled program in the store; `digest` is its identity, and `path` never changes its content."""
 
     digest: str
     path: Path
-    num_virtual_tokens: int
+    num_virtual_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class GuidedDecoding:
-    """Holds the output to a JSON schema (its text), a regular expression, or one of several strings: exactly one."""
+    """Structured output: exactly one of the three is set; a JSON schema is its text.
+
+    Raises:
+        InvalidArgumentError: none or several are set, or the schema is no JSON object.
+    """
 
     json_schema: str | None = None
     regex: str | None = None
     choice: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        given = [self.json_schema is not None, self.regex is not None, bool(self.choice)]
-        if sum(given) != 1:
+        if [self.json_schema is not None, self.regex is not None, bool(self.choice)].count(True) != 1:
             raise _invalid("structured_output", "needs exactly one of json_schema, regex and choice")
         if self.json_schema is not None:
             _check_json_object(self.json_schema)
-        if self.regex is not None:
-            _check_regex(self.regex)
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are chosen; the names, defaults and meanings are those of vLLM's ``SamplingParams``.
+    """How to sample; names and defaults are those that users of vLLM expect.
 
     Attributes:
-        max_tokens: None generates up to the end of the context.
-        logprobs: None gives none; n gives the chosen token's and the n best alternatives' a generated token.
+        max_tokens: tokens to generate at most; None: as many as the context holds.
+        logprobs: how many alternatives to report beside each generated token's log-probability; None reports nothing.
         logit_bias: token id to what is added to its logit.
 
     Raises:
@@ -115,7 +124,11 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probability of a generated token, and of the best tokens of its position as (token id, value), best first."""
+    """A generated token's log-probability (natural logarithm) and the likeliest alternatives.
+
+    Attributes:
+        top: (token id, log-probability), best first; holds the generated token too.
+    """
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -123,14 +136,13 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """What a request has generated since its last chunk.
+    """What was generated since the last chunk. Virtual tokens are never counted or shown.
 
     Attributes:
-        logprobs: one a token id, or empty where none were asked for.
-        finish_reason: "stop" or "length" in the last chunk, otherwise None.
-        stop_reason: the stop string or stop token id that ended it, where one did.
-        prompt_tokens: tokens of the prompt; virtual tokens are not counted.
-        cached_tokens: how many of those were served from the prefix cache.
+        finish_reason: ``stop``, ``length`` or ``abort`` in the last chunk, None before.
+        stop_reason: the stop string or token id that ended it, if one did.
+        prompt_tokens: tokens of the caller's prompt.
+        cached_tokens: of these, how many came from the prefix cache.
     """
 
     text: str
@@ -143,79 +155,62 @@ class GenerationChunk:
 
 
 @dataclass(frozen=True)
-class ChatMessage:
-    role: str
-    content: str
-
-
-Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
-"""Text, token ids, or a conversation that the base model's chat template lays out."""
-
-
-@dataclass(frozen=True)
 class EngineStats:
-    """A look at the engine: requests by state, programs by tier, share of the key-value cache in use."""
+    """A look at the engine.
 
-    running: int = 0
-    waiting: int = 0
-    host_programs: int = 0
-    device_programs: int = 0
-    device_slots: int = 0
-    kv_cache_usage: float = 0.0
+    Attributes:
+        running: requests under way (in vLLM's queue or batch).
+        host_programs: programs in host memory.
+        device_programs: programs in device slots, of `device_slots`.
+    """
+
+    running: int
+    host_programs: int
+    device_programs: int
+    device_slots: int
 
 
 class Engine(Protocol):
-    """Runs one base model for many programs at once."""
+    """An engine. Methods raise the family of `deltamux.errors`; UnavailableError once the engine has died."""
 
     base: BaseModel
 
     async def start(self) -> None:
-        """Loads the base model; returns when requests are taken.
+        """Loads the base model; returns when requests can be served."""
+        ...
 
-        Raises:
-            FailedPreconditionError: the model or the device does not allow it; the message says what to change.
-        """
-
-    async def stop(self) -> None:
-        """Frees everything; requests under way end with UnavailableError."""
+    async def stop(self) -> None: ...
 
     def generate(
         self, prompt: Prompt, sampling: SamplingOptions, program: ProgramRef | None, *, request_id: str
     ) -> AsyncIterator[GenerationChunk]:
-        """Yields chunks as tokens come; closing the iterator aborts the request and frees what it held.
-
-        Args:
-            program: what is added to the base model; None generates with the base alone.
-            request_id: unique among requests under way.
-
-        Raises:
-            InvalidArgumentError: the prompt is empty, too long, or has tokens outside the vocabulary.
-            UnavailableError: the engine has stopped.
-        """
+        """Yields chunks as they come; closing the iterator, or cancelling its task, aborts the generation."""
         ...
 
     async def prepare(self, program: ProgramRef) -> None:
-        """Brings a program into host memory, off the step loop, so that its first request finds it there."""
+        """Brings a program into host memory, off the step loop.
 
-    async def pin(self, digest: str) -> None:
-        """Keeps a program in host memory until it is unpinned."""
+        Raises:
+            FailedPreconditionError: the engine cannot use the program.
+        """
+        ...
+
+    async def pin(self, digest: str) -> None: ...
 
     async def unpin(self, digest: str) -> None: ...
 
     async def evict(self, digest: str) -> None:
-        """Drops a program from every tier now, or as soon as its last request ends; waits for nothing."""
+        """Frees a program in every tier, as soon as no request uses it; returns at once."""
+        ...
 
     async def stats(self) -> EngineStats: ...
 
     @property
-    def healthy(self) -> bool:
-        """Whether requests are taken; once False it stays so until `start`."""
-        ...
+    def healthy(self) -> bool: ...
 
 
-def _checks(options: SamplingOptions) -> dict[str, tuple[bool, str]]:
+def _checks(o: SamplingOptions) -> dict[str, tuple[bool, str]]:
     """Returns for every bounded field whether it fits, and the requirement in words. NaN fits nowhere."""
-    o = options
     room = o.max_tokens if o.max_tokens is not None else o.min_tokens
     return {
         "max_tokens": (o.max_tokens is None or o.max_tokens >= 1, "at least 1"),
@@ -242,14 +237,5 @@ def _check_json_object(text: str) -> None:
         raise _invalid("structured_output.json_schema", f"must be a JSON object, not {type(schema).__name__}")
 
 
-def _check_regex(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise _invalid("structured_output.regex", f"is no regular expression: {error}") from error
-
-
-def _invalid(field_name: str, problem: str) -> InvalidArgumentError:
-    return InvalidArgumentError(
-        f"{field_name} {problem}", reason="INVALID_SAMPLING", metadata={"field": f"sampling.{field_name}"}
-    )
+def _invalid(name: str, problem: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"{name} {problem}", reason="INVALID_SAMPLING", metadata={"field": f"sampling.{name}"})
