@@ -1,0 +1,11 @@
+"""The worker for CPUs."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from deltamux.engine.vllm.worker import DeltaWorkerMixin
+
+
+class CPUDeltaWorker(DeltaWorkerMixin, CPUWorker):  # type: ignore[misc]  # vLLM leaves the class untyped
+    """vLLM's CPU worker, with deltas."""

@@ -1,0 +1,217 @@
+"""The engine: vLLM's AsyncLLM with our worker, and the host tier in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from typing import TYPE_CHECKING, Any
+
+from deltamux.deltas import BaseModel
+from deltamux.engine.base import (
+    EngineOptions,
+    EngineStats,
+    GenerationChunk,
+    ProgramRef,
+    Prompt,
+    SamplingOptions,
+)
+from deltamux.engine.vllm.host_tier import HostTier
+from deltamux.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+PLACEHOLDER = 0
+"""Token id that stands where virtual tokens are; what the model makes of it is replaced in every layer."""
+
+
+class VLLMEngine:
+    """See `deltamux.engine.base.Engine`. One instance, one base model, one process of vLLM beside this one."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._options = options
+        self.base = BaseModel.from_pretrained(options.model)
+        self._llm: AsyncLLM | None = None
+        self._tokenizer: Any = None
+        self._running = 0
+
+    async def start(self) -> None:
+        """Loads the base model; returns when the engine takes requests."""
+        _set_environment()
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = AsyncEngineArgs(**_engine_arguments(self._options))
+        self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+        self._host = HostTier(self._call_workers, self._options.max_host_adapters)
+        self._tokenizer = self._llm.get_tokenizer()
+        self._max_model_len: int = self._llm.model_config.max_model_len
+
+    async def stop(self) -> None:
+        """Ends vLLM's processes; requests under way end with UNAVAILABLE."""
+        if self._llm is not None:
+            llm, self._llm = self._llm, None
+            # The handler would report the end of the engine's process as a failure; here it is what was asked for.
+            if llm.output_handler is not None:
+                llm.output_handler.cancel()
+            await asyncio.to_thread(llm.shutdown)
+
+    @property
+    def healthy(self) -> bool:
+        return self._llm is not None and not self._llm.errored
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingOptions, program: ProgramRef | None, *, request_id: str
+    ) -> AsyncIterator[GenerationChunk]:
+        """Yields what is generated as it comes; closing the iterator aborts the request in the engine."""
+        token_ids = await self._tokenize(prompt)
+        num_virtual_tokens = program.num_virtual_tokens if program else 0
+        self._check_prompt(token_ids, num_virtual_tokens)
+        async with AsyncExitStack() as stack:
+            program_id = await stack.enter_async_context(self._host.lease(program)) if program else 0
+            self._running += 1
+            stack.callback(self._count_down)
+            async for output in self._run(token_ids, sampling, program, program_id, request_id):
+                yield output
+
+    async def prepare(self, program: ProgramRef) -> None:
+        """Brings a program into the host tier, so that its first request finds it there."""
+        async with self._host.lease(program):
+            pass
+
+    async def pin(self, digest: str) -> None:
+        await self._host.pin(digest)
+
+    async def unpin(self, digest: str) -> None:
+        await self._host.unpin(digest)
+
+    async def evict(self, digest: str) -> None:
+        await self._host.evict(digest)
+
+    async def stats(self) -> EngineStats:
+        resident = (await self._call_workers("delta_resident"))[0]
+        assert isinstance(resident, dict)
+        return EngineStats(
+            running=self._running,
+            host_programs=len(resident["host"]),
+            device_programs=len(resident["device"]),
+            device_slots=self._options.max_active_adapters,
+        )
+
+    async def _run(
+        self,
+        token_ids: list[int],
+        sampling: SamplingOptions,
+        program: ProgramRef | None,
+        program_id: int,
+        request_id: str,
+    ) -> AsyncIterator[GenerationChunk]:
+        from vllm.inputs import TokensPrompt
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        from deltamux.engine.vllm.translate import chunk, sampling_params
+
+        virtual = program.num_virtual_tokens if program else 0
+        # A repetition penalty looks at the prompt's tokens: then the placeholder is one that the prompt has anyway.
+        placeholder = token_ids[0] if sampling.repetition_penalty != 1.0 else PLACEHOLDER
+        prompt = TokensPrompt(prompt_token_ids=[placeholder] * virtual + token_ids)
+        request = LoRARequest(program.digest, program_id, str(program.path)) if program else None
+        try:
+            outputs = self._engine.generate(prompt, sampling_params(sampling), request_id, lora_request=request)
+            async for output in outputs:
+                yield chunk(output, len(token_ids), virtual)
+        except (EngineDeadError, EngineGenerateError) as error:
+            raise UnavailableError("the engine has stopped; the request may be sent again once it is back") from error
+        except ValueError as error:
+            raise InvalidArgumentError(str(error)) from error
+
+    @property
+    def _engine(self) -> AsyncLLM:
+        if self._llm is None:
+            raise UnavailableError("the engine is not running")
+        return self._llm
+
+    async def _call_workers(self, method: str, args: tuple[object, ...] = ()) -> list[object]:
+        answers: list[object] = await self._engine.collective_rpc(method, args=args)
+        return answers
+
+    def _count_down(self) -> None:
+        self._running -= 1
+
+    async def _tokenize(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            ids: list[int] = await asyncio.to_thread(self._tokenizer.encode, prompt)
+            return ids
+        if prompt and not isinstance(prompt[0], int):
+            return await asyncio.to_thread(self._apply_chat_template, prompt)
+        return list(prompt)  # type: ignore[arg-type]  # what is left are token ids
+
+    def _apply_chat_template(self, messages: Any) -> list[int]:
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise FailedPreconditionError(
+                "the base model's tokenizer has no chat template: send text or token ids", reason="NO_CHAT_TEMPLATE"
+            )
+        rows = [{"role": message.role, "content": message.content} for message in messages]
+        text: str = self._tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _check_prompt(self, token_ids: list[int], num_virtual_tokens: int) -> None:
+        if not token_ids:
+            raise InvalidArgumentError("the prompt is empty", reason="EMPTY_PROMPT", metadata={"field": "prompt"})
+        vocab_size = self.base.dims.vocab_size
+        wrong = next((t for t in token_ids if not 0 <= t < vocab_size), None)
+        if wrong is not None:
+            raise InvalidArgumentError(
+                f"token id {wrong} is outside the vocabulary (0 to {vocab_size - 1})",
+                reason="INVALID_TOKEN",
+                metadata={"field": "prompt.token_ids", "token": str(wrong)},
+            )
+        room = self._max_model_len - num_virtual_tokens - 1
+        if len(token_ids) > room:
+            raise InvalidArgumentError(
+                f"the prompt has {len(token_ids)} tokens; the model's context leaves room for {room} here",
+                reason="PROMPT_TOO_LONG",
+                metadata={"field": "prompt", "tokens": str(len(token_ids)), "limit": str(room)},
+            )
+
+
+def _set_environment() -> None:
+    """Sets what vLLM reads from the environment only; what the operator has set stays."""
+    # The V1 runner tells a step's positions to the override, which virtual tokens need.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    device = options.device if options.device != "auto" else ("cuda" if current_platform.is_cuda() else "cpu")
+    if (device == "cuda") != current_platform.is_cuda():
+        raise FailedPreconditionError(
+            f"device {device!r} was asked for, but the installed vLLM is built for {current_platform.device_name}: "
+            "install the other build, or leave the device to be chosen",
+            reason="WRONG_DEVICE",
+        )
+    worker = "gpu_worker.GPUDeltaWorker" if device == "cuda" else "cpu_worker.CPUDeltaWorker"
+    arguments: dict[str, Any] = {
+        "model": str(options.model),
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "max_num_seqs": options.max_num_seqs,
+        "enable_lora": True,
+        "max_loras": options.max_active_adapters,
+        "enable_prefix_caching": True,
+        "enforce_eager": True,
+        "worker_cls": f"deltamux.engine.vllm.{worker}",
+        "disable_log_stats": True,
+    }
+    if options.max_model_len is not None:
+        arguments["max_model_len"] = options.max_model_len
+    if device == "cpu":
+        arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 1024**3)
+    return {**arguments, **options.engine_arguments}

@@ -1,0 +1,11 @@
+"""The worker for CUDA devices."""
+
+from __future__ import annotations
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from deltamux.engine.vllm.worker import DeltaWorkerMixin
+
+
+class GPUDeltaWorker(DeltaWorkerMixin, Worker):  # type: ignore[misc]  # vLLM leaves the class untyped
+    """vLLM's CUDA worker, with deltas."""

@@ -1,0 +1,137 @@
+"""Ports: where a module of the loaded vLLM model lets delta ops in.
+
+A port replaces one module's ``forward`` (on the instance; the module keeps its class, weights and attributes). With no
+row of the step belonging to an adapter that has an op here, it costs one integer ``&``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltamux.deltas.ops import Op, OpBatch, StepIndex
+from deltamux.deltas.sites import Site
+
+IDLE = StepIndex((), 0, 0)
+"""A step in which every row is the base's."""
+
+
+class CurrentStep:
+    """The step that is running; one object shared by all ports of a model."""
+
+    def __init__(self) -> None:
+        self.index = IDLE
+
+
+class Lanes:
+    """The op batches of one site: one for each kind of op, and one more where a program repeats a kind at the site."""
+
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.site = site
+        self.mask = 0
+        self._make: Callable[[type[Op]], OpBatch] = lambda kind: kind.batch(site, num_slots, dtype, device)
+        self._lanes: dict[tuple[str, int], OpBatch] = {}
+        self._occurrences: dict[int, dict[str, int]] = {}
+
+    def place(self, slot: int, op: Op) -> None:
+        seen = self._occurrences.setdefault(slot, {})
+        key = (op.name, seen.get(op.name, 0))
+        seen[op.name] = key[1] + 1
+        if key not in self._lanes:
+            self._lanes[key] = self._make(type(op))
+        self._lanes[key].place(slot, op)
+        self.mask |= 1 << slot
+
+    def clear(self, slot: int) -> None:
+        self._occurrences.pop(slot, None)
+        for lane in self._lanes.values():
+            lane.clear(slot)
+        self.mask &= ~(1 << slot)
+
+    def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
+        """Applies every op of the site to its own rows of `y`, in place."""
+        for lane in self._lanes.values():
+            lane.apply(x, y, step)
+
+
+class Port:
+    """Base of the ports: holds the module's own forward and the lanes behind it."""
+
+    def __init__(self, module: nn.Module, current: CurrentStep) -> None:
+        self._forward: Callable[..., Any] = module.forward
+        self._current = current
+        module.forward = self.forward  # type: ignore[method-assign]  # the one seam: instance over class
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class LinearPort(Port):
+    """A projection, fused or not: its parts' own ops, and the ops of the sub-layer that reads or writes here.
+
+    Attributes:
+        parts: (lanes, first column, end column) of each projection that the module fuses.
+        reads: sub-layers whose input this module reads; writes: those whose output it returns.
+    """
+
+    def __init__(self, module: nn.Module, current: CurrentStep) -> None:
+        super().__init__(module, current)
+        self.parts: list[tuple[Lanes, int, int]] = []
+        self.reads: list[BlockInput] = []
+        self.writes: list[tuple[Lanes, BlockInput]] = []
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self._forward(x, *args, **kwargs)
+        step = self._current.index
+        if not step.mask:
+            return output
+        for block in self.reads:
+            block.x = x
+        rows = step.num_rows
+        y = (output[0] if isinstance(output, tuple) else output)[:rows]
+        for lanes, start, stop in self.parts:
+            if lanes.mask & step.mask:
+                lanes.apply(x[:rows], y[:, start:stop], step)
+        for lanes, block in self.writes:
+            if lanes.mask & step.mask:
+                lanes.apply(block.x[:rows], y, step)
+        return output
+
+
+class BlockInput:
+    """The input of a sub-layer in the step that is running, kept from where it is read to where it is needed."""
+
+    x: Tensor
+
+
+class NormPort(Port):
+    """A norm, also one that adds the residual first: then the sum, its second output, is what it normalised."""
+
+    def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
+        super().__init__(module, current)
+        self._lanes = lanes
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self._forward(x, *args, **kwargs)
+        step = self._current.index
+        if step.mask & self._lanes.mask:
+            y, normalised = output if isinstance(output, tuple) else (output, x)
+            self._lanes.apply(normalised[: step.num_rows], y[: step.num_rows], step)
+        return output
+
+
+class AttentionPort(Port):
+    """An attention layer: keys and values of virtual tokens change right before they enter the cache."""
+
+    def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
+        super().__init__(module, current)
+        self._lanes = lanes
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        step = self._current.index
+        if step.virtual is not None and step.virtual.mask & self._lanes.mask:
+            self._lanes.apply(key[: step.num_rows], value[: step.num_rows], step)
+        return self._forward(query, key, value, *args, **kwargs)

@@ -1,0 +1,74 @@
+"""Between deltamux's words and vLLM's: sampling options in, generation chunks out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm import SamplingParams
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+from deltamux.engine.base import GenerationChunk, GuidedDecoding, SamplingOptions, TokenLogprobs
+
+
+def sampling_params(options: SamplingOptions) -> SamplingParams:
+    """Returns vLLM's parameters; raises ValueError where vLLM finds a value out of range."""
+    return SamplingParams(
+        max_tokens=options.max_tokens,
+        min_tokens=options.min_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        top_k=options.top_k,
+        min_p=options.min_p,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        repetition_penalty=options.repetition_penalty,
+        stop=list(options.stop),
+        stop_token_ids=list(options.stop_token_ids),
+        include_stop_str_in_output=options.include_stop_str_in_output,
+        ignore_eos=options.ignore_eos,
+        seed=options.seed,
+        logprobs=options.logprobs,
+        skip_special_tokens=options.skip_special_tokens,
+        logit_bias=dict(options.logit_bias) or None,
+        structured_outputs=_guided(options.guided),
+        output_kind=RequestOutputKind.DELTA,
+    )
+
+
+def _guided(guided: GuidedDecoding | None) -> StructuredOutputsParams | None:
+    if guided is None:
+        return None
+    if guided.json_schema is not None:
+        return StructuredOutputsParams(json=guided.json_schema)
+    if guided.regex is not None:
+        return StructuredOutputsParams(regex=guided.regex)
+    return StructuredOutputsParams(choice=list(guided.choice))
+
+
+def chunk(output: RequestOutput, prompt_tokens: int, num_virtual_tokens: int) -> GenerationChunk:
+    """Returns what a DELTA output adds; virtual tokens count neither as prompt nor as cached."""
+    completion: CompletionOutput = output.outputs[0]
+    return GenerationChunk(
+        text=completion.text,
+        token_ids=tuple(completion.token_ids),
+        logprobs=_logprobs(completion),
+        finish_reason=completion.finish_reason,
+        stop_reason=completion.stop_reason,
+        prompt_tokens=prompt_tokens,
+        cached_tokens=max(0, (output.num_cached_tokens or 0) - num_virtual_tokens),
+    )
+
+
+def _logprobs(completion: CompletionOutput) -> tuple[TokenLogprobs, ...]:
+    if completion.logprobs is None:
+        return ()
+    # vLLM hands over all positions so far or the new ones only, depending on the output kind: the last ones are new.
+    new: list[Any] = list(completion.logprobs)[-len(completion.token_ids) :] if completion.token_ids else []
+    return tuple(
+        TokenLogprobs(
+            position[token].logprob,
+            tuple(sorted(((t, p.logprob) for t, p in position.items()), key=lambda pair: -pair[1])),
+        )
+        for token, position in zip(completion.token_ids, new, strict=True)
+    )

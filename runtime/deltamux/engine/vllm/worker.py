@@ -1,0 +1,54 @@
+"""vLLM's worker with the delta manager in place of its LoRA manager (``worker_cls``, vLLM's extension point)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+
+from deltamux.engine.vllm.manager import DeltaManager, ScheduledRequest
+
+
+class DeltaRunnerMixin:
+    """Overrides the two places where vLLM's model runner meets adapters."""
+
+    lora_manager: DeltaManager
+
+    def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        self.lora_manager = DeltaManager(model, vllm_config, device)
+        return model
+
+    def set_active_loras(self, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> None:
+        count = len(num_scheduled_tokens)
+        programs: np.ndarray[Any, Any] = input_batch.request_lora_mapping[:count]
+        starts: np.ndarray[Any, Any] = input_batch.num_computed_tokens_cpu[:count]
+        shares = zip(programs.tolist(), starts.tolist(), num_scheduled_tokens.tolist(), strict=True)
+        self.lora_manager.begin_step([ScheduledRequest(*share) for share in shares])
+
+
+class DeltaWorkerMixin:
+    """What a worker answers to the engine's front end, through ``collective_rpc``."""
+
+    model_runner: Any
+
+    def init_device(self) -> None:
+        super().init_device()  # type: ignore[misc]  # vLLM's worker stands behind the mixin
+        runner = self.model_runner
+        runner.__class__ = type("DeltaModelRunner", (DeltaRunnerMixin, type(runner)), {})
+
+    def delta_load(self, program_id: int, path: str) -> None:
+        self.model_runner.lora_manager.load(program_id, path)
+
+    def delta_status(self, program_id: int) -> str:
+        status: str = self.model_runner.lora_manager.status(program_id)
+        return status
+
+    def delta_unload(self, program_id: int) -> None:
+        self.model_runner.lora_manager.unload(program_id)
+
+    def delta_resident(self) -> dict[str, list[int]]:
+        resident: dict[str, list[int]] = self.model_runner.lora_manager.resident()
+        return resident
