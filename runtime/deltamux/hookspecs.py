@@ -96,7 +96,8 @@ def deltamux_export(config: Any, base: BaseModel, parameters: Mapping[str, Tenso
     """Train hook: computes the checkpoint's tensors (names as in the file) from the trainable parameters.
 
     Differentiable: training runs `deltamux_program` on its result in every step, so a reparameterisation (prefix
-    tuning's MLP) lives here and is gone from the file. Not implemented, or None: the parameters are the checkpoint's tensors.
+    tuning's MLP) lives here and is gone from the file. Not implemented, or None: the parameters are the checkpoint's
+    tensors.
     """
 
 

@@ -1,8 +1,9 @@
 """Sites: the places of a base model where a delta op may stand.
 
-A linear or norm site carries its module's path in the Hugging Face model (``model.layers.0.self_attn.q_proj``), which
-is also the name that PEFT's files use. A block or attention site is named by layer and role (``layers.0.feed_forward``),
-because models disagree on which module, if any, holds a sub-layer (OPT's feed-forward has none).
+A linear or norm site carries its module's path in the Hugging Face model (``model.layers.0.self_attn.q_proj``): that
+is also the name that PEFT's files use. A block or attention site is named by layer and role
+(``layers.0.feed_forward``), because models disagree on which module, if any, holds a sub-layer (OPT's feed-forward has
+none).
 """
 
 from __future__ import annotations

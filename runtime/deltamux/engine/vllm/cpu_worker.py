@@ -7,5 +7,5 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from deltamux.engine.vllm.worker import DeltaWorkerMixin
 
 
-class CPUDeltaWorker(DeltaWorkerMixin, CPUWorker):  # type: ignore[misc]  # vLLM leaves the class untyped
+class CPUDeltaWorker(DeltaWorkerMixin, CPUWorker):
     """vLLM's CPU worker, with deltas."""

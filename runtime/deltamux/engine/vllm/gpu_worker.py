@@ -7,5 +7,5 @@ from vllm.v1.worker.gpu_worker import Worker
 from deltamux.engine.vllm.worker import DeltaWorkerMixin
 
 
-class GPUDeltaWorker(DeltaWorkerMixin, Worker):  # type: ignore[misc]  # vLLM leaves the class untyped
+class GPUDeltaWorker(DeltaWorkerMixin, Worker):
     """vLLM's CUDA worker, with deltas."""

@@ -1,8 +1,8 @@
 """The delta manager: stands where vLLM's LoRA manager stood, and understands programs.
 
-Two tiers live here. The host tier holds programs that are read, cast and checked (by a loader thread, off the step loop)
-and keeps exactly what the engine's front end told it to keep. The device slots hold the programs of recent steps, least
-recently used first out; putting one in place is all that a step ever does.
+Two tiers live here. The host tier holds programs that are read, cast and checked (by a loader thread, off the step
+loop) and keeps exactly what the engine's front end told it to keep. The device slots hold the programs of recent steps,
+least recently used first out; putting one in place is all that a step ever does.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class ScheduledRequest(NamedTuple):
     Attributes:
         program: id of its program, 0 for the base.
         start: position of its first token in this step.
-        count: how many of its tokens are in this step.
+        num_tokens: how many of its tokens are in this step.
     """
 
     program: int
     start: int
-    count: int
+    num_tokens: int
 
 
 class DeltaManager:
@@ -52,7 +52,9 @@ class DeltaManager:
         lora_config = vllm_config.lora_config
         assert lora_config is not None
         self.num_slots = lora_config.max_loras
-        self._dtype: torch.dtype = vllm_config.model_config.dtype
+        dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype)  # vLLM resolves "auto" before a worker starts
+        self._dtype = dtype
         self._device = device
         self._current = CurrentStep()
         self.base = BaseModel.from_config(vllm_config.model_config.hf_config)
@@ -108,7 +110,7 @@ class DeltaManager:
 
     def begin_step(self, requests: Sequence[ScheduledRequest]) -> None:
         """Makes the step's programs active: puts missing ones into slots, and indexes who owns each row."""
-        # A program that is gone belongs to a request that has ended: vLLM schedules one step ahead and discards its row.
+        # A program that is gone belongs to a request that has ended: vLLM runs one step ahead and discards its row.
         needed = {r.program for r in requests} & self._host.keys()
         for program_id in needed:
             self._activate(program_id, needed)
@@ -141,13 +143,13 @@ class DeltaManager:
         runs: list[Run] = []
         virtual: list[tuple[int, int, int]] = []  # row, slot, position
         row = 0
-        for program_id, start, count in requests:
+        for program_id, start, num_tokens in requests:
             slot = self._slots.get(program_id)
             if slot is not None:
-                runs.append(Run(slot, row, row + count))
+                runs.append(Run(slot, row, row + num_tokens))
                 prefix = self._num_virtual_tokens[slot]
-                virtual += [(row + p - start, slot, p) for p in range(start, min(prefix, start + count))]
-            row += count
+                virtual += [(row + p - start, slot, p) for p in range(start, min(prefix, start + num_tokens))]
+            row += num_tokens
         return StepIndex(runs, row, self.num_slots, device=self._device, virtual=self._virtual(virtual))
 
     def _virtual(self, entries: list[tuple[int, int, int]]) -> VirtualRows | None:
