@@ -6,7 +6,7 @@ One engine serves one base model. It knows compiled programs by digest, never me
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -183,8 +183,11 @@ class Engine(Protocol):
 
     def generate(
         self, prompt: Prompt, sampling: SamplingOptions, program: ProgramRef | None, *, request_id: str
-    ) -> AsyncIterator[GenerationChunk]:
-        """Yields chunks as they come; closing the iterator, or cancelling its task, aborts the generation."""
+    ) -> AsyncGenerator[GenerationChunk]:
+        """Yields chunks as they come; closing the iterator, or cancelling its task, aborts the generation.
+
+        Chunks merge while the reader is slower than the engine, so that what waits for it stays small.
+        """
         ...
 
     async def prepare(self, program: ProgramRef) -> None:
@@ -231,7 +234,7 @@ def _checks(o: SamplingOptions) -> dict[str, tuple[bool, str]]:
 def _check_json_object(text: str) -> None:
     try:
         schema = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _invalid("structured_output.json_schema", f"is no JSON: {error}") from error
     if not isinstance(schema, dict):
         raise _invalid("structured_output.json_schema", f"must be a JSON object, not {type(schema).__name__}")

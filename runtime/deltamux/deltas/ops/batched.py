@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -38,6 +38,23 @@ class VirtualRows(NamedTuple):
     mask: int
 
 
+class StackedColumns(NamedTuple):
+    """Which slot each column of stacked parameters belongs to.
+
+    Attributes:
+        layout: (slot, its number of columns) in order; equal layouts have equal owners.
+        owner: [columns] int64.
+    """
+
+    layout: tuple[tuple[int, int], ...]
+    owner: Tensor
+
+    @classmethod
+    def of(cls, widths: Mapping[int, int], device: torch.device) -> StackedColumns:
+        slots, counts = torch.tensor(list(widths)), torch.tensor(list(widths.values()))
+        return cls(tuple(widths.items()), slots.repeat_interleave(counts).to(device))
+
+
 class StepIndex:
     """Who owns each row of one step; built once a step, read by every site.
 
@@ -70,6 +87,7 @@ class StepIndex:
             self.mask |= 1 << run.slot
             self._by_slot.setdefault(run.slot, []).append(run)
         self._rows: dict[int, slice | Tensor] = {}
+        self._foreign: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
     @cached_property
     def slots(self) -> Tensor:
@@ -89,6 +107,16 @@ class StepIndex:
             else:
                 self._rows[slot] = torch.cat([torch.arange(r.start, r.stop) for r in runs]).to(self.device)
         return self._rows[slot]
+
+    def foreign(self, columns: StackedColumns) -> Tensor:
+        """Returns [num_rows, columns] bool: True where a stacked column is of another slot than the row's.
+
+        Sites whose columns are laid out alike, as all those of the usual adapter are, share one mask a step.
+        """
+        mask = self._foreign.get(columns.layout)
+        if mask is None:
+            mask = self._foreign[columns.layout] = self.slots.unsqueeze(1) != columns.owner
+        return mask
 
     def count(self, slot: int) -> int:
         """Returns how many rows a slot has in this step."""

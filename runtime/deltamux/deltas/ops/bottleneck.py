@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.ops.batched import OpBatch, StackedColumns, StepIndex, add_rows, bits
 from deltamux.deltas.sites import BlockSite, Site, SiteKind
 from deltamux.errors import InvalidAdapterError, NotMergeableError
 
@@ -30,6 +30,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
     "identity": lambda x: x,
 }
+
+SEGMENT_ROWS = 12
+"""Rows an adapter must have in a step, on average, for one pair of GEMMs an adapter to beat the stacked pair."""
 
 
 class BottleneckBatch(OpBatch):
@@ -62,10 +65,6 @@ class BottleneckBatch(OpBatch):
         self._stacks = self._stacks or _Stack.all_of(self._ops)
         for stack in self._stacks:
             stack.add(x if stack.parallel else before, y, step)
-
-
-SEGMENT_ROWS = 12
-"""Rows an adapter must have in a step, on average, for one pair of GEMMs an adapter to beat the stacked pair."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +134,7 @@ class _Stack(NamedTuple):
     down_bias: Tensor  # [sum width]
     up: Tensor  # [sum width, features], scaled
     up_bias: Tensor  # [slots + 1, features], scaled; zero for slots outside the stack and for the base
-    owner: Tensor  # [sum width] int64
+    columns: StackedColumns
 
     @classmethod
     def all_of(cls, ops: dict[int, Bottleneck]) -> list[_Stack]:
@@ -151,7 +150,6 @@ class _Stack(NamedTuple):
         for slot, op in ops.items():
             if op.up_bias is not None:
                 up_bias[slot] = op.up_bias * op.scale
-        widths = [op.rank() for op in ops.values()]
         biases = [op.down_bias if op.down_bias is not None else first.new_zeros(op.rank()) for op in ops.values()]
         return cls(
             ACTIVATIONS[activation],
@@ -160,12 +158,11 @@ class _Stack(NamedTuple):
             torch.cat(biases),
             torch.cat([op.up_weight.t() * op.scale for op in ops.values()]),
             up_bias,
-            torch.tensor(list(ops), device=first.device).repeat_interleave(torch.tensor(widths, device=first.device)),
+            StackedColumns.of({slot: op.rank() for slot, op in ops.items()}, first.device),
         )
 
     def add(self, z: Tensor, y: Tensor, step: StepIndex) -> None:
         """Adds each row's own module to `y` in place; what is not a row's own is deselected, never multiplied."""
         hidden = self.activation(F.linear(z, self.down, self.down_bias))
-        own = step.slots.unsqueeze(1) == self.owner
-        y.addmm_(torch.where(own, hidden, hidden.new_zeros(())), self.up)
+        y.addmm_(hidden.masked_fill(step.foreign(self.columns), 0), self.up)
         y += self.up_bias[step.slots.clamp(max=self.up_bias.shape[0] - 1)]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.ops.batched import OpBatch, StackedColumns, StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
 SEGMENT_ROWS = 12
@@ -58,9 +58,8 @@ class LowRankBatch(OpBatch):
 
     def _apply_stacked(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
         stacked = self._stacked = self._stacked or _Stacked.of(self._factors)
-        own = step.slots.unsqueeze(1) == stacked.owner
         hidden = F.linear(x, stacked.a)
-        y.addmm_(torch.where(own, hidden, hidden.new_zeros(())), stacked.b)
+        y.addmm_(hidden.masked_fill_(step.foreign(stacked.columns), 0), stacked.b)
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,11 +110,10 @@ class _Stacked(NamedTuple):
 
     a: Tensor  # [sum r, in]
     b: Tensor  # [sum r, out]
-    owner: Tensor  # [sum r] int64, the slot of each row of a and b
+    columns: StackedColumns
 
     @classmethod
     def of(cls, factors: dict[int, _Factors]) -> _Stacked:
-        owner = torch.cat([torch.full((f.a.shape[0],), slot, device=f.a.device) for slot, f in factors.items()])
         a = torch.cat([f.a for f in factors.values()])
         b = torch.cat([f.b for f in factors.values()])
-        return cls(a, b, owner)
+        return cls(a, b, StackedColumns.of({slot: f.a.shape[0] for slot, f in factors.items()}, a.device))

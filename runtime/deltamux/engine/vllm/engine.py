@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,7 @@ class VLLMEngine:
 
     async def generate(
         self, prompt: Prompt, sampling: SamplingOptions, program: ProgramRef | None, *, request_id: str
-    ) -> AsyncIterator[GenerationChunk]:
+    ) -> AsyncGenerator[GenerationChunk]:
         """Yields what is generated as it comes; closing the iterator aborts the request in the engine."""
         token_ids = await self._tokenize(prompt)
         num_virtual_tokens = program.num_virtual_tokens if program else 0
@@ -107,7 +107,7 @@ class VLLMEngine:
         program: ProgramRef | None,
         program_id: int,
         request_id: str,
-    ) -> AsyncIterator[GenerationChunk]:
+    ) -> AsyncGenerator[GenerationChunk]:
         from vllm.inputs import TokensPrompt
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
@@ -184,7 +184,7 @@ def _set_environment() -> None:
     # The V1 runner tells a step's positions to the override, which virtual tokens need.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
 def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
