@@ -1,0 +1,85 @@
+"""Where the server listens: loopback as it comes; anywhere else only with keys and TLS."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import grpc
+
+from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux.server.options import ServeOptions
+
+
+def check_exposure(options: ServeOptions) -> None:
+    """Raises FailedPreconditionError if others could reach a server that has no keys or no TLS."""
+    if options.insecure or is_loopback(options.listen):
+        return
+    lacking = [
+        what
+        for what, given in (
+            ("keys (--auth keys)", options.auth == "keys"),
+            ("TLS (--tls-cert and --tls-key)", options.tls_cert is not None),
+        )
+        if not given
+    ]
+    if lacking:
+        raise FailedPreconditionError(
+            f"listening on {options.listen}, which other machines can reach, needs {' and '.join(lacking)}; "
+            "or say --insecure, if the network around is trusted",
+            reason="INSECURE_LISTEN",
+            metadata={"listen": options.listen},
+        )
+
+
+def is_loopback(listen: str) -> bool:
+    """Tells whether only this machine reaches the address; a host name other than localhost may be anything."""
+    if listen.startswith("unix:"):
+        return True
+    host = split_address(listen)[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def split_address(listen: str) -> tuple[str, int]:
+    """Returns host and port of ``host:port``; an IPv6 host stands in brackets."""
+    host, colon, port = listen.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidConfigError(
+            f"{listen!r} is no address to listen on: give host:port such as 127.0.0.1:8470, or unix:path",
+            metadata={"field": "listen"},
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def bind(server: grpc.aio.Server, options: ServeOptions) -> str:
+    """Takes the port and returns the address that clients use.
+
+    Raises:
+        FailedPreconditionError: the address is taken or not this machine's, or the TLS files cannot be read.
+    """
+    try:
+        if options.tls_cert is None:
+            port = server.add_insecure_port(options.listen)
+        else:
+            port = server.add_secure_port(options.listen, _credentials(options))
+    except RuntimeError as error:
+        raise FailedPreconditionError(
+            f"cannot listen on {options.listen}: {error}. Is another server there? Choose another port with --listen",
+            reason="ADDRESS_UNAVAILABLE",
+            metadata={"listen": options.listen},
+        ) from error
+    return options.listen if options.listen.startswith("unix:") else f"{options.listen.rpartition(':')[0]}:{port}"
+
+
+def _credentials(options: ServeOptions) -> grpc.ServerCredentials:
+    assert options.tls_cert is not None
+    assert options.tls_key is not None
+    try:
+        pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
+    except OSError as error:
+        raise FailedPreconditionError(
+            f"the TLS files cannot be read: {error}", reason="TLS_FILES", metadata={"file": str(error.filename)}
+        ) from error
+    return grpc.ssl_server_credentials([pair])

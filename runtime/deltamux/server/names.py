@@ -1,0 +1,93 @@
+"""Resource names: ``tenants/{tenant}/adapters/{adapter}/versions/{version}`` and its beginnings."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from deltamux.errors import InvalidArgumentError
+
+ID_RULE = "1 to 63 lower-case letters, digits, '.', '_' and '-', beginning and ending with a letter or digit"
+_ID = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
+_ID_PATTERN = re.compile(_ID)
+_TENANT = re.compile(rf"tenants/(?P<tenant>{_ID})")
+_ADAPTER = re.compile(rf"{_TENANT.pattern}/adapters/(?P<adapter>{_ID})")
+_VERSION = re.compile(rf"{_ADAPTER.pattern}/versions/(?P<version>[1-9][0-9]{{0,17}})")
+_KEY = re.compile(rf"{_TENANT.pattern}/keys/(?P<key>{_ID})")
+
+
+class AdapterName(NamedTuple):
+    tenant: str
+    adapter: str
+
+    def __str__(self) -> str:
+        return f"tenants/{self.tenant}/adapters/{self.adapter}"
+
+
+class VersionName(NamedTuple):
+    tenant: str
+    adapter: str
+    version: int
+
+    @property
+    def alias(self) -> AdapterName:
+        return AdapterName(self.tenant, self.adapter)
+
+    def __str__(self) -> str:
+        return f"{self.alias}/versions/{self.version}"
+
+
+class KeyName(NamedTuple):
+    tenant: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"tenants/{self.tenant}/keys/{self.key}"
+
+
+def check_id(value: str, field: str) -> str:
+    """Returns the id, or raises InvalidArgumentError naming the request's field."""
+    if not _ID_PATTERN.fullmatch(value):
+        raise InvalidArgumentError(
+            f"{field} {value[:80]!r} is no id: it takes {ID_RULE}", reason="INVALID_NAME", metadata={"field": field}
+        )
+    return value
+
+
+def tenant_name(tenant: str) -> str:
+    return f"tenants/{tenant}"
+
+
+def parse_tenant(name: str, field: str = "name") -> str:
+    """Returns the tenant's id; all parsers raise InvalidArgumentError naming the request's field."""
+    return _match(_TENANT, name, field, "tenants/{tenant}")["tenant"]
+
+
+def parse_adapter(name: str, field: str = "name") -> AdapterName:
+    found = _match(_ADAPTER, name, field, "tenants/{tenant}/adapters/{adapter}")
+    return AdapterName(found["tenant"], found["adapter"])
+
+
+def parse_version(name: str, field: str = "name") -> VersionName:
+    found = _match(_VERSION, name, field, "tenants/{tenant}/adapters/{adapter}/versions/{version}")
+    return VersionName(found["tenant"], found["adapter"], int(found["version"]))
+
+
+def parse_adapter_or_version(name: str, field: str) -> AdapterName | VersionName:
+    return parse_version(name, field) if "/versions/" in name else parse_adapter(name, field)
+
+
+def parse_key(name: str, field: str = "name") -> KeyName:
+    found = _match(_KEY, name, field, "tenants/{tenant}/keys/{key}")
+    return KeyName(found["tenant"], found["key"])
+
+
+def _match(pattern: re.Pattern[str], name: str, field: str, form: str) -> re.Match[str]:
+    found = pattern.fullmatch(name)
+    if found is None:
+        raise InvalidArgumentError(
+            f"{field} {name[:200]!r} is no resource name of the form {form}, where an id takes {ID_RULE}",
+            reason="INVALID_NAME",
+            metadata={"field": field},
+        )
+    return found

@@ -1,0 +1,106 @@
+"""What a server is started with; the command line's options have these names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltamux.engine.base import EngineOptions
+from deltamux.errors import InvalidConfigError
+
+AUTH_MODES = ("none", "keys")
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Everything that `deltamux serve` may be told.
+
+    Attributes:
+        model: directory or Hugging Face id of the base model.
+        store: directory of adapters, versions and tenants; made where it does not exist.
+        listen: ``host:port`` (port 0 picks a free one) or ``unix:path``.
+        max_active_adapters: adapters that one batch may mix (device slots).
+        max_host_adapters: compiled adapters kept ready in host memory.
+        max_model_len: longest context in tokens; None takes the model's own.
+        max_num_seqs: most sequences in one batch.
+        dtype: auto, float32, bfloat16 or float16.
+        device: auto, cpu or cuda.
+        kv_cache_gib: size of the key-value cache on CPU.
+        engine_arguments: handed to vLLM's AsyncEngineArgs as they are.
+        max_lora_rank: widest inner dimension that an uploaded adapter may have.
+        max_virtual_tokens: most virtual tokens that an uploaded adapter may have.
+        max_adapter_bytes: largest upload, all files together.
+        max_concurrent_uploads: uploads at once; one more is told to come back.
+        max_pending_requests: generations at once, waiting ones included; one more is told to come back.
+        upload_idle_seconds: an upload that sends nothing for so long is given up.
+        drain_seconds: how long requests under way may go on after SIGTERM or SIGINT.
+        auth: none (every caller is an administrator) or keys.
+        admin_key_file: holds the administrator's key; None is ``admin.key`` in the store. Written where missing.
+        tls_cert, tls_key: PEM files; both or none.
+        insecure: listens beyond loopback even without keys or without TLS.
+    """
+
+    model: str
+    store: Path
+    listen: str = "127.0.0.1:8470"
+    max_active_adapters: int = 8
+    max_host_adapters: int = 256
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    dtype: str = "auto"
+    device: str = "auto"
+    kv_cache_gib: float = 2.0
+    engine_arguments: Mapping[str, Any] = field(default_factory=dict)
+    max_lora_rank: int = 256
+    max_virtual_tokens: int = 512
+    max_adapter_bytes: int = 2048 * MIB
+    max_concurrent_uploads: int = 8
+    max_pending_requests: int = 1024
+    upload_idle_seconds: float = 60.0
+    drain_seconds: float = 30.0
+    auth: str = "none"
+    admin_key_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    insecure: bool = False
+
+    def __post_init__(self) -> None:
+        if self.auth not in AUTH_MODES:
+            raise _invalid("auth", f"must be one of {', '.join(AUTH_MODES)}, not {self.auth!r}")
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise _invalid("tls_cert", "and tls_key go together: give both, or none")
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise _invalid(name, f"must be at least 1, not {getattr(self, name)}")
+
+    def engine_options(self) -> EngineOptions:
+        return EngineOptions(
+            model=self.model,
+            dtype=self.dtype,
+            device=self.device,
+            max_model_len=self.max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            max_active_adapters=self.max_active_adapters,
+            max_host_adapters=self.max_host_adapters,
+            kv_cache_gib=self.kv_cache_gib,
+            engine_arguments=self.engine_arguments,
+        )
+
+
+_COUNTS = (
+    "max_active_adapters",
+    "max_host_adapters",
+    "max_num_seqs",
+    "max_lora_rank",
+    "max_virtual_tokens",
+    "max_adapter_bytes",
+    "max_concurrent_uploads",
+    "max_pending_requests",
+)
+
+
+def _invalid(name: str, problem: str) -> InvalidConfigError:
+    return InvalidConfigError(f"option {name} {problem}", metadata={"field": name})
