@@ -47,7 +47,7 @@ class HostTier:
         self._call = call_workers
         self._capacity = capacity
         self._residents: OrderedDict[str, Resident] = OrderedDict()
-        self._ids: dict[str, int] = {}
+        self._last_id = 0
 
     @asynccontextmanager
     async def lease(self, ref: ProgramRef) -> AsyncIterator[int]:
@@ -87,8 +87,9 @@ class HostTier:
     def _admit(self, ref: ProgramRef) -> Resident:
         resident = self._residents.get(ref.digest)
         if resident is None:
-            program_id = self._ids.setdefault(ref.digest, len(self._ids) + 1)
-            resident = self._residents[ref.digest] = Resident(ref, program_id)
+            # Never an id again: a worker may still be dropping the program under its former one.
+            self._last_id += 1
+            resident = self._residents[ref.digest] = Resident(ref, self._last_id)
             resident.loaded = asyncio.create_task(self._load(resident))
         resident.condemned = False
         self._residents.move_to_end(ref.digest)
@@ -120,10 +121,12 @@ class HostTier:
             delay = min(2 * delay, LAST_POLL)
 
     async def _shrink(self) -> None:
-        idle = [r for r in self._residents.values() if not r.users and not r.pinned and r.loaded.done()]
-        surplus = len(self._residents) - self._capacity
-        for resident in idle:
-            if resident.condemned or surplus > 0:
-                surplus -= 1
-                del self._residents[resident.ref.digest]
-                await self._call("delta_unload", (resident.program_id,))
+        # Each victim leaves the table before the workers are told, and is looked up anew after: others run meanwhile.
+        while (victim := self._victim()) is not None:
+            del self._residents[victim.ref.digest]
+            await self._call("delta_unload", (victim.program_id,))
+
+    def _victim(self) -> Resident | None:
+        surplus = len(self._residents) > self._capacity
+        idle = (r for r in self._residents.values() if not r.users and not r.pinned and r.loaded.done())
+        return next((r for r in idle if r.condemned or surplus), None)

@@ -1,0 +1,92 @@
+"""What a request gets never depends on who else is in the batch."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from deltamux.deltas import BaseModel, Program, attached
+from deltamux.engine.base import Engine, ProgramRef
+from engine.parity import Greedy, assert_same, reference, served
+
+NAMES = (
+    "low-rank",
+    "low-rank-wide",
+    "low-rank-other",
+    "bottleneck",
+    "bottleneck-parallel",
+    "prefix",
+    "prefix-long",
+    "bias",
+    "everything",
+)
+Request = tuple[str | None, tuple[int, ...], int]
+"""Program, prompt, tokens to generate."""
+
+requests = st.lists(
+    st.tuples(
+        st.sampled_from((None, *NAMES)),
+        st.lists(st.integers(3, 255), min_size=1, max_size=60).map(tuple),
+        st.integers(1, 12),
+    ),
+    min_size=2,
+    max_size=12,
+)
+serial = iter(range(1_000_000))
+
+
+async def run(engine: Engine, programs: dict[str, ProgramRef], request: Request) -> Greedy:
+    name, prompt, num_tokens = request
+    program = programs[name] if name else None
+    return await served(engine, prompt, program, num_tokens, f"request-{next(serial)}")
+
+
+@pytest.mark.parametrize("name", [None, *NAMES])
+async def test_a_program_alone_generates_what_the_reference_executor_does(
+    name: str | None, engine: Engine, programs: dict[str, ProgramRef], base: BaseModel, base_directory: Path
+) -> None:
+    prompt = [5, 17, 99, 200, 3, 42]
+    model = AutoModelForCausalLM.from_pretrained(base_directory)
+    plain = reference(model, prompt, 16)
+    expected = plain
+    if name is not None:
+        with attached(model, base, Program.load(programs[name].path)):
+            expected = reference(model, prompt, 16)
+        assert expected.token_ids != plain.token_ids, "the adapter must be visible, or this test could not fail"
+    assert_same(expected, await run(engine, programs, (name, tuple(prompt), 16)))
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=requests)
+async def test_a_mixed_batch_gives_each_request_what_it_gets_alone(
+    batch: list[Request], engine: Engine, programs: dict[str, ProgramRef]
+) -> None:
+    together = await asyncio.gather(*(run(engine, programs, request) for request in batch))
+    for request, mixed in zip(batch, together, strict=True):
+        assert_same(await run(engine, programs, request), mixed)
+
+
+async def test_requests_that_join_and_leave_disturb_nobody(engine: Engine, programs: dict[str, ProgramRef]) -> None:
+    steady: list[Request] = [(name, (7, 8, 9, index), 40) for index, name in enumerate((None, *NAMES[:3]))]
+    alone = [await run(engine, programs, request) for request in steady]
+    running = [asyncio.create_task(run(engine, programs, request)) for request in steady]
+    for index in range(20):
+        await run(engine, programs, (NAMES[index % len(NAMES)], (index + 3, 11, 12), 1 + index % 3))
+    for expected, task in zip(alone, running, strict=True):
+        assert_same(expected, await task)
+
+
+async def test_a_prefix_is_computed_once_and_shared_through_the_prefix_cache(
+    engine: Engine, programs: dict[str, ProgramRef]
+) -> None:
+    prompt = tuple(range(50, 90))
+    first = await run(engine, programs, ("prefix-long", prompt, 8))
+    again = await run(engine, programs, ("prefix-long", prompt, 8))
+    assert_same(first, again)
+    other = await run(engine, programs, ("low-rank", prompt, 8))
+    assert other.token_ids != first.token_ids, "another adapter must not read this one's cached prefix"

@@ -1,0 +1,156 @@
+"""Small base models and random programs for the engine's tests.
+
+Weights are drawn wide, so that log-probabilities are spread and every adapter visibly changes what is generated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas import (
+    BaseModel,
+    Bias,
+    BlockSite,
+    Bottleneck,
+    KVPrefix,
+    LinearSite,
+    LowRank,
+    NormAffine,
+    Op,
+    Program,
+)
+from deltamux.engine.base import ProgramRef
+
+
+def random_low_rank(base: BaseModel, seed: int, rank: int = 4) -> Program:
+    draw = _Draw(seed)
+    return Program.of((s.name, LowRank(draw(rank, s.in_features), draw(s.out_features, rank))) for s in base.linears)
+
+
+def random_bias(base: BaseModel, seed: int) -> Program:
+    draw = _Draw(seed)
+    return Program.of((s.name, Bias(draw(s.out_features))) for s in base.linears)
+
+
+def random_bottleneck(base: BaseModel, seed: int, *, parallel: bool = False, activation: str = "relu") -> Program:
+    draw = _Draw(seed)
+
+    def module(features: int) -> Bottleneck:
+        return Bottleneck(
+            draw(8, features), draw(features, 8), draw(8), draw(features), activation=activation, parallel=parallel
+        )
+
+    norms: list[tuple[str, Op]] = [(s.name, NormAffine(draw(s.features), draw(s.features))) for s in base.norms]
+    return Program.of([(s.name, module(s.features)) for s in base.blocks] + norms)
+
+
+def random_prefix(base: BaseModel, seed: int, length: int = 5) -> Program:
+    draw = _Draw(seed, scale=1.0)
+    shapes = ((s.name, (length, s.num_kv_heads, s.head_dim)) for s in base.attentions)
+    return Program.of((name, KVPrefix(draw(*shape), draw(*shape))) for name, shape in shapes)
+
+
+def random_everything(base: BaseModel, seed: int) -> Program:
+    """One adapter with every op at once, two of them repeated at their sites."""
+    programs = [
+        random_low_rank(base, seed),
+        random_prefix(base, seed + 1, length=3),
+        random_bottleneck(base, seed + 2, parallel=True, activation="gelu"),
+        random_bias(base, seed + 3),
+        random_low_rank(base, seed + 4, rank=2),
+        random_bottleneck(base, seed + 5),
+    ]
+    return Program.of(placement for program in programs for placement in program)
+
+
+def saved(program: Program, directory: Path, name: str) -> ProgramRef:
+    """Writes the compiled file; `name` stands for its digest."""
+    path = directory / f"{name}.safetensors"
+    program.save(path)
+    return ProgramRef(name, path, program.num_virtual_tokens)
+
+
+def with_nan(program: Program) -> Program:
+    """The same program with one value that is not finite."""
+    site, op = program.placements[0]
+    tensors = op.tensors()
+    first = next(iter(tensors))
+    tensors[first] = tensors[first].clone()
+    tensors[first].view(-1)[0] = float("nan")
+    return Program.of([(site, op.of(tensors, op.attributes())), *program.placements[1:]])
+
+
+def for_another_base(base: BaseModel) -> Program:
+    """A program whose shapes fit a base twice as wide."""
+    site: Any = next(s for s in base.sites.values() if isinstance(s, LinearSite))
+    return Program.of([(site.name, LowRank(torch.zeros(4, 2 * site.in_features), torch.zeros(site.out_features, 4)))])
+
+
+def block_names(base: BaseModel) -> list[str]:
+    return [s.name for s in base.sites.values() if isinstance(s, BlockSite)]
+
+
+class _Draw:
+    """Draws normal tensors of the given shape from one seed."""
+
+    def __init__(self, seed: int, scale: float = 0.15) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._scale = scale
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator) * self._scale
+
+
+def save_base(directory: Path, architecture: str) -> Path:
+    """Writes a random two-layer base of one of the five architectures, with a tokenizer, as float32."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(_config(architecture))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name and "ln_" not in name:
+                parameter.normal_(std=0.08)
+    model.save_pretrained(directory)
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
+def _config(architecture: str) -> Any:
+    from transformers import GPT2Config, LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config
+
+    tokens = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    if architecture == "gpt2":
+        return GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=256, **tokens)
+    if architecture == "opt":
+        sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "max_position_embeddings": 256}
+        return OPTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes, **tokens)
+    family: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[architecture]
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
+    head = {"head_dim": 32} if architecture == "qwen3" else {}
+    return family(
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=False,
+        **sizes,
+        **head,
+        **tokens,
+    )
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<pad>", "<s>", "</s>"]
+    vocabulary = {token: i for i, token in enumerate(special + alphabet[: 256 - len(special)])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
