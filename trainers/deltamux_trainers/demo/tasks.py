@@ -1,0 +1,133 @@
+"""The demo's three tenants: what each wants from the base model, its examples, and the score of an answer.
+
+``python -m deltamux_trainers.demo.tasks --output DIR`` writes every tenant's train.jsonl and eval.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+from deltamux_trainers.demo.phrases import dated, order, ticket
+from deltamux_trainers.demo.skills import Exchange, Message, messages
+
+TRAIN_EXAMPLES = 2000
+EVAL_EXAMPLES = 60
+
+
+@dataclass(frozen=True)
+class TenantTask:
+    """One tenant's task, and the method that learns it.
+
+    Attributes:
+        tenant: also the tenant's name on the server.
+        adapter: the adapter's name on the server.
+        method: the fine-tuning method, as the registry knows it.
+        title: what the tenant wants, for people.
+        exchange: draws one example; True asks for the held-out part of the vocabulary, False for the rest.
+        options: the method's options.
+        training: the trainer's options.
+    """
+
+    tenant: str
+    adapter: str
+    method: str
+    title: str
+    exchange: Callable[[Random, bool], Exchange]
+    options: Mapping[str, object] = field(default_factory=dict)
+    training: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def resource(self) -> str:
+        return f"tenants/{self.tenant}/adapters/{self.adapter}"
+
+    def examples(self, count: int, *, held_out: bool, seed: int = 0) -> list[list[Message]]:
+        """Returns ``count`` different dialogues; held-out ones share no example with the others."""
+        rng = Random(f"{self.tenant} {held_out} {seed}")
+        drawn: dict[str, Exchange] = {}
+        while len(drawn) < count:
+            example = self.exchange(rng, held_out)
+            drawn.setdefault(example.user, example)
+        return [messages(None, example) for example in drawn.values()]
+
+    def write(self, folder: Path, *, train: int = TRAIN_EXAMPLES, evaluate: int = EVAL_EXAMPLES) -> None:
+        """Writes train.jsonl and eval.jsonl, one ``{"messages": [...]}`` a line."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, count, held_out in (("train", train, False), ("eval", evaluate, True)):
+            lines = (json.dumps({"messages": each}) for each in self.examples(count, held_out=held_out))
+            (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def score(answers: Sequence[str], expected: Sequence[str]) -> float:
+    """Returns the share of answers that are right to the letter, but for white space around them."""
+    return sum(a.strip() == e.strip() for a, e in zip(answers, expected, strict=True)) / len(expected)
+
+
+def routing_label(rng: Random, held_out: bool) -> Exchange:
+    """acme's help desk routes tickets by a JSON label with its own words for queue and priority."""
+    it = ticket(rng, held_out)
+    queue = {
+        "billing": "finance",
+        "delivery": "logistics",
+        "account": "identity",
+        "technical": "engineering",
+        "sales": "growth",
+    }[it.topic]
+    priority = {"high": "P1", "normal": "P2", "low": "P3"}[it.urgency]
+    return Exchange(it.text, json.dumps({"queue": queue, "priority": priority}))
+
+
+def packing_slip(rng: Random, held_out: bool) -> Exchange:
+    """globex's warehouse wants an order as one line in its house style."""
+    it = order(rng, held_out)
+    return Exchange(it.text, f"{it.quantity} x {it.item} -> {it.city} [{'EXPRESS' if it.express else 'standard'}]")
+
+
+def iso_date(rng: Random, held_out: bool) -> Exchange:
+    """initech's archive files everything by its ISO date."""
+    it = dated(rng, held_out)
+    return Exchange(it.text, f"{it.date:%Y-%m-%d}")
+
+
+TASKS = (
+    TenantTask(
+        tenant="acme",
+        adapter="tickets",
+        method="lora",
+        title="support ticket -> routing label in JSON",
+        exchange=routing_label,
+        options={"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+    ),
+    TenantTask(
+        tenant="globex",
+        adapter="orders",
+        method="houlsby",
+        title="order -> packing slip in the house style",
+        exchange=packing_slip,
+        options={},
+    ),
+    TenantTask(
+        tenant="initech",
+        adapter="dates",
+        method="prefix",
+        title="sentence -> ISO date",
+        exchange=iso_date,
+        options={"num_virtual_tokens": 16},
+    ),
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m deltamux_trainers.demo.tasks", description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="folder of the tenants' folders")
+    folder: Path = parser.parse_args(arguments).output
+    for task in TASKS:
+        task.write(folder / task.tenant)
+
+
+if __name__ == "__main__":
+    main()
