@@ -96,8 +96,7 @@ async def test_eviction_waits_for_the_last_request(engine: Engine, base: BaseMod
     ref = worlds.saved(worlds.random_bottleneck(base, 500), tmp_path, "evicted")
     before = await served(engine, (3, 4, 5), ref, 60, "before-eviction")
     running = asyncio.create_task(served(engine, (3, 4, 5), ref, 60, "during-eviction"))
-    while not (await engine.stats()).running:
-        await asyncio.sleep(0.005)
+    await settled(engine, running=1)
     await engine.evict(ref.digest)
     assert_same(before, await running)
     ref.path.unlink()

@@ -110,7 +110,7 @@ def save_base(directory: Path, architecture: str) -> Path:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(_config(architecture))
+    model = AutoModelForCausalLM.from_config(_config(architecture))  # type: ignore[no-untyped-call]  # untyped in transformers
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" not in name and "ln_" not in name:
@@ -123,11 +123,16 @@ def save_base(directory: Path, architecture: str) -> Path:
 def _config(architecture: str) -> Any:
     from transformers import GPT2Config, LlamaConfig, OPTConfig, Qwen2Config, Qwen3Config
 
-    tokens = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    tokens: dict[str, Any] = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     if architecture == "gpt2":
         return GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=256, **tokens)
     if architecture == "opt":
-        sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128, "max_position_embeddings": 256}
+        sizes: dict[str, Any] = {
+            "hidden_size": 64,
+            "word_embed_proj_dim": 64,
+            "ffn_dim": 128,
+            "max_position_embeddings": 256,
+        }
         return OPTConfig(num_hidden_layers=2, num_attention_heads=2, **sizes, **tokens)
     family: Any = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[architecture]
     sizes = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}
@@ -153,4 +158,6 @@ def _tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers leaves it so
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
