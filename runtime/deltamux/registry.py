@@ -52,11 +52,15 @@ class Method:
     def parse(self, values: Mapping[str, Any]) -> Any:
         """Returns the method's config from the values of adapter_config.json, a YAML file or ``--set``.
 
+        Null stands for a field's default.
+
         Raises:
             InvalidConfigError: unknown keys (all of them named), or a value out of range.
         """
         fields = {f.name for f in dataclasses.fields(self.info.config_class)}
-        unknown = sorted(set(values) - fields - self.info.ignored_keys - {"peft_type"})
+        # A key that is null, false or empty changes nothing, whatever a newer library may mean by it.
+        given = {key for key, value in values.items() if value not in (None, False, "", [], {})}
+        unknown = sorted(given - fields - self.info.ignored_keys - {"peft_type"})
         if unknown:
             raise InvalidConfigError(
                 f"method {self.name!r} has no option {', '.join(map(repr, unknown))}; "
@@ -64,7 +68,7 @@ class Method:
                 metadata={"field": unknown[0], "method": self.name},
             )
         try:
-            return self.info.config_class(**{key: value for key, value in values.items() if key in fields})
+            return self.info.config_class(**{k: v for k, v in values.items() if k in fields and v is not None})
         except (TypeError, ValueError) as error:
             raise InvalidConfigError(f"method {self.name!r}: {error}", metadata={"method": self.name}) from error
 

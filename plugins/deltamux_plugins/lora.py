@@ -1,0 +1,234 @@
+"""LoRA: a low-rank change of chosen projections.
+
+Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA's scale: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
+
+    y = W x + s B (A x),   A [r, in], B [out, r],   s = alpha / r  (rsLoRA: alpha / sqrt(r))
+
+Served as `LowRank` at every target; trained biases as `Bias` and `NormAffine`. Files are PEFT's.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas import BaseModel, Bias, LinearSite, LowRank, NormAffine, NormSite, Op, Program
+from deltamux.errors import InvalidAdapterError, InvalidConfigError
+from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+
+PREFIX = "base_model.model."
+ALL_LINEAR = "all-linear"
+# These initialisations move a part of the base's weights into the factors: such an adapter fits its own changed base only.
+CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq")
+BOOKKEEPING = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "task_type",
+        "peft_version",
+        "fan_in_fan_out",
+        "megatron_core",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+        "qalora_group_size",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """PEFT's LoraConfig, as far as it changes what is served.
+
+    Attributes:
+        r: rank.
+        lora_alpha: numerator of the scale.
+        target_modules: module names or their endings, a regular expression over whole paths, or "all-linear".
+        exclude_modules: as target_modules; wins over it.
+        layers_to_transform: layer indices to restrict the targets to.
+        rank_pattern: rank by pattern over paths; the first that matches the path's end wins.
+        alpha_pattern: likewise for lora_alpha.
+        lora_dropout: while training.
+        bias: none, all (every bias of the base is trained) or lora_only (those of the targets).
+        init_lora_weights: True (A Kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero).
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: tuple[str, ...] | str = ALL_LINEAR
+    exclude_modules: tuple[str, ...] | str | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: tuple[str, ...] | str | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    init_lora_weights: bool | str = True
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "target_modules", self.target_modules or ALL_LINEAR)
+        ranks = [self.r, *self.rank_pattern.values()]
+        if not all(isinstance(r, int) and r > 0 for r in ranks):
+            raise _invalid("r", f"and rank_pattern hold positive integers, not {ranks}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise _invalid("lora_dropout", f"is a probability below 1, not {self.lora_dropout}")
+        if self.bias not in ("none", "all", "lora_only"):
+            raise _invalid("bias", f"is none, all or lora_only, not {self.bias!r}")
+        init = self.init_lora_weights
+        if isinstance(init, str) and init.startswith(CHANGES_THE_BASE):
+            raise _invalid(
+                "init_lora_weights", f"{init!r} changes the base's weights too: convert the adapter to plain LoRA"
+            )
+
+    def rank(self, site: LinearSite) -> int:
+        return self.rank_pattern.get(_pattern(self.rank_pattern, site.name), self.r)
+
+    def scale(self, site: LinearSite) -> float:
+        alpha = self.alpha_pattern.get(_pattern(self.alpha_pattern, site.name), self.lora_alpha)
+        rank = self.rank(site)
+        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+# Train.
+
+
+@hookimpl
+def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    parameters: dict[str, ParameterSpec] = {}
+    for site in _targets(config, base):
+        rank = config.rank(site)
+        init = torch.nn.init.zeros_
+        parameters[f"{PREFIX}{site.name}.lora_A.weight"] = ParameterSpec(
+            (rank, site.in_features), _init_a(config, rank)
+        )
+        parameters[f"{PREFIX}{site.name}.lora_B.weight"] = ParameterSpec((site.out_features, rank), init)
+    for site_with_bias, name in _biases(config, base):
+        features = site_with_bias.out_features if isinstance(site_with_bias, LinearSite) else site_with_bias.features
+        parameters[name] = ParameterSpec((features,), _copy_of(base, f"{site_with_bias.name}.bias"))
+    return parameters
+
+
+@hookimpl
+def deltamux_config(config: LoRAConfig, base: BaseModel) -> dict[str, Any]:
+    targets = sorted({site.name.rpartition(".")[2] for site in _targets(config, base)})
+    spelt = config if config.target_modules != ALL_LINEAR else replace(config, target_modules=tuple(targets))
+    transposed = any(site.transposed for site in _targets(config, base))
+    return {**asdict(spelt), "task_type": "CAUSAL_LM", "inference_mode": True, "fan_in_fan_out": transposed}
+
+
+# Inference, and merging through the ops.
+
+
+@hookimpl
+def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
+    rows: list[tuple[str, Op]] = []
+    for site in _targets(config, base):
+        a = tensors[f"{PREFIX}{site.name}.lora_A.weight"]
+        b = tensors[f"{PREFIX}{site.name}.lora_B.weight"]
+        if a.dim() != 2 or a.shape[0] != config.rank(site):
+            raise InvalidAdapterError(
+                f"{site.name}.lora_A has shape {list(a.shape)}, but adapter_config.json gives it rank {config.rank(site)}",
+                reason="RANK_MISMATCH",
+                metadata={"tensor": f"{PREFIX}{site.name}.lora_A.weight", "rank": str(config.rank(site))},
+            )
+        rows.append((site.name, LowRank(a, b, config.scale(site), config.lora_dropout)))
+    for site_with_bias, name in _biases(config, base):
+        change = tensors[name] - base.tensor(f"{site_with_bias.name}.bias").to(tensors[name].dtype)
+        op: Op = Bias(change) if isinstance(site_with_bias, LinearSite) else NormAffine(bias=change)
+        rows.append((site_with_bias.name, op))
+    return Program.of(rows)
+
+
+# What is targeted.
+
+
+def _targets(config: LoRAConfig, base: BaseModel) -> list[LinearSite]:
+    targets = [site for site in base.linears if _is_target(config, site)]
+    if not targets:
+        raise InvalidConfigError(
+            f"target_modules {config.target_modules!r} names no projection of {base.architecture}; it has: "
+            + ", ".join(sorted({site.name.rpartition(".")[2] for site in base.linears})),
+            metadata={"field": "target_modules"},
+        )
+    return targets
+
+
+def _is_target(config: LoRAConfig, site: LinearSite) -> bool:
+    if config.exclude_modules and _matches(config.exclude_modules, site.name):
+        return False
+    if config.target_modules != ALL_LINEAR and not _matches(config.target_modules, site.name):
+        return False
+    if config.layers_to_transform is None or isinstance(config.target_modules, str):
+        return True
+    wanted = config.layers_to_transform
+    return site.layer == wanted if isinstance(wanted, int) else site.layer in wanted
+
+
+def _matches(names: tuple[str, ...] | str, path: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in names)
+
+
+def _pattern(patterns: Mapping[str, Any], path: str) -> str:
+    """Returns the first pattern that matches the end of a path, as PEFT looks ranks and alphas up."""
+    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", path)), path)
+
+
+def _biases(config: LoRAConfig, base: BaseModel) -> Iterator[tuple[LinearSite | NormSite, str]]:
+    """Yields the sites whose bias is trained, with the name of PEFT's tensor, which holds the bias's new value."""
+    if config.bias == "none":
+        return
+    targets = {site.name for site in _targets(config, base)}
+    for site in base.linears:
+        if site.has_bias and site.name in targets:
+            yield site, f"{PREFIX}{site.name}.base_layer.bias"
+        elif site.has_bias and config.bias == "all":
+            yield site, f"{PREFIX}{site.name}.bias"
+    if config.bias == "all":
+        yield from ((norm, f"{PREFIX}{norm.name}.bias") for norm in base.norms if norm.has_bias)
+
+
+def _init_a(config: LoRAConfig, rank: int) -> Any:
+    if config.init_lora_weights == "gaussian":
+        return lambda tensor: torch.nn.init.normal_(tensor, std=1 / rank)
+    return lambda tensor: torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+
+
+def _copy_of(base: BaseModel, name: str) -> Any:
+    return lambda tensor: tensor.copy_(base.tensor(name))
+
+
+def _invalid(name: str, problem: str) -> InvalidConfigError:
+    return InvalidConfigError(f"{name} {problem}", metadata={"field": name})
+
+
+@hookimpl
+def deltamux_method() -> MethodInfo:
+    return MethodInfo(
+        name="lora",
+        title="LoRA",
+        summary="low-rank factors at chosen projections",
+        paper="https://arxiv.org/abs/2106.09685",
+        peft_type="LORA",
+        config_class=LoRAConfig,
+        ignored_keys=BOOKKEEPING,
+        merges=True,
+        in_peft=True,
+        learning_rate=2e-4,
+        learning_rate_source="QLoRA (arXiv:2305.14314), table 9: 2e-4 up to 13B",
+    )

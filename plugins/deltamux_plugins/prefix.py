@@ -1,0 +1,196 @@
+"""Prefix tuning: trained keys and values in front of every layer's cache.
+
+Li & Liang 2021, https://arxiv.org/abs/2101.00190; without the MLP in every layer, it is P-tuning v2 (Liu et al. 2022,
+https://arxiv.org/abs/2110.07602).
+
+    K_l = [P_l^K; K_l],  V_l = [P_l^V; V_l],   P [n, 2 layers, kv_heads, head_dim]
+    reparameterised while training: P = MLP(E), E [n, kv_heads * head_dim]
+
+Served as a `KVPrefix` at every attention. Files are PEFT's: ``prompt_embeddings`` [n, layers * 2 * kv_heads * head_dim],
+the MLP already applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas import BaseModel, KVPrefix, Program
+from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidConfigError, NotMergeableError
+from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+
+TENSOR = "prompt_embeddings"
+BOOKKEEPING = frozenset(
+    [
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "task_type",
+        "peft_version",
+        "modules_to_save",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """PEFT's PrefixTuningConfig.
+
+    Attributes:
+        num_virtual_tokens: n.
+        prefix_projection: whether training goes through the MLP; the files are the same either way.
+        encoder_hidden_size: inner width of the MLP; None takes kv_heads * head_dim.
+        init_weights: None (normal, as torch's Embedding and Linear start) or "zero".
+        token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the base (token_dim
+            is kv_heads * head_dim, num_attention_heads is kv_heads); checked where given.
+    """
+
+    num_virtual_tokens: int = 16
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    init_weights: str | None = None
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_transformer_submodules: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.num_virtual_tokens, int) and self.num_virtual_tokens > 0):
+            raise _invalid("num_virtual_tokens", f"is a positive integer, not {self.num_virtual_tokens!r}")
+        if self.init_weights not in (None, "zero"):
+            raise _invalid("init_weights", f"is null or 'zero', not {self.init_weights!r}")
+        if self.num_transformer_submodules not in (None, 1):
+            raise _invalid("num_transformer_submodules", "is 1 for a decoder")
+
+    def check(self, base: BaseModel) -> None:
+        """Raises BaseMismatchError where the config describes another base than the present one."""
+        own = {
+            "token_dim": _token_dim(base),
+            "num_layers": base.dims.num_layers,
+            "num_attention_heads": base.dims.num_kv_heads,
+        }
+        for name, expected in own.items():
+            given = getattr(self, name)
+            if given is not None and given != expected:
+                raise BaseMismatchError(
+                    f"the prefix was made for a base with {name} {given}; this one has {expected}",
+                    metadata={"field": name},
+                )
+
+
+# Train.
+
+
+@hookimpl
+def deltamux_parameters(config: PrefixConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    config.check(base)
+    n, token_dim = config.num_virtual_tokens, _token_dim(base)
+    flat = base.dims.num_layers * 2 * token_dim
+    last = torch.nn.init.zeros_ if config.init_weights == "zero" else torch.nn.init.normal_
+    if not config.prefix_projection:
+        return {TENSOR: ParameterSpec((n, flat), last)}
+    hidden = config.encoder_hidden_size or token_dim
+    zero = config.init_weights == "zero"
+    return {
+        "embedding": ParameterSpec((n, token_dim), torch.nn.init.normal_),
+        "transform.0.weight": ParameterSpec((hidden, token_dim), _uniform(token_dim)),
+        "transform.0.bias": ParameterSpec((hidden,), _uniform(token_dim)),
+        "transform.2.weight": ParameterSpec((flat, hidden), last if zero else _uniform(hidden)),
+        "transform.2.bias": ParameterSpec((flat,), last if zero else _uniform(hidden)),
+    }
+
+
+@hookimpl
+def deltamux_export(config: PrefixConfig, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    if not config.prefix_projection:
+        return parameters
+    hidden = parameters["embedding"] @ parameters["transform.0.weight"].t() + parameters["transform.0.bias"]
+    return {TENSOR: torch.tanh(hidden) @ parameters["transform.2.weight"].t() + parameters["transform.2.bias"]}
+
+
+@hookimpl
+def deltamux_config(config: PrefixConfig, base: BaseModel) -> dict[str, Any]:
+    return {
+        "num_virtual_tokens": config.num_virtual_tokens,
+        "prefix_projection": config.prefix_projection,
+        "encoder_hidden_size": config.encoder_hidden_size or _token_dim(base),
+        "init_weights": config.init_weights,
+        "token_dim": _token_dim(base),
+        "num_layers": base.dims.num_layers,
+        "num_attention_heads": base.dims.num_kv_heads,
+        "num_transformer_submodules": 1,
+        "task_type": "CAUSAL_LM",
+        "inference_mode": True,
+    }
+
+
+# Merge.
+
+
+@hookimpl
+def deltamux_merge(config: PrefixConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    raise NotMergeableError(
+        "prefix tuning cannot be merged: its prefix is keys and values in front of the cache, not a change of any weight. "
+        "Serve it as an adapter, or train LoRA instead",
+        metadata={"method": "prefix"},
+    )
+
+
+# Inference.
+
+
+@hookimpl
+def deltamux_program(config: PrefixConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
+    config.check(base)
+    flat = tensors[TENSOR]
+    expected = (config.num_virtual_tokens, base.dims.num_layers * 2 * _token_dim(base))
+    if flat.dim() != 2 or flat.shape[0] != expected[0]:
+        raise InvalidAdapterError(
+            f"{TENSOR} has shape {list(flat.shape)}, but adapter_config.json says {expected[0]} virtual tokens",
+            metadata={"tensor": TENSOR},
+        )
+    if tuple(flat.shape) != expected:
+        raise BaseMismatchError(
+            f"{TENSOR} has shape {list(flat.shape)}, but this base model needs {list(expected)}",
+            metadata={"tensor": TENSOR},
+        )
+    dims = base.dims
+    pairs = flat.view(expected[0], 2 * dims.num_layers, dims.num_kv_heads, dims.head_dim).unbind(1)
+    return Program.of(
+        (site.name, KVPrefix(key=pairs[2 * site.layer], value=pairs[2 * site.layer + 1])) for site in base.attentions
+    )
+
+
+def _token_dim(base: BaseModel) -> int:
+    return base.dims.num_kv_heads * base.dims.head_dim
+
+
+def _uniform(fan_in: int) -> Any:
+    bound = fan_in**-0.5
+    return lambda tensor: torch.nn.init.uniform_(tensor, -bound, bound)
+
+
+def _invalid(name: str, problem: str) -> InvalidConfigError:
+    return InvalidConfigError(f"{name} {problem}", metadata={"field": name})
+
+
+@hookimpl
+def deltamux_method() -> MethodInfo:
+    return MethodInfo(
+        name="prefix",
+        title="Prefix tuning",
+        summary="keys and values in front of every layer's cache",
+        paper="https://arxiv.org/abs/2101.00190",
+        peft_type="PREFIX_TUNING",
+        config_class=PrefixConfig,
+        ignored_keys=BOOKKEEPING,
+        merges=False,
+        in_peft=True,
+        learning_rate=1e-3,
+        learning_rate_source="PEFT's method comparison on MetaMathQA: prefix tuning .186 to .416 with a larger rate",
+    )
