@@ -24,25 +24,25 @@ from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 
 PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
-# These initialisations move a part of the base's weights into the factors: such an adapter fits its own changed base only.
+# These initialisations move a part of the base's weights into the factors: the adapter fits its own changed base only.
 CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq")
 BOOKKEEPING = frozenset(
-    [
+    {
         "auto_mapping",
         "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "task_type",
-        "peft_version",
-        "fan_in_fan_out",
-        "megatron_core",
-        "loftq_config",
-        "eva_config",
         "corda_config",
+        "eva_config",
+        "fan_in_fan_out",
+        "inference_mode",
+        "loftq_config",
         "lora_ga_config",
-        "runtime_config",
+        "megatron_core",
+        "peft_version",
         "qalora_group_size",
-    ]
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
 )
 
 
@@ -141,7 +141,7 @@ def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, 
         b = tensors[f"{PREFIX}{site.name}.lora_B.weight"]
         if a.dim() != 2 or a.shape[0] != config.rank(site):
             raise InvalidAdapterError(
-                f"{site.name}.lora_A has shape {list(a.shape)}, but adapter_config.json gives it rank {config.rank(site)}",
+                f"{site.name}.lora_A has shape {list(a.shape)}, but adapter_config.json says rank {config.rank(site)}",
                 reason="RANK_MISMATCH",
                 metadata={"tensor": f"{PREFIX}{site.name}.lora_A.weight", "rank": str(config.rank(site))},
             )

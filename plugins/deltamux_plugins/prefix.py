@@ -6,8 +6,8 @@ https://arxiv.org/abs/2110.07602).
     K_l = [P_l^K; K_l],  V_l = [P_l^V; V_l],   P [n, 2 layers, kv_heads, head_dim]
     reparameterised while training: P = MLP(E), E [n, kv_heads * head_dim]
 
-Served as a `KVPrefix` at every attention. Files are PEFT's: ``prompt_embeddings`` [n, layers * 2 * kv_heads * head_dim],
-the MLP already applied.
+Served as a `KVPrefix` at every attention. Files are PEFT's: ``prompt_embeddings``
+[n, layers * 2 * kv_heads * head_dim], the MLP already applied.
 """
 
 from __future__ import annotations
@@ -25,15 +25,7 @@ from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 
 TENSOR = "prompt_embeddings"
 BOOKKEEPING = frozenset(
-    [
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "task_type",
-        "peft_version",
-        "modules_to_save",
-    ]
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 )
 
 
@@ -46,8 +38,8 @@ class PrefixConfig:
         prefix_projection: whether training goes through the MLP; the files are the same either way.
         encoder_hidden_size: inner width of the MLP; None takes kv_heads * head_dim.
         init_weights: None (normal, as torch's Embedding and Linear start) or "zero".
-        token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the base (token_dim
-            is kv_heads * head_dim, num_attention_heads is kv_heads); checked where given.
+        token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the base
+            (token_dim is kv_heads * head_dim, num_attention_heads is kv_heads); checked where given.
     """
 
     num_virtual_tokens: int = 16
@@ -135,8 +127,8 @@ def deltamux_config(config: PrefixConfig, base: BaseModel) -> dict[str, Any]:
 @hookimpl
 def deltamux_merge(config: PrefixConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     raise NotMergeableError(
-        "prefix tuning cannot be merged: its prefix is keys and values in front of the cache, not a change of any weight. "
-        "Serve it as an adapter, or train LoRA instead",
+        "prefix tuning cannot be merged: its prefix is keys and values in front of the cache, not a change of any "
+        "weight. Serve it as an adapter, or train LoRA instead",
         metadata={"method": "prefix"},
     )
 
@@ -191,6 +183,6 @@ def deltamux_method() -> MethodInfo:
         ignored_keys=BOOKKEEPING,
         merges=False,
         in_peft=True,
-        learning_rate=1e-3,
-        learning_rate_source="PEFT's method comparison on MetaMathQA: prefix tuning .186 to .416 with a larger rate",
+        learning_rate=5e-3,
+        learning_rate_source="P-tuning v2's published scripts: 5e-3 to 1e-2",
     )
