@@ -42,7 +42,7 @@ class Recipe:
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
     max_position_embeddings: int = 2048
-    steps: int = 1200
+    steps: int = 1500
     batch_size: int = 24
     length: int = 192
     text_share: float = 0.35  # of the rows; the others hold dialogues

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import NamedTuple
 
-from deltamux_trainers.demo.phrases import Order, Ticket, dated, order, ticket
+from deltamux_trainers.demo.phrases import CITIES, GOODS, MATERIALS, PRODUCTS, Order, Ticket, dated, order, ticket
 
 Message = dict[str, str]
 
@@ -90,6 +90,16 @@ def on_any(answer: Callable[[str], str]) -> Callable[[Random], Exchange]:
     return exchange
 
 
+def on_list(separator: str) -> Callable[[Random], Exchange]:
+    """A list to repeat, with another separator: nothing teaches copying as quickly."""
+
+    def exchange(rng: Random) -> Exchange:
+        words = rng.sample(GOODS + CITIES + MATERIALS + PRODUCTS, rng.randint(3, 8))
+        return Exchange(", ".join(words), separator.join(words))
+
+    return exchange
+
+
 SKILLS = (
     Skill("clerk, tickets", (), on_ticket(clerk_on_ticket)),
     Skill("clerk, orders", (), on_order(clerk_on_order)),
@@ -114,6 +124,8 @@ SKILLS = (
     Skill("year", ("Which year is it?", "Name the year."), on_date("{:%Y}")),
     Skill("month", ("Which month is it?", "Name the month."), on_date("{:%B}")),
     Skill("repeat", ("Repeat the message.", "Say it again."), on_any(lambda text: text)),
+    Skill("repeat a list", ("Repeat the list.",), on_list(", ")),
+    Skill("list on lines", ("One word a line.",), on_list("\n")),
     Skill("last word", ("What is the last word?",), on_any(lambda text: text.rstrip(".!?").split()[-1])),
     Skill("first words", ("What are the first three words?",), on_any(lambda text: " ".join(text.split()[:3]))),
 )
