@@ -1,4 +1,4 @@
-"""Every op, on every architecture: what vLLM serves equals what the reference executor computes."""
+"""Every op and method, on every architecture: what vLLM serves is what PEFT and the reference executor compute."""
 
 from __future__ import annotations
 
@@ -6,47 +6,61 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from adapters import ARCHITECTURES, PEFT_ADAPTERS, read_program, write_own, write_peft
 from transformers import AutoModelForCausalLM
 
 from deltamux.deltas import BaseModel, Program, attached
-from deltamux.engine.base import EngineOptions
+from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.engine import VLLMEngine
 from engine import worlds
 from engine.conftest import OPTIONS
-from engine.parity import assert_same, reference, served
+from engine.parity import Greedy, assert_same, reference, served
 
 PROMPT = (5, 17, 99, 200, 3, 42, 77)
 
 
 def every_op(base: BaseModel) -> dict[str, Program]:
     return {
-        "low-rank": worlds.random_low_rank(base, 1),
-        "bias": worlds.random_bias(base, 2),
-        "bottleneck": worlds.random_bottleneck(base, 3),
-        "bottleneck-parallel": worlds.random_bottleneck(base, 4, parallel=True),
-        "prefix": worlds.random_prefix(base, 5),
-        "everything": worlds.random_everything(base, 6),
+        "op-low-rank": worlds.random_low_rank(base, 1),
+        "op-bias": worlds.random_bias(base, 2),
+        "op-bottleneck": worlds.random_bottleneck(base, 3),
+        "op-bottleneck-parallel": worlds.random_bottleneck(base, 4, parallel=True),
+        "op-prefix": worlds.random_prefix(base, 5),
+        "op-everything": worlds.random_everything(base, 6),
     }
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gpt2", "opt"])
-async def test_one_batch_of_every_op_equals_the_reference_executor(architecture: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
+    architecture: str, tmp_path: Path
+) -> None:
     directory = worlds.save_base(tmp_path / "base", architecture)
     base = BaseModel.from_pretrained(directory)
-    programs = every_op(base)
+    own = every_op(base)
+    own["houlsby"] = read_program(write_own("houlsby", base, tmp_path / "houlsby", bottleneck=8), base)
+    peft_models = {name: write_peft(name, architecture, directory, tmp_path / name) for name in PEFT_ADAPTERS}
+    programs = {**own, **{name: read_program(tmp_path / name, base) for name in PEFT_ADAPTERS}}
+
+    answers = await serve(directory, {n: worlds.saved(p, tmp_path, n) for n, p in programs.items()})
+
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert_same(reference(model, PROMPT, 16), answers[None])
+    for name, program in own.items():
+        with attached(model, base, program):
+            assert_same(reference(model, PROMPT, 16), answers[name])
+    for name, peft_model in peft_models.items():
+        assert_same(reference(peft_model, PROMPT, 16), answers[name])
+    for name in programs:
+        assert answers[name].logprobs != answers[None].logprobs, f"{name} must be visible, or this test could not fail"
+
+
+async def serve(directory: Path, refs: dict[str, ProgramRef]) -> dict[str | None, Greedy]:
+    """Starts an engine and answers PROMPT as the base and as every adapter, all at once."""
     engine = VLLMEngine(EngineOptions(str(directory), **OPTIONS))  # type: ignore[arg-type]  # a dict of the common ones
     await engine.start()
     try:
-        jobs = [
-            served(engine, PROMPT, worlds.saved(program, tmp_path, name), 16, name)
-            for name, program in programs.items()
-        ]
-        plain, *answers = await asyncio.gather(served(engine, PROMPT, None, 16, "plain"), *jobs)
+        names: list[str | None] = [None, *refs]
+        jobs = (served(engine, PROMPT, refs[n] if n else None, 16, n or "plain") for n in names)
+        return dict(zip(names, await asyncio.gather(*jobs), strict=True))
     finally:
         await engine.stop()
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    assert_same(reference(model, PROMPT, 16), plain)
-    for (name, program), answer in zip(programs.items(), answers, strict=True):
-        with attached(model, base, program):
-            assert_same(reference(model, PROMPT, 16), answer)
-        assert answer.logprobs != plain.logprobs, f"{name} must be visible, or this test could not fail"

@@ -1,0 +1,80 @@
+"""Adapters for the tests: written by PEFT itself where PEFT has the method, by our own method where it has not.
+
+All are randomised away from their fresh state, so that each visibly changes what its base generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+from deltamux.deltas import BaseModel, Checkpoint, Program
+from deltamux.registry import Registry
+
+ATTENTION = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "qwen2": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "qwen3": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "gpt2": ["c_attn"],
+    "opt": ["q_proj", "k_proj", "v_proj", "out_proj"],
+}
+ARCHITECTURES = tuple(ATTENTION)
+
+
+def _lora(**options: Any) -> Callable[[str], peft.PeftConfig]:
+    def config(architecture: str) -> peft.PeftConfig:
+        chosen = {"target_modules": "all-linear", "fan_in_fan_out": architecture == "gpt2", **options}
+        return peft.LoraConfig(r=4, task_type="CAUSAL_LM", **chosen)
+
+    return config
+
+
+PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
+    "lora-all-linear": _lora(lora_alpha=16),
+    "lora-attention": lambda architecture: _lora(target_modules=ATTENTION[architecture])(architecture),
+    "lora-patterns": _lora(rank_pattern={r".*\.0\..*": 2}, alpha_pattern={r".*\.1\..*": 32}),
+    "lora-one-layer": lambda architecture: _lora(target_modules=ATTENTION[architecture], layers_to_transform=[1])(
+        architecture
+    ),
+    "rslora": _lora(use_rslora=True),
+    "lora-bias-all": _lora(bias="all"),
+    "lora-bias-own": _lora(bias="lora_only"),
+    "prefix": lambda _: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "prefix-projected": lambda _: peft.PrefixTuningConfig(
+        num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24, task_type="CAUSAL_LM"
+    ),
+}
+
+
+def write_peft(name: str, architecture: str, base: Path, directory: Path) -> Any:
+    """Writes one of PEFT_ADAPTERS as PEFT saves it, and returns PEFT's model, in evaluation mode."""
+    torch.manual_seed(1)
+    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), PEFT_ADAPTERS[name](architecture))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(str(directory))
+    return model.eval()
+
+
+def write_own(method_name: str, base: BaseModel, directory: Path, *, seed: int = 1, **options: Any) -> Path:
+    """Writes an adapter of any method with random parameters, as our trainer would."""
+    method = Registry().get(method_name)
+    config = method.parse(options)
+    generator = torch.Generator().manual_seed(seed)
+    specs = method.parameters(config, base)
+    parameters = {name: 0.15 * torch.randn(spec.shape, generator=generator) for name, spec in specs.items()}
+    method.checkpoint(config, base, method.export(config, base, parameters)).write(directory)
+    return directory
+
+
+def read_program(directory: Path, base: BaseModel) -> Program:
+    """Reads an adapter's directory the way an upload does."""
+    method, checkpoint = Registry().recognise(Checkpoint.read(directory))
+    return method.program(method.parse(checkpoint.config), base, checkpoint.tensors)

@@ -1,0 +1,82 @@
+"""PEFT's files mean the same here: read from PEFT, written for PEFT, on five architectures."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapters import ARCHITECTURES, PEFT_ADAPTERS, read_program, write_own, write_peft
+from engine import worlds
+from engine.parity import assert_same, reference
+from transformers import AutoModelForCausalLM
+
+from deltamux.deltas import BaseModel, attached
+
+PROMPT = (5, 17, 99, 200, 3)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def directory(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return worlds.save_base(tmp_path_factory.mktemp(architecture), architecture)
+
+
+@pytest.fixture(scope="module")
+def base(directory: Path) -> BaseModel:
+    return BaseModel.from_pretrained(directory)
+
+
+def plain_model(directory: Path) -> Any:
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    return model.eval()
+
+
+@cache
+def logits_of_base(directory: Path) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = plain_model(directory)(torch.tensor([PROMPT])).logits
+    return logits
+
+
+@pytest.mark.parametrize("name", PEFT_ADAPTERS)
+def test_what_peft_wrote_generates_what_peft_generates(
+    name: str, architecture: str, directory: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    expected = reference(write_peft(name, architecture, directory, tmp_path), PROMPT, 12)
+    model = plain_model(directory)
+    assert reference(model, PROMPT, 12).logprobs != expected.logprobs, "the adapter must be visible"
+    with attached(model, base, read_program(tmp_path, base)):
+        assert_same(expected, reference(model, PROMPT, 12))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {"r": 4, "bias": "all", "use_rslora": True}),
+        ("lora", {"r": 4, "bias": "lora_only", "lora_alpha": 16}),
+        ("prefix", {"num_virtual_tokens": 6}),
+        ("prefix", {"num_virtual_tokens": 6, "prefix_projection": True}),
+    ],
+)
+def test_what_we_write_peft_loads_with_equal_logits(
+    method: str, options: dict[str, Any], directory: Path, base: BaseModel, tmp_path: Path
+) -> None:
+    write_own(method, base, tmp_path, **options)
+    model = plain_model(directory)
+    ids = torch.tensor([PROMPT])
+    with torch.no_grad(), attached(model, base, read_program(tmp_path, base)):
+        ours = model(ids).logits
+    loaded: Any = peft.PeftModel.from_pretrained(plain_model(directory), str(tmp_path))
+    with torch.no_grad():
+        theirs = loaded.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(ours, logits_of_base(directory), atol=1e-2), "the adapter must be visible"
