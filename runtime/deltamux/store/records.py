@@ -1,0 +1,108 @@
+"""What the store knows, as small immutable records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import NamedTuple
+
+
+class VersionState(StrEnum):
+    """A version is routed while READY; DRAINING, it serves the requests that hold it and is gone with the last."""
+
+    READY = "READY"
+    DRAINING = "DRAINING"
+
+
+class AdapterKey(NamedTuple):
+    tenant: str
+    adapter: str
+
+    def __str__(self) -> str:
+        return f"tenants/{self.tenant}/adapters/{self.adapter}"
+
+
+class VersionKey(NamedTuple):
+    tenant: str
+    adapter: str
+    number: int
+
+    @property
+    def parent(self) -> AdapterKey:
+        return AdapterKey(self.tenant, self.adapter)
+
+    def __str__(self) -> str:
+        return f"{self.parent}/versions/{self.number}"
+
+
+@dataclass(frozen=True)
+class TenantRecord:
+    tenant: str
+    created: datetime
+
+
+@dataclass(frozen=True)
+class ApiKeyRecord:
+    """An API key; its secret is shown once, when it is made, and kept as a hash only."""
+
+    tenant: str
+    key: str
+    created: datetime
+
+
+@dataclass(frozen=True)
+class Canary:
+    """A version that gets `percent` of an adapter's traffic."""
+
+    number: int
+    percent: int
+
+
+@dataclass(frozen=True)
+class AdapterRecord:
+    """An adapter: a name that routes to one of its versions.
+
+    Attributes:
+        serving: number of the version that the name means.
+        previous: the one before it, which a rollback returns to.
+    """
+
+    key: AdapterKey
+    serving: int
+    previous: int | None
+    canary: Canary | None
+    pinned: bool
+    created: datetime
+    updated: datetime
+
+
+@dataclass(frozen=True)
+class CompiledAdapter:
+    """What the quarantine found out about an adapter that it admits.
+
+    Attributes:
+        digest: sha256 of the uploaded files, in hex: the version's identity.
+        rank: widest inner dimension of any op.
+        num_bytes: size of the compiled program.
+    """
+
+    digest: str
+    method: str
+    rank: int
+    num_virtual_tokens: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """One immutable version; `program` is the compiled file that the engine reads."""
+
+    key: VersionKey
+    compiled: CompiledAdapter
+    state: VersionState
+    created: datetime
+    program: Path
+    labels: Mapping[str, str] = field(default_factory=dict)

@@ -1,0 +1,96 @@
+"""Tenants and their API keys."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from deltamux.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
+from deltamux.store.records import ApiKeyRecord, TenantRecord
+
+if TYPE_CHECKING:
+    from deltamux.store.database import Database
+
+SECRET_PREFIX = "dmx_"
+
+
+class Tenants:
+    """Keys are random (256 bits), so that their hash needs no salt and no stretching."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(self, tenant: str) -> TenantRecord:
+        """Makes a tenant; raises AlreadyExistsError."""
+        with self._database.transaction():
+            if self._row(tenant) is not None:
+                raise AlreadyExistsError(f"tenants/{tenant} exists already", metadata={"name": f"tenants/{tenant}"})
+            self._database.run("INSERT INTO tenants VALUES (?, ?)", tenant, time.time())
+        return self.get(tenant)
+
+    def get(self, tenant: str) -> TenantRecord:
+        """Returns a tenant; raises NotFoundError."""
+        row = self._row(tenant)
+        if row is None:
+            raise NotFoundError(f"tenants/{tenant} does not exist", metadata={"name": f"tenants/{tenant}"})
+        return self._database.tenant(row)
+
+    def list(self, *, after: str = "", limit: int = 100) -> list[TenantRecord]:
+        """Returns tenants in order of name, beginning behind the name `after`."""
+        rows = self._database.all("SELECT * FROM tenants WHERE tenant > ? ORDER BY tenant LIMIT ?", after, limit)
+        return [self._database.tenant(row) for row in rows]
+
+    def delete(self, tenant: str) -> None:
+        """Removes a tenant and its keys.
+
+        Raises:
+            NotFoundError: no such tenant.
+            FailedPreconditionError: it has adapters; delete these first.
+        """
+        with self._database.transaction():
+            self.get(tenant)
+            if self._database.one("SELECT 1 FROM adapters WHERE tenant = ? AND NOT deleted", tenant):
+                raise FailedPreconditionError(
+                    f"tenants/{tenant} has adapters: delete them first, or force the deletion",
+                    reason="TENANT_NOT_EMPTY",
+                    metadata={"name": f"tenants/{tenant}"},
+                )
+            self._database.run("DELETE FROM tenants WHERE tenant = ?", tenant)
+
+    def create_key(self, tenant: str) -> tuple[ApiKeyRecord, str]:
+        """Makes an API key; its secret is returned here and never again."""
+        secret = SECRET_PREFIX + secrets.token_urlsafe(32)
+        key = secrets.token_hex(6)
+        with self._database.transaction():
+            self.get(tenant)
+            self._database.run("INSERT INTO api_keys VALUES (?, ?, ?, ?)", tenant, key, _hash(secret), time.time())
+        row = self._database.one("SELECT * FROM api_keys WHERE tenant = ? AND key = ?", tenant, key)
+        return self._database.api_key(row), secret
+
+    def keys(self, tenant: str, *, after: str = "", limit: int = 100) -> list[ApiKeyRecord]:
+        """Returns a tenant's keys, without secrets, beginning behind the key `after`."""
+        self.get(tenant)
+        sql = "SELECT * FROM api_keys WHERE tenant = ? AND key > ? ORDER BY key LIMIT ?"
+        return [self._database.api_key(row) for row in self._database.all(sql, tenant, after, limit)]
+
+    def delete_key(self, tenant: str, key: str) -> None:
+        """Revokes a key at once; raises NotFoundError."""
+        gone = self._database.run("DELETE FROM api_keys WHERE tenant = ? AND key = ?", tenant, key)
+        if not gone.rowcount:
+            name = f"tenants/{tenant}/keys/{key}"
+            raise NotFoundError(f"{name} does not exist", metadata={"name": name})
+
+    def verify(self, secret: str) -> str | None:
+        """Returns the tenant that a secret belongs to, or None."""
+        row = self._database.one("SELECT tenant FROM api_keys WHERE secret_hash = ?", _hash(secret))
+        return row["tenant"] if row else None
+
+    def _row(self, tenant: str) -> object | None:
+        row: object | None = self._database.one("SELECT * FROM tenants WHERE tenant = ?", tenant)
+        return row
+
+
+def _hash(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
