@@ -1,4 +1,4 @@
-"""The adapter store: immutable versions, an alias that moves between them atomically, and leases that deletion waits for.
+"""The adapter store: immutable versions, an alias that moves between them atomically, leases that deletion waits for.
 
 One server process owns a store. Every method may be called from any thread. What a method acknowledged by returning
 survives ``kill -9`` and a power cut; what it did not is undone when the store opens again.
@@ -162,10 +162,11 @@ class AdapterStore:
     def versions(self, key: AdapterKey, *, after: int = 0, limit: int = 100) -> list[VersionRecord]:
         """Returns an adapter's READY versions in order of number, beginning behind the number `after`."""
         self.adapter(key)
-        rows = self._database.all(
-            "SELECT * FROM versions WHERE tenant = ? AND adapter = ? AND number > ? AND state = ? ORDER BY number LIMIT ?",
-            *key, after, VersionState.READY, limit,
-        )  # fmt: skip
+        sql = (
+            "SELECT * FROM versions WHERE tenant = ? AND adapter = ? AND number > ? AND state = ?"
+            " ORDER BY number LIMIT ?"
+        )
+        rows = self._database.all(sql, *key, after, VersionState.READY, limit)
         return [self._database.version(row) for row in rows]
 
     @contextmanager

@@ -37,7 +37,7 @@ class Tenants:
             raise NotFoundError(f"tenants/{tenant} does not exist", metadata={"name": f"tenants/{tenant}"})
         return self._database.tenant(row)
 
-    def list(self, *, after: str = "", limit: int = 100) -> list[TenantRecord]:
+    def page(self, *, after: str = "", limit: int = 100) -> list[TenantRecord]:
         """Returns tenants in order of name, beginning behind the name `after`."""
         rows = self._database.all("SELECT * FROM tenants WHERE tenant > ? ORDER BY tenant LIMIT ?", after, limit)
         return [self._database.tenant(row) for row in rows]

@@ -1,0 +1,204 @@
+"""The quarantine: everything that could be wrong with an upload is found before a version of it can be routed.
+
+Order matters: sizes and the safetensors header first, by their bytes; then the config against the method, the tensors
+against the base, the values, and the budgets. Only then is the program compiled, and the version committed.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deltamux.deltas import BaseModel, Checkpoint, Program
+from deltamux.deltas.checkpoint import TENSORS_FILE
+from deltamux.errors import BaseMismatchError, BudgetExceededError, InvalidAdapterError
+from deltamux.registry import Method, Registry
+from deltamux.store import PROGRAM_FILE, AdapterKey, AdapterStore, CompiledAdapter, VersionRecord, content_digest
+
+MAX_HEADER_BYTES = 64 << 20
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What one adapter may need at most; see `ServeOptions`."""
+
+    max_rank: int
+    max_virtual_tokens: int
+    max_bytes: int
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What the uploader says of an upload.
+
+    Attributes:
+        method: the method it should be of; "" lets the files say.
+        expected_digest: the digest it should have; "" for none.
+        promote: see `AdapterStore.commit`.
+    """
+
+    key: AdapterKey
+    method: str = ""
+    expected_digest: str = ""
+    promote: bool | None = None
+    labels: dict[str, str] | None = None
+
+
+class Quarantine:
+    """Checks uploads against one base model, and commits what passes."""
+
+    def __init__(self, store: AdapterStore, registry: Registry, base: BaseModel, budgets: Budgets) -> None:
+        self._store = store
+        self._registry = registry
+        self._base = base
+        self._budgets = budgets
+
+    def admit(self, staged: Path, upload: Upload) -> VersionRecord:
+        """Checks, compiles and commits a staged upload. Reads files and computes: call it from a thread.
+
+        Raises:
+            InvalidAdapterError, InvalidConfigError, UnknownMethodError: the files are wrong, on any base.
+            BaseMismatchError: they were made for another base.
+            BudgetExceededError: they need more than the server gives one adapter.
+        """
+        check_header(staged / TENSORS_FILE)
+        digest = content_digest(staged)
+        if upload.expected_digest and upload.expected_digest != digest:
+            raise InvalidAdapterError(
+                f"the files have digest {digest}, not {upload.expected_digest} as announced", reason="DIGEST_MISMATCH"
+            )
+        method, program = self._program(Checkpoint.read(staged), upload.method)
+        self._check_budgets(program)
+        with torch.no_grad():
+            program.save(staged / PROGRAM_FILE)
+        compiled = CompiledAdapter(digest, method.name, program.rank(), program.num_virtual_tokens, program.num_bytes())
+        return self._store.commit(staged, upload.key, compiled, promote=upload.promote, labels=upload.labels)
+
+    def _program(self, checkpoint: Checkpoint, announced: str) -> tuple[Method, Program]:
+        method, checkpoint = self._registry.recognise(checkpoint)
+        if announced and method is not self._registry.get(announced):
+            raise InvalidAdapterError(
+                f"the upload is announced as {announced!r}, but its files are of method {method.name!r}",
+                reason="METHOD_MISMATCH",
+                metadata={"method": method.name},
+            )
+        config = method.parse(checkpoint.config)
+        self._check_fingerprint(checkpoint)
+        _check_finite(checkpoint)
+        with torch.no_grad():
+            program = method.program(config, self._base, checkpoint.tensors)
+        program.check_finite()
+        return method, program
+
+    def _check_fingerprint(self, checkpoint: Checkpoint) -> None:
+        declared = checkpoint.metadata.get("base_fingerprint")
+        if declared and self._base.fingerprint and declared != self._base.fingerprint:
+            raise BaseMismatchError(
+                f"the adapter was trained on a base with fingerprint {declared}; this server's base has "
+                f"{self._base.fingerprint}: train it on this base, or upload it to the server of its own",
+                metadata={"declared": declared, "base": self._base.fingerprint},
+            )
+
+    def _check_budgets(self, program: Program) -> None:
+        needs = {
+            "rank": (program.rank(), self._budgets.max_rank),
+            "virtual tokens": (program.num_virtual_tokens, self._budgets.max_virtual_tokens),
+            "bytes": (program.num_bytes(), self._budgets.max_bytes),
+        }
+        for what, (needed, limit) in needs.items():
+            if needed > limit:
+                raise BudgetExceededError(
+                    f"the adapter needs {needed} {what}; this server gives one adapter at most {limit}",
+                    metadata={"budget": what, "needed": str(needed), "limit": str(limit)},
+                )
+
+
+def check_header(path: Path) -> None:
+    """Checks a safetensors file by its bytes: nothing is allocated for what its header merely claims.
+
+    Raises:
+        InvalidAdapterError: a pickle, a truncated file, a header that is no JSON object, or tensors that overlap, leave
+            gaps or lie outside the file.
+    """
+    try:
+        status = path.lstat()
+    except OSError:
+        raise _refused(f"{path.name} is missing", "MISSING_FILE", path) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise _refused(f"{path.name} is not a regular file", "INVALID_FILE", path)
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start.startswith(PICKLE_MAGIC[1]) or (
+            start.startswith(PICKLE_MAGIC[0]) and start[1:2] in b"\x02\x03\x04\x05"
+        ):
+            raise _refused(f"{path.name} is a pickle, which is never read: save it as safetensors", "PICKLE", path)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(status.st_size - 8, MAX_HEADER_BYTES):
+            problem = f"{path.name} claims a header of {length} bytes, but has {status.st_size} bytes in all"
+            raise _refused(f"{problem}: it is truncated or no safetensors file", "DAMAGED_FILE", path)
+        header = file.read(length)
+    _check_tensors(_parse(header, path), status.st_size - 8 - length, path)
+
+
+def _parse(header: bytes, path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise _refused(f"the header of {path.name} is no JSON: {error}", "DAMAGED_FILE", path) from error
+    if not isinstance(values, dict):
+        raise _refused(f"the header of {path.name} is no JSON object", "DAMAGED_FILE", path)
+    values.pop("__metadata__", None)
+    return values
+
+
+def _check_tensors(header: dict[str, Any], num_bytes: int, path: Path) -> None:
+    spans = sorted(_span(name, entry, path) for name, entry in header.items())
+    expected = 0
+    for begin, end, name in spans:
+        if begin != expected:
+            raise _refused(
+                f"tensor {name!r} of {path.name} overlaps another or leaves a gap", "DAMAGED_FILE", path, name
+            )
+        expected = end
+    if expected != num_bytes:
+        problem = f"the header of {path.name} claims {expected} bytes of tensors, but the file holds {num_bytes}"
+        raise _refused(f"{problem}: it is truncated or damaged", "TRUNCATED_FILE", path)
+
+
+def _span(name: str, entry: Any, path: Path) -> tuple[int, int, str]:
+    try:
+        begin, end = entry["data_offsets"]
+        size = ITEM_BYTES[entry["dtype"]]
+        for dimension in entry["shape"]:
+            size *= dimension
+        sound = begin >= 0 and end - begin == size and all(isinstance(n, int) and n >= 0 for n in entry["shape"])
+    except (KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        problem = f"tensor {str(name)[:80]!r} of {path.name} has a shape, dtype or place that do not fit each other"
+        raise _refused(problem, "DAMAGED_FILE", path, name)
+    return begin, end, name
+
+
+def _check_finite(checkpoint: Checkpoint) -> None:
+    for name, tensor in checkpoint.tensors.items():
+        finite = torch.isfinite(tensor)
+        if not finite.all():
+            index = (~finite).nonzero()[0].tolist()
+            raise InvalidAdapterError(
+                f"tensor {name!r} holds {tensor[tuple(index)].item()} at {index}; adapters hold finite numbers only",
+                reason="NOT_FINITE",
+                metadata={"tensor": name, "index": str(index)},
+            )
+
+
+def _refused(problem: str, reason: str, path: Path, tensor: str = "") -> InvalidAdapterError:
+    metadata = {"file": path.name} | ({"tensor": tensor} if tensor else {})
+    return InvalidAdapterError(problem, reason=reason, metadata=metadata)
