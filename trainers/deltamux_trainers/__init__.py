@@ -1,0 +1,39 @@
+"""The trainers: one loop for every method, evaluation without an engine, and merging."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltamux_trainers.options import EvaluateOptions, TrainOptions, read_config
+
+if TYPE_CHECKING:
+    from deltamux_trainers.evaluation import EvalResult, evaluate
+    from deltamux_trainers.merging import merge
+    from deltamux_trainers.training import TrainResult, train
+
+__all__ = [
+    "EvalResult",
+    "EvaluateOptions",
+    "TrainOptions",
+    "TrainResult",
+    "evaluate",
+    "merge",
+    "read_config",
+    "train",
+]
+_LAZY = {
+    "EvalResult": "evaluation",
+    "evaluate": "evaluation",
+    "merge": "merging",
+    "TrainResult": "training",
+    "train": "training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports torch and transformers only when something is trained."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -1,0 +1,111 @@
+"""Evaluates a base, or a base with an adapter, through the reference executor: no engine is started."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from deltamux.deltas import BaseModel, Checkpoint, attached
+from deltamux.errors import InvalidArgumentError
+from deltamux.registry import Registry
+from deltamux_trainers.data import IGNORED, Encoded, Row, collate, encode, read_rows
+from deltamux_trainers.model import token_loss
+from deltamux_trainers.options import EvaluateOptions
+from deltamux_trainers.training import load_base
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """How well the learnt tokens are predicted.
+
+    Attributes:
+        loss: mean cross-entropy a token (nats); perplexity: its exponential.
+        accuracy: share of the learnt tokens that are predicted best.
+        exact_match: share of prompts whose greedy answer is the completion; None where it was not asked for.
+    """
+
+    rows: int
+    tokens: int
+    loss: float
+    perplexity: float
+    accuracy: float
+    exact_match: float | None = None
+
+
+@torch.no_grad()
+def evaluate(options: EvaluateOptions) -> EvalResult:
+    """Evaluates on JSONL data; see `deltamux_trainers.data` for its form.
+
+    Raises:
+        InvalidArgumentError: a row is wrong, or exact matches are asked of rows without prompt and completion.
+    """
+    model, tokenizer, base = load_base(options.model, options.dtype, options.device)
+    model.eval()
+    rows = read_rows(options.data, tokenizer)[: options.limit]
+    with attachment(model, base, options.adapter):
+        total, right, count = 0.0, 0, 0
+        encoded = [encode(row, tokenizer, options.max_length) for row in rows]
+        for batch in _batches(encoded, options.batch_size):
+            loss, hits, tokens = _score(model, batch, tokenizer.pad_token_id or 0)
+            total, right, count = total + loss, right + hits, count + tokens
+        matches = _exact_matches(model, tokenizer, rows, options) if options.generate else None
+    loss = total / max(1, count)
+    return EvalResult(len(rows), count, loss, math.exp(min(loss, 80.0)), right / max(1, count), matches)
+
+
+def attachment(model: nn.Module, base: BaseModel, adapter: Path | None) -> AbstractContextManager[Any]:
+    """Attaches the adapter of a directory for the length of a block; None leaves the base as it is."""
+    if adapter is None:
+        return nullcontext()
+    method, checkpoint = Registry().recognise(Checkpoint.read(adapter))
+    return attached(model, base, method.program(method.parse(checkpoint.config), base, checkpoint.tensors))
+
+
+def answer(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Returns each prompt's greedy continuation, generated in one batch (padded on the left)."""
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    longest = max(map(len, encoded))
+    pad = tokenizer.pad_token_id or 0
+    device = next(model.parameters()).device
+    ids = torch.tensor([[pad] * (longest - len(e)) + e for e in encoded], device=device)
+    mask = torch.tensor([[0] * (longest - len(e)) + [1] * len(e) for e in encoded], device=device)
+    out: Tensor = model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+    )
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
+
+
+def _score(model: nn.Module, batch: Sequence[Encoded], pad: int) -> tuple[float, int, int]:
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in collate(batch, pad).items()}
+    labels = inputs.pop("labels")
+    logits = model(**inputs).logits
+    targets = labels[:, 1:]
+    learnt = targets != IGNORED
+    hits = (logits[:, :-1].argmax(-1) == targets) & learnt
+    return float(token_loss(logits, labels, 1)), int(hits.sum()), int(learnt.sum())
+
+
+def _exact_matches(model: nn.Module, tokenizer: Any, rows: Sequence[Row], options: EvaluateOptions) -> float:
+    matches = 0
+    for batch in _batches(rows, options.batch_size):
+        prompts = [row.prompt for row in batch if row.prompt is not None]
+        if len(prompts) < len(batch):
+            raise InvalidArgumentError("exact matches need rows with prompt and completion", reason="INVALID_DATA")
+        answers = answer(model, tokenizer, prompts, options.max_new_tokens)
+        matches += sum(a.strip() == (row.completion or "").strip() for a, row in zip(answers, batch, strict=True))
+    return matches / len(rows)
+
+
+def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,94 @@
+"""The trainable model: a frozen base, a method's parameters, and the program that they make, anew in every forward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deltamux.deltas import Attachment, BaseModel, Program
+from deltamux.registry import Method
+from deltamux_trainers.data import IGNORED
+
+
+class DeltaModel(nn.Module):
+    """A base with one method attached; only the method's parameters train.
+
+    Args:
+        base_model: a Hugging Face causal model; frozen here.
+        base: its description.
+        seed: of the fresh parameters.
+    """
+
+    def __init__(self, base_model: nn.Module, base: BaseModel, method: Method, config: Any, seed: int = 0) -> None:
+        super().__init__()
+        self.base_model = base_model.requires_grad_(False)
+        self._base = base
+        self._method = method
+        self._method_config = config
+        specs = method.parameters(config, base)
+        self.names = list(specs)
+        device = next(base_model.parameters()).device
+        self.deltas = nn.ParameterList()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for spec in specs.values():
+                fresh = torch.empty(spec.shape, dtype=torch.float32)
+                with torch.no_grad():
+                    spec.init(fresh)
+                self.deltas.append(nn.Parameter(fresh.to(device)))
+        self._attachment = Attachment(base_model, base, self.program)
+
+    def parameters_by_name(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.deltas, strict=True))
+
+    def exported(self) -> Mapping[str, Tensor]:
+        """Returns the checkpoint's tensors for the present parameters."""
+        return self._method.export(self._method_config, self._base, self.parameters_by_name())
+
+    def program(self) -> Program:
+        return self._method.program(self._method_config, self._base, self.exported())
+
+    def load_parameters(self, values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.parameters_by_name().items():
+                parameter.copy_(values[name])
+
+    def share(self) -> float:
+        """Returns trainable parameters divided by the base's."""
+        trainable: int = sum(p.numel() for p in self.deltas)
+        total: int = sum(p.numel() for p in self.base_model.parameters())
+        return trainable / total
+
+    def detach(self) -> nn.Module:
+        """Returns the base, untouched."""
+        self._attachment.detach()
+        return self.base_model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Returns the mean loss over the learnt tokens, and logits [rows, length, vocabulary].
+
+        Args:
+            num_items_in_batch: learnt tokens in all micro-batches of the optimizer step, so that gradient accumulation
+                equals the larger batch.
+        """
+        logits = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return {"loss": token_loss(logits, labels, num_items_in_batch), "logits": logits}
+
+
+def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+    """Returns the cross-entropy of each next token, summed and divided by `num_items` (None: the learnt ones)."""
+    targets = labels[:, 1:].reshape(-1)
+    predictions = logits[:, :-1].reshape(targets.shape[0], -1).float()
+    total = F.cross_entropy(predictions, targets, ignore_index=IGNORED, reduction="sum")
+    return total / (num_items if num_items is not None else (targets != IGNORED).sum().clamp(min=1))
