@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from deltamux.errors import InvalidArgumentError
+from deltamux.store import AdapterKey, VersionKey
 
 ID_RULE = "1 to 63 lower-case letters, digits, '.', '_' and '-', beginning and ending with a letter or digit"
 _ID = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
@@ -14,27 +15,6 @@ _TENANT = re.compile(rf"tenants/(?P<tenant>{_ID})")
 _ADAPTER = re.compile(rf"{_TENANT.pattern}/adapters/(?P<adapter>{_ID})")
 _VERSION = re.compile(rf"{_ADAPTER.pattern}/versions/(?P<version>[1-9][0-9]{{0,17}})")
 _KEY = re.compile(rf"{_TENANT.pattern}/keys/(?P<key>{_ID})")
-
-
-class AdapterName(NamedTuple):
-    tenant: str
-    adapter: str
-
-    def __str__(self) -> str:
-        return f"tenants/{self.tenant}/adapters/{self.adapter}"
-
-
-class VersionName(NamedTuple):
-    tenant: str
-    adapter: str
-    version: int
-
-    @property
-    def alias(self) -> AdapterName:
-        return AdapterName(self.tenant, self.adapter)
-
-    def __str__(self) -> str:
-        return f"{self.alias}/versions/{self.version}"
 
 
 class KeyName(NamedTuple):
@@ -63,17 +43,17 @@ def parse_tenant(name: str, field: str = "name") -> str:
     return _match(_TENANT, name, field, "tenants/{tenant}")["tenant"]
 
 
-def parse_adapter(name: str, field: str = "name") -> AdapterName:
+def parse_adapter(name: str, field: str = "name") -> AdapterKey:
     found = _match(_ADAPTER, name, field, "tenants/{tenant}/adapters/{adapter}")
-    return AdapterName(found["tenant"], found["adapter"])
+    return AdapterKey(found["tenant"], found["adapter"])
 
 
-def parse_version(name: str, field: str = "name") -> VersionName:
+def parse_version(name: str, field: str = "name") -> VersionKey:
     found = _match(_VERSION, name, field, "tenants/{tenant}/adapters/{adapter}/versions/{version}")
-    return VersionName(found["tenant"], found["adapter"], int(found["version"]))
+    return VersionKey(found["tenant"], found["adapter"], int(found["version"]))
 
 
-def parse_adapter_or_version(name: str, field: str) -> AdapterName | VersionName:
+def parse_adapter_or_version(name: str, field: str) -> AdapterKey | VersionKey:
     return parse_version(name, field) if "/versions/" in name else parse_adapter(name, field)
 
 

@@ -135,9 +135,7 @@ def check_header(path: Path) -> None:
         raise _refused(f"{path.name} is not a regular file", "INVALID_FILE", path)
     with path.open("rb") as file:
         start = file.read(8)
-        if start.startswith(PICKLE_MAGIC[1]) or (
-            start.startswith(PICKLE_MAGIC[0]) and start[1:2] in b"\x02\x03\x04\x05"
-        ):
+        if start.startswith(PICKLE_MAGIC):
             raise _refused(f"{path.name} is a pickle, which is never read: save it as safetensors", "PICKLE", path)
         length = int.from_bytes(start, "little")
         if len(start) < 8 or length > min(status.st_size - 8, MAX_HEADER_BYTES):

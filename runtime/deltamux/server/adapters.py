@@ -1,0 +1,212 @@
+"""The Adapters service: upload, look up, promote, roll back, delete, pin, watch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from google.protobuf.empty_pb2 import Empty
+
+from deltamux.engine.base import Engine
+from deltamux.errors import InvalidArgumentError
+from deltamux.server.caller import current_caller
+from deltamux.server.events import EventHub
+from deltamux.server.interceptors import Context
+from deltamux.server.messages import adapter_message, after_token, page_size, page_token, version_message
+from deltamux.server.names import parse_adapter, parse_tenant, parse_version
+from deltamux.server.quarantine import Quarantine, Upload
+from deltamux.server.routing import program_of
+from deltamux.server.slots import Slots
+from deltamux.server.uploads import UploadLimits, read_header, receive_files
+from deltamux.store import AdapterKey, AdapterRecord, AdapterStore, VersionKey, VersionRecord
+from deltamux.v1 import adapters_pb2 as pb
+from deltamux.v1 import adapters_pb2_grpc as pb_grpc
+
+T = TypeVar("T")
+
+
+class AdaptersService(pb_grpc.AdaptersServicer):
+    """See adapters.proto for the contract. What touches the disk runs in `threads`."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        engine: Engine,
+        quarantine: Quarantine,
+        events: EventHub,
+        uploads: Slots,
+        limits: UploadLimits,
+        threads: ThreadPoolExecutor,
+    ) -> None:
+        self._store = store
+        self._engine = engine
+        self._quarantine = quarantine
+        self._events = events
+        self._uploads = uploads
+        self._limits = limits
+        self._threads = threads
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
+    ) -> pb.AdapterVersion:
+        with self._uploads.take():
+            messages = aiter(request_iterator)
+            header = await read_header(messages, self._limits)
+            key = self._own(parse_adapter(header.adapter, "header.adapter"))
+            upload = Upload(
+                key,
+                method=header.method,
+                expected_digest=header.expected_digest,
+                promote=header.promote if header.HasField("promote") else None,
+                labels=dict(header.labels),
+            )
+            with self._store.staging() as staged:
+                await receive_files(header, messages, staged, self._limits, self._threads)
+                version = await self._run(lambda: self._quarantine.admit(staged, upload))
+        await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
+        await self._load_if_serving(version)
+        return version_message(version)
+
+    async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.Adapter:
+        key = self._own(parse_adapter(request.name))
+        return adapter_message(await self._run(lambda: self._store.adapter(key)))
+
+    async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
+        tenant = self._own_tenant(request.parent)
+        after, size = after_token(request.page_token), page_size(request.page_size)
+        found = await self._run(lambda: self._store.adapters(tenant, after=after, limit=size + 1))
+        token = page_token(found[size - 1].key.adapter) if len(found) > size else ""
+        return pb.ListAdaptersResponse(adapters=map(adapter_message, found[:size]), next_page_token=token)
+
+    async def GetAdapterVersion(self, request: pb.GetAdapterVersionRequest, context: Context) -> pb.AdapterVersion:
+        key = self._own_version(request.name)
+        return version_message(await self._run(lambda: self._store.version(key)))
+
+    async def ListAdapterVersions(
+        self, request: pb.ListAdapterVersionsRequest, context: Context
+    ) -> pb.ListAdapterVersionsResponse:
+        key = self._own(parse_adapter(request.parent, "parent"))
+        after, size = _number(after_token(request.page_token)), page_size(request.page_size)
+        found = await self._run(lambda: self._store.versions(key, after=after, limit=size + 1))
+        token = page_token(str(found[size - 1].key.number)) if len(found) > size else ""
+        return pb.ListAdapterVersionsResponse(versions=map(version_message, found[:size]), next_page_token=token)
+
+    async def PromoteAdapter(self, request: pb.PromoteAdapterRequest, context: Context) -> pb.Adapter:
+        key = self._own(parse_adapter(request.name))
+        percent = request.canary_percent
+        if not 0 <= percent <= 99:
+            raise InvalidArgumentError(
+                f"canary_percent is 1 to 99, or 0 for all traffic; not {percent}", metadata={"field": "canary_percent"}
+            )
+        version = await self._run(lambda: self._store.version(VersionKey(*key, request.version)))
+        # Loaded before it is routed to, so that the switch costs the first request nothing.
+        await self._engine.prepare(program_of(version))
+        return await self._changed(key, lambda: self._store.promote(key, request.version, canary_percent=percent))
+
+    async def RollbackAdapter(self, request: pb.RollbackAdapterRequest, context: Context) -> pb.Adapter:
+        key = self._own(parse_adapter(request.name))
+        return await self._changed(key, lambda: self._store.rollback(key))
+
+    async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> Empty:
+        key = self._own(parse_adapter(request.name))
+        record = await self._run(lambda: self._store.adapter(key))
+        await self._run(lambda: self._store.delete_adapter(key))
+        self._events.publish(key, pb.AdapterEvent(type=pb.AdapterEvent.DELETED, adapter=adapter_message(record)))
+        return Empty()
+
+    async def DeleteAdapterVersion(self, request: pb.DeleteAdapterVersionRequest, context: Context) -> Empty:
+        key = self._own_version(request.name)
+        await self._run(lambda: self._store.delete_version(key))
+        await self._publish(pb.AdapterEvent.VERSION_DELETED, key.parent, key.number)
+        return Empty()
+
+    async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.Adapter:
+        key = self._own(parse_adapter(request.name))
+        adapter = await self._run(lambda: self._store.adapter(key))
+        await self.pin(adapter)
+        return await self._changed(key, lambda: self._store.pin(key, True))
+
+    async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.Adapter:
+        key = self._own(parse_adapter(request.name))
+        adapter = await self._run(lambda: self._store.adapter(key))
+        version = await self._run(lambda: self._store.version(VersionKey(*key, adapter.serving)))
+        await self._engine.unpin(version.compiled.digest)
+        return await self._changed(key, lambda: self._store.pin(key, False))
+
+    async def WatchAdapters(
+        self, request: pb.WatchAdaptersRequest, context: Context
+    ) -> AsyncGenerator[pb.AdapterEvent]:
+        tenant, adapter = self._watched(request.parent)
+        with self._events.subscribe(tenant, adapter) as subscription:
+            async for record in self._present(tenant, adapter):
+                yield pb.AdapterEvent(type=pb.AdapterEvent.STATE, adapter=adapter_message(record))
+            async for event in subscription.events():
+                yield event
+
+    async def pin(self, adapter: AdapterRecord) -> None:
+        """Brings an adapter's serving version into the engine's memory, to stay."""
+        version = await self._run(lambda: self._store.version(VersionKey(*adapter.key, adapter.serving)))
+        await self._engine.prepare(program_of(version))
+        await self._engine.pin(version.compiled.digest)
+
+    async def _changed(self, key: AdapterKey, change: Callable[[], AdapterRecord]) -> pb.Adapter:
+        before = await self._run(lambda: self._store.adapter(key))
+        record = await self._run(change)
+        if record.pinned and before.serving != record.serving:
+            await self._move_pin(before, record)
+        await self._publish(pb.AdapterEvent.UPDATED, key)
+        return adapter_message(record)
+
+    async def _move_pin(self, before: AdapterRecord, after: AdapterRecord) -> None:
+        old = await self._run(lambda: self._store.version(VersionKey(*before.key, before.serving)))
+        await self.pin(after)
+        await self._engine.unpin(old.compiled.digest)
+
+    async def _load_if_serving(self, version: VersionRecord) -> None:
+        adapter = await self._run(lambda: self._store.adapter(version.key.parent))
+        if adapter.serving == version.key.number and self._engine.healthy:
+            await self._engine.prepare(program_of(version))
+
+    async def _publish(self, kind: pb.AdapterEvent.Type.ValueType, key: AdapterKey, number: int = 0) -> None:
+        record = await self._run(lambda: self._store.adapter(key))
+        self._events.publish(key, pb.AdapterEvent(type=kind, adapter=adapter_message(record), version=number))
+
+    async def _present(self, tenant: str, adapter: str | None) -> AsyncIterator[AdapterRecord]:
+        if adapter is not None:
+            key = AdapterKey(tenant, adapter)
+            yield await self._run(lambda: self._store.adapter(key))
+            return
+        after = ""
+        while page := await self._run(lambda: self._store.adapters(tenant, after=after)):  # noqa: B023 - awaited here
+            for record in page:
+                yield record
+            after = page[-1].key.adapter
+
+    def _watched(self, parent: str) -> tuple[str, str | None]:
+        if "/adapters/" in parent:
+            key = self._own(parse_adapter(parent, "parent"))
+            return key.tenant, key.adapter
+        return self._own_tenant(parent), None
+
+    def _own(self, key: AdapterKey) -> AdapterKey:
+        current_caller().check_may_see(key.tenant, str(key))
+        return key
+
+    def _own_version(self, name: str) -> VersionKey:
+        key = parse_version(name)
+        current_caller().check_may_see(key.tenant, name)
+        return key
+
+    def _own_tenant(self, parent: str) -> str:
+        tenant = parse_tenant(parent, "parent")
+        current_caller().check_may_see(tenant, parent)
+        return tenant
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+
+def _number(after: str) -> int:
+    return int(after) if after.isdecimal() else 0

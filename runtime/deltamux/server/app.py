@@ -1,0 +1,177 @@
+"""The server: builds the parts, joins them, serves until told to stop, and drains."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-untyped]  # ships no types
+from grpc_reflection.v1alpha import reflection  # type: ignore[import-untyped]  # ships no types
+
+from deltamux.engine.base import Engine, EngineOptions
+from deltamux.registry import Registry
+from deltamux.server.adapters import AdaptersService
+from deltamux.server.auth import admin_key, everybody_is_administrator, key_decides
+from deltamux.server.events import EventHub
+from deltamux.server.health import HealthMonitor
+from deltamux.server.inference import InferenceService
+from deltamux.server.interceptors import Around, AroundInterceptor, errors_become_statuses
+from deltamux.server.listen import bind, check_exposure
+from deltamux.server.options import MIB, ServeOptions
+from deltamux.server.quarantine import Budgets, Quarantine
+from deltamux.server.routing import Router
+from deltamux.server.slots import Slots
+from deltamux.server.tenants import TenantsService
+from deltamux.server.uploads import UploadLimits
+from deltamux.store import AdapterStore, VersionRecord
+from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
+from deltamux.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
+from deltamux.v1.inference_pb2_grpc import add_InferenceServicer_to_server
+from deltamux.v1.tenants_pb2_grpc import add_TenantsServicer_to_server
+
+MAX_MESSAGE_BYTES = 8 * MIB
+SERVICES = tuple(
+    module.DESCRIPTOR.services_by_name[name].full_name
+    for module, name in ((inference_pb2, "Inference"), (adapters_pb2, "Adapters"), (tenants_pb2, "Tenants"))
+)
+EngineFactory = Callable[[EngineOptions], Engine]
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that serves.
+
+    Attributes:
+        address: what clients connect to.
+    """
+
+    address: str
+    engine: Engine
+    store: AdapterStore
+
+
+def serve(options: ServeOptions) -> None:
+    """Serves until SIGTERM or SIGINT; prints ``ready on ADDRESS`` when requests can come."""
+    asyncio.run(_serve(options))
+
+
+async def _serve(options: ServeOptions) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(options) as server:
+        print(f"ready on {server.address}", flush=True)
+        await stop.wait()
+        print("draining", flush=True)
+
+
+def vllm_engine(options: EngineOptions) -> Engine:
+    from deltamux.engine.vllm.engine import VLLMEngine
+
+    return VLLMEngine(options)
+
+
+@asynccontextmanager
+async def running(options: ServeOptions, make_engine: EngineFactory = vllm_engine) -> AsyncIterator[Running]:
+    """Runs a server for the length of the block; leaving it drains.
+
+    Raises:
+        FailedPreconditionError: the address, the store or the base model cannot be used.
+    """
+    check_exposure(options)
+    async with AsyncExitStack() as stack:
+        store = await asyncio.to_thread(AdapterStore.open, options.store)
+        stack.callback(store.close)
+        registry = await asyncio.to_thread(Registry)
+        engine = await asyncio.to_thread(make_engine, options.engine_options())
+        stack.push_async_callback(engine.stop)
+        await engine.start()
+        threads = stack.enter_context(ThreadPoolExecutor(options.max_concurrent_uploads + 4, "deltamux-disk"))
+        events = EventHub()
+        adapters = _adapters_service(options, store, engine, registry, events, threads)
+        _forget_removed(store, engine)
+        for pinned in store.pinned():
+            await adapters.pin(pinned)
+        health = HealthMonitor(engine, SERVICES)
+        server = _grpc_server(options, store)
+        add_InferenceServicer_to_server(_inference_service(options, store, engine), server)
+        add_AdaptersServicer_to_server(adapters, server)
+        add_TenantsServicer_to_server(TenantsService(store), server)
+        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        address = bind(server, options)
+        await health.look()
+        await server.start()
+        watching = asyncio.create_task(health.run())
+        try:
+            yield Running(address, engine, store)
+        finally:
+            await health.stop_serving()
+            events.close()
+            await server.stop(options.drain_seconds)
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+
+
+def _grpc_server(options: ServeOptions, store: AdapterStore) -> grpc.aio.Server:
+    identify: Around = everybody_is_administrator()
+    if options.auth == "keys":
+        identify = key_decides(store, admin_key(options.admin_key_file or options.store / "admin.key"))
+    limits = [
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ]
+    # Two servers on one port would share its connections between them at random.
+    return grpc.aio.server(
+        interceptors=[AroundInterceptor(errors_become_statuses), AroundInterceptor(identify)],
+        options=[*limits, ("grpc.so_reuseport", 0)],
+    )
+
+
+def _inference_service(options: ServeOptions, store: AdapterStore, engine: Engine) -> InferenceService:
+    return InferenceService(engine, Router(store), Slots(options.max_pending_requests, "generations"))
+
+
+def _adapters_service(
+    options: ServeOptions,
+    store: AdapterStore,
+    engine: Engine,
+    registry: Registry,
+    events: EventHub,
+    threads: ThreadPoolExecutor,
+) -> AdaptersService:
+    budgets = Budgets(options.max_lora_rank, options.max_virtual_tokens, options.max_adapter_bytes)
+    return AdaptersService(
+        store,
+        engine,
+        Quarantine(store, registry, engine.base, budgets),
+        events,
+        Slots(options.max_concurrent_uploads, "uploads"),
+        UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds),
+        threads,
+    )
+
+
+def _forget_removed(store: AdapterStore, engine: Engine) -> None:
+    """Frees a program in the engine once no version has its content any more."""
+    loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Future[None]] = set()
+
+    def forget(digest: str) -> None:
+        task = asyncio.ensure_future(engine.evict(digest))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def removed(record: VersionRecord, last: bool) -> None:
+        if last and not loop.is_closed():
+            loop.call_soon_threadsafe(forget, record.compiled.digest)
+
+    store.on_removed = removed

@@ -1,0 +1,55 @@
+"""The Inference service: admit, resolve the adapter to a version, run, emit."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from deltamux.engine.base import Engine
+from deltamux.errors import UnavailableError
+from deltamux.server.interceptors import Context
+from deltamux.server.routing import Router
+from deltamux.server.slots import Slots
+from deltamux.server.translate import Responses, add_increment, prompt_of, sampling_of
+from deltamux.v1 import inference_pb2 as pb
+from deltamux.v1 import inference_pb2_grpc as pb_grpc
+
+
+class InferenceService(pb_grpc.InferenceServicer):
+    """See inference.proto for the contract."""
+
+    def __init__(self, engine: Engine, router: Router, slots: Slots) -> None:
+        self._engine = engine
+        self._router = router
+        self._slots = slots
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        whole = pb.GenerateResponse()
+        async with aclosing(self._run(request)) as responses:
+            async for response in responses:
+                add_increment(whole, response)
+        return whole
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        async with aclosing(self._run(request)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _run(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
+        """The life of a request. The version it gets here is the one it keeps, whatever is promoted or deleted."""
+        prompt, sampling = prompt_of(request), sampling_of(request.sampling)
+        request_id = secrets.token_hex(8)
+        if not self._engine.healthy:
+            raise UnavailableError("the engine is down; send the request again once the server's health is SERVING")
+        with self._slots.take():
+            async with self._router.lease(request.adapter, request_id) as target:
+                emit = Responses(
+                    alternatives=bool(sampling.logprobs), adapter_version=target.name, request_id=request_id
+                )
+                chunks = self._engine.generate(prompt, sampling, target.program, request_id=request_id)
+                async with aclosing(chunks):
+                    async for chunk in chunks:
+                        yield emit.of(chunk)

@@ -1,0 +1,52 @@
+"""From an adapter's name to the program that serves a request, held for as long as the request runs."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+from deltamux.engine.base import ProgramRef
+from deltamux.server.caller import current_caller
+from deltamux.server.names import parse_adapter_or_version
+from deltamux.store import AdapterStore, VersionRecord
+
+
+class Target(NamedTuple):
+    """What serves a request: a version's name and program; "" and None for the base."""
+
+    name: str
+    program: ProgramRef | None
+
+
+BASE = Target("", None)
+
+
+class Router:
+    """Resolves names as the present caller may see them."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self._store = store
+
+    @asynccontextmanager
+    async def lease(self, adapter: str, request_key: str) -> AsyncIterator[Target]:
+        """Resolves a name once and keeps its version until the block ends.
+
+        Args:
+            adapter: resource name of an adapter or a version; "" for the base.
+            request_key: decides whether a canary serves the request.
+        Raises:
+            NotFoundError: no such adapter, or another tenant's.
+        """
+        if not adapter:
+            yield BASE
+            return
+        key = parse_adapter_or_version(adapter, "adapter")
+        current_caller().check_may_see(key.tenant, adapter)
+        with self._store.lease(key, request_key) as record:
+            yield Target(str(record.key), program_of(record))
+
+
+def program_of(record: VersionRecord) -> ProgramRef:
+    compiled = record.compiled
+    return ProgramRef(compiled.digest, record.program, compiled.num_virtual_tokens)

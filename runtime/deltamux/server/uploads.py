@@ -1,0 +1,197 @@
+"""Receives an upload: pieces of files from the stream to the staging directory, never more than one piece in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from deltamux.errors import DeadlineExceededError, InvalidAdapterError, InvalidArgumentError
+from deltamux.server.options import MIB
+from deltamux.v1 import adapters_pb2 as pb
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+REQUIRED_FILES = (CONFIG_FILE, TENSORS_FILE)
+SMALL_FILES = (CONFIG_FILE, "README.md", "LICENSE")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+MAX_SMALL_FILE_BYTES = MIB
+MAX_CHUNK_BYTES = MIB
+
+
+@dataclass(frozen=True)
+class UploadLimits:
+    """Attributes:
+    max_bytes: all files together.
+    idle_seconds: longest silence between two messages.
+    total_seconds: longest upload.
+    """
+
+    max_bytes: int
+    idle_seconds: float = 60.0
+    total_seconds: float = 3600.0
+
+
+async def read_header(messages: AsyncIterator[pb.UploadAdapterRequest], limits: UploadLimits) -> pb.UploadHeader:
+    """Returns the first message, its list of files checked.
+
+    Raises:
+        InvalidArgumentError: the stream does not begin with a header.
+        InvalidAdapterError: the list of files is refused.
+    """
+    first = await _next(messages, limits)
+    if first is None or first.WhichOneof("message") != "header":
+        raise InvalidArgumentError(
+            "an upload begins with its header", reason="UPLOAD_PROTOCOL", metadata={"field": "header"}
+        )
+    check_files(first.header.files, limits)
+    return first.header
+
+
+def check_files(files: Iterable[pb.FileInfo], limits: UploadLimits) -> None:
+    """Refuses files that an adapter does not have, and sizes beyond the limits, before a byte of them is taken."""
+    sizes: dict[str, int] = {}
+    for file in files:
+        _check_name(file.path)
+        if file.path in sizes:
+            raise _refused(file.path, "is listed twice", "DUPLICATE_FILE")
+        limit = MAX_SMALL_FILE_BYTES if file.path in SMALL_FILES else limits.max_bytes
+        if not 0 < file.size_bytes <= limit:
+            raise _refused(file.path, f"has {file.size_bytes} bytes; 1 to {limit} are taken", "FILE_SIZE")
+        sizes[file.path] = file.size_bytes
+    for name in REQUIRED_FILES:
+        if name not in sizes:
+            raise _refused(name, "is missing from the upload", "MISSING_FILE")
+    if sum(sizes.values()) > limits.max_bytes:
+        raise _refused(
+            TENSORS_FILE, f"is too large: all files take {sum(sizes.values())} of {limits.max_bytes} bytes", "FILE_SIZE"
+        )
+
+
+async def receive_files(
+    header: pb.UploadHeader,
+    messages: AsyncIterator[pb.UploadAdapterRequest],
+    directory: Path,
+    limits: UploadLimits,
+    threads: Executor,
+) -> None:
+    """Writes the files into a directory, which must be empty.
+
+    Args:
+        threads: where files are written, so that a slow disk does not hold up other calls.
+
+    Raises:
+        InvalidAdapterError: a file is truncated, longer than announced, or has another checksum.
+        InvalidArgumentError: a message is neither expected nor of the right size.
+        DeadlineExceededError: the upload went silent, or takes too long.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(limits.total_seconds):
+            with _Incoming.open(directory, header.files) as incoming:
+                while (message := await _next(messages, limits)) is not None:
+                    await loop.run_in_executor(threads, incoming.add, _chunk(message))
+                await loop.run_in_executor(threads, incoming.check_complete)
+    except TimeoutError:
+        raise _too_slow(f"did not end within {limits.total_seconds:.0f} s") from None
+
+
+@dataclass
+class _File:
+    info: pb.FileInfo
+    stream: BinaryIO
+    received: int = 0
+    digest: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+
+class _Incoming:
+    """Files that are being written."""
+
+    def __init__(self, files: Mapping[str, _File]) -> None:
+        self._files = files
+
+    @classmethod
+    def open(cls, directory: Path, infos: Iterable[pb.FileInfo]) -> Self:
+        # "x": what is there already, a link included, is never written to.
+        return cls({info.path: _File(info, (directory / info.path).open("xb")) for info in infos})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for file in self._files.values():
+            file.stream.close()
+
+    def add(self, chunk: pb.FileChunk) -> None:
+        if chunk.path not in self._files:
+            raise InvalidArgumentError(
+                f"a chunk is of {chunk.path[:80]!r}, which the header does not list",
+                reason="UPLOAD_PROTOCOL",
+                metadata={"field": "chunk.path"},
+            )
+        file = self._files[chunk.path]
+        if file.received + len(chunk.data) > file.info.size_bytes:
+            raise _refused(chunk.path, f"is longer than the {file.info.size_bytes} bytes announced", "FILE_SIZE")
+        file.stream.write(chunk.data)
+        file.digest.update(chunk.data)
+        file.received += len(chunk.data)
+
+    def check_complete(self) -> None:
+        for name, file in self._files.items():
+            if file.received < file.info.size_bytes:
+                problem = f"is truncated: {file.received} of {file.info.size_bytes} bytes came"
+                raise _refused(name, problem, "TRUNCATED_FILE")
+            if file.info.sha256 and file.info.sha256.lower() != file.digest.hexdigest():
+                raise _refused(name, f"has sha256 {file.digest.hexdigest()}, not {file.info.sha256}", "CHECKSUM")
+            file.stream.flush()
+
+
+def _check_name(name: str) -> None:
+    if name in REQUIRED_FILES or name in SMALL_FILES:
+        return
+    if name.endswith(PICKLE_SUFFIXES):
+        raise _refused(
+            name, "may be a pickle, which can run code: turn it into safetensors with `deltamux convert`", "PICKLE"
+        )
+    known = ", ".join(dict.fromkeys((*REQUIRED_FILES, *SMALL_FILES)))
+    raise _refused(name, f"is not part of an adapter; these are: {known}", "UNKNOWN_FILE")
+
+
+def _chunk(message: pb.UploadAdapterRequest) -> pb.FileChunk:
+    if message.WhichOneof("message") != "chunk":
+        raise InvalidArgumentError(
+            "after the header only chunks may come", reason="UPLOAD_PROTOCOL", metadata={"field": "chunk"}
+        )
+    if len(message.chunk.data) > MAX_CHUNK_BYTES:
+        raise InvalidArgumentError(
+            f"a chunk has {len(message.chunk.data)} bytes; at most {MAX_CHUNK_BYTES} are taken",
+            reason="UPLOAD_PROTOCOL",
+            metadata={"field": "chunk.data"},
+        )
+    return message.chunk
+
+
+async def _next(
+    messages: AsyncIterator[pb.UploadAdapterRequest], limits: UploadLimits
+) -> pb.UploadAdapterRequest | None:
+    """Returns the next message, or None at the end."""
+    try:
+        async with asyncio.timeout(limits.idle_seconds):
+            return await anext(messages, None)
+    except TimeoutError:
+        raise _too_slow(f"was silent for {limits.idle_seconds:.0f} s") from None
+
+
+def _too_slow(problem: str) -> DeadlineExceededError:
+    return DeadlineExceededError(f"the upload {problem} and was given up; send it again", reason="UPLOAD_TOO_SLOW")
+
+
+def _refused(name: str, problem: str, reason: str) -> InvalidAdapterError:
+    return InvalidAdapterError(f"file {name[:80]!r} {problem}", reason=reason, metadata={"file": name})
