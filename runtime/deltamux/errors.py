@@ -8,7 +8,10 @@ turns an error into a `google.rpc.Status` and the client turns that back into a 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    import grpc
 
 
 class DeltamuxError(Exception):
@@ -28,6 +31,13 @@ class DeltamuxError(Exception):
         self.message = message
         self.reason = reason or self.default_reason
         self.metadata = dict(metadata or {})
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The gRPC status code."""
+        import grpc
+
+        return grpc.StatusCode[self.status]
 
 
 class InvalidArgumentError(DeltamuxError):

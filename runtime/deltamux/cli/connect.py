@@ -1,0 +1,36 @@
+"""How commands reach a server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from deltamux.client import Client
+
+DEFAULT_ADDRESS = "127.0.0.1:8470"
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--server",
+        default=os.environ.get("DELTAMUX_SERVER", DEFAULT_ADDRESS),
+        metavar="ADDRESS",
+        help="host:port or unix:path (environment: DELTAMUX_SERVER; default: %(default)s)",
+    )
+    group.add_argument(
+        "--api-key", default=os.environ.get("DELTAMUX_API_KEY"), metavar="KEY", help="environment: DELTAMUX_API_KEY"
+    )
+    group.add_argument("--tls", action="store_true", help="connect with TLS")
+    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM file of the authority to trust")
+    group.add_argument("--timeout", type=float, metavar="SECONDS", help="deadline of each call")
+
+
+def connect(arguments: argparse.Namespace) -> Client:
+    from deltamux.client import Client
+
+    tls: bool | bytes = arguments.tls_ca.read_bytes() if arguments.tls_ca else arguments.tls
+    return Client(arguments.server, api_key=arguments.api_key, tls=tls, timeout=arguments.timeout)

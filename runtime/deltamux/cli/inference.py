@@ -1,0 +1,61 @@
+"""`deltamux generate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from deltamux.cli.connect import add_connection, connect
+from deltamux.cli.output import add_json, plain
+
+SAMPLING: dict[str, type] = {
+    "max_tokens": int,
+    "min_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "repetition_penalty": float,
+    "seed": int,
+    "logprobs": int,
+    "regex": str,
+}
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser(
+        "generate", help="generate text", description="Generate text; tokens stream as they come."
+    )
+    parser.add_argument("prompt", help="the prompt; - reads it from standard input")
+    parser.add_argument("--adapter", metavar="NAME", help="tenants/T/adapters/A[/versions/N]; the base without it")
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user's message")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
+    parser.add_argument("--choice", action="append", default=[], metavar="TEXT", help="answer one of these; repeat it")
+    parser.add_argument("--json-schema", type=Path, metavar="FILE", help="answer JSON of this schema")
+    for name, kind in SAMPLING.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is not str else "PATTERN")
+    add_json(parser)
+    add_connection(parser)
+    parser.set_defaults(run=_generate)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = [{"role": "user", "content": text}] if arguments.chat else text
+    sampling = {name: getattr(arguments, name) for name in SAMPLING}
+    sampling["stop"] = arguments.stop or None
+    sampling["choice"] = arguments.choice or None
+    sampling["json_schema"] = arguments.json_schema.read_text() if arguments.json_schema else None
+    with connect(arguments) as client:
+        if arguments.json:
+            whole = client.generate(prompt, adapter=arguments.adapter, **sampling)
+            print(json.dumps(plain(whole), indent=2))
+            return
+        for chunk in client.generate_stream(prompt, adapter=arguments.adapter, **sampling):
+            print(chunk.text, end="", flush=True)
+    print()

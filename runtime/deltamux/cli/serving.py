@@ -1,0 +1,85 @@
+"""`deltamux serve`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from deltamux.errors import InvalidConfigError
+
+HELP = {
+    "model": "directory or Hugging Face id of the base model",
+    "store": "directory of adapters and tenants; made where there is none",
+    "listen": "host:port (port 0 picks a free one) or unix:path",
+    "max_active_adapters": "adapters that one batch may mix",
+    "max_host_adapters": "compiled adapters kept ready in host memory",
+    "max_model_len": "longest context in tokens (default: the model's)",
+    "max_num_seqs": "most sequences in one batch",
+    "dtype": "auto, float32, bfloat16 or float16",
+    "device": "auto, cpu or cuda",
+    "kv_cache_gib": "size of the key-value cache on a CPU, in GiB",
+    "max_lora_rank": "widest inner dimension that an uploaded adapter may have",
+    "max_virtual_tokens": "most virtual tokens that an uploaded adapter may have",
+    "max_adapter_bytes": "largest upload, in bytes",
+    "max_concurrent_uploads": "uploads at once",
+    "max_pending_requests": "generations at once, waiting ones included",
+    "drain_seconds": "how long requests under way may go on after SIGTERM",
+    "auth": "none or keys",
+    "admin_key_file": "the administrator's key (default: admin.key in the store; written where missing)",
+    "tls_cert": "PEM file",
+    "tls_key": "PEM file",
+    "insecure": "listen beyond loopback even without keys or TLS",
+}
+_TYPES: dict[str, Any] = {"int": int, "int | None": int, "float": float, "Path": Path, "Path | None": Path, "str": str}
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("serve", help="start the server", description="Start the server.")
+    from deltamux.server.options import ServeOptions
+
+    for field in dataclasses.fields(ServeOptions):
+        if field.name in HELP:
+            _add_option(parser, field)
+    parser.add_argument(
+        "--engine-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an argument of vLLM's AsyncEngineArgs (the value is JSON); may be repeated",
+    )
+    parser.set_defaults(run=_serve)
+
+
+def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
+    flag, text = f"--{field.name.replace('_', '-')}", HELP[field.name]
+    if field.type == "bool":
+        parser.add_argument(flag, action="store_true", help=text)
+        return
+    required = field.default is dataclasses.MISSING
+    shown = "" if required or field.default is None else f" (default: {field.default})"
+    default = None if required else field.default
+    parser.add_argument(flag, required=required, type=_TYPES[field.type], default=default, help=text + shown)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from deltamux.server import ServeOptions, serve
+
+    given = {name: getattr(arguments, name) for name in HELP}
+    serve(ServeOptions(**given, engine_arguments=_engine_arguments(arguments.engine_arg)))
+
+
+def _engine_arguments(pairs: list[str]) -> dict[str, Any]:
+    import json
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InvalidConfigError(f"--engine-arg {pair!r}: write KEY=VALUE", metadata={"field": "engine_arg"})
+        try:
+            values[key.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            values[key.replace("-", "_")] = value
+    return values

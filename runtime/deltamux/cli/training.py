@@ -1,0 +1,121 @@
+"""`deltamux train`, `evaluate`, `merge` and `demo`: what runs on this machine, without a server."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from deltamux.cli.output import add_json, show_one
+
+TRAIN_NUMBERS: dict[str, tuple[type, str]] = {
+    "epochs": (float, "passes over the data"),
+    "max_steps": (int, "optimizer steps, instead of epochs"),
+    "batch_size": (int, "rows a micro-batch"),
+    "gradient_accumulation": (int, "micro-batches an optimizer step"),
+    "learning_rate": (float, "default: the method's own"),
+    "weight_decay": (float, ""),
+    "warmup_ratio": (float, "share of the steps"),
+    "max_length": (int, "tokens a row; longer ones are cut"),
+    "eval_fraction": (float, "share of the data to hold out, where --eval-data is not given"),
+    "eval_steps": (int, "optimizer steps between evaluations and checkpoints"),
+    "patience": (int, "evaluations without improvement after which training stops"),
+    "log_steps": (int, "optimizer steps between log lines"),
+    "seed": (int, ""),
+}
+
+
+def add_commands(commands: Any) -> None:
+    _add_train(commands)
+    _add_evaluate(commands)
+    _add_merge(commands)
+    demo = commands.add_parser("demo", help="train, serve and swap adapters of three methods", add_help=False)
+    demo.add_argument("arguments", nargs=argparse.REMAINDER)
+    demo.set_defaults(run=_demo)
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser("train", help="train an adapter", description="Train an adapter of any method.")
+    parser.add_argument("--method", required=True, help="see `deltamux methods`")
+    _add_base(parser)
+    parser.add_argument(
+        "--data", required=True, type=Path, metavar="F.jsonl", help="text, prompt+completion or messages"
+    )
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--eval-data", type=Path, metavar="F.jsonl")
+    parser.add_argument("--config", type=Path, metavar="F.yaml", help="the method's options")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one option of the method")
+    for name, (kind, text) in TRAIN_NUMBERS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    parser.add_argument("--scheduler", help="learning-rate schedule (default: linear)")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, exactly")
+    add_json(parser)
+    parser.set_defaults(run=_train)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "evaluate", help="evaluate a base or an adapter", description="Evaluate without a server."
+    )
+    _add_base(parser)
+    parser.add_argument("--data", required=True, type=Path, metavar="F.jsonl")
+    parser.add_argument("--adapter", type=Path, metavar="DIR", help="the base alone without it")
+    parser.add_argument("--generate", action="store_true", help="count exact matches of greedy answers, too")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--limit", type=int, help="rows to look at")
+    add_json(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_merge(commands: Any) -> None:
+    parser = commands.add_parser("merge", help="fold an adapter into its base", description="Write a plain model.")
+    parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
+    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace what the output holds")
+    parser.set_defaults(run=_merge)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from deltamux_trainers import TrainOptions, read_config, train
+
+    given = {name: getattr(arguments, name) for name in (*TRAIN_NUMBERS, "scheduler", "eval_data")}
+    options = TrainOptions(
+        method=arguments.method,
+        model=arguments.model,
+        data=arguments.data,
+        output=arguments.output,
+        config=read_config(arguments.config, arguments.set),
+        dtype=arguments.dtype,
+        device=arguments.device,
+        resume=arguments.resume,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    show_one(train(options), as_json=arguments.json)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from deltamux_trainers import EvaluateOptions, evaluate
+
+    names = ("model", "data", "adapter", "generate", "max_new_tokens", "batch_size", "limit", "dtype", "device")
+    show_one(evaluate(EvaluateOptions(**{n: getattr(arguments, n) for n in names})), as_json=arguments.json)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from deltamux_trainers import merge
+
+    output = merge(arguments.model, arguments.adapter, arguments.output, overwrite=arguments.overwrite)
+    print(f"merged model written to {output}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from deltamux_trainers.demo.run import main
+
+    main(arguments.arguments)

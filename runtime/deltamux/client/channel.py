@@ -1,0 +1,84 @@
+"""What both clients share around gRPC: addresses, keys, and errors rebuilt from rich statuses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # its .pyi files come without py.typed
+from grpc_status import rpc_status  # type: ignore[import-untyped]  # grpcio-status ships no types
+
+from deltamux.errors import DeltamuxError
+
+MAX_MESSAGE_BYTES = 64 << 20
+ATTEMPTS = 4
+FIRST_DELAY = 0.2
+"""An idempotent call that does not reach the server is sent up to ATTEMPTS times, the delay doubling."""
+
+OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where and as whom to connect.
+
+    Attributes:
+        address: ``host:port`` or ``unix:path``.
+        api_key: sent with every call; None where the server asks for none.
+        tls: True for the system's root certificates, or PEM bytes of the authority to trust; False connects in plain.
+        timeout: seconds that a call may take; None waits for ever.
+    """
+
+    address: str
+    api_key: str | None = None
+    tls: bool | bytes = False
+    timeout: float | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials | None:
+        if self.tls is False:
+            return None
+        return grpc.ssl_channel_credentials(self.tls if isinstance(self.tls, bytes) else None)
+
+    def metadata(self) -> list[tuple[str, str]]:
+        return [("authorization", f"Bearer {self.api_key}")] if self.api_key else []
+
+
+def error_of(raised: grpc.RpcError) -> DeltamuxError:
+    """Returns the family's error that a status stands for: same class, message, reason and metadata as there."""
+    code: grpc.StatusCode = raised.code()
+    message: str = raised.details() or code.name
+    reason, metadata = code.name, dict[str, str]()
+    status = rpc_status.from_call(raised)
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.ErrorInfo()
+        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info):
+            reason, metadata = info.reason, dict(info.metadata)
+    if code is grpc.StatusCode.UNAVAILABLE and status is None:
+        message = f"the server cannot be reached: {message}"
+    return _class_of(code.name, reason)(message, reason=reason, metadata=metadata)
+
+
+def delays() -> Iterator[float]:
+    """Yields the pauses before each new attempt."""
+    return (FIRST_DELAY * 2**attempt for attempt in range(ATTEMPTS - 1))
+
+
+def worth_retrying(raised: grpc.RpcError) -> bool:
+    return bool(raised.code() is grpc.StatusCode.UNAVAILABLE)
+
+
+def _class_of(status: str, reason: str) -> type[DeltamuxError]:
+    candidates = [c for c in _descendants(DeltamuxError) if c.status == status]
+    return next((c for c in candidates if c.default_reason == reason), candidates[0] if candidates else DeltamuxError)
+
+
+def _descendants(root: type[DeltamuxError]) -> Iterator[type[DeltamuxError]]:
+    """Yields the tree's classes, parents before children."""
+    for child in root.__subclasses__():
+        yield child
+        yield from _descendants(child)

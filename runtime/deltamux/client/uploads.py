@@ -1,0 +1,75 @@
+"""An adapter's directory as the messages of an upload."""
+
+from __future__ import annotations
+
+import hashlib
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from deltamux.errors import InvalidAdapterError
+from deltamux.v1 import adapters_pb2 as pb
+
+REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
+OPTIONAL_FILES = ("README.md",)
+CHUNK_BYTES = 512 * 1024
+
+Progress = Callable[[int, int], None]
+"""Told how many bytes were sent, of how many in all."""
+
+
+def upload_messages(
+    adapter: str,
+    directory: str | Path,
+    *,
+    method: str = "",
+    promote: bool | None = None,
+    labels: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[pb.UploadAdapterRequest]:
+    """Yields the header and then the files, piece by piece; at most one piece is in memory.
+
+    Raises:
+        InvalidAdapterError: the directory is no adapter; raised before anything is sent.
+    """
+    files = [_file(Path(directory) / name) for name in _present(Path(directory))]
+    header = pb.UploadHeader(adapter=adapter, method=method, labels=labels or {}, promote=promote)
+    header.files.extend(_info(file) for file in files)
+    return _messages(header, files, progress or (lambda sent, total: None))
+
+
+def _messages(header: pb.UploadHeader, files: list[Path], progress: Progress) -> Iterator[pb.UploadAdapterRequest]:
+    yield pb.UploadAdapterRequest(header=header)
+    sent, total = 0, sum(info.size_bytes for info in header.files)
+    for file in files:
+        with file.open("rb") as stream:
+            while data := stream.read(CHUNK_BYTES):
+                yield pb.UploadAdapterRequest(chunk=pb.FileChunk(path=file.name, data=data))
+                sent += len(data)
+                progress(sent, total)
+
+
+def _present(directory: Path) -> list[str]:
+    if not directory.is_dir():
+        raise InvalidAdapterError(f"{directory} is no directory; give the one that holds {REQUIRED_FILES[0]}")
+    return [*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if (directory / name).is_file())]
+
+
+def _file(path: Path) -> Path:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        raise InvalidAdapterError(
+            f"{path.parent} has no {path.name}; an adapter is a directory with {' and '.join(REQUIRED_FILES)}",
+            reason="MISSING_FILE",
+            metadata={"file": path.name},
+        ) from None
+    if not stat.S_ISREG(mode):
+        raise InvalidAdapterError(f"{path} is not a regular file", metadata={"file": path.name})
+    return path
+
+
+def _info(path: Path) -> pb.FileInfo:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return pb.FileInfo(path=path.name, size_bytes=path.stat().st_size, sha256=digest)
