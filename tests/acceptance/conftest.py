@@ -1,0 +1,48 @@
+"""One base, one server for the tests that do not end it, and adapters of three methods on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from adapters import write_own
+from engine import worlds
+
+from acceptance.process import ServerProcess
+from deltamux.client import Client
+from deltamux.deltas import BaseModel
+
+
+@pytest.fixture(scope="session")
+def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+
+
+@pytest.fixture(scope="session")
+def adapters(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of adapters: two of each method, different in content."""
+    base = BaseModel.from_pretrained(base_directory)
+    root = tmp_path_factory.mktemp("adapters")
+    options = {"lora": {"r": 4}, "houlsby": {"bottleneck": 8}, "prefix": {"num_virtual_tokens": 5}}
+    return {
+        f"{method}-{seed}": write_own(method, base, root / f"{method}-{seed}", seed=seed, **given)
+        for method, given in options.items()
+        for seed in (1, 2)
+    }
+
+
+@pytest.fixture(scope="session")
+def server(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    store = tmp_path_factory.mktemp("server") / "store"
+    process = ServerProcess(
+        base_directory, store, "--max-active-adapters", "4", "--max-host-adapters", "6", "--max-lora-rank", "16"
+    )
+    yield process
+    assert process.stop() == 0, "the server must drain and end well on SIGTERM"
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[Client]:
+    with server.client() as client:
+        yield client

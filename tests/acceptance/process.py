@@ -1,0 +1,82 @@
+"""A real server process: started as an operator starts it, stopped, or killed."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+from deltamux.client import Client
+
+READY = re.compile(r"ready on (\S+)")
+START_SECONDS = 240
+
+
+class ServerProcess:
+    """`deltamux serve` on a free port of the loopback interface.
+
+    Attributes:
+        address: what to connect to.
+    """
+
+    def __init__(self, model: Path, store: Path, *options: str) -> None:
+        defaults = ["--dtype", "float32", "--kv-cache-gib", "0.25", "--max-model-len", "256"]
+        command = [sys.executable, "-c", "import sys; from deltamux.cli import main; sys.exit(main())", "serve"]
+        self._log = (store.parent / f"{store.name}.log").open("a+")
+        self._process = subprocess.Popen(
+            [*command, "--model", str(model), "--store", str(store), "--listen", "127.0.0.1:0", *defaults, *options],
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self.address = self._await_ready()
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.address, timeout=120, **options)
+
+    def workers(self) -> list[psutil.Process]:
+        """Returns vLLM's processes, which a bad adapter must never take down."""
+        return psutil.Process(self._process.pid).children(recursive=True)
+
+    def kill(self) -> None:
+        """kill -9, and no goodbye; what it started ends because it is gone."""
+        workers = self.workers()
+        self._process.send_signal(signal.SIGKILL)
+        self._process.wait()
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
+        psutil.wait_procs(workers, timeout=30)
+        self._close()
+
+    def stop(self) -> int:
+        """SIGTERM; returns the exit status."""
+        self._process.terminate()
+        status = self._process.wait(timeout=90)
+        self._close()
+        return status
+
+    def _close(self) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        self._log.close()
+
+    def _await_ready(self) -> str:
+        stdout: IO[str] | None = self._process.stdout
+        assert stdout is not None
+        timer = threading.Timer(START_SECONDS, self._process.kill)
+        timer.start()
+        try:
+            for line in stdout:
+                if found := READY.match(line):
+                    return found[1]
+        finally:
+            timer.cancel()
+        self._log.seek(0)
+        raise AssertionError(f"the server did not start:\n{self._log.read()[-4000:]}")
