@@ -110,7 +110,8 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
 @pytest.fixture(scope="module")
 def _traffic(server: ServerProcess) -> Iterator[None]:
     """A stream that runs during all of this module, and must end as it would have alone."""
-    prompt, options = [5, 6, 7], {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
+    prompt = [5, 6, 7]
+    options: dict[str, Any] = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
     problems: list[str] = []
     done = threading.Event()
     with server.client() as client:

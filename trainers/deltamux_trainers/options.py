@@ -28,6 +28,7 @@ class TrainOptions:
         resume: goes on from the last checkpoint in `output`, exactly.
         dtype: of the frozen base; the adapter trains in float32.
         keep_checkpoints: whether checkpoints stay after training has ended well.
+        quiet: prints neither progress nor losses; callbacks still learn of them.
     """
 
     method: str
@@ -55,6 +56,7 @@ class TrainOptions:
     device: str = "auto"
     resume: bool = False
     keep_checkpoints: bool = False
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eval_fraction < 1.0:

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     EarlyStoppingCallback,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -96,6 +97,8 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         data_collator=lambda batch: collate(batch, loaded.tokenizer.pad_token_id or 0),
         callbacks=[*_callbacks(options), *callbacks],
     )
+    if options.quiet:
+        trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
     outcome = trainer.train(resume_from_checkpoint=options.resume)
     result = TrainResult(
@@ -158,7 +161,7 @@ def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> 
         metric_for_best_model="eval_loss" if evaluates else None,
         greater_is_better=False if evaluates else None,
         logging_steps=options.log_steps,
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=options.quiet or not sys.stderr.isatty(),
         report_to="none",
         use_cpu=pick_device(options.device) == "cpu",
         dataloader_pin_memory=False,

@@ -94,6 +94,7 @@ TASKS = (
         title="support ticket -> routing label in JSON",
         exchange=routing_label,
         options={"r": 8, "lora_alpha": 16, "target_modules": "all-linear"},
+        training={"max_steps": 150, "batch_size": 32, "learning_rate": 2e-3},
     ),
     TenantTask(
         tenant="globex",
@@ -101,7 +102,7 @@ TASKS = (
         method="houlsby",
         title="order -> packing slip in the house style",
         exchange=packing_slip,
-        options={},
+        training={"max_steps": 200, "batch_size": 32, "learning_rate": 4e-3},
     ),
     TenantTask(
         tenant="initech",
@@ -110,6 +111,7 @@ TASKS = (
         title="sentence -> ISO date",
         exchange=iso_date,
         options={"num_virtual_tokens": 16},
+        training={"max_steps": 200, "batch_size": 32, "learning_rate": 1e-2},
     ),
 )
 
