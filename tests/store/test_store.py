@@ -1,0 +1,249 @@
+"""The store: versions, aliases, leases, recovery; and a random walk against a model of a few lines."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from deltamux.errors import FailedPreconditionError, NotFoundError
+from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter, VersionKey, VersionRecord, content_digest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+KEY = AdapterKey("acme", "tickets")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(root: Path) -> Iterator[AdapterStore]:
+    store = AdapterStore.open(root)
+    yield store
+    store.close()
+
+
+def upload(
+    store: AdapterStore, content: str, key: AdapterKey = KEY, *, promote: bool | None = None
+) -> VersionRecord:
+    with store.staging() as staged:
+        (staged / "adapter_config.json").write_text(content)
+        (staged / "adapter_model.safetensors").write_text(content)
+        (staged / "program.safetensors").write_text(f"compiled {content}")
+        compiled = CompiledAdapter(content_digest(staged), "lora", 8, 0, len(content))
+        return store.commit(staged, key, compiled, promote=promote)
+
+
+def objects(root: Path) -> set[str]:
+    return {directory.name for directory in (root / "objects").glob("*/*")}
+
+
+def test_a_first_version_serves_at_once_and_a_later_one_when_promoted(store: AdapterStore) -> None:
+    assert upload(store, "one").key.number == 1
+    assert upload(store, "two").key.number == 2
+    assert store.adapter(KEY).serving == 1
+    assert store.promote(KEY, 2).serving == 2
+    assert store.rollback(KEY).serving == 1
+    assert upload(store, "three", promote=True).key.number == 3
+    assert store.adapter(KEY).serving == 3
+
+
+def test_the_same_content_is_the_same_version(store: AdapterStore) -> None:
+    first = upload(store, "one")
+    upload(store, "two")
+    assert upload(store, "one") == first
+
+
+def test_equal_content_of_two_tenants_is_stored_once_and_kept_until_both_are_gone(
+    store: AdapterStore, root: Path
+) -> None:
+    other = AdapterKey("globex", "tickets")
+    upload(store, "same")
+    record = upload(store, "same", other)
+    store.delete_adapter(KEY)
+    assert objects(root) == {record.compiled.digest}
+    store.delete_adapter(other)
+    assert objects(root) == set()
+
+
+def test_a_leased_version_outlives_its_deletion(store: AdapterStore, root: Path) -> None:
+    removed: list[tuple[VersionKey, bool]] = []
+    store.on_removed = lambda record, last: removed.append((record.key, last))
+    upload(store, "one")
+    with store.lease(KEY) as held:
+        store.delete_adapter(KEY)
+        with pytest.raises(NotFoundError):
+            store.adapter(KEY)
+        with pytest.raises(NotFoundError), store.lease(held.key):
+            pass
+        assert held.program.read_text() == "compiled one"
+        assert removed == []
+    assert removed == [(held.key, True)]
+    assert objects(root) == set()
+
+
+def test_numbers_are_never_used_again(store: AdapterStore) -> None:
+    upload(store, "one")
+    store.delete_adapter(KEY)
+    assert upload(store, "one").key.number == 2
+
+
+def test_a_serving_version_is_not_deleted(store: AdapterStore) -> None:
+    upload(store, "one")
+    upload(store, "two")
+    with pytest.raises(FailedPreconditionError, match="serves traffic"):
+        store.delete_version(VersionKey(*KEY, 1))
+    store.delete_version(VersionKey(*KEY, 2))
+    assert [version.key.number for version in store.versions(KEY)] == [1]
+
+
+def test_a_rollback_skips_what_was_deleted(store: AdapterStore) -> None:
+    for content in ("one", "two", "three"):
+        upload(store, content, promote=True)
+    store.delete_version(VersionKey(*KEY, 2))
+    assert store.rollback(KEY).serving == 1
+    with pytest.raises(FailedPreconditionError, match="no earlier version"):
+        store.rollback(KEY)
+
+
+def test_a_canary_splits_by_request_and_the_same_request_decides_alike(store: AdapterStore) -> None:
+    upload(store, "one")
+    upload(store, "two")
+    store.promote(KEY, 2, canary_percent=30)
+
+    def served(request: str) -> int:
+        with store.lease(KEY, request) as record:
+            return record.key.number
+
+    counts = [served(f"request {i}") for i in range(400)]
+    assert 60 < counts.count(2) < 180
+    assert counts == [served(f"request {i}") for i in range(400)]
+
+
+def test_everything_is_there_after_reopening_and_leftovers_are_gone(root: Path) -> None:
+    store = AdapterStore.open(root)
+    record = upload(store, "one")
+    store.close()
+    (root / "staging" / "half-written").mkdir()
+    (root / "objects" / "ab").mkdir(exist_ok=True)
+    (root / "objects" / "ab" / ("ab" * 32)).mkdir()
+    store = AdapterStore.open(root)
+    assert store.version(record.key) == record
+    assert objects(root) == {record.compiled.digest}
+    assert list((root / "staging").iterdir()) == []
+    store.close()
+
+
+@pytest.mark.usefixtures("store")
+def test_a_second_process_is_turned_away(root: Path) -> None:
+    code = "import sys; from deltamux.store import AdapterStore; AdapterStore.open(sys.argv[1])"
+    second = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=False)
+    assert second.returncode != 0
+    assert "in use by another process" in second.stderr
+
+
+def test_ten_thousand_adapters_are_listed_page_by_page(store: AdapterStore) -> None:
+    record = upload(store, "one")
+    with store._database.transaction():
+        for number in range(10_000):
+            store._insert(AdapterKey("many", f"a{number:05}"), record.compiled, {})
+            store._promote(AdapterKey("many", f"a{number:05}"), 1)
+    seen: list[str] = []
+    while page := store.adapters("many", after=seen[-1] if seen else "", limit=1000):
+        seen += [adapter.key.adapter for adapter in page]
+    assert seen == [f"a{number:05}" for number in range(10_000)]
+    with store.lease(AdapterKey("many", "a07777")) as held:
+        assert held.compiled == record.compiled
+
+
+def test_a_key_opens_its_tenant_until_it_is_revoked(store: AdapterStore) -> None:
+    store.tenants.create("acme")
+    record, secret = store.tenants.create_key("acme")
+    assert store.tenants.verify(secret) == "acme"
+    assert store.tenants.verify(secret + "x") is None
+    assert secret not in (store._database.one("SELECT secret_hash FROM api_keys")["secret_hash"])
+    store.tenants.delete_key("acme", record.key)
+    assert store.tenants.verify(secret) is None
+
+
+class RandomWalk(RuleBasedStateMachine):
+    """Any order of operations leaves the store as a dictionary would be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp())
+        self.store = AdapterStore.open(self.root)
+        self.versions: dict[int, str] = {}
+        self.history: list[int] = []
+        self.last = 0
+
+    def teardown(self) -> None:
+        self.store.close()
+        shutil.rmtree(self.root)
+
+    @rule(content=st.sampled_from("abcdef"), promote=st.sampled_from([None, True]))
+    def upload(self, content: str, promote: bool | None) -> None:
+        number = upload(self.store, content, promote=promote).key.number
+        known = next((n for n, c in self.versions.items() if c == content), None)
+        if known is None:
+            self.last += 1
+            self.versions[self.last] = content
+        assert number == (known or self.last)
+        if (promote or not self.history) and self.history[-1:] != [number]:
+            self.history.append(number)
+
+    @precondition(lambda self: self.versions)
+    @rule(data=st.data())
+    def promote(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from(sorted(self.versions)))
+        self.store.promote(KEY, number)
+        if self.history[-1] != number:
+            self.history.append(number)
+
+    @precondition(lambda self: len(self.history) > 1)
+    @rule()
+    def rollback(self) -> None:
+        self.store.rollback(KEY)
+        self.history.pop()
+
+    @precondition(lambda self: len(self.versions) > 1)
+    @rule(data=st.data())
+    def delete_version(self, data: st.DataObject) -> None:
+        number = data.draw(st.sampled_from([n for n in sorted(self.versions) if n != self.history[-1]]))
+        self.store.delete_version(VersionKey(*KEY, number))
+        del self.versions[number]
+        self.history = [n for n in self.history if n != number]
+
+    @precondition(lambda self: self.versions)
+    @rule()
+    def delete_adapter(self) -> None:
+        self.store.delete_adapter(KEY)
+        self.versions, self.history = {}, []
+
+    @rule()
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = AdapterStore.open(self.root)
+
+    @invariant()
+    def agrees(self) -> None:
+        if not self.versions:
+            assert self.store.adapters("acme") == []
+            return
+        assert [version.key.number for version in self.store.versions(KEY)] == sorted(self.versions)
+        with self.store.lease(KEY) as record:
+            assert record.key.number == self.history[-1]
+            assert record.program.read_text() == f"compiled {self.versions[record.key.number]}"
+        assert len(objects(self.root)) == len(self.versions)
+
+
+RandomWalk.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestRandomWalk = RandomWalk.TestCase
