@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from deltamux.errors import FailedPreconditionError, NotFoundError
-from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter, VersionKey, VersionRecord, content_digest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from deltamux.errors import FailedPreconditionError, NotFoundError
+from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter, VersionKey, VersionRecord, content_digest
 
 KEY = AdapterKey("acme", "tickets")
 
@@ -31,9 +32,7 @@ def store(root: Path) -> Iterator[AdapterStore]:
     store.close()
 
 
-def upload(
-    store: AdapterStore, content: str, key: AdapterKey = KEY, *, promote: bool | None = None
-) -> VersionRecord:
+def upload(store: AdapterStore, content: str, key: AdapterKey = KEY, *, promote: bool | None = None) -> VersionRecord:
     with store.staging() as staged:
         (staged / "adapter_config.json").write_text(content)
         (staged / "adapter_model.safetensors").write_text(content)

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # its .pyi files come without py.typed
-from grpc_status import rpc_status  # type: ignore[import-untyped]  # grpcio-status ships no types
+from grpc_status import rpc_status
 
 from deltamux.errors import DeltamuxError
 
@@ -53,7 +53,7 @@ def error_of(raised: grpc.RpcError) -> DeltamuxError:
     code: grpc.StatusCode = raised.code()
     message: str = raised.details() or code.name
     reason, metadata = code.name, dict[str, str]()
-    status = rpc_status.from_call(raised)
+    status = rpc_status.from_call(raised)  # type: ignore[arg-type]  # an RpcError of a call is a Call, too
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Is(info.DESCRIPTOR) and detail.Unpack(info):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from grpc_health.v1 import health, health_pb2  # type: ignore[import-untyped]  # grpcio-health-checking ships no types
+from grpc_health.v1 import health, health_pb2
 
 from deltamux.engine.base import Engine
 

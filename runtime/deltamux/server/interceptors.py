@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 from typing import Any
 
 import grpc
-from grpc_status import rpc_status  # type: ignore[import-untyped]  # grpcio-status ships no types
+from grpc_status import rpc_status
 
 from deltamux.errors import DeltamuxError
 from deltamux.server.status import status_of

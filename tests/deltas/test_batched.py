@@ -1,0 +1,166 @@
+"""The batched life of every op: a mixed step equals each adapter alone, whatever stands in the other slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltamux.deltas import (
+    AttentionSite,
+    Bias,
+    BlockRole,
+    BlockSite,
+    Bottleneck,
+    KVPrefix,
+    LinearSite,
+    LowRank,
+    NormAffine,
+    NormSite,
+    Op,
+    Site,
+)
+from deltamux.deltas.ops import Run, StepIndex, VirtualRows
+from deltamux.deltas.sites import NormForm
+
+SLOTS = 6
+FEATURES = 8
+LINEAR = LinearSite("layer.linear", FEATURES, FEATURES, True, False, 0, BlockRole.ATTENTION)
+NORMS = {form: NormSite("layer.norm", FEATURES, form, 1e-5, True, 0) for form in NormForm}
+BLOCK = BlockSite("layers.0.attention", FEATURES, BlockRole.ATTENTION, "q", "o", 0)
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def low_rank(seed: int) -> tuple[Site, Op]:
+    rank = 1 + seed % 5
+    return LINEAR, LowRank(draw(seed, rank, FEATURES), draw(seed + 1, FEATURES, rank), scale=0.5 + seed % 3)
+
+
+def bias(seed: int) -> tuple[Site, Op]:
+    return LINEAR, Bias(draw(seed, FEATURES))
+
+
+def norm(form: NormForm) -> Any:
+    return lambda seed: (NORMS[form], NormAffine(draw(seed, FEATURES), draw(seed + 1, FEATURES) if seed % 2 else None))
+
+
+def bottleneck(seed: int) -> tuple[Site, Op]:
+    width = 1 + seed % 4
+    return BLOCK, Bottleneck(
+        draw(seed, width, FEATURES),
+        draw(seed + 1, FEATURES, width),
+        draw(seed + 2, width) if seed % 2 else None,
+        draw(seed + 3, FEATURES) if seed % 3 else None,
+        activation=("relu", "gelu", "tanh")[seed % 3],
+        scale=0.5 + seed % 2,
+        parallel=bool(seed % 2),
+    )
+
+
+MAKERS = {
+    "low_rank": low_rank,
+    "bias": bias,
+    "norm_affine, layer": norm(NormForm.LAYER),
+    "norm_affine, rms": norm(NormForm.RMS),
+    "bottleneck": bottleneck,
+}
+
+steps = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 20)), min_size=1, max_size=12)
+"""A step's requests: (slot, or -1 for the base; rows)."""
+
+
+def index_of(step: list[tuple[int, int]]) -> StepIndex:
+    runs, row = [], 0
+    for slot, rows in step:
+        if slot >= 0:
+            runs.append(Run(slot, row, row + rows))
+        row += rows
+    return StepIndex(runs, row, SLOTS)
+
+
+def poisoned(op: Op) -> Op:
+    """The op with every parameter full of NaN."""
+    return op.of({name: torch.full_like(t, float("nan")) for name, t in op.tensors().items()}, op.attributes())
+
+
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
+@settings(max_examples=60, deadline=None)
+@given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000))
+def test_a_mixed_step_equals_each_adapter_alone(
+    maker: Any, step: list[tuple[int, int]], present: set[int], seed: int
+) -> None:
+    site = maker(0)[0]
+    ops = {slot: maker(seed + slot)[1] for slot in present}
+    batch = type(maker(0)[1]).batch(site, SLOTS, torch.float32, "cpu")
+    for slot, op in ops.items():
+        batch.place(slot, op)
+    index = index_of(step)
+    x, before = draw(seed, index.num_rows, FEATURES), draw(seed + 1, index.num_rows, FEATURES)
+    after = before.clone()
+    batch.apply(x, after, index)
+    row = 0
+    for slot, rows in step:
+        own = slice(row, row + rows)
+        expected = ops[slot].apply(x[own], before[own], site) if slot in ops else before[own]
+        torch.testing.assert_close(after[own], expected, atol=1e-5, rtol=1e-5)
+        row += rows
+
+
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
+@pytest.mark.parametrize("rows", [1, 40], ids=["decode", "prefill"])
+def test_one_adapters_rows_never_reach_anothers(maker: Any, rows: int) -> None:
+    """Slot 2 computes nothing but NaN; its neighbours and the base must not notice."""
+    site, _ = maker(0)
+    ops = {slot: maker(slot)[1] for slot in range(4)}
+    clean, spoilt = (type(ops[0]).batch(site, SLOTS, torch.float32, "cpu") for _ in range(2))
+    for slot, op in ops.items():
+        clean.place(slot, op)
+        spoilt.place(slot, op)
+    step = [(0, rows), (1, rows), (2, rows), (-1, rows), (3, rows)]
+    index = index_of(step)
+    x, y = draw(1, index.num_rows, FEATURES), draw(2, index.num_rows, FEATURES)
+    x[2 * rows : 3 * rows] = float("nan")
+    expected, actual = y.clone(), y.clone()
+    clean.apply(draw(1, index.num_rows, FEATURES), expected, index)
+    spoilt.apply(x, actual, index)
+    others = [r for r in range(index.num_rows) if not 2 * rows <= r < 3 * rows]
+    torch.testing.assert_close(actual[others], expected[others])
+
+
+def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
+    site, op = low_rank(3)
+    batch = LowRank.batch(site, SLOTS, torch.float32, "cpu")
+    batch.place(1, op)
+    batch.clear(1)
+    batch.clear(1)
+    y = draw(1, 4, FEATURES)
+    before = y.clone()
+    batch.apply(draw(2, 4, FEATURES), y, index_of([(1, 4)]))
+    assert torch.equal(y, before)
+    assert batch.mask == 0
+
+
+def test_virtual_rows_and_no_others_get_their_adapters_keys_and_values() -> None:
+    site = AttentionSite("layers.0.attention", "attn", 2, 3, 0)
+    prefixes = {slot: KVPrefix(draw(slot, 4, 2, 3), draw(slot + 9, 4, 2, 3)) for slot in (0, 2)}
+    batch = KVPrefix.batch(site, SLOTS, torch.float32, "cpu")
+    for slot, prefix in prefixes.items():
+        batch.place(slot, prefix)
+    # Two requests of slots 0 and 2: the second continues its prefix at its third virtual token.
+    virtual = VirtualRows(torch.tensor([0, 1, 5, 6]), torch.tensor([0, 0, 2, 2]), torch.tensor([0, 1, 2, 3]), 0b101)
+    index = StepIndex([Run(0, 0, 3), Run(2, 5, 8)], 8, SLOTS, virtual=virtual)
+    key, value = draw(20, 8, 6), draw(21, 8, 6)
+    new_key, new_value = key.clone(), value.clone()
+    batch.apply(new_key, new_value, index)
+    for row, slot, position in ((0, 0, 0), (1, 0, 1), (5, 2, 2), (6, 2, 3)):
+        assert torch.equal(new_key[row], prefixes[slot].key[position].flatten())
+        assert torch.equal(new_value[row], prefixes[slot].value[position].flatten())
+    for row in (2, 3, 4, 7):
+        assert torch.equal(new_key[row], key[row])
+        assert torch.equal(new_value[row], value[row])
