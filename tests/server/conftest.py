@@ -1,0 +1,46 @@
+"""A server in this process, over a real socket, with a small torch engine where vLLM would only add its start-up."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from deltamux.client import AsyncClient
+from deltamux.server.app import Running, running
+from deltamux.server.options import ServeOptions
+from server.reference_engine import ReferenceEngine
+from server.tiny_base import write_base, write_lora
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("tiny-base"))
+
+
+@pytest.fixture(scope="session")
+def loras(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("tiny-loras")
+    return [write_lora(root / str(seed), tiny_base, seed=seed) for seed in (1, 2)]
+
+
+def options(tiny_base: Path, store: Path, **given: object) -> ServeOptions:
+    return ServeOptions(model=str(tiny_base), store=store, listen="127.0.0.1:0", drain_seconds=5.0, **given)  # type: ignore[arg-type]  # the tests' own
+
+
+def engine_for(tiny_base: Path, step_seconds: float = 0.0) -> ReferenceEngine:
+    return ReferenceEngine(tiny_base, step_seconds=step_seconds)
+
+
+@pytest.fixture
+async def served(tiny_base: Path, tmp_path: Path) -> AsyncIterator[Running]:
+    """A server without keys; its engine pauses a little after every token, so that a test can act meanwhile."""
+    async with running(options(tiny_base, tmp_path / "store"), lambda _: engine_for(tiny_base, 0.02)) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(served: Running) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(served.address, timeout=60) as client:
+        yield client

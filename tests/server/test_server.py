@@ -1,0 +1,246 @@
+"""The server's behaviour around the engine: errors, aborts, tenants, versions, health, watching."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
+from deltamux.client import AsyncClient, Client
+from deltamux.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidAdapterError,
+    InvalidArgumentError,
+    NotFoundError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from deltamux.server.app import SERVICES, Running, running
+from server.conftest import engine_for, options
+
+NAME = "tenants/acme/adapters/tickets"
+LONG: dict[str, Any] = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True}
+
+
+async def settled(served: Running) -> list[str]:
+    """Waits until nothing runs in the engine; returns the aborted requests."""
+    for _ in range(200):
+        if not served.engine.running:  # type: ignore[attr-defined]  # the tests' engine
+            break
+        await asyncio.sleep(0.02)
+    aborted: list[str] = served.engine.aborted  # type: ignore[attr-defined]  # likewise
+    return aborted
+
+
+async def test_a_generation_reports_what_was_used(client: AsyncClient, loras: list[Path]) -> None:
+    version = await client.upload_adapter(NAME, loras[0], labels={"run": "7"})
+    assert (version.name, version.method, version.rank, version.state) == (f"{NAME}/versions/1", "lora", 4, "READY")
+    assert version.labels == {"run": "7"}
+    whole = await client.generate("hello", adapter=NAME, max_tokens=5, temperature=0.0, logprobs=2, ignore_eos=True)
+    assert (len(whole.token_ids), len(whole.logprobs), len(whole.top_logprobs[0])) == (5, 5, 2)
+    assert whole.usage.prompt_tokens == 5
+    assert (whole.finish_reason, whole.adapter_version) == ("length", version.name)
+    chunks = [
+        c async for c in client.generate_stream("hello", adapter=NAME, max_tokens=5, temperature=0.0, ignore_eos=True)
+    ]
+    assert tuple(t for c in chunks for t in c.token_ids) == whole.token_ids
+    assert "".join(c.text for c in chunks) == whole.text
+
+
+async def test_closing_a_stream_aborts_the_generation(client: AsyncClient, served: Running) -> None:
+    async with aclosing(client.generate_stream("hello", **LONG)) as stream:  # type: ignore[type-var]  # a generator
+        async for _ in stream:
+            break
+    assert len(await settled(served)) == 1
+
+
+async def test_a_deadline_aborts_the_generation(client: AsyncClient, served: Running) -> None:
+    with pytest.raises(DeadlineExceededError):
+        await client.generate("hello", timeout=0.3, **LONG)
+    assert len(await settled(served)) == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "reason"),
+    [
+        (lambda c: c.generate("x", adapter="tenants/acme/adapters/none"), NotFoundError, "NOT_FOUND"),
+        (lambda c: c.generate("x", adapter="acme/none"), InvalidArgumentError, "INVALID_NAME"),
+        (lambda c: c.generate("x", temperature=-1.0), InvalidArgumentError, "INVALID_SAMPLING"),
+        (lambda c: c.generate([]), InvalidArgumentError, "BAD_PROMPT"),
+        (lambda c: c.get_adapter("tenants/acme/adapters/none"), NotFoundError, "NOT_FOUND"),
+        (lambda c: c.promote(NAME, version=9), NotFoundError, "NOT_FOUND"),
+        (lambda c: c.rollback(NAME), FailedPreconditionError, "NO_PREVIOUS_VERSION"),
+        (lambda c: c.delete_adapter(f"{NAME}/versions/1"), FailedPreconditionError, "VERSION_SERVES"),
+        (lambda c: c.get_tenant("tenants/none"), NotFoundError, "NOT_FOUND"),
+        (lambda c: c.delete_tenant("tenants/acme"), FailedPreconditionError, "TENANT_NOT_EMPTY"),
+    ],
+)
+async def test_an_error_keeps_its_class_and_reason_over_the_wire(
+    call: Any, kind: type[Exception], reason: str, client: AsyncClient, loras: list[Path]
+) -> None:
+    await client.upload_adapter(NAME, loras[0])
+    with pytest.raises(kind) as raised:
+        await call(client)
+    assert raised.value.reason == reason  # type: ignore[attr-defined]  # of our family
+
+
+async def test_an_error_in_a_stream_keeps_its_status(client: AsyncClient) -> None:
+    with pytest.raises(NotFoundError):
+        [c async for c in client.generate_stream("x", adapter=NAME)]
+
+
+async def test_a_directory_without_tensors_is_refused_before_anything_is_sent(
+    client: AsyncClient, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidAdapterError, match="adapter_config"):
+        await client.upload_adapter(NAME, tmp_path)
+
+
+async def test_a_running_stream_keeps_its_version_through_promotion_and_deletion(
+    client: AsyncClient, loras: list[Path]
+) -> None:
+    await client.upload_adapter(NAME, loras[0])
+    expected = await client.generate("hello", adapter=NAME, max_tokens=40, temperature=0.0, ignore_eos=True)
+    running_one = asyncio.create_task(
+        client.generate("hello", adapter=NAME, max_tokens=40, temperature=0.0, ignore_eos=True)
+    )
+    await asyncio.sleep(0.1)
+    second = await client.upload_adapter(NAME, loras[1], promote=True)
+    after = await client.generate("hello", adapter=NAME, max_tokens=4, temperature=0.0)
+    assert after.adapter_version == second.name
+    await client.delete_adapter(NAME)
+    with pytest.raises(NotFoundError):
+        await client.get_adapter(NAME)
+    assert (await running_one).token_ids == expected.token_ids
+
+
+async def test_watching_reports_the_present_and_every_change(client: AsyncClient, loras: list[Path]) -> None:
+    await client.upload_adapter(NAME, loras[0])
+    events: list[tuple[str, int | None]] = []
+
+    async def watch() -> None:
+        async for event in client.watch_adapters("tenants/acme"):
+            events.append((event.type, event.version))
+            if event.type == "DELETED":
+                return
+
+    watching = asyncio.create_task(watch())
+    while not events:  # noqa: ASYNC110 - the first event is the sign that the watch has begun
+        await asyncio.sleep(0.02)
+    await client.upload_adapter(NAME, loras[1])
+    await client.promote(NAME, version=2)
+    await client.delete_adapter(f"{NAME}/versions/1")
+    await client.delete_adapter(NAME)
+    await asyncio.wait_for(watching, 10)
+    assert events == [
+        ("STATE", None),
+        ("VERSION_CREATED", 2),
+        ("UPDATED", None),
+        ("VERSION_DELETED", 1),
+        ("DELETED", None),
+    ]
+
+
+async def test_pages_are_followed_to_the_end(client: AsyncClient, served: Running, loras: list[Path]) -> None:
+    for number in range(3):
+        await client.upload_adapter(f"tenants/acme/adapters/a{number}", loras[0])
+    names = [adapter.name for adapter in await client.list_adapters("tenants/acme")]
+    assert names == [f"tenants/acme/adapters/a{number}" for number in range(3)]
+    assert [tenant.name for tenant in await client.list_tenants()] == ["tenants/acme"]
+
+
+async def test_a_tenant_sees_its_own_and_nothing_else(tiny_base: Path, tmp_path: Path, loras: list[Path]) -> None:
+    store = tmp_path / "store"
+    async with running(options(tiny_base, store, auth="keys"), lambda _: engine_for(tiny_base)) as server:
+        admin_key = (store / "admin.key").read_text().strip()
+        async with AsyncClient(server.address, api_key=admin_key) as admin:
+            for tenant in ("acme", "globex"):
+                await admin.create_tenant(tenant)
+            key = await admin.create_api_key("tenants/acme")
+            await admin.upload_adapter("tenants/globex/adapters/secret", loras[0])
+        async with AsyncClient(server.address, api_key=key.secret) as acme:
+            await acme.upload_adapter(NAME, loras[1])
+            assert (await acme.generate("x", adapter=NAME, max_tokens=1)).adapter_version == f"{NAME}/versions/1"
+            for name in ("tenants/globex/adapters/secret", "tenants/globex/adapters/absent"):
+                with pytest.raises(NotFoundError, match="or belongs to another tenant"):
+                    await acme.generate("x", adapter=name, max_tokens=1)
+            with pytest.raises(NotFoundError):
+                await acme.upload_adapter("tenants/globex/adapters/mine", loras[0])
+            with pytest.raises(PermissionDeniedError):
+                await acme.list_tenants()
+        for wrong in (None, "dmx_wrong"):
+            async with AsyncClient(server.address, api_key=wrong) as nobody:
+                with pytest.raises(UnauthenticatedError):
+                    await nobody.generate("x")
+
+
+async def test_health_follows_the_engine_and_requests_are_turned_away(served: Running, client: AsyncClient) -> None:
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        health: Any = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="deltamux.v1.Inference")
+        assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+        served.engine.crash()  # type: ignore[attr-defined]  # the tests' engine
+        for _ in range(100):
+            if (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING:
+                break
+            await asyncio.sleep(0.05)
+        else:
+            raise AssertionError("health must turn to NOT_SERVING when the engine has died")
+    with pytest.raises(UnavailableError):
+        await client.generate("x")
+
+
+async def test_reflection_lists_the_services(served: Running) -> None:
+    def names() -> set[str]:
+        with grpc.insecure_channel(served.address) as channel:
+            return set(ProtoReflectionDescriptorDatabase(channel).get_services())
+
+    assert set(SERVICES) <= await asyncio.to_thread(names)
+
+
+async def test_one_generation_too_many_is_told_to_come_back(tiny_base: Path, tmp_path: Path) -> None:
+    limited = options(tiny_base, tmp_path / "store", max_pending_requests=1)
+    async with running(limited, lambda _: engine_for(tiny_base, 0.02)) as server, AsyncClient(server.address) as client:
+        first = asyncio.create_task(client.generate("x", max_tokens=30, ignore_eos=True))
+        await asyncio.sleep(0.2)
+        with pytest.raises(ResourceExhaustedError) as refused:
+            await client.generate("x")
+        assert refused.value.reason == "SERVER_BUSY"
+        await first
+
+
+@pytest.mark.parametrize("given", [{}, {"auth": "keys"}])
+async def test_nobody_listens_beyond_loopback_without_keys_and_tls(
+    given: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    exposed = replace(options(tiny_base, tmp_path / "store", **given), listen="0.0.0.0:0")
+    with pytest.raises(FailedPreconditionError, match="--insecure"):
+        async with running(exposed, lambda _: engine_for(tiny_base)):
+            pass
+
+
+async def test_the_client_for_threads_does_the_same(served: Running, loras: list[Path]) -> None:
+    def use() -> None:
+        with Client(served.address, timeout=60) as client:
+            version = client.upload_adapter(NAME, loras[0])
+            whole = client.generate("hello", adapter=NAME, max_tokens=4, temperature=0.0, ignore_eos=True)
+            chunks = list(client.generate_stream("hello", adapter=NAME, max_tokens=4, temperature=0.0, ignore_eos=True))
+            assert tuple(t for c in chunks for t in c.token_ids) == whole.token_ids
+            assert client.get_adapter(NAME).serving_version == version.version
+            with pytest.raises(NotFoundError) as raised:
+                client.generate("x", adapter="tenants/acme/adapters/none")
+            assert raised.value.code is grpc.StatusCode.NOT_FOUND
+            assert raised.value.metadata == {"name": "tenants/acme/adapters/none"}
+
+    await asyncio.to_thread(use)
