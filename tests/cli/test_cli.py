@@ -1,0 +1,116 @@
+"""The command line as a user meets it: help, exit codes, errors, JSON; and that starting it is cheap."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from acceptance.process import ServerProcess
+from adapters import write_own
+from engine import worlds
+
+from deltamux.cli import main, parser
+from deltamux.client import AsyncClient, Client
+from deltamux.deltas import BaseModel
+
+COMMANDS = ("serve", "generate", "adapter", "tenant", "train", "evaluate", "merge", "methods", "demo")
+GROUPED = {
+    "adapter": ("upload", "list", "show", "promote", "rollback", "delete", "pin", "unpin"),
+    "tenant": ("create", "list", "show", "delete", "create-key", "list-keys", "delete-key"),
+}
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *(f"{g} {c}" for g, commands in GROUPED.items() for c in commands)])
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if command == "demo":  # its options belong to the program behind it
+        return
+    with pytest.raises(SystemExit) as left:
+        main([*command.split(), "--help"])
+    assert left.value.code == 0
+    assert f"deltamux {command}" in capsys.readouterr().out
+
+
+def test_starting_needs_neither_torch_nor_grpc() -> None:
+    code = (
+        "import sys; import deltamux.cli as c; c.parser();"
+        "print([m for m in ('torch', 'vllm', 'grpc') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_help_takes_well_under_half_a_second_of_cpu() -> None:
+    code = (
+        "import resource, deltamux.cli as c; c.parser().format_help();"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
+    )
+    runs = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3))
+    assert min(float(run.stdout) for run in runs) < 0.5
+
+
+def test_methods_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"houlsby", "lora", "prefix"} <= {method["name"] for method in listed}
+
+
+def test_an_unreachable_server_is_an_error_of_one_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "x", "--server", "127.0.0.1:1", "--timeout", "5"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the server cannot be reached")
+    assert "Traceback" not in error
+
+
+def test_wrong_usage_exits_with_two() -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["adapter", "promote", "tenants/a/adapters/b", "not-a-number"])
+    assert left.value.code == 2
+
+
+def test_both_clients_have_the_same_surface() -> None:
+    def surface(kind: type) -> dict[str, list[str]]:
+        public = {n: m for n, m in vars(kind).items() if not n.startswith("_") and inspect.isfunction(m)}
+        return {name: list(inspect.signature(method).parameters) for name, method in public.items()}
+
+    assert surface(Client) == surface(AsyncClient)
+
+
+def test_the_readme_names_only_commands_that_exist() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    named = set(re.findall(r"^deltamux (\w+)", text, re.MULTILINE))
+    assert named
+    known = next(a.choices for a in parser()._actions if a.choices)
+    assert named <= set(known or ())
+
+
+def test_a_whole_session_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = worlds.save_base(tmp_path / "base", "llama")
+    base = BaseModel.from_pretrained(directory)
+    first, second = (write_own("lora", base, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2))
+    server = ServerProcess(directory, tmp_path / "store")
+    name = "tenants/acme/adapters/main"
+
+    def run(*arguments: str) -> str:
+        assert main([*arguments, "--server", server.address]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    try:
+        assert json.loads(run("adapter", "upload", name, str(first), "--json"))["version"] == 1
+        assert "versions/2" in run("adapter", "upload", name, str(second), "--label", "run=7")
+        answer = run("generate", "hello", "--adapter", name, "--max-tokens", "8", "--temperature", "0")
+        assert json.loads(run("adapter", "promote", name, "2", "--json"))["serving_version"] == 2
+        assert run("generate", "hello", "--adapter", name, "--max-tokens", "8", "--temperature", "0") != answer
+        assert json.loads(run("adapter", "rollback", name, "--json"))["serving_version"] == 1
+        shown = json.loads(run("adapter", "show", name, "--json"))
+        assert [v["labels"] for v in shown["versions"]] == [{}, {"run": "7"}]
+        assert name in run("adapter", "list", "acme")
+        assert run("generate", "x", "--choice", "ab", "--choice", "cd", "--max-tokens", "4").strip() in ("ab", "cd")
+        run("adapter", "delete", name)
+        assert main(["adapter", "show", name, "--server", server.address]) == 1
+        assert "NOT_FOUND" in capsys.readouterr().err
+    finally:
+        assert server.stop() == 0

@@ -1,0 +1,198 @@
+"""One loop for every method: it learns, it resumes exactly, and what it writes is what is served."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapters import read_program
+from engine import worlds
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from deltamux.deltas import BaseModel, attached
+from deltamux.errors import FailedPreconditionError, InvalidArgumentError, InvalidConfigError, NotMergeableError
+from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, read_config, train
+from deltamux_trainers.data import IGNORED, collate, encode, read_rows
+from deltamux_trainers.model import token_loss
+
+IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"config": {"r": 4}, "learning_rate": 1e-2},
+    "houlsby": {"config": {"bottleneck": 16}, "learning_rate": 1e-2},
+    "prefix": {"config": {"num_virtual_tokens": 8, "prefix_projection": True}, "learning_rate": 1e-2},
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Whatever is asked, the answer is one of two."""
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = ({"prompt": f"{n % 2}: ", "completion": "even" if n % 2 == 0 else "odd!"} for n in range(64))
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def options(method: str, directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:
+    common = {**METHODS[method], "max_steps": 40, "batch_size": 16, "log_steps": 100, "quiet": True}
+    return TrainOptions(method=method, model=str(directory), data=data, output=output, **{**common, **given})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_what_it_writes_predicts_as_well(
+    method: str, directory: Path, data: Path, tmp_path: Path
+) -> None:
+    result = train(options(method, directory, data, tmp_path / "adapter"))
+    before = evaluate(EvaluateOptions(str(directory), data))
+    after = evaluate(EvaluateOptions(str(directory), data, adapter=tmp_path / "adapter"))
+    assert after.loss < before.loss - 1.0
+    report = json.loads((tmp_path / "adapter" / "train_report.json").read_text())
+    assert report["parameters"] == result.parameters > 0
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "train_report.json",
+    ]
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_peft_loads_what_was_trained_with_equal_logits(
+    method: str, directory: Path, data: Path, tmp_path: Path
+) -> None:
+    train(options(method, directory, data, tmp_path, max_steps=3))
+    base = BaseModel.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad(), attached(model, base, read_program(tmp_path, base)):
+        ours = model(IDS).logits
+    loaded: Any = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), str(tmp_path))
+    with torch.no_grad():
+        theirs = loaded.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merged_model_is_a_plain_one_with_the_same_logits(directory: Path, data: Path, tmp_path: Path) -> None:
+    train(options("lora", directory, data, tmp_path / "adapter", max_steps=10))
+    merge(str(directory), tmp_path / "adapter", tmp_path / "merged")
+    base = BaseModel.from_pretrained(directory)
+    plain: Any = AutoModelForCausalLM.from_pretrained(directory)
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with torch.no_grad(), attached(plain, base, read_program(tmp_path / "adapter", base)):
+        torch.testing.assert_close(merged(IDS).logits, plain(IDS).logits, atol=1e-4, rtol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("abc")
+    with pytest.raises(FailedPreconditionError, match="not empty"):
+        merge(str(directory), tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_what_cannot_be_merged_is_refused_and_nothing_is_written(directory: Path, data: Path, tmp_path: Path) -> None:
+    train(options("houlsby", directory, data, tmp_path / "adapter", max_steps=1))
+    with pytest.raises(NotMergeableError, match="nonlinearity"):
+        merge(str(directory), tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_that_was_killed_goes_on_exactly_where_it_was(directory: Path, data: Path, tmp_path: Path) -> None:
+    given = {"config": {"r": 4, "lora_dropout": 0.1}, "batch_size": 4, "eval_steps": 5, "max_steps": 400}
+    killed_options = options("lora", directory, data, tmp_path / "killed", **given)
+    script = (
+        f"from pathlib import PosixPath; from deltamux_trainers import TrainOptions, train; train({killed_options!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while len(list(checkpoints.glob("checkpoint-*/trainer_state.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "adapter_config.json").exists(), "a killed run must not look like an adapter"
+    train(options("lora", directory, data, tmp_path / "killed", resume=True, **given))
+    train(options("lora", directory, data, tmp_path / "straight", **given))
+    killed, straight = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("killed", "straight"))
+    assert all(torch.equal(killed[name], straight[name]) for name in straight)
+
+
+def test_gradient_accumulation_equals_the_larger_batch(directory: Path, data: Path, tmp_path: Path) -> None:
+    train(options("lora", directory, data, tmp_path / "large", batch_size=16, max_steps=4))
+    train(options("lora", directory, data, tmp_path / "small", batch_size=4, gradient_accumulation=4, max_steps=4))
+    large, small = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("large", "small"))
+    for name in large:
+        torch.testing.assert_close(large[name], small[name], atol=1e-4, rtol=1e-3)
+
+
+def test_training_stops_when_the_evaluation_no_longer_improves(directory: Path, data: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text('{"prompt": "0: ", "completion": "nothing like it"}\n')
+    given = {"eval_data": held_out, "eval_steps": 2, "patience": 2, "max_steps": 200}
+    assert train(options("lora", directory, data, tmp_path / "adapter", **given)).steps < 200
+
+
+def test_an_output_that_holds_an_adapter_is_not_overwritten(directory: Path, data: Path, tmp_path: Path) -> None:
+    train(options("lora", directory, data, tmp_path, max_steps=1))
+    with pytest.raises(FailedPreconditionError, match="holds an adapter already"):
+        train(options("lora", directory, data, tmp_path, max_steps=1))
+
+
+def test_only_the_completion_is_learnt(directory: Path, data: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    row = encode(read_rows(data, tokenizer)[0], tokenizer, 100)
+    prompt = len(tokenizer.encode("0: "))
+    assert set(row.labels[:prompt]) == {IGNORED}
+    assert row.labels[prompt:] == row.input_ids[prompt:] == (*tokenizer.encode("even"), tokenizer.eos_token_id)
+    batch = collate([row], 0)
+    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        logits = model(input_ids=batch["input_ids"]).logits
+    chosen = [-torch.log_softmax(logits[0, i - 1], -1)[row.input_ids[i]] for i in range(prompt, len(row.input_ids))]
+    torch.testing.assert_close(token_loss(logits, batch["labels"]), torch.stack(chosen).mean())
+
+
+def test_only_what_the_assistant_says_is_learnt(directory: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [("user", "hi"), ("assistant", "yes"), ("user", "ok"), ("assistant", "no")]
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
+    row = encode(read_rows(file, tokenizer)[0], tokenizer, 200)
+    learnt = tokenizer.decode([t for t in row.labels if t != IGNORED])
+    assert learnt == "yes;</s>no;</s>"
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", ":2 is no JSON"),
+        ("[]", ":2 is no JSON object"),
+        ('{"prompt": "x"}', ":2 has neither text, nor prompt and completion"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', ":2 has messages, but the base model's tokenizer"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(line: str, problem: str, directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(f'{{"text": "fine"}}\n{line}\n')
+    with pytest.raises(InvalidArgumentError, match=problem):
+        read_rows(file, AutoTokenizer.from_pretrained(directory))
+
+
+def test_options_come_from_a_file_and_from_overrides_and_unknown_ones_are_refused(
+    directory: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("r: 8\nlora_alpha: 32\n")
+    config = read_config(tmp_path / "config.yaml", ["r=2", "target_modules=[q_proj, v_proj]"])
+    assert config == {"r": 2, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}
+    with pytest.raises(InvalidConfigError, match="no option 'rank'"):
+        train(options("lora", directory, data, tmp_path / "out", config={"rank": 2}))
