@@ -23,6 +23,14 @@ ATTENTION = {
     "gpt2": ["c_attn"],
     "opt": ["q_proj", "k_proj", "v_proj", "out_proj"],
 }
+RMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+NORMS = {
+    "llama": RMS,
+    "qwen2": RMS,
+    "qwen3": RMS[:1],
+    "gpt2": ["ln_1", "ln_2", "ln_f"],
+    "opt": ["self_attn_layer_norm", "final_layer_norm"],
+}
 ARCHITECTURES = tuple(ATTENTION)
 
 
@@ -44,6 +52,17 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
     "rslora": _lora(use_rslora=True),
     "lora-bias-all": _lora(bias="all"),
     "lora-bias-own": _lora(bias="lora_only"),
+    "dora": _lora(use_dora=True, lora_alpha=16),
+    "dora-rslora": _lora(use_dora=True, use_rslora=True),
+    "ia3": lambda architecture: peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=architecture == "gpt2"),
+    "ln-tuning": lambda architecture: peft.LNTuningConfig(target_modules=NORMS[architecture], task_type="CAUSAL_LM"),
+    "prompt": lambda _: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
+    "p-tuning-mlp": lambda _: peft.PromptEncoderConfig(
+        num_virtual_tokens=5, encoder_hidden_size=24, task_type="CAUSAL_LM"
+    ),
+    "p-tuning-lstm": lambda _: peft.PromptEncoderConfig(
+        num_virtual_tokens=5, encoder_hidden_size=24, encoder_reparameterization_type="LSTM", task_type="CAUSAL_LM"
+    ),
     "prefix": lambda _: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
     "prefix-projected": lambda _: peft.PrefixTuningConfig(
         num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24, task_type="CAUSAL_LM"

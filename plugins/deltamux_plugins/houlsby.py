@@ -10,19 +10,20 @@ layout, with tensor names that do not depend on the architecture's module paths,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltamux.deltas import BaseModel, Bottleneck, NormAffine, Op, Program
+from deltamux.deltas import BaseModel, BlockRole, Bottleneck, NormAffine, Op, Program
 from deltamux.deltas.ops.bottleneck import ACTIVATIONS
 from deltamux.errors import InvalidConfigError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 
 FORMAT_VERSION = 1
+ROLES = (BlockRole.ATTENTION, BlockRole.FEED_FORWARD)
 
 
 @dataclass(frozen=True)
@@ -64,18 +65,26 @@ class HoulsbyConfig:
 
 @hookimpl
 def deltamux_parameters(config: HoulsbyConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    zeros, parameters = torch.nn.init.zeros_, bottleneck_parameters(config, base, ROLES)
+    for norm in base.norms if config.train_norms else ():
+        parameters[f"norms.{norm.name}.weight"] = ParameterSpec((norm.features,), zeros)
+        if norm.has_bias:
+            parameters[f"norms.{norm.name}.bias"] = ParameterSpec((norm.features,), zeros)
+    return parameters
+
+
+def bottleneck_parameters(
+    config: HoulsbyConfig, base: BaseModel, roles: Collection[BlockRole]
+) -> dict[str, ParameterSpec]:
+    """Returns the parameters of one bottleneck at every sub-layer of the given roles."""
     zeros, parameters = torch.nn.init.zeros_, dict[str, ParameterSpec]()
-    for block in base.blocks:
+    for block in (block for block in base.blocks if block.role in roles):
         width = config.width(block.features)
         # The paper starts near the identity; a zero W_up starts at it, and learns as well since W_down is not zero.
         parameters[f"{block.name}.down.weight"] = ParameterSpec((width, block.features), _small_normal)
         parameters[f"{block.name}.down.bias"] = ParameterSpec((width,), zeros)
         parameters[f"{block.name}.up.weight"] = ParameterSpec((block.features, width), zeros)
         parameters[f"{block.name}.up.bias"] = ParameterSpec((block.features,), zeros)
-    for norm in base.norms if config.train_norms else ():
-        parameters[f"norms.{norm.name}.weight"] = ParameterSpec((norm.features,), zeros)
-        if norm.has_bias:
-            parameters[f"norms.{norm.name}.bias"] = ParameterSpec((norm.features,), zeros)
     return parameters
 
 
@@ -93,10 +102,13 @@ def deltamux_config(config: HoulsbyConfig, base: BaseModel) -> dict[str, Any]:
 
 @hookimpl
 def deltamux_merge(config: HoulsbyConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    raise NotMergeableError(
-        f"adapter tuning cannot be merged: its bottlenecks hold a nonlinearity ({config.activation}) between two "
-        "projections, which no weight of the base can express. Serve it as an adapter, or train LoRA instead",
-        metadata={"method": "houlsby"},
+    raise refuse_to_merge(config.activation)
+
+
+def refuse_to_merge(activation: str) -> NotMergeableError:
+    return NotMergeableError(
+        f"adapter tuning cannot be merged: its bottlenecks hold a nonlinearity ({activation}) between two projections, "
+        "which no weight of the base can express. Serve it as an adapter, or train LoRA instead"
     )
 
 
@@ -105,7 +117,23 @@ def deltamux_merge(config: HoulsbyConfig, base: BaseModel, tensors: Mapping[str,
 
 @hookimpl
 def deltamux_program(config: HoulsbyConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
-    rows: list[tuple[str, Op]] = [
+    rows = bottlenecks(config, base, tensors, ROLES)
+    for norm in base.norms if config.train_norms else ():
+        bias = tensors[f"norms.{norm.name}.bias"] if norm.has_bias else None
+        rows.append((norm.name, NormAffine(tensors[f"norms.{norm.name}.weight"], bias)))
+    return Program.of(rows)
+
+
+def bottlenecks(
+    config: HoulsbyConfig,
+    base: BaseModel,
+    tensors: Mapping[str, Tensor],
+    roles: Collection[BlockRole],
+    *,
+    parallel: bool = False,
+) -> list[tuple[str, Op]]:
+    """Returns one bottleneck at every sub-layer of the given roles."""
+    return [
         (
             block.name,
             Bottleneck(
@@ -115,14 +143,12 @@ def deltamux_program(config: HoulsbyConfig, base: BaseModel, tensors: Mapping[st
                 up_bias=tensors[f"{block.name}.up.bias"],
                 activation=config.activation,
                 scale=config.scale,
+                parallel=parallel,
             ),
         )
         for block in base.blocks
+        if block.role in roles
     ]
-    for norm in base.norms if config.train_norms else ():
-        bias = tensors[f"norms.{norm.name}.bias"] if norm.has_bias else None
-        rows.append((norm.name, NormAffine(tensors[f"norms.{norm.name}.weight"], bias)))
-    return Program.of(rows)
 
 
 def _invalid(name: str, problem: str) -> InvalidConfigError:

@@ -1,6 +1,7 @@
 """LoRA: a low-rank change of chosen projections.
 
-Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA's scale: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732.
+Hu et al. 2021, https://arxiv.org/abs/2106.09685; rsLoRA's scale: Kalajdzievski 2023, https://arxiv.org/abs/2312.03732;
+DoRA (`use_dora`): see dora.py.
 
     y = W x + s B (A x),   A [r, in], B [out, r],   s = alpha / r  (rsLoRA: alpha / sqrt(r))
 
@@ -21,29 +22,22 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, Bias, LinearSite, LowRank, NormAffine, NormSite, Op, Program
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.dora import magnitude_ops, row_norms
+from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, matches
 
-PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
 # These initialisations move a part of the base's weights into the factors: the adapter fits its own changed base only.
 CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq")
-BOOKKEEPING = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "corda_config",
-        "eva_config",
-        "fan_in_fan_out",
-        "inference_mode",
-        "loftq_config",
-        "lora_ga_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-        "task_type",
-    }
-)
+IGNORED = BOOKKEEPING | {
+    "corda_config",
+    "eva_config",
+    "fan_in_fan_out",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,7 @@ class LoRAConfig:
         layers_to_transform: layer indices to restrict the targets to.
         rank_pattern: rank by pattern over paths; the first that matches the path's end wins.
         alpha_pattern: likewise for lora_alpha.
+        use_dora: each row's length is trained apart from its direction; see `deltamux_plugins.dora`.
         lora_dropout: while training.
         bias: none, all (every bias of the base is trained) or lora_only (those of the targets).
         init_lora_weights: True (A Kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero).
@@ -72,6 +67,7 @@ class LoRAConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     lora_dropout: float = 0.0
     bias: str = "none"
     init_lora_weights: bool | str = True
@@ -111,11 +107,11 @@ def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, Parame
     parameters: dict[str, ParameterSpec] = {}
     for site in _targets(config, base):
         rank = config.rank(site)
-        init = torch.nn.init.zeros_
-        parameters[f"{PREFIX}{site.name}.lora_A.weight"] = ParameterSpec(
-            (rank, site.in_features), _init_a(config, rank)
-        )
-        parameters[f"{PREFIX}{site.name}.lora_B.weight"] = ParameterSpec((site.out_features, rank), init)
+        a, b = f"{PREFIX}{site.name}.lora_A.weight", f"{PREFIX}{site.name}.lora_B.weight"
+        parameters[a] = ParameterSpec((rank, site.in_features), _init_a(config, rank))
+        parameters[b] = ParameterSpec((site.out_features, rank), torch.nn.init.zeros_)
+        if config.use_dora:
+            parameters[_magnitude(site)] = ParameterSpec((site.out_features,), _row_norms_of(base, site))
     for site_with_bias, name in _biases(config, base):
         features = site_with_bias.out_features if isinstance(site_with_bias, LinearSite) else site_with_bias.features
         parameters[name] = ParameterSpec((features,), _copy_of(base, f"{site_with_bias.name}.bias"))
@@ -127,7 +123,7 @@ def deltamux_config(config: LoRAConfig, base: BaseModel) -> dict[str, Any]:
     targets = sorted({site.name.rpartition(".")[2] for site in _targets(config, base)})
     spelt = config if config.target_modules != ALL_LINEAR else replace(config, target_modules=tuple(targets))
     transposed = any(site.transposed for site in _targets(config, base))
-    return {**asdict(spelt), "task_type": "CAUSAL_LM", "inference_mode": True, "fan_in_fan_out": transposed}
+    return {**asdict(spelt), **CAUSAL_LM, "fan_in_fan_out": transposed}
 
 
 # Inference, and merging through the ops.
@@ -145,7 +141,10 @@ def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, 
                 reason="RANK_MISMATCH",
                 metadata={"tensor": f"{PREFIX}{site.name}.lora_A.weight", "rank": str(config.rank(site))},
             )
-        rows.append((site.name, LowRank(a, b, config.scale(site), config.lora_dropout)))
+        low_rank = LowRank(a, b, config.scale(site), config.lora_dropout)
+        rows.append((site.name, low_rank))
+        if config.use_dora:
+            rows += ((site.name, op) for op in magnitude_ops(base, site, low_rank, tensors[_magnitude(site)]))
     for site_with_bias, name in _biases(config, base):
         change = tensors[name] - base.tensor(f"{site_with_bias.name}.bias").to(tensors[name].dtype)
         op: Op = Bias(change) if isinstance(site_with_bias, LinearSite) else NormAffine(bias=change)
@@ -168,20 +167,14 @@ def _targets(config: LoRAConfig, base: BaseModel) -> list[LinearSite]:
 
 
 def _is_target(config: LoRAConfig, site: LinearSite) -> bool:
-    if config.exclude_modules and _matches(config.exclude_modules, site.name):
+    if config.exclude_modules and matches(config.exclude_modules, site.name):
         return False
-    if config.target_modules != ALL_LINEAR and not _matches(config.target_modules, site.name):
+    if config.target_modules != ALL_LINEAR and not matches(config.target_modules, site.name):
         return False
     if config.layers_to_transform is None or isinstance(config.target_modules, str):
         return True
     wanted = config.layers_to_transform
     return site.layer == wanted if isinstance(wanted, int) else site.layer in wanted
-
-
-def _matches(names: tuple[str, ...] | str, path: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
-    return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def _pattern(patterns: Mapping[str, Any], path: str) -> str:
@@ -209,6 +202,14 @@ def _init_a(config: LoRAConfig, rank: int) -> Any:
     return lambda tensor: torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
+def _magnitude(site: LinearSite) -> str:
+    return f"{PREFIX}{site.name}.lora_magnitude_vector"
+
+
+def _row_norms_of(base: BaseModel, site: LinearSite) -> Any:
+    return lambda tensor: tensor.copy_(row_norms(base, site))
+
+
 def _copy_of(base: BaseModel, name: str) -> Any:
     return lambda tensor: tensor.copy_(base.tensor(name))
 
@@ -226,7 +227,7 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2106.09685",
         peft_type="LORA",
         config_class=LoRAConfig,
-        ignored_keys=BOOKKEEPING,
+        ignored_keys=IGNORED,
         merges=True,
         in_peft=True,
         learning_rate=2e-4,

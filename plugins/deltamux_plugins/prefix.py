@@ -22,11 +22,9 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidConfigError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM
 
 TENSOR = "prompt_embeddings"
-BOOKKEEPING = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-)
 
 
 @dataclass(frozen=True)
@@ -116,8 +114,7 @@ def deltamux_config(config: PrefixConfig, base: BaseModel) -> dict[str, Any]:
         "num_layers": base.dims.num_layers,
         "num_attention_heads": base.dims.num_kv_heads,
         "num_transformer_submodules": 1,
-        "task_type": "CAUSAL_LM",
-        "inference_mode": True,
+        **CAUSAL_LM,
     }
 
 

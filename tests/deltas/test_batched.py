@@ -21,6 +21,7 @@ from deltamux.deltas import (
     NormAffine,
     NormSite,
     Op,
+    Scale,
     Site,
 )
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
@@ -69,6 +70,7 @@ MAKERS = {
     "norm_affine, layer": norm(NormForm.LAYER),
     "norm_affine, rms": norm(NormForm.RMS),
     "bottleneck": bottleneck,
+    "scale": lambda seed: (LINEAR, Scale(draw(seed, FEATURES))),
 }
 
 steps = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 20)), min_size=1, max_size=12)

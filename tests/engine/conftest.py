@@ -57,6 +57,8 @@ def programs(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "prefix": worlds.random_prefix(base, 6),
         "prefix-long": worlds.random_prefix(base, 7, length=40),
         "bias": worlds.random_bias(base, 8),
+        "scale": worlds.random_scale(base, 10),
+        "soft-prompt": worlds.random_soft_prompt(base, 11, length=30),
         "everything": worlds.random_everything(base, 9),
     }
     return {name: worlds.saved(program, directory, name) for name, program in made.items()}

@@ -16,6 +16,7 @@ from engine import worlds
 from engine.conftest import OPTIONS
 from engine.parity import Greedy, assert_same, reference, served
 
+OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam")
 PROMPT = (5, 17, 99, 200, 3, 42, 77)
 
 
@@ -25,6 +26,8 @@ def every_op(base: BaseModel) -> dict[str, Program]:
         "op-bias": worlds.random_bias(base, 2),
         "op-bottleneck": worlds.random_bottleneck(base, 3),
         "op-bottleneck-parallel": worlds.random_bottleneck(base, 4, parallel=True),
+        "op-scale": worlds.random_scale(base, 7),
+        "op-soft-prompt": worlds.random_soft_prompt(base, 8),
         "op-prefix": worlds.random_prefix(base, 5),
         "op-everything": worlds.random_everything(base, 6),
     }
@@ -37,7 +40,8 @@ async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
     directory = worlds.save_base(tmp_path / "base", architecture)
     base = BaseModel.from_pretrained(directory)
     own = every_op(base)
-    own["houlsby"] = read_program(write_own("houlsby", base, tmp_path / "houlsby", bottleneck=8), base)
+    for method in OWN_FORMAT:
+        own[method] = read_program(write_own(method, base, tmp_path / method), base)
     peft_models = {name: write_peft(name, architecture, directory, tmp_path / name) for name in PEFT_ADAPTERS}
     programs = {**own, **{name: read_program(tmp_path / name, base) for name in PEFT_ADAPTERS}}
 

@@ -23,6 +23,8 @@ NAMES = (
     "prefix",
     "prefix-long",
     "bias",
+    "scale",
+    "soft-prompt",
     "everything",
 )
 Request = tuple[str | None, tuple[int, ...], int]

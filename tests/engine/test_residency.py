@@ -12,6 +12,7 @@ import pytest
 
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import Engine, EngineStats, GenerationChunk, ProgramRef, SamplingOptions
+from deltamux.engine.vllm.engine import VLLMEngine
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 from engine import worlds
 from engine.parity import assert_same, served
@@ -114,6 +115,20 @@ async def test_a_pinned_program_stays_when_others_crowd_the_host_tier(
     for i in range(8):
         await engine.prepare(worlds.saved(worlds.random_low_rank(base, 601 + i), tmp_path, f"crowd-{i}"))
     await engine.prepare(pinned)
+    await engine.unpin(pinned.digest)
+
+
+async def test_a_pinned_program_keeps_its_slot_when_others_need_one(
+    engine: VLLMEngine, base: BaseModel, tmp_path: Path
+) -> None:
+    pinned = worlds.saved(worlds.random_low_rank(base, 700), tmp_path, "pinned-slot")
+    await served(engine, (5, 6, 7), pinned, 2, "pinned-slot")
+    await engine.pin(pinned.digest)
+    slot = (await engine.device_programs())[-1]
+    for i in range(8):
+        other = worlds.saved(worlds.random_low_rank(base, 701 + i), tmp_path, f"slot-{i}")
+        await served(engine, (5, 6, 7), other, 2, f"slot-{i}")
+    assert slot in await engine.device_programs()
     await engine.unpin(pinned.digest)
 
 

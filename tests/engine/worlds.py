@@ -14,6 +14,7 @@ from torch import Tensor
 from deltamux.deltas import (
     BaseModel,
     Bias,
+    BlockRole,
     BlockSite,
     Bottleneck,
     KVPrefix,
@@ -22,6 +23,9 @@ from deltamux.deltas import (
     NormAffine,
     Op,
     Program,
+    Scale,
+    ScaleInput,
+    SoftPrompt,
 )
 from deltamux.engine.base import ProgramRef
 
@@ -54,6 +58,18 @@ def random_prefix(base: BaseModel, seed: int, length: int = 5) -> Program:
     return Program.of((name, KVPrefix(draw(*shape), draw(*shape))) for name, shape in shapes)
 
 
+def random_scale(base: BaseModel, seed: int) -> Program:
+    draw = _Draw(seed)
+    inputs = [block.output_module for block in base.blocks if block.role is BlockRole.FEED_FORWARD]
+    sizes = {site.name: site for site in base.linears}
+    scaled: list[tuple[str, Op]] = [(s.name, Scale(1 + draw(s.out_features))) for s in base.linears]
+    return Program.of([*((n, ScaleInput(1 + draw(sizes[n].in_features))) for n in inputs), *scaled])
+
+
+def random_soft_prompt(base: BaseModel, seed: int, length: int = 5) -> Program:
+    return Program.of([(base.embedding.name, SoftPrompt(_Draw(seed, scale=1.0)(length, base.dims.hidden_size)))])
+
+
 def random_everything(base: BaseModel, seed: int) -> Program:
     """One adapter with every op at once, two of them repeated at their sites."""
     programs = [
@@ -61,6 +77,7 @@ def random_everything(base: BaseModel, seed: int) -> Program:
         random_prefix(base, seed + 1, length=3),
         random_bottleneck(base, seed + 2, parallel=True, activation="gelu"),
         random_bias(base, seed + 3),
+        random_scale(base, seed + 6),
         random_low_rank(base, seed + 4, rank=2),
         random_bottleneck(base, seed + 5),
     ]

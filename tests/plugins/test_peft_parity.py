@@ -63,6 +63,12 @@ def test_what_peft_wrote_generates_what_peft_generates(
     [
         ("lora", {"r": 4, "bias": "all", "use_rslora": True}),
         ("lora", {"r": 4, "bias": "lora_only", "lora_alpha": 16}),
+        ("lora", {"r": 4, "use_dora": True}),
+        ("ia3", {}),
+        ("ln_tuning", {}),
+        ("prompt", {"num_virtual_tokens": 6}),
+        ("p_tuning", {"num_virtual_tokens": 6}),
+        ("p_tuning", {"num_virtual_tokens": 6, "encoder_reparameterization_type": "LSTM"}),
         ("prefix", {"num_virtual_tokens": 6}),
         ("prefix", {"num_virtual_tokens": 6, "prefix_projection": True}),
     ],
@@ -78,5 +84,6 @@ def test_what_we_write_peft_loads_with_equal_logits(
     loaded: Any = peft.PeftModel.from_pretrained(plain_model(directory), str(tmp_path))
     with torch.no_grad():
         theirs = loaded.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    theirs = theirs[:, -len(PROMPT) :]  # PEFT returns those of a soft prompt, too
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(ours, logits_of_base(directory), atol=1e-2), "the adapter must be visible"

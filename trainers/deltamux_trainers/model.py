@@ -26,7 +26,7 @@ class DeltaModel(nn.Module):
     def __init__(self, base_model: nn.Module, base: BaseModel, method: Method, config: Any, seed: int = 0) -> None:
         super().__init__()
         self.base_model = base_model.requires_grad_(False)
-        self._base = base
+        self._base = base = base.reading(base_model)
         self._method = method
         self._method_config = config
         specs = method.parameters(config, base)

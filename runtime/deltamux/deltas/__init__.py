@@ -4,7 +4,17 @@ from deltamux.deltas.base_model import BaseModel
 from deltamux.deltas.checkpoint import Checkpoint, ClaimedTensors
 from deltamux.deltas.executor import Attachment, attached
 from deltamux.deltas.merge import merge_program
-from deltamux.deltas.ops import Bias, Bottleneck, KVPrefix, LowRank, NormAffine, Op
+from deltamux.deltas.ops import (
+    Bias,
+    Bottleneck,
+    KVPrefix,
+    LowRank,
+    NormAffine,
+    Op,
+    Scale,
+    ScaleInput,
+    SoftPrompt,
+)
 from deltamux.deltas.program import PlacedOp, Placement, Program
 from deltamux.deltas.sites import (
     AttentionSite,
@@ -37,8 +47,11 @@ __all__ = [
     "PlacedOp",
     "Placement",
     "Program",
+    "Scale",
+    "ScaleInput",
     "Site",
     "SiteKind",
+    "SoftPrompt",
     "attached",
     "merge_program",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,7 @@ class BaseModel:
     @classmethod
     def from_model(cls, model: nn.Module) -> BaseModel:
         """Describes a loaded Hugging Face causal model; its tensors are read from the live parameters."""
-        described = cls._describe(model, model.config)
-        parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return cls(described.architecture, described.dims, described.sites, "", lambda name: parameters[name].detach())
+        return cls._describe(model, model.config).reading(model)
 
     @classmethod
     def from_pretrained(cls, model: str | Path) -> BaseModel:
@@ -80,6 +78,11 @@ class BaseModel:
         dims = Dimensions.of(config)
         sites = {(site.kind, site.name): site for site in discover(model, dims)}
         return cls(type(model).__name__, dims, sites)
+
+    def reading(self, model: nn.Module) -> BaseModel:
+        """Returns this description with tensors read from a loaded model instead of from files."""
+        parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return replace(self, _read=lambda name: parameters[name].detach())
 
     @property
     def linears(self) -> list[LinearSite]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from deltamux.deltas.base_model import BaseModel
-from deltamux.deltas.ops import KVPrefix, Op
+from deltamux.deltas.ops import KVPrefix, Op, SoftPrompt
 from deltamux.deltas.program import Program
 from deltamux.deltas.sites import BlockSite, Site, SiteKind
 
@@ -37,6 +37,8 @@ class Attachment:
         self._ops: dict[SiteKey, list[Op]] = {}
         self._block_inputs: dict[str, Tensor] = {}
         self._num_virtual_tokens = 0
+        self._cut = 0
+        self._num_own_tokens = 0
         self._handles: list[RemovableHandle] = []
         with torch.no_grad():
             sites = self._sites_of(self._build(), base)
@@ -62,14 +64,25 @@ class Attachment:
     def _hook(self, sites: Mapping[SiteKey, Site]) -> None:
         modules = dict(self.model.named_modules())
         self._handles.append(self.model.register_forward_pre_hook(self._refresh, with_kwargs=True))
-        if any(site.kind is SiteKind.ATTENTION for site in sites.values()):
-            self._handles.append(self.model.register_forward_pre_hook(self._put_prefix, with_kwargs=True))
+        if any(site.kind in (SiteKind.ATTENTION, SiteKind.EMBEDDING) for site in sites.values()):
+            self._handles.append(self.model.register_forward_pre_hook(self._put_virtual_tokens, with_kwargs=True))
+            self._handles.append(self.model.register_forward_hook(self._cut_virtual_logits))
         # Blocks come last: at an output projection, the projection's own ops apply before the sub-layer's.
         for site in sorted(sites.values(), key=lambda s: s.kind is SiteKind.BLOCK):
             if isinstance(site, BlockSite):
                 self._hook_block(site, modules)
             elif site.kind in (SiteKind.LINEAR, SiteKind.NORM):
+                self._handles.append(modules[site.name].register_forward_pre_hook(self._hook_input(site)))
                 self._handles.append(modules[site.name].register_forward_hook(self._hook_output(site)))
+
+    def _hook_input(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0]
+            for op in self._ops[site.kind, site.name]:
+                x = op.apply_input(x, site) if op.changes_input else x
+            return (x, *args[1:])
+
+        return hook
 
     def _hook_output(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -93,24 +106,50 @@ class Attachment:
             y = op.apply(x, y, site, training=training)
         return y
 
-    def _put_prefix(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Fills an empty cache with the prefix, and counts it in the mask and the positions."""
+    def _put_virtual_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Puts what stands in front of the prompt there, once a sequence, and counts it in the mask and the positions.
+
+        A prefix goes into the empty cache; a soft prompt goes before the first tokens' embeddings.
+        """
         from transformers import DynamicCache
 
         if args:
             kwargs["input_ids"], args = args[0], args[1:]
-        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        tokens: Tensor = kwargs["input_ids"]
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = kwargs["past_key_values"] = DynamicCache()
-        if cache.get_seq_length() == 0:
-            self._fill(cache, tokens.shape[0])
+        begins = cache.get_seq_length() == 0
+        self._fill(cache, tokens.shape[0]) if begins else None
+        soft = self._soft_prompts() if begins else []
+        self._cut = self._num_virtual_tokens if soft else 0
+        self._num_own_tokens = tokens.shape[1]
+        n = self._num_virtual_tokens
         mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and mask.shape[1] < cache.get_seq_length() + tokens.shape[1]:
-            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], self._num_virtual_tokens), mask], dim=1)
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"] + self._num_virtual_tokens
+        if (
+            mask is not None
+            and mask.dim() == 2
+            and mask.shape[1] < cache.get_seq_length() + self._cut + tokens.shape[1]
+        ):
+            kwargs["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], n), mask], dim=1)
+        positions = kwargs.get("position_ids")
+        if positions is not None:
+            own = torch.arange(self._cut, device=positions.device).expand(positions.shape[0], -1)
+            kwargs["position_ids"] = torch.cat([own, positions + n], dim=1)
+        if soft:
+            embedded = module.get_input_embeddings()(kwargs.pop("input_ids"))  # type: ignore[operator]  # transformers'
+            front = [op.embedding.to(embedded.dtype).expand(tokens.shape[0], -1, -1) for op in soft]
+            kwargs["inputs_embeds"] = torch.cat([*front, embedded], dim=1)
         return args, kwargs
+
+    def _cut_virtual_logits(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Leaves only the logits of the caller's own tokens (of the last ones, where no more were asked for)."""
+        if self._cut:
+            output.logits = output.logits[:, -self._num_own_tokens :]
+        return output
+
+    def _soft_prompts(self) -> list[SoftPrompt]:
+        return [op for ops in self._ops.values() for op in ops if isinstance(op, SoftPrompt)]
 
     def _fill(self, cache: Any, batch: int) -> None:
         prefixes = [(name, op) for (_, name), ops in self._ops.items() for op in ops if isinstance(op, KVPrefix)]

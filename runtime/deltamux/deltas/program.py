@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deltamux.deltas.base_model import BaseModel
-from deltamux.deltas.ops import OPS, KVPrefix, Op
+from deltamux.deltas.ops import OPS, Op
 from deltamux.deltas.sites import Site
 from deltamux.errors import InvalidAdapterError
 
@@ -57,10 +57,15 @@ class Program:
         rows = tuple(Placement(site, op) for site, op in placements)
         if not rows:
             raise InvalidAdapterError("the adapter changes nothing: it places no op at any site of the base model")
-        lengths = {op.key.shape[0] for _, op in rows if isinstance(op, KVPrefix)}
+        lengths = {op.virtual_tokens() for _, op in rows} - {0}
         if len(lengths) > 1:
             raise InvalidAdapterError(
                 f"prefixes of one adapter must be equally long in every layer; got {sorted(lengths)}"
+            )
+        fronts = sorted({op.name for _, op in rows if op.virtual_tokens()})
+        if len(fronts) > 1:
+            raise InvalidAdapterError(
+                f"an adapter puts one thing in front of the prompt, not both {' and '.join(fronts)}"
             )
         return cls(rows, lengths.pop() if lengths else 0)
 

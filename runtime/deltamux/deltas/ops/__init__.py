@@ -7,8 +7,12 @@ from deltamux.deltas.ops.bottleneck import Bottleneck
 from deltamux.deltas.ops.kv_prefix import KVPrefix
 from deltamux.deltas.ops.low_rank import LowRank
 from deltamux.deltas.ops.norm_affine import NormAffine
+from deltamux.deltas.ops.scale import Scale, ScaleInput
+from deltamux.deltas.ops.soft_prompt import SoftPrompt
 
-OPS: dict[str, type[Op]] = {op.name: op for op in (LowRank, Bias, NormAffine, Bottleneck, KVPrefix)}
+OPS: dict[str, type[Op]] = {
+    op.name: op for op in (LowRank, Scale, ScaleInput, Bias, NormAffine, Bottleneck, KVPrefix, SoftPrompt)
+}
 """Every op that a compiled program may name."""
 
 __all__ = [
@@ -21,6 +25,9 @@ __all__ = [
     "Op",
     "OpBatch",
     "Run",
+    "Scale",
+    "ScaleInput",
+    "SoftPrompt",
     "StepIndex",
     "VirtualRows",
 ]

@@ -34,6 +34,7 @@ class Op:
     name: ClassVar[str]
     site_kind: ClassVar[SiteKind]
     batch: ClassVar[type[OpBatch]]
+    changes_input: ClassVar[bool] = False
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the parameters by field name; absent optional ones are left out."""
@@ -61,6 +62,10 @@ class Op:
         """Returns the width of the op's widest inner dimension (LowRank's r, Bottleneck's width), 0 if it has none."""
         return 0
 
+    def virtual_tokens(self) -> int:
+        """Returns how many virtual tokens the op puts in front of the prompt."""
+        return 0
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         """Returns the shape that each parameter must have at `site`."""
         raise NotImplementedError
@@ -84,6 +89,10 @@ class Op:
         Differentiable in x, y and the parameters; never changes `y` in place. Parameters take part in y's dtype.
         """
         raise NotImplementedError
+
+    def apply_input(self, x: Tensor, site: Site) -> Tensor:
+        """Returns what the site's module reads instead of `x`; called only where `changes_input` says so."""
+        return x
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         """Returns the changed base parameters by name, in float32.

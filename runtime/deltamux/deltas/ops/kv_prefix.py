@@ -60,6 +60,9 @@ class KVPrefix(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.ATTENTION
     batch: ClassVar[type[OpBatch]] = KVPrefixBatch
 
+    def virtual_tokens(self) -> int:
+        return self.key.shape[0]
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, AttentionSite)
         shape = (self.key.shape[0] if self.key.dim() else 0, site.num_kv_heads, site.head_dim)

@@ -13,8 +13,26 @@ from torch import nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import LinearBase
 
-from deltamux.deltas import AttentionSite, BaseModel, BlockSite, LinearSite, NormSite, Site, SiteKind
-from deltamux.engine.vllm.ports import AttentionPort, BlockInput, CurrentStep, Lanes, LinearPort, NormPort
+from deltamux.deltas import (
+    AttentionSite,
+    BaseModel,
+    BlockSite,
+    EmbeddingSite,
+    LinearSite,
+    NormSite,
+    Op,
+    Site,
+    SiteKind,
+)
+from deltamux.engine.vllm.ports import (
+    AttentionPort,
+    BlockInput,
+    CurrentStep,
+    EmbeddingPort,
+    Lanes,
+    LinearPort,
+    NormPort,
+)
 
 
 class Binding:
@@ -46,15 +64,22 @@ class Binding:
         for port in self._linears.values():
             port.parts.sort(key=lambda part: part[1])
 
+    def refusal(self, site: str, op: Op) -> str | None:
+        """Returns why an op cannot stand at a site of this engine; None when it can."""
+        if (op.site_kind, site) in self.unbound:
+            return self.unbound[op.site_kind, site]
+        if op.changes_input and site in self._columns and len(self._linears[self._columns[site][0]].parts) > 1:
+            return f"{site} is fused with other projections here, so that its input alone cannot be changed"
+        return None
+
     def _bind(self, site: Site) -> None:
         bind: Mapping[type[Site], Callable[..., Lanes | None]] = {
             LinearSite: self._bind_linear,
             NormSite: self._bind_norm,
             BlockSite: self._bind_block,
             AttentionSite: self._bind_attention,
+            EmbeddingSite: self._bind_embedding,
         }
-        if type(site) not in bind:
-            return
         lanes = bind[type(site)](site)
         if lanes is None:
             self.unbound[site.kind, site.name] = f"vLLM's model has no counterpart of {site.name}"
@@ -85,6 +110,14 @@ class Binding:
             return None
         lanes = self._new_lanes(site)
         NormPort(module, self._current, lanes)
+        return lanes
+
+    def _bind_embedding(self, site: EmbeddingSite) -> Lanes | None:
+        module = self._modules.get(site.name)
+        if module is None:
+            return None
+        lanes = self._new_lanes(site)
+        EmbeddingPort(module, self._current, lanes)
         return lanes
 
     def _bind_attention(self, site: AttentionSite) -> Lanes | None:

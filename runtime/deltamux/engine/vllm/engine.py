@@ -100,6 +100,13 @@ class VLLMEngine:
             device_slots=self._options.max_active_adapters,
         )
 
+    async def device_programs(self) -> list[int]:
+        """Returns the workers' ids of the programs in device slots, least recently used first."""
+        resident = (await self._call_workers("delta_resident"))[0]
+        assert isinstance(resident, dict)
+        programs: list[int] = resident["device"]
+        return programs
+
     async def _run(
         self,
         token_ids: list[int],

@@ -66,13 +66,17 @@ class HostTier:
             await self._shrink()
 
     async def pin(self, digest: str) -> None:
-        """Keeps a resident program until `unpin`; one that is not resident is left as it is."""
+        """Keeps a resident program, in host memory and in its device slot, until `unpin`."""
         if digest in self._residents:
-            self._residents[digest].pinned = True
+            resident = self._residents[digest]
+            resident.pinned = True
+            await self._call("delta_pin", (resident.program_id, True))
 
     async def unpin(self, digest: str) -> None:
         if digest in self._residents:
-            self._residents[digest].pinned = False
+            resident = self._residents[digest]
+            resident.pinned = False
+            await self._call("delta_pin", (resident.program_id, False))
             await self._shrink()
 
     async def evict(self, digest: str) -> None:

@@ -63,6 +63,7 @@ class DeltaManager:
         self._host: dict[int, Future[Program]] = {}
         self._slots: OrderedDict[int, int] = OrderedDict()
         self._num_virtual_tokens = [0] * self.num_slots
+        self._pinned: set[int] = set()
         self._lock = threading.Lock()
 
     # The host tier, driven by the engine's front end.
@@ -87,9 +88,14 @@ class DeltaManager:
         """Drops a program from both tiers; its tensors are freed when this returns."""
         with self._lock:
             self._host.pop(program_id, None)
+        self._pinned.discard(program_id)
         slot = self._slots.pop(program_id, None)
         if slot is not None:
             self._clear(slot)
+
+    def pin(self, program_id: int, pinned: bool) -> None:
+        """Keeps a program in its device slot as long as any other can make room, or no longer."""
+        (self._pinned.add if pinned else self._pinned.discard)(program_id)
 
     def resident(self) -> dict[str, list[int]]:
         """Returns the program ids in each tier."""
@@ -98,8 +104,8 @@ class DeltaManager:
     def _read(self, path: Path) -> Program:
         program = Program.load(path)
         for site, op in program:
-            if (op.site_kind, site) in self._binding.unbound:
-                raise BaseMismatchError(self._binding.unbound[op.site_kind, site], metadata={"site": site})
+            if (problem := self._binding.refusal(site, op)) is not None:
+                raise BaseMismatchError(problem, metadata={"site": site})
         program.placed(self.base)
         # Only the cast program matters: what is finite in float32 may overflow in float16.
         program = program.to(self._dtype, "cpu")
@@ -130,7 +136,8 @@ class DeltaManager:
     def _free_slot(self, needed: set[int]) -> int:
         if len(self._slots) < self.num_slots:
             return next(slot for slot in range(self.num_slots) if slot not in self._slots.values())
-        victim = next(program_id for program_id in self._slots if program_id not in needed)
+        idle = [program_id for program_id in self._slots if program_id not in needed]
+        victim = next((program_id for program_id in idle if program_id not in self._pinned), idle[0])
         slot = self._slots.pop(victim)
         self._clear(slot)
         return slot

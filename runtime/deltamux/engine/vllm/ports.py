@@ -27,34 +27,50 @@ class CurrentStep:
 
 
 class Lanes:
-    """The op batches of one site: one for each kind of op, and one more where a program repeats a kind at the site."""
+    """The op batches of one site, in an order that keeps every program's own."""
 
     def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.site = site
         self.mask = 0
         self._make: Callable[[type[Op]], OpBatch] = lambda kind: kind.batch(site, num_slots, dtype, device)
-        self._lanes: dict[tuple[str, int], OpBatch] = {}
-        self._occurrences: dict[int, dict[str, int]] = {}
+        self.input_mask = 0
+        self._lanes: list[tuple[type[Op], OpBatch]] = []
+        self._last: dict[int, int] = {}
 
     def place(self, slot: int, op: Op) -> None:
-        seen = self._occurrences.setdefault(slot, {})
-        key = (op.name, seen.get(op.name, 0))
-        seen[op.name] = key[1] + 1
-        if key not in self._lanes:
-            self._lanes[key] = self._make(type(op))
-        self._lanes[key].place(slot, op)
+        """Adds a slot's next op; ops of one slot apply in the order in which they come."""
+        kind, start = type(op), self._last.get(slot, -1) + 1
+        index = next((i for i in range(start, len(self._lanes)) if self._lanes[i][0] is kind), len(self._lanes))
+        if index == len(self._lanes):
+            self._lanes.append((kind, self._make(kind)))
+        self._lanes[index][1].place(slot, op)
+        self._last[slot] = index
+        if op.changes_input:
+            self.input_mask |= 1 << slot
         self.mask |= 1 << slot
 
     def clear(self, slot: int) -> None:
-        self._occurrences.pop(slot, None)
-        for lane in self._lanes.values():
+        self._last.pop(slot, None)
+        for _, lane in self._lanes:
             lane.clear(slot)
+        if not self._last:
+            self._lanes.clear()
         self.mask &= ~(1 << slot)
+        self.input_mask &= ~(1 << slot)
 
     def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
         """Applies every op of the site to its own rows of `y`, in place."""
-        for lane in self._lanes.values():
-            lane.apply(x, y, step)
+        for kind, lane in self._lanes:
+            if not kind.changes_input:
+                lane.apply(x, y, step)
+
+    def changed_input(self, x: Tensor, step: StepIndex) -> Tensor:
+        """Returns a copy of the module's input with every slot's own rows changed."""
+        x = x.clone()
+        for kind, lane in self._lanes:
+            if kind.changes_input:
+                lane.apply(x, x[: step.num_rows], step)
+        return x
 
 
 class Port:
@@ -84,10 +100,12 @@ class LinearPort(Port):
         self.writes: list[tuple[Lanes, BlockInput]] = []
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = self._forward(x, *args, **kwargs)
         step = self._current.index
         if not step.mask:
-            return output
+            return self._forward(x, *args, **kwargs)
+        if self.parts and self.parts[0][0].input_mask & step.mask:
+            x = self.parts[0][0].changed_input(x, step)
+        output = self._forward(x, *args, **kwargs)
         for block in self.reads:
             block.x = x
         rows = step.num_rows
@@ -120,6 +138,21 @@ class NormPort(Port):
         if step.mask & self._lanes.mask:
             y, normalised = output if isinstance(output, tuple) else (output, x)
             self._lanes.apply(normalised[: step.num_rows], y[: step.num_rows], step)
+        return output
+
+
+class EmbeddingPort(Port):
+    """The input embedding: virtual tokens get embeddings of their own."""
+
+    def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
+        super().__init__(module, current)
+        self._lanes = lanes
+
+    def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self._forward(ids, *args, **kwargs)
+        step = self._current.index
+        if step.virtual is not None and step.virtual.mask & self._lanes.mask:
+            self._lanes.apply(output, output[: step.num_rows], step)
         return output
 
 

@@ -49,6 +49,9 @@ class DeltaWorkerMixin:
     def delta_unload(self, program_id: int) -> None:
         self.model_runner.lora_manager.unload(program_id)
 
+    def delta_pin(self, program_id: int, pinned: bool) -> None:
+        self.model_runner.lora_manager.pin(program_id, pinned)
+
     def delta_resident(self) -> dict[str, list[int]]:
         resident: dict[str, list[int]] = self.model_runner.lora_manager.resident()
         return resident

@@ -1,0 +1,36 @@
+"""DoRA's magnitude: the direction of each of a projection's rows is learnt by LoRA, its length apart from it.
+
+Liu et al. 2024, https://arxiv.org/abs/2402.09353.
+
+    y = m / ||W + s B A|| * (W x + s B (A x)) + b,   m [out]; each row's norm is a constant (section 4.3)
+
+Served as the LoRA's `LowRank`, a `Scale` by m / ||.||, and, where the base has a bias b, a `Bias` that gives back what
+the scale took from b. It is an option of LoRA (`use_dora`), as it is in PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas import BaseModel, Bias, LinearSite, LowRank, Op, Scale
+
+
+def row_norms(base: BaseModel, site: LinearSite, low_rank: LowRank | None = None) -> Tensor:
+    """Returns ||W + s B A|| of each row, [out_features] float32; without the low-rank part, ||W||."""
+    weight = base.tensor(f"{site.name}.weight").float()
+    weight = weight.t() if site.transposed else weight
+    if low_rank is not None:
+        weight = weight + low_rank.scale * (low_rank.b.float() @ low_rank.a.float())
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=1)
+    return norms
+
+
+def magnitude_ops(base: BaseModel, site: LinearSite, low_rank: LowRank, magnitude: Tensor) -> Iterator[Op]:
+    """Yields what stands behind the low-rank change; differentiable in `magnitude` [out_features]."""
+    factor = magnitude / row_norms(base, site, low_rank).detach().to(magnitude.dtype)
+    yield Scale(factor)
+    if site.has_bias:
+        yield Bias(base.tensor(f"{site.name}.bias").to(factor.dtype) * (1 - factor))

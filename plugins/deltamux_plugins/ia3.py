@@ -1,0 +1,132 @@
+"""IA3: trained factors at keys, values and the feed-forward's inner activations.
+
+Liu et al. 2022, https://arxiv.org/abs/2205.05638.
+
+    y = l * (W x + b),  l [out]      at attention's targets
+    y = W (l * x) + b,  l [in]       at the feed-forward's targets
+
+Served as `Scale` and `ScaleInput`. Files are PEFT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas import BaseModel, BlockRole, LinearSite, Op, Program, Scale, ScaleInput
+from deltamux.errors import InvalidAdapterError, InvalidConfigError
+from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, as_tuple, matches
+
+KEYS_AND_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
+
+
+@dataclass(frozen=True)
+class IA3Config:
+    """PEFT's IA3Config.
+
+    Attributes:
+        target_modules: names, endings or a regular expression; None: keys, values and each feed-forward's output
+            projection (GPT-2's fused attention projection whole), as PEFT chooses.
+        feedforward_modules: those of the targets whose input is scaled instead of their output.
+        init_ia3_weights: whether fresh factors are one; False draws them, for tests.
+    """
+
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+    feedforward_modules: tuple[str, ...] | str | None = None
+    init_ia3_weights: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            object.__setattr__(self, name, as_tuple(getattr(self, name)))
+
+
+# Train.
+
+
+@hookimpl
+def deltamux_parameters(config: IA3Config, base: BaseModel) -> dict[str, ParameterSpec]:
+    init = torch.nn.init.ones_ if config.init_ia3_weights else torch.nn.init.normal_
+    return {
+        name: ParameterSpec((1, site.in_features) if scales_input else (site.out_features, 1), init)
+        for site, scales_input, name in _targets(config, base)
+    }
+
+
+@hookimpl
+def deltamux_config(config: IA3Config, base: BaseModel) -> dict[str, Any]:
+    targets = list(_targets(config, base))
+    if config.target_modules is None:
+        # Whole endings of two components, since GPT-2 calls both of its output projections c_proj.
+        endings = {ending(site) for site, _, _ in targets}
+        inputs = {ending(site) for site, scales_input, _ in targets if scales_input}
+        config = replace(config, target_modules=tuple(sorted(endings)), feedforward_modules=tuple(sorted(inputs)))
+    return {**asdict(config), **CAUSAL_LM, "fan_in_fan_out": any(site.transposed for site, _, _ in targets)}
+
+
+# Inference, and merging through the ops.
+
+
+@hookimpl
+def deltamux_program(config: IA3Config, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
+    def op(site: LinearSite, scales_input: bool, name: str) -> Op:
+        factor = tensors[name]
+        expected = (1, site.in_features) if scales_input else (site.out_features, 1)
+        if tuple(factor.shape) != expected:
+            raise InvalidAdapterError(
+                f"{name} has shape {list(factor.shape)}, not {list(expected)}: it was made for another base, or "
+                "feedforward_modules is not what it was trained with",
+                metadata={"tensor": name},
+            )
+        return ScaleInput(factor.reshape(-1)) if scales_input else Scale(factor.reshape(-1))
+
+    return Program.of((site.name, op(site, scales_input, name)) for site, scales_input, name in _targets(config, base))
+
+
+def _targets(config: IA3Config, base: BaseModel) -> Iterator[tuple[LinearSite, bool, str]]:
+    """Yields (site, whether its input is scaled, tensor's name)."""
+    outputs = {block.output_module for block in base.blocks if block.role is BlockRole.FEED_FORWARD}
+    found = False
+    for site in base.linears:
+        if config.exclude_modules and matches(config.exclude_modules, site.name):
+            continue
+        if config.target_modules is None:
+            scales_input = site.name in outputs
+            meant = scales_input or site.name.endswith(KEYS_AND_VALUES)
+        else:
+            meant = matches(config.target_modules, site.name)
+            scales_input = bool(config.feedforward_modules) and matches(config.feedforward_modules or (), site.name)
+        if meant:
+            found = True
+            yield site, scales_input, f"{PREFIX}{site.name}.ia3_l"
+    if not found:
+        raise InvalidConfigError(
+            f"target_modules {config.target_modules!r} names no projection of {base.architecture}",
+            metadata={"field": "target_modules"},
+        )
+
+
+def ending(site: LinearSite) -> str:
+    return ".".join(site.name.split(".")[-2:])
+
+
+@hookimpl
+def deltamux_method() -> MethodInfo:
+    return MethodInfo(
+        name="ia3",
+        title="IA3",
+        summary="factors at keys, values and the feed-forward's inner activations",
+        paper="https://arxiv.org/abs/2205.05638",
+        peft_type="IA3",
+        config_class=IA3Config,
+        ignored_keys=BOOKKEEPING | {"fan_in_fan_out"},
+        merges=True,
+        in_peft=True,
+        learning_rate=3e-3,
+        learning_rate_source="Liu et al. 2022, section 3.5: 3e-3",
+    )

@@ -1,0 +1,108 @@
+"""LN tuning: the norms' weights and biases are trained, nothing else.
+
+Zhao et al. 2023, https://arxiv.org/abs/2312.11420.
+
+    y = normalise(x) * w' + b',   w', b' [features]
+
+Served as `NormAffine` (which holds the change). Files are PEFT's, which hold the new values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from deltamux.deltas import BaseModel, NormAffine, NormSite, Program
+from deltamux.errors import InvalidConfigError
+from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, as_tuple, matches
+
+
+@dataclass(frozen=True)
+class LNTuningConfig:
+    """PEFT's LNTuningConfig; target_modules None takes every norm."""
+
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, as_tuple(getattr(self, name)))
+
+
+# Train.
+
+
+@hookimpl
+def deltamux_parameters(config: LNTuningConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    def copy_of(name: str) -> Any:
+        return lambda tensor: tensor.copy_(base.tensor(name))
+
+    return {
+        name: ParameterSpec((site.features,), copy_of(f"{site.name}.{field}"))
+        for site in _targets(config, base)
+        for field, name in _tensors(site)
+    }
+
+
+@hookimpl
+def deltamux_config(config: LNTuningConfig, base: BaseModel) -> dict[str, Any]:
+    names = tuple(sorted({site.name.rpartition(".")[2] for site in _targets(config, base)}))
+    spelt = config if config.target_modules is not None else replace(config, target_modules=names)
+    return {**asdict(spelt), **CAUSAL_LM}
+
+
+# Inference, and merging through the ops.
+
+
+@hookimpl
+def deltamux_program(config: LNTuningConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
+    def op(site: NormSite) -> NormAffine:
+        changes = {
+            field: tensors[name] - base.tensor(f"{site.name}.{field}").to(tensors[name].dtype)
+            for field, name in _tensors(site)
+        }
+        return NormAffine(**changes)
+
+    return Program.of((site.name, op(site)) for site in _targets(config, base))
+
+
+def _tensors(site: NormSite) -> Iterator[tuple[str, str]]:
+    """Yields (parameter, PEFT's tensor name)."""
+    for field in ("weight", "bias") if site.has_bias else ("weight",):
+        yield field, f"{PREFIX}{site.name}.ln_tuning_layers.{field}"
+
+
+def _targets(config: LNTuningConfig, base: BaseModel) -> list[NormSite]:
+    targets = [
+        site
+        for site in base.norms
+        if (config.target_modules is None or matches(config.target_modules, site.name))
+        and not (config.exclude_modules and matches(config.exclude_modules, site.name))
+    ]
+    if not targets:
+        raise InvalidConfigError(
+            f"target_modules {config.target_modules!r} names no norm of {base.architecture}",
+            metadata={"field": "target_modules"},
+        )
+    return targets
+
+
+@hookimpl
+def deltamux_method() -> MethodInfo:
+    return MethodInfo(
+        name="ln_tuning",
+        title="LN tuning",
+        summary="weights and biases of the norms",
+        paper="https://arxiv.org/abs/2312.11420",
+        peft_type="LN_TUNING",
+        config_class=LNTuningConfig,
+        ignored_keys=BOOKKEEPING,
+        merges=True,
+        in_peft=True,
+        learning_rate=3e-3,
+        learning_rate_source="of the order of IA3's, which trains as few parameters",
+    )

@@ -1,0 +1,61 @@
+"""SoftPrompt: trained embeddings in front of the prompt (prompt tuning, Lester et al. 2021, arXiv:2104.08691)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas.ops.base import Op, ReadTensor
+from deltamux.deltas.ops.batched import OpBatch, StepIndex, bits
+from deltamux.deltas.sites import EmbeddingSite, Site, SiteKind
+from deltamux.errors import NotMergeableError
+
+
+class SoftPromptBatch(OpBatch):
+    """Embeddings of virtual tokens are replaced; `y` is the embedding's output, and changes in place."""
+
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(site, num_slots, dtype, device)
+        self._prompts: dict[int, Tensor] = {}
+
+    def _place(self, slot: int, op: Op) -> None:
+        assert isinstance(op, SoftPrompt)
+        self._prompts[slot] = op.embedding
+
+    def _clear(self, slot: int) -> None:
+        del self._prompts[slot]
+
+    def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
+        if step.virtual is None:
+            return
+        for slot in bits(active & step.virtual.mask):
+            own = step.virtual.slots == slot
+            y[step.virtual.rows[own]] = self._prompts[slot][step.virtual.positions[own]]
+
+
+@dataclass(frozen=True, eq=False)
+class SoftPrompt(Op):
+    """n embeddings, at positions 0 to n-1; `embedding` is [n, hidden_size]."""
+
+    embedding: Tensor
+
+    name: ClassVar[str] = "soft_prompt"
+    site_kind: ClassVar[SiteKind] = SiteKind.EMBEDDING
+    batch: ClassVar[type[OpBatch]] = SoftPromptBatch
+
+    def virtual_tokens(self) -> int:
+        return self.embedding.shape[0]
+
+    def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        assert isinstance(site, EmbeddingSite)
+        return {"embedding": (self.embedding.shape[0] if self.embedding.dim() else 0, site.features)}
+
+    def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
+        raise NotMergeableError(
+            "a soft prompt is embeddings in front of the prompt, not a change of any weight; serve it as an adapter "
+            "instead",
+            metadata={"site": site.name, "op": self.name},
+        )
