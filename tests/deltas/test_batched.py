@@ -15,6 +15,7 @@ from deltamux.deltas import (
     BlockRole,
     BlockSite,
     Bottleneck,
+    Dense,
     KVPrefix,
     LinearSite,
     LowRank,
@@ -70,6 +71,7 @@ MAKERS = {
     "norm_affine, layer": norm(NormForm.LAYER),
     "norm_affine, rms": norm(NormForm.RMS),
     "bottleneck": bottleneck,
+    "dense": lambda seed: (LINEAR, Dense(draw(seed, FEATURES, FEATURES))),
     "scale": lambda seed: (LINEAR, Scale(draw(seed, FEATURES))),
 }
 

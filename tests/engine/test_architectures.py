@@ -16,7 +16,7 @@ from engine import worlds
 from engine.conftest import OPTIONS
 from engine.parity import Greedy, assert_same, reference, served
 
-OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam")
+OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam", "topk")
 PROMPT = (5, 17, 99, 200, 3, 42, 77)
 
 

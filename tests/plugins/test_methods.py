@@ -79,7 +79,8 @@ def test_merging_equals_attaching_or_is_refused_with_the_reason(
         with pytest.raises(NotMergeableError, match=r"cannot be merged: .*Serve it as an adapter"):
             method.merge(config, base, checkpoint.tensors)
         return
-    if name == "bitfit" and not all(site.has_bias for site in (*base.linears, *base.norms)):
+    sites: list[Any] = [*base.linears, *base.norms]
+    if name == "bitfit" and not all(site.has_bias for site in sites):
         with pytest.raises(NotMergeableError, match="has no bias that could hold the adapter's"):
             method.merge(config, base, checkpoint.tensors)
         return

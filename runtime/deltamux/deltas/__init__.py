@@ -7,6 +7,7 @@ from deltamux.deltas.merge import merge_program
 from deltamux.deltas.ops import (
     Bias,
     Bottleneck,
+    Dense,
     KVPrefix,
     LowRank,
     NormAffine,
@@ -37,6 +38,7 @@ __all__ = [
     "Bottleneck",
     "Checkpoint",
     "ClaimedTensors",
+    "Dense",
     "EmbeddingSite",
     "KVPrefix",
     "LinearSite",

@@ -4,6 +4,7 @@ from deltamux.deltas.ops.base import Op
 from deltamux.deltas.ops.batched import OpBatch, Run, StepIndex, VirtualRows
 from deltamux.deltas.ops.bias import Bias
 from deltamux.deltas.ops.bottleneck import Bottleneck
+from deltamux.deltas.ops.dense import Dense
 from deltamux.deltas.ops.kv_prefix import KVPrefix
 from deltamux.deltas.ops.low_rank import LowRank
 from deltamux.deltas.ops.norm_affine import NormAffine
@@ -11,7 +12,7 @@ from deltamux.deltas.ops.scale import Scale, ScaleInput
 from deltamux.deltas.ops.soft_prompt import SoftPrompt
 
 OPS: dict[str, type[Op]] = {
-    op.name: op for op in (LowRank, Scale, ScaleInput, Bias, NormAffine, Bottleneck, KVPrefix, SoftPrompt)
+    op.name: op for op in (LowRank, Dense, Scale, ScaleInput, Bias, NormAffine, Bottleneck, KVPrefix, SoftPrompt)
 }
 """Every op that a compiled program may name."""
 
@@ -19,6 +20,7 @@ __all__ = [
     "OPS",
     "Bias",
     "Bottleneck",
+    "Dense",
     "KVPrefix",
     "LowRank",
     "NormAffine",

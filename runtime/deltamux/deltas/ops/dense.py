@@ -1,0 +1,57 @@
+"""Dense: y += dW x, a full change of a projection's weight (full and top-layer fine-tuning)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltamux.deltas.ops.base import Op, ReadTensor
+from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.sites import LinearSite, Site, SiteKind
+
+
+class DenseBatch(OpBatch):
+    """Each slot's matrix over the slot's own rows: nothing is shared, so nothing is stacked."""
+
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(site, num_slots, dtype, device)
+        self._weights: dict[int, Tensor] = {}
+
+    def _place(self, slot: int, op: Op) -> None:
+        assert isinstance(op, Dense)
+        self._weights[slot] = op.weight
+
+    def _clear(self, slot: int) -> None:
+        del self._weights[slot]
+
+    def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
+        for slot in bits(active):
+            rows = step.rows(slot)
+            add_rows(y, rows, F.linear(x[rows], self._weights[slot]))
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Op):
+    """y += weight x; `weight` [out_features, in_features] is the change, not the new value."""
+
+    weight: Tensor
+
+    name: ClassVar[str] = "dense"
+    site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
+    batch: ClassVar[type[OpBatch]] = DenseBatch
+
+    def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        assert isinstance(site, LinearSite)
+        return {"weight": (site.out_features, site.in_features)}
+
+    def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
+        return y + F.linear(x.to(self.weight.dtype), self.weight).to(y.dtype)
+
+    def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
+        assert isinstance(site, LinearSite)
+        name, change = f"{site.name}.weight", self.weight.float()
+        return {name: read(name).float() + (change.t() if site.transposed else change)}
