@@ -58,6 +58,15 @@ def test_methods_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> 
     assert {"houlsby", "lora", "prefix"} <= {method["name"] for method in listed}
 
 
+def test_methods_tells_what_each_trains_on_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = worlds.save_base(tmp_path, "llama")
+    base = BaseModel.from_pretrained(directory)
+    assert main(["methods", "--json", "--model", str(directory)]) == 0
+    lora = next(m for m in json.loads(capsys.readouterr().out) if m["name"] == "lora")
+    assert lora["parameters"] == sum(8 * (s.in_features + s.out_features) for s in base.linears)
+    assert lora["share"] == f"{lora['parameters'] / base.num_parameters:.3%}"
+
+
 def test_an_unreachable_server_is_an_error_of_one_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "x", "--server", "127.0.0.1:1", "--timeout", "5"]) == 1
     error = capsys.readouterr().err

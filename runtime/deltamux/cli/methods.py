@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from deltamux.cli.output import add_json, show
@@ -25,12 +26,15 @@ class MethodRow:
     learning_rate: float
     learning_rate_source: str
     paper: str
+    parameters: int | None = None
+    share: str | None = None
 
 
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "methods", help="list the installed methods", description="List the installed methods."
     )
+    parser.add_argument("--model", metavar="BASE", help="say how many parameters each method trains on this base")
     add_json(parser)
     parser.set_defaults(run=_methods)
 
@@ -39,7 +43,11 @@ def _methods(arguments: argparse.Namespace) -> None:
     from deltamux.registry import Registry
 
     registry = Registry()
-    infos = [method.info for method in registry.methods()]
+    base = None
+    if arguments.model:
+        from deltamux.deltas import BaseModel
+
+        base = BaseModel.from_pretrained(arguments.model)
     rows = [
         MethodRow(
             name=info.name,
@@ -51,9 +59,20 @@ def _methods(arguments: argparse.Namespace) -> None:
             learning_rate=info.learning_rate,
             learning_rate_source=info.learning_rate_source,
             paper=info.paper,
+            **_trainable(method, base),
         )
-        for info in infos
+        for method in registry.methods()
+        for info in (method.info,)
     ]
-    show(rows, COLUMNS, as_json=arguments.json)
+    columns = (*COLUMNS[:3], "parameters", "share", *COLUMNS[3:]) if base else COLUMNS
+    show(rows, columns, as_json=arguments.json)
     for plugin, problem in registry.broken.items():
         print(f"left out: plugin {plugin!r}: {problem}", file=sys.stderr)
+
+
+def _trainable(method: Any, base: Any) -> dict[str, Any]:
+    """Returns how many parameters a method trains on a base with its defaults, and their share of the base's."""
+    if base is None:
+        return {}
+    parameters = sum(prod(spec.shape) for spec in method.parameters(method.parse({}), base).values())
+    return {"parameters": parameters, "share": f"{parameters / base.num_parameters:.3%}"}

@@ -27,6 +27,7 @@ class BaseModel:
 
     Attributes:
         architecture: class name of the Hugging Face model, such as ``LlamaForCausalLM``.
+        num_parameters: of the whole model, tied ones counted once.
         fingerprint: 32 hex digits over sites and a sample of every weight; "" where the weights are not at hand. The
             sample is taken in bfloat16, so that a copy of the base saved in bfloat16 keeps its fingerprint.
     """
@@ -34,6 +35,7 @@ class BaseModel:
     architecture: str
     dims: Dimensions
     sites: Mapping[tuple[SiteKind, str], Site]
+    num_parameters: int = 0
     fingerprint: str = ""
     _read: TensorReader | None = field(default=None, repr=False, compare=False)
 
@@ -71,13 +73,13 @@ class BaseModel:
         described = cls.from_config(config)
         files = WeightFiles.locate(model)
         fingerprint = _fingerprint(described, files)
-        return cls(described.architecture, described.dims, described.sites, fingerprint, files.read)
+        return replace(described, fingerprint=fingerprint, _read=files.read)
 
     @classmethod
     def _describe(cls, model: nn.Module, config: Any) -> BaseModel:
         dims = Dimensions.of(config)
         sites = {(site.kind, site.name): site for site in discover(model, dims)}
-        return cls(type(model).__name__, dims, sites)
+        return cls(type(model).__name__, dims, sites, sum(p.numel() for p in model.parameters()))
 
     def reading(self, model: nn.Module) -> BaseModel:
         """Returns this description with tensors read from a loaded model instead of from files."""
