@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING, Any
 
 from deltamux.deltas import BaseModel
@@ -35,7 +35,6 @@ class VLLMEngine:
         self.base = BaseModel.from_pretrained(options.model)
         self._llm: AsyncLLM | None = None
         self._tokenizer: Any = None
-        self._running = 0
 
     async def start(self) -> None:
         """Loads the base model; returns when the engine takes requests."""
@@ -71,9 +70,9 @@ class VLLMEngine:
         self._check_prompt(token_ids, num_virtual_tokens)
         async with AsyncExitStack() as stack:
             program_id = await stack.enter_async_context(self._host.lease(program)) if program else 0
-            self._running += 1
-            stack.callback(self._count_down)
-            async for output in self._run(token_ids, sampling, program, program_id, request_id):
+            # Closed here and not when it is collected: the abort must reach vLLM before the lease ends.
+            outputs = self._run(token_ids, sampling, program, program_id, request_id)
+            async for output in await stack.enter_async_context(aclosing(outputs)):
                 yield output
 
     async def prepare(self, program: ProgramRef) -> None:
@@ -94,7 +93,7 @@ class VLLMEngine:
         resident = (await self._call_workers("delta_resident"))[0]
         assert isinstance(resident, dict)
         return EngineStats(
-            running=self._running,
+            running=self._engine.output_processor.get_num_unfinished_requests(),  # type: ignore[no-untyped-call]  # vLLM
             host_programs=len(resident["host"]),
             device_programs=len(resident["device"]),
             device_slots=self._options.max_active_adapters,
@@ -127,9 +126,10 @@ class VLLMEngine:
         prompt = TokensPrompt(prompt_token_ids=[placeholder] * virtual + token_ids)
         request = LoRARequest(program.digest, program_id, str(program.path)) if program else None
         try:
-            outputs = self._engine.generate(prompt, sampling_params(sampling), request_id, lora_request=request)
-            async for output in outputs:
-                yield chunk(output, len(token_ids), virtual)
+            generated = self._engine.generate(prompt, sampling_params(sampling), request_id, lora_request=request)
+            async with aclosing(generated) as outputs:
+                async for output in outputs:
+                    yield chunk(output, len(token_ids), virtual)
         except (EngineDeadError, EngineGenerateError) as error:
             raise UnavailableError("the engine has stopped; the request may be sent again once it is back") from error
         except ValueError as error:
@@ -144,9 +144,6 @@ class VLLMEngine:
     async def _call_workers(self, method: str, args: tuple[object, ...] = ()) -> list[object]:
         answers: list[object] = await self._engine.collective_rpc(method, args=args)
         return answers
-
-    def _count_down(self) -> None:
-        self._running -= 1
 
     async def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
