@@ -19,10 +19,10 @@ SOURCES := runtime plugins trainers tests
 PROTOS  := $(wildcard proto/deltamux/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format proto proto-check clean
+.PHONY: help install demo test bench lint format proto proto-check clean
 
 help:
-	@echo "make demo | test | install | lint | format | proto | proto-check | clean"
+	@echo "make demo | test | bench | install | lint | format | proto | proto-check | clean"
 
 install: $(STAMP)
 
@@ -52,6 +52,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+# ARGS="--size mid --output bench.json" and the like; see tests/benchmarks/throughput.py.
+bench: install
+	cd tests && ../$(BIN)/python -m benchmarks.throughput $(ARGS)
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

@@ -18,7 +18,7 @@ CHAT_TEMPLATE = (
 
 def write_base(directory: Path, *, seed: int = 0, hidden_size: int = 64) -> Path:
     """Writes a random Llama of two layers; head size 32, which vLLM's CPU attention needs."""
-    tokenizer = _tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.save_pretrained(directory)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -54,7 +54,7 @@ def write_lora(directory: Path, base: Path, *, seed: int = 1, rank: int = 4) -> 
     return directory
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<pad>", "<s>", "</s>"]
     vocabulary = {token: number for number, token in enumerate([*specials, *alphabet])}
