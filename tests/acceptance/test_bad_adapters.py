@@ -103,7 +103,11 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "INVALID_ARGUMENT",
         "INVALID_CONFIG",
     ),
-    "an option that is not served": (lambda d: change_config(d, use_dora=True), "INVALID_ARGUMENT", "INVALID_CONFIG"),
+    "an option that is not served": (
+        lambda d: change_config(d, alora_invocation_tokens=[1]),
+        "INVALID_ARGUMENT",
+        "INVALID_CONFIG",
+    ),
 }
 
 
