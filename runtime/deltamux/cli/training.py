@@ -29,8 +29,10 @@ def add_commands(commands: Any) -> None:
     _add_train(commands)
     _add_evaluate(commands)
     _add_merge(commands)
-    demo = commands.add_parser("demo", help="train, serve and swap adapters of three methods", add_help=False)
-    demo.add_argument("arguments", nargs=argparse.REMAINDER)
+    demo = commands.add_parser("demo", help="train, serve and swap adapters of three methods")
+    demo.add_argument("--model", help="another base: directory or Hugging Face id")
+    demo.add_argument("--output", help="folder for everything made here (default: deltamux-demo)")
+    demo.add_argument("--steps-scale", help="train so many times as long")
     demo.set_defaults(run=_demo)
 
 
@@ -118,4 +120,5 @@ def _merge(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from deltamux_trainers.demo.run import main
 
-    main(arguments.arguments)
+    given = {"--model": arguments.model, "--output": arguments.output, "--steps-scale": arguments.steps_scale}
+    main([part for flag, value in given.items() if value is not None for part in (flag, value)])

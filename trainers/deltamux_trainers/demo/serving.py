@@ -39,7 +39,9 @@ class Throughput(NamedTuple):
 
 
 def serve_command(model: str, store: Path, listen: str) -> list[str]:
-    return ["deltamux", "serve", "--model", model, "--store", str(store), "--listen", listen]
+    # In float32 no answer hangs on which others share the batch; in bfloat16, rounding may break a tie otherwise.
+    served = ["--model", model, "--store", str(store), "--listen", listen, "--dtype", "float32"]
+    return ["deltamux", "serve", *served]
 
 
 @contextmanager
