@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltamux.deltas import (
@@ -23,10 +23,13 @@ from deltamux.deltas import (
     NormSite,
     Op,
     Scale,
+    ScaleInput,
     Site,
+    SoftPrompt,
 )
-from deltamux.deltas.ops import Run, StepIndex, VirtualRows
-from deltamux.deltas.sites import NormForm
+from deltamux.deltas.ops import Run, StepIndex, VirtualRows, low_rank
+from deltamux.deltas.ops import bottleneck as bottlenecks
+from deltamux.deltas.sites import EmbeddingSite, NormForm
 
 SLOTS = 6
 FEATURES = 8
@@ -39,7 +42,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def low_rank(seed: int) -> tuple[Site, Op]:
+def factors(seed: int) -> tuple[Site, Op]:
     rank = 1 + seed % 5
     return LINEAR, LowRank(draw(seed, rank, FEATURES), draw(seed + 1, FEATURES, rank), scale=0.5 + seed % 3)
 
@@ -66,7 +69,7 @@ def bottleneck(seed: int) -> tuple[Site, Op]:
 
 
 MAKERS = {
-    "low_rank": low_rank,
+    "low_rank": factors,
     "bias": bias,
     "norm_affine, layer": norm(NormForm.LAYER),
     "norm_affine, rms": norm(NormForm.RMS),
@@ -88,13 +91,25 @@ def index_of(step: list[tuple[int, int]]) -> StepIndex:
     return StepIndex(runs, row, SLOTS)
 
 
-def poisoned(op: Op) -> Op:
-    """The op with every parameter full of NaN."""
-    return op.of({name: torch.full_like(t, float("nan")) for name, t in op.tensors().items()}, op.attributes())
+def poisoned(op: Op, value: float) -> Op:
+    """The op with every parameter full of one value."""
+    return op.of({name: torch.full_like(t, value) for name, t in op.tensors().items()}, op.attributes())
 
 
+@pytest.fixture(params=["own choice", "segments", "stacked"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes ops with two ways through a step take one of them, whatever the step looks like."""
+    name: str = request.param
+    if name != "own choice":
+        for module in (low_rank, bottlenecks):
+            monkeypatch.setattr(module, "SEGMENT_ROWS", 0 if name == "segments" else 1 << 40)
+    return name
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
-@settings(max_examples=60, deadline=None)
+# The path is the same for all examples of one parameter, which is what the health check asks about.
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000))
 def test_a_mixed_step_equals_each_adapter_alone(
     maker: Any, step: list[tuple[int, int]], present: set[int], seed: int
@@ -137,8 +152,47 @@ def test_one_adapters_rows_never_reach_anothers(maker: Any, rows: int) -> None:
     torch.testing.assert_close(actual[others], expected[others])
 
 
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("in_step", [True, False], ids=["in the step", "resident only"])
+def test_a_slot_that_is_not_finite_spoils_no_row_but_its_own(maker: Any, value: float, in_step: bool) -> None:
+    site, _ = maker(0)
+    ops = {slot: maker(slot)[1] for slot in range(4)}
+    clean, spoilt = (type(ops[0]).batch(site, SLOTS, torch.float32, "cpu") for _ in range(2))
+    for slot, op in ops.items():
+        clean.place(slot, op)
+        spoilt.place(slot, poisoned(op, value) if slot == 2 else op)
+    index = index_of([(0, 3), (1, 3), *([(2, 3)] if in_step else []), (-1, 3), (3, 3)])
+    x, y = draw(1, index.num_rows, FEATURES), draw(2, index.num_rows, FEATURES)
+    expected, actual = y.clone(), y.clone()
+    clean.apply(x, expected, index)
+    spoilt.apply(x, actual, index)
+    others = [row for row in range(index.num_rows) if not (in_step and 6 <= row < 9)]
+    torch.testing.assert_close(actual[others], expected[others])
+
+
+@given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_a_scaled_input_is_each_adapters_own(step: list[tuple[int, int]], present: set[int], seed: int) -> None:
+    ops = {slot: ScaleInput(draw(seed + slot, FEATURES)) for slot in present}
+    batch = ScaleInput.batch(LINEAR, SLOTS, torch.float32, "cpu")
+    for slot, op in ops.items():
+        batch.place(slot, op)
+    index = index_of(step)
+    before = draw(seed, index.num_rows, FEATURES)
+    after = before.clone()
+    batch.apply(after, after, index)
+    row = 0
+    for slot, rows in step:
+        own = slice(row, row + rows)
+        expected = ops[slot].apply_input(before[own], LINEAR) if slot in ops else before[own]
+        torch.testing.assert_close(after[own], expected)
+        row += rows
+
+
 def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
-    site, op = low_rank(3)
+    site, op = factors(3)
     batch = LowRank.batch(site, SLOTS, torch.float32, "cpu")
     batch.place(1, op)
     batch.clear(1)
@@ -150,15 +204,20 @@ def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
     assert batch.mask == 0
 
 
+def two_prefixed_requests() -> StepIndex:
+    """Requests of slots 0 and 2, among the base's rows: the second continues its prefix at its third virtual token."""
+    virtual = VirtualRows(torch.tensor([0, 1, 5, 6]), torch.tensor([0, 0, 2, 2]), torch.tensor([0, 1, 2, 3]), 0b101)
+    return StepIndex([Run(0, 0, 3), Run(2, 5, 8)], 8, SLOTS, virtual=virtual)
+
+
 def test_virtual_rows_and_no_others_get_their_adapters_keys_and_values() -> None:
     site = AttentionSite("layers.0.attention", "attn", 2, 3, 0)
     prefixes = {slot: KVPrefix(draw(slot, 4, 2, 3), draw(slot + 9, 4, 2, 3)) for slot in (0, 2)}
     batch = KVPrefix.batch(site, SLOTS, torch.float32, "cpu")
     for slot, prefix in prefixes.items():
         batch.place(slot, prefix)
-    # Two requests of slots 0 and 2: the second continues its prefix at its third virtual token.
-    virtual = VirtualRows(torch.tensor([0, 1, 5, 6]), torch.tensor([0, 0, 2, 2]), torch.tensor([0, 1, 2, 3]), 0b101)
-    index = StepIndex([Run(0, 0, 3), Run(2, 5, 8)], 8, SLOTS, virtual=virtual)
+    batch.place(1, poisoned(prefixes[0], float("nan")))
+    index = two_prefixed_requests()
     key, value = draw(20, 8, 6), draw(21, 8, 6)
     new_key, new_value = key.clone(), value.clone()
     batch.apply(new_key, new_value, index)
@@ -168,3 +227,19 @@ def test_virtual_rows_and_no_others_get_their_adapters_keys_and_values() -> None
     for row in (2, 3, 4, 7):
         assert torch.equal(new_key[row], key[row])
         assert torch.equal(new_value[row], value[row])
+
+
+def test_virtual_rows_and_no_others_get_their_adapters_embeddings() -> None:
+    site = EmbeddingSite("embed", 16, FEATURES)
+    prompts = {slot: SoftPrompt(draw(slot, 4, FEATURES)) for slot in (0, 2)}
+    batch = SoftPrompt.batch(site, SLOTS, torch.float32, "cpu")
+    for slot, prompt in prompts.items():
+        batch.place(slot, prompt)
+    batch.place(1, poisoned(prompts[0], float("nan")))
+    before = draw(20, 8, FEATURES)
+    after = before.clone()
+    batch.apply(torch.zeros(8), after, two_prefixed_requests())
+    for row, slot, position in ((0, 0, 0), (1, 0, 1), (5, 2, 2), (6, 2, 3)):
+        assert torch.equal(after[row], prompts[slot].embedding[position])
+    for row in (2, 3, 4, 7):
+        assert torch.equal(after[row], before[row])

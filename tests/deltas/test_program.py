@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from engine import worlds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from deltamux.deltas import BaseModel, Checkpoint, KVPrefix, LowRank, Program
+from deltamux.deltas import (
+    BaseModel,
+    Bias,
+    Bottleneck,
+    Checkpoint,
+    Dense,
+    KVPrefix,
+    LowRank,
+    NormAffine,
+    Op,
+    Program,
+    Scale,
+    ScaleInput,
+    SoftPrompt,
+)
+from deltamux.deltas.ops.bottleneck import ACTIVATIONS
 from deltamux.errors import BaseMismatchError, InvalidAdapterError
 
 
@@ -35,6 +55,88 @@ def test_a_compiled_file_holds_the_whole_program(base: BaseModel, tmp_path: Path
         )
         for name, tensor in written.op.tensors().items():
             assert torch.equal(read.op.tensors()[name], tensor)
+
+
+seeds = st.integers(0, 10_000)
+ops = st.one_of(
+    st.builds(
+        lambda s, r, x: LowRank(draw(s, r, 4), draw(s + 1, 6, r), x, 0.1), seeds, st.integers(1, 4), st.floats(-4, 4)
+    ),
+    st.builds(lambda s: Dense(draw(s, 6, 4)), seeds),
+    st.builds(lambda s: Scale(draw(s, 6)), seeds),
+    st.builds(lambda s: ScaleInput(draw(s, 4)), seeds),
+    st.builds(lambda s: Bias(draw(s, 6)), seeds),
+    st.builds(lambda s, b: NormAffine(draw(s, 4), draw(s + 1, 4) if b else None), seeds, st.booleans()),
+    st.builds(
+        lambda s, b, a, p: Bottleneck(
+            draw(s, 2, 4), draw(s, 4, 2), draw(s, 2) if b else None, draw(s, 4) if not b else None, a, 0.5, p
+        ),
+        seeds,
+        st.booleans(),
+        st.sampled_from(sorted(ACTIVATIONS)),
+        st.booleans(),
+    ),
+    st.builds(lambda s: KVPrefix(draw(s, 3, 1, 4), draw(s + 1, 3, 1, 4)), seeds),
+)
+"""Ops of every kind that one program may hold together."""
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@settings(max_examples=80, deadline=None)
+@given(rows=st.lists(st.tuples(st.text(min_size=1, max_size=12), ops), min_size=1, max_size=6), dtype=dtypes)
+def test_any_program_comes_back_from_its_compiled_file_bit_for_bit(
+    rows: list[tuple[str, Op]], dtype: torch.dtype
+) -> None:
+    program = Program.of(rows).to(dtype)
+    with tempfile.TemporaryDirectory() as directory:
+        program.save(Path(directory) / "program")
+        loaded = Program.load(Path(directory) / "program")
+    assert loaded.num_virtual_tokens == program.num_virtual_tokens
+    assert [(site, type(op), op.attributes()) for site, op in loaded] == [
+        (site, type(op), op.attributes()) for site, op in program
+    ]
+    for (_, written), (_, read) in zip(program, loaded, strict=True):
+        assert written.tensors().keys() == read.tensors().keys()
+        assert all(
+            torch.equal(t, read.tensors()[n]) and t.dtype == read.tensors()[n].dtype
+            for n, t in written.tensors().items()
+        )
+
+
+def test_a_soft_prompt_comes_back_from_its_compiled_file(tmp_path: Path) -> None:
+    program = Program.of([("embed", SoftPrompt(draw(1, 5, 4)))])
+    program.save(tmp_path / "program")
+    loaded = Program.load(tmp_path / "program")
+    assert loaded.num_virtual_tokens == 5
+    assert torch.equal(loaded.placements[0].op.tensors()["embedding"], draw(1, 5, 4))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "gone"),
+    [
+        ({"rows": "{"}, None),
+        ({"rows": "[{}]"}, None),
+        ({"num_virtual_tokens": "many"}, None),
+        ({"format": "deltamux.program/0"}, None),
+        ({}, "0.a"),
+        ({}, "0."),
+    ],
+)
+def test_a_damaged_compiled_file_is_refused_by_name(
+    metadata: dict[str, str], gone: str | None, base: BaseModel, tmp_path: Path
+) -> None:
+    worlds.random_low_rank(base, 1).save(tmp_path / "program")
+    with safe_open(tmp_path / "program", framework="pt") as file:
+        header: dict[str, str] = file.metadata()
+        tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    kept = {name: t for name, t in tensors.items() if gone is None or not name.startswith(gone)}
+    save_file(kept, tmp_path / "program", metadata={**header, **metadata})
+    with pytest.raises(InvalidAdapterError, match=str(tmp_path)):
+        Program.load(tmp_path / "program")
 
 
 def test_a_program_for_another_base_is_refused_by_its_first_wrong_shape(base: BaseModel) -> None:
@@ -65,6 +167,16 @@ def test_a_value_that_is_finite_in_float32_only_is_found_after_the_cast(base: Ba
     program.check_finite()
     with pytest.raises(InvalidAdapterError, match=r"not finite in torch\.float16"):
         program.to(torch.float16).check_finite()
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 1e38])
+def test_a_scale_that_makes_finite_factors_overflow_is_found(scale: float) -> None:
+    factors = LowRank(torch.ones(1, 4), torch.full((4, 1), 1e3), scale)
+    bottleneck = Bottleneck(torch.ones(1, 4), torch.full((4, 1), 1e3), scale=scale)
+    for name, op in (("low_rank", factors), ("bottleneck", bottleneck)):
+        with pytest.raises(InvalidAdapterError, match=rf"{name}\.scale.* at some\.site") as refused:
+            Program.of([("some.site", op)]).check_finite()
+        assert refused.value.reason == "NOT_FINITE"
 
 
 def test_a_base_keeps_its_fingerprint_in_bfloat16_and_loses_it_with_other_weights(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,15 +85,15 @@ class Program:
         return rows
 
     def check_finite(self) -> None:
-        """Raises InvalidAdapterError naming the first parameter that holds a NaN or an infinity."""
+        """Raises InvalidAdapterError naming the first parameter, attribute or product that is not finite."""
         for site, op in self.placements:
-            for field, tensor in op.tensors().items():
+            for field, tensor in (op.tensors() | op.products()).items():
                 if not torch.isfinite(tensor).all():
-                    raise InvalidAdapterError(
-                        f"{op.name}.{field} at {site} holds a value that is not finite in {tensor.dtype}",
-                        reason="NOT_FINITE",
-                        metadata={"site": site, "parameter": field},
-                    )
+                    problem = f"{op.name}.{field} at {site} holds a value that is not finite in {tensor.dtype}"
+                    raise _not_finite(problem, site, field)
+            for field, value in op.attributes().items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    raise _not_finite(f"{op.name}.{field} at {site} is {value}", site, field)
 
     def rank(self) -> int:
         """Returns the widest inner dimension of any op."""
@@ -127,18 +128,32 @@ class Program:
                 metadata: dict[str, str] = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise InvalidAdapterError(f"{path} is no compiled program of format {FORMAT}")
-                parameters: dict[int, dict[str, torch.Tensor]] = {}
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    row, _, field = name.partition(".")
-                    parameters.setdefault(int(row), {})[field] = file.get_tensor(name)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            return cls(_placements(metadata, tensors), int(metadata["num_virtual_tokens"]))
         except (OSError, SafetensorError) as error:
             raise InvalidAdapterError(f"compiled program {path} cannot be read: {error}") from error
-        rows: list[dict[str, Any]] = json.loads(metadata["rows"])
-        placements = (
-            Placement(row["site"], _op_class(row["op"]).of(parameters[i], row["attributes"]))
-            for i, row in enumerate(rows)
-        )
-        return cls(tuple(placements), int(metadata["num_virtual_tokens"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidAdapterError(
+                f"compiled program {path} is damaged: its tensors are not those of its rows "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+
+def _placements(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> tuple[Placement, ...]:
+    parameters: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        row, _, field = name.partition(".")
+        parameters.setdefault(int(row), {})[field] = tensor
+    rows: list[dict[str, Any]] = json.loads(metadata["rows"])
+    if set(parameters) != set(range(len(rows))):
+        raise ValueError(f"{len(rows)} rows, but tensors of {len(parameters)}")
+    return tuple(
+        Placement(row["site"], _op_class(row["op"]).of(parameters[i], row["attributes"])) for i, row in enumerate(rows)
+    )
+
+
+def _not_finite(problem: str, site: str, field: str) -> InvalidAdapterError:
+    return InvalidAdapterError(problem, reason="NOT_FINITE", metadata={"site": site, "parameter": field})
 
 
 def _op_class(name: str) -> type[Op]:

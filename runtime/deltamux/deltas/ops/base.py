@@ -55,6 +55,10 @@ class Op:
         cast = {k: t.detach().to(device=device, dtype=dtype).contiguous() for k, t in self.tensors().items()}
         return self.of(cast, self.attributes())
 
+    def products(self) -> dict[str, Tensor]:
+        """Returns what the op multiplies ahead of time, by name: finite factors may have a product that is not."""
+        return {}
+
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 

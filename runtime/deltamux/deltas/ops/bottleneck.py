@@ -99,6 +99,10 @@ class Bottleneck(Op):
     def rank(self) -> int:
         return self.down_weight.shape[0]
 
+    def products(self) -> dict[str, Tensor]:
+        up = {"scale * up_weight": self.scale * self.up_weight}
+        return up if self.up_bias is None else {**up, "scale * up_bias": self.scale * self.up_bias}
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, BlockSite)
         width = self.down_weight.shape[0] if self.down_weight.dim() else 0
@@ -132,7 +136,7 @@ class _Stack(NamedTuple):
     parallel: bool
     down: Tensor  # [sum width, features]
     down_bias: Tensor  # [sum width]
-    up: Tensor  # [sum width, features], scaled
+    up: Tensor  # [sum width, features], scaled, and finite: 0 * NaN would be NaN in everybody's rows
     up_bias: Tensor  # [slots + 1, features], scaled; zero for slots outside the stack and for the base
     columns: StackedColumns
 
@@ -156,7 +160,7 @@ class _Stack(NamedTuple):
             parallel,
             torch.cat([op.down_weight for op in ops.values()]),
             torch.cat(biases),
-            torch.cat([op.up_weight.t() * op.scale for op in ops.values()]),
+            torch.cat([op.up_weight.t() * op.scale for op in ops.values()]).nan_to_num_(),
             up_bias,
             StackedColumns.of({slot: op.rank() for slot, op in ops.items()}, first.device),
         )

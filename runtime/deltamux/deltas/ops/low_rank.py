@@ -84,6 +84,9 @@ class LowRank(Op):
     def rank(self) -> int:
         return self.a.shape[0]
 
+    def products(self) -> dict[str, Tensor]:
+        return {"scale * b": self.scale * self.b}
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, LinearSite)
         rank = self.a.shape[0] if self.a.dim() else 0
@@ -109,11 +112,11 @@ class _Stacked(NamedTuple):
     """All slots' factors one below the other, at their own ranks."""
 
     a: Tensor  # [sum r, in]
-    b: Tensor  # [sum r, out]
+    b: Tensor  # [sum r, out], finite: deselected columns are zero, and 0 * NaN would be NaN in everybody's rows
     columns: StackedColumns
 
     @classmethod
     def of(cls, factors: dict[int, _Factors]) -> _Stacked:
         a = torch.cat([f.a for f in factors.values()])
-        b = torch.cat([f.b for f in factors.values()])
+        b = torch.cat([f.b for f in factors.values()]).nan_to_num_()
         return cls(a, b, StackedColumns.of({slot: f.a.shape[0] for slot, f in factors.items()}, a.device))
