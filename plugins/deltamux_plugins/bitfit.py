@@ -19,7 +19,8 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, Bias, LinearSite, NormAffine, NormSite, Op, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import BOOKKEEPING, as_tuple, matches
+from deltamux_plugins.peft_format import BOOKKEEPING
+from deltamux_plugins.targets import matches
 
 FORMAT_VERSION = 1
 
@@ -38,7 +39,6 @@ class BitFitConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", as_tuple(self.target_modules))
         if self.format_version != FORMAT_VERSION:
             raise InvalidConfigError(f"format_version {self.format_version} is not known here; known: {FORMAT_VERSION}")
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, BlockRole, LinearSite, Op, Program, Scale, ScaleInput
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, as_tuple, matches
+from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX
+from deltamux_plugins.targets import matches
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 
@@ -40,10 +41,6 @@ class IA3Config:
     exclude_modules: tuple[str, ...] | str | None = None
     feedforward_modules: tuple[str, ...] | str | None = None
     init_ia3_weights: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-            object.__setattr__(self, name, as_tuple(getattr(self, name)))
 
 
 # Train.

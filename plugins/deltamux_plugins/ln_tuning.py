@@ -18,7 +18,8 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, NormAffine, NormSite, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, as_tuple, matches
+from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX
+from deltamux_plugins.targets import matches
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,6 @@ class LNTuningConfig:
 
     target_modules: tuple[str, ...] | str | None = None
     exclude_modules: tuple[str, ...] | str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, as_tuple(getattr(self, name)))
 
 
 # Train.

@@ -11,7 +11,6 @@ Served as `LowRank` at every target; trained biases as `Bias` and `NormAffine`. 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -23,11 +22,14 @@ from deltamux.deltas import BaseModel, Bias, LinearSite, LowRank, NormAffine, No
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.dora import magnitude_ops, row_norms
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, matches
+from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX
+from deltamux_plugins.targets import ALL_LINEAR, by_pattern, check_targeting, spelt, targets
 
-ALL_LINEAR = "all-linear"
 # These initialisations move a part of the base's weights into the factors: the adapter fits its own changed base only.
-CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq")
+CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# These only choose the first values; a trained file does not depend on them.
+INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
+TRAINED_FROM = (True, "gaussian")
 IGNORED = BOOKKEEPING | {
     "corda_config",
     "eva_config",
@@ -55,7 +57,8 @@ class LoRAConfig:
         use_dora: each row's length is trained apart from its direction; see `deltamux_plugins.dora`.
         lora_dropout: while training.
         bias: none, all (every bias of the base is trained) or lora_only (those of the targets).
-        init_lora_weights: True (A Kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero).
+        init_lora_weights: True (A Kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero). Files
+            may say how else PEFT began; training here begins in one of the two ways.
     """
 
     r: int = 8
@@ -73,29 +76,32 @@ class LoRAConfig:
     init_lora_weights: bool | str = True
 
     def __post_init__(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "target_modules", self.target_modules or ALL_LINEAR)
-        ranks = [self.r, *self.rank_pattern.values()]
-        if not all(isinstance(r, int) and r > 0 for r in ranks):
-            raise _invalid("r", f"and rank_pattern hold positive integers, not {ranks}")
+        check_targeting(self)
+        if any(r < 1 for r in (self.r, *self.rank_pattern.values())):
+            raise _invalid("r", f"and rank_pattern hold positive integers, not {self.r} and {dict(self.rank_pattern)}")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise _invalid("lora_dropout", f"is a probability below 1, not {self.lora_dropout}")
         if self.bias not in ("none", "all", "lora_only"):
             raise _invalid("bias", f"is none, all or lora_only, not {self.bias!r}")
+        self._check_initialisation()
+
+    def _check_initialisation(self) -> None:
         init = self.init_lora_weights
         if isinstance(init, str) and init.startswith(CHANGES_THE_BASE):
             raise _invalid(
                 "init_lora_weights", f"{init!r} changes the base's weights too: convert the adapter to plain LoRA"
             )
+        if isinstance(init, str) and init not in INITIALISATIONS:
+            raise _invalid("init_lora_weights", f"{init!r} is not known; known: true, {', '.join(INITIALISATIONS)}")
 
     def rank(self, site: LinearSite) -> int:
-        return self.rank_pattern.get(_pattern(self.rank_pattern, site.name), self.r)
+        rank = by_pattern(self.rank_pattern, site.name)
+        return self.r if rank is None else int(rank)
 
     def scale(self, site: LinearSite) -> float:
-        alpha = self.alpha_pattern.get(_pattern(self.alpha_pattern, site.name), self.lora_alpha)
-        rank = self.rank(site)
+        alpha = by_pattern(self.alpha_pattern, site.name)
+        alpha, rank = self.lora_alpha if alpha is None else float(alpha), self.rank(site)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -104,8 +110,12 @@ class LoRAConfig:
 
 @hookimpl
 def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    if config.init_lora_weights not in TRAINED_FROM:
+        raise _invalid(
+            "init_lora_weights", f"{config.init_lora_weights!r} cannot be trained from; say true or gaussian"
+        )
     parameters: dict[str, ParameterSpec] = {}
-    for site in _targets(config, base):
+    for site in targets(config, base):
         rank = config.rank(site)
         a, b = f"{PREFIX}{site.name}.lora_A.weight", f"{PREFIX}{site.name}.lora_B.weight"
         parameters[a] = ParameterSpec((rank, site.in_features), _init_a(config, rank))
@@ -120,10 +130,9 @@ def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, Parame
 
 @hookimpl
 def deltamux_config(config: LoRAConfig, base: BaseModel) -> dict[str, Any]:
-    targets = sorted({site.name.rpartition(".")[2] for site in _targets(config, base)})
-    spelt = config if config.target_modules != ALL_LINEAR else replace(config, target_modules=tuple(targets))
-    transposed = any(site.transposed for site in _targets(config, base))
-    return {**asdict(spelt), **CAUSAL_LM, "fan_in_fan_out": transposed}
+    transposed = any(site.transposed for site in targets(config, base))
+    named = replace(config, target_modules=spelt(config, base))
+    return {**asdict(named), **CAUSAL_LM, "fan_in_fan_out": transposed}
 
 
 # Inference, and merging through the ops.
@@ -132,7 +141,7 @@ def deltamux_config(config: LoRAConfig, base: BaseModel) -> dict[str, Any]:
 @hookimpl
 def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     rows: list[tuple[str, Op]] = []
-    for site in _targets(config, base):
+    for site in targets(config, base):
         a = tensors[f"{PREFIX}{site.name}.lora_A.weight"]
         b = tensors[f"{PREFIX}{site.name}.lora_B.weight"]
         if a.dim() != 2 or a.shape[0] != config.rank(site):
@@ -152,43 +161,16 @@ def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, 
     return Program.of(rows)
 
 
-# What is targeted.
-
-
-def _targets(config: LoRAConfig, base: BaseModel) -> list[LinearSite]:
-    targets = [site for site in base.linears if _is_target(config, site)]
-    if not targets:
-        raise InvalidConfigError(
-            f"target_modules {config.target_modules!r} names no projection of {base.architecture}; it has: "
-            + ", ".join(sorted({site.name.rpartition(".")[2] for site in base.linears})),
-            metadata={"field": "target_modules"},
-        )
-    return targets
-
-
-def _is_target(config: LoRAConfig, site: LinearSite) -> bool:
-    if config.exclude_modules and matches(config.exclude_modules, site.name):
-        return False
-    if config.target_modules != ALL_LINEAR and not matches(config.target_modules, site.name):
-        return False
-    if config.layers_to_transform is None or isinstance(config.target_modules, str):
-        return True
-    wanted = config.layers_to_transform
-    return site.layer == wanted if isinstance(wanted, int) else site.layer in wanted
-
-
-def _pattern(patterns: Mapping[str, Any], path: str) -> str:
-    """Returns the first pattern that matches the end of a path, as PEFT looks ranks and alphas up."""
-    return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", path)), path)
+# Biases and first values.
 
 
 def _biases(config: LoRAConfig, base: BaseModel) -> Iterator[tuple[LinearSite | NormSite, str]]:
     """Yields the sites whose bias is trained, with the name of PEFT's tensor, which holds the bias's new value."""
     if config.bias == "none":
         return
-    targets = {site.name for site in _targets(config, base)}
+    chosen = {site.name for site in targets(config, base)}
     for site in base.linears:
-        if site.has_bias and site.name in targets:
+        if site.has_bias and site.name in chosen:
             yield site, f"{PREFIX}{site.name}.base_layer.bias"
         elif site.has_bias and config.bias == "all":
             yield site, f"{PREFIX}{site.name}.bias"

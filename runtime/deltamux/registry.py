@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pluggy
 
 from deltamux import hookspecs
-from deltamux.errors import DeltamuxError, InvalidAdapterError, InvalidConfigError, PluginError, UnknownMethodError
+from deltamux.configs import build_config
+from deltamux.errors import DeltamuxError, InvalidAdapterError, PluginError, UnknownMethodError
 from deltamux.hookspecs import ENTRY_POINT_GROUP, PROJECT, MethodInfo, ParameterSpec
 
 if TYPE_CHECKING:
@@ -55,22 +56,10 @@ class Method:
         Null stands for a field's default.
 
         Raises:
-            InvalidConfigError: unknown keys (all of them named), or a value out of range.
+            InvalidConfigError: unknown keys (all of them named), a value of another type, or out of range.
         """
-        fields = {f.name for f in dataclasses.fields(self.info.config_class)}
-        # A key that is null, false or empty changes nothing, whatever a newer library may mean by it.
-        given = {key for key, value in values.items() if value not in (None, False, "", [], {})}
-        unknown = sorted(given - fields - self.info.ignored_keys - {"peft_type"})
-        if unknown:
-            raise InvalidConfigError(
-                f"method {self.name!r} has no option {', '.join(map(repr, unknown))}; "
-                f"it has: {', '.join(sorted(fields))}",
-                metadata={"field": unknown[0], "method": self.name},
-            )
-        try:
-            return self.info.config_class(**{k: v for k, v in values.items() if k in fields and v is not None})
-        except (TypeError, ValueError) as error:
-            raise InvalidConfigError(f"method {self.name!r}: {error}", metadata={"method": self.name}) from error
+        ignored = self.info.ignored_keys | {"peft_type"}
+        return build_config(self.info.config_class, values, ignored=ignored, method=self.name)
 
     def parameters(self, config: Any, base: BaseModel) -> dict[str, ParameterSpec]:
         """Returns the trainable parameters' declarations by name."""

@@ -1,0 +1,130 @@
+"""What a config may say: keys that are known, values of their type, targets as PEFT finds them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from engine import worlds
+from transformers import AutoModelForCausalLM
+
+from deltamux.deltas import BaseModel
+from deltamux.errors import InvalidConfigError
+from deltamux.registry import Registry
+from deltamux_plugins.targets import targets
+
+HOSTILE = "(?:.|..|...)*[0-9]{3}"
+"""Takes exponentially long on a path of some length."""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+
+
+@pytest.fixture(scope="module")
+def base(directory: Path) -> BaseModel:
+    return BaseModel.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        ("lora", {"use_rslora": "no"}),
+        ("lora", {"lora_alpha": "16"}),
+        ("lora", {"r": 4.5}),
+        ("lora", {"r": True}),
+        ("lora", {"rank_pattern": ["q_proj"]}),
+        ("lora", {"rank_pattern": {"q_proj": "4"}}),
+        ("lora", {"target_modules": [1]}),
+        ("lora", {"lora_alpha": float("nan")}),
+        ("houlsby", {"scale": float("inf")}),
+        ("houlsby", {"bottleneck": True}),
+        ("prefix", {"num_virtual_tokens": "8"}),
+        ("mam", {"prefix": {"num_virtual_tokens": "8"}}),
+        ("mam", {"prefix": 3}),
+        ("topk", {"num_layers": [1]}),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_its_option(method: str, values: dict[str, Any]) -> None:
+    (option,) = values
+    with pytest.raises(InvalidConfigError, match=rf"{option}.* is .*, but ") as refused:
+        Registry().get(method).parse(values)
+    assert refused.value.metadata["field"]
+
+
+def test_an_unknown_option_of_a_part_is_refused_too() -> None:
+    with pytest.raises(InvalidConfigError, match=r"'mam\.prefix' has no option 'length'"):
+        Registry().get("mam").parse({"prefix": {"length": 3}})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"r": 0},
+        {"rank_pattern": {"q_proj": 0}},
+        {"lora_dropout": 1.0},
+        {"bias": "some"},
+        {"init_lora_weights": "pissa_niter_16"},
+        {"init_lora_weights": "lora_ga"},
+        {"init_lora_weights": "lottery"},
+        {"target_modules": ".*q_proj", "layers_to_transform": [0]},
+        {"layers_pattern": "layers"},
+    ],
+)
+def test_a_value_out_of_range_is_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidConfigError, match="|".join(values)):
+        Registry().get("lora").parse(values)
+
+
+def test_what_cannot_be_trained_from_is_said_when_training_begins(base: BaseModel) -> None:
+    lora = Registry().get("lora")
+    for init in (False, "eva"):
+        config = lora.parse({"init_lora_weights": init})
+        with pytest.raises(InvalidConfigError, match="init_lora_weights"):
+            lora.parameters(config, base)
+
+
+@pytest.mark.parametrize("pattern", ["(", "[z-a]", "(?P<"])
+def test_a_pattern_that_is_no_regular_expression_is_refused(pattern: str, base: BaseModel) -> None:
+    with pytest.raises(InvalidConfigError, match="is no regular expression"):
+        targets(Registry().get("lora").parse({"target_modules": pattern}), base)
+
+
+def test_a_hostile_regular_expression_is_refused_and_holds_up_nobody(base: BaseModel) -> None:
+    started = time.monotonic()
+    for values in ({"target_modules": HOSTILE}, {"rank_pattern": {HOSTILE: 3}}):
+        lora = Registry().get("lora")
+        with pytest.raises(InvalidConfigError, match="takes too long"):
+            lora.parameters(lora.parse(values), base)
+    assert time.monotonic() - started < 5.0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": r".*layers\.1\..*_proj"},
+        {"target_modules": "All-Linear"},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1},
+        {"target_modules": ["q_proj"], "layers_to_transform": []},
+        {"target_modules": ["q_proj", "model.layers.0.self_attn.k_proj"], "layers_to_transform": [1]},
+        {"target_modules": ["up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+        {"target_modules": ["up_proj", "q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
+        {"target_modules": ["up_proj", "q_proj"], "exclude_modules": ["model.layers.0.mlp.up_proj"]},
+        {"target_modules": ["up_proj", "q_proj"], "exclude_modules": r".*1\.mlp.*"},
+    ],
+)
+def test_targets_are_those_that_peft_takes(values: dict[str, Any], base: BaseModel, directory: Path) -> None:
+    chosen = {site.name for site in targets(Registry().get("lora").parse(values), base)}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **values)
+    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(directory), config)
+    assert chosen == set(model.base_model.targeted_module_names)
+
+
+def test_layers_may_be_chosen_of_all_linears(base: BaseModel) -> None:
+    config = Registry().get("lora").parse({"target_modules": "all-linear", "layers_to_transform": [1]})
+    assert {site.layer for site in targets(config, base)} == {1}
