@@ -42,6 +42,27 @@ def _lora(**options: Any) -> Callable[[str], peft.PeftConfig]:
     return config
 
 
+def _adalora(architecture: str) -> peft.PeftConfig:
+    return peft.AdaLoraConfig(
+        init_r=4,
+        target_r=2,
+        total_step=10,
+        target_modules=ATTENTION[architecture],
+        fan_in_fan_out=architecture == "gpt2",
+        task_type="CAUSAL_LM",
+    )
+
+
+def _prune(model: Any) -> None:
+    """Leaves ranks 0 to 4 of an AdaLoRA, as its own pruning would."""
+    values = [name for name, _ in model.base_model.model.named_parameters() if "lora_E" in name]
+    pattern = {name: [rank < index % 5 for rank in range(4)] for index, name in enumerate(values)}
+    model.peft_config["default"].rank_pattern = pattern
+    for name, parameter in model.base_model.model.named_parameters():
+        if name in pattern:
+            parameter.data[~torch.tensor(pattern[name])] = 0.0
+
+
 PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
     "lora-all-linear": _lora(lora_alpha=16),
     "lora-attention": lambda architecture: _lora(target_modules=ATTENTION[architecture])(architecture),
@@ -54,6 +75,8 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
     "lora-bias-own": _lora(bias="lora_only"),
     "dora": _lora(use_dora=True, lora_alpha=16),
     "dora-rslora": _lora(use_dora=True, use_rslora=True),
+    "adalora": lambda architecture: _adalora(architecture),
+    "adalora-pruned": lambda architecture: _adalora(architecture),
     "ia3": lambda architecture: peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=architecture == "gpt2"),
     "ln-tuning": lambda architecture: peft.LNTuningConfig(target_modules=NORMS[architecture], task_type="CAUSAL_LM"),
     "prompt": lambda _: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
@@ -78,6 +101,8 @@ def write_peft(name: str, architecture: str, base: Path, directory: Path) -> Any
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn_like(parameter))
+    if name.endswith("-pruned"):
+        _prune(model)
     model.save_pretrained(str(directory))
     return model.eval()
 

@@ -11,7 +11,7 @@ Hooks are called outside the engine, in the trainer and at upload, never while t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,35 @@ class ParameterSpec:
     init: Initialiser
 
 
+class TrainingSchedule:
+    """What a method does beside gradient steps while it trains; the base class does nothing.
+
+    One instance lives through one run. `state` is saved with every checkpoint and given back on resume, so everything
+    that a schedule remembers belongs there.
+
+    Attributes:
+        state: tensors by name, changed in place or replaced as the run goes on.
+    """
+
+    def __init__(self) -> None:
+        self.state: dict[str, Tensor] = {}
+
+    def frozen(self, step: int) -> Collection[str]:
+        """Returns the parameters that stand still in the update after `step` updates (0-based)."""
+        return ()
+
+    def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
+        """Returns a scalar that is added to the loss, differentiable; None for none."""
+        return None
+
+    def after_update(self, step: int, parameters: Mapping[str, Tensor]) -> None:
+        """Called after the update number `step` (1-based), without gradient tracking, the gradients still in place."""
+
+    def finish(self, config: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, Mapping[str, Tensor]]:
+        """Returns the config and the checkpoint's tensors that are written, given the exported ones."""
+        return config, tensors
+
+
 @hookspec
 def deltamux_method() -> MethodInfo:  # type: ignore[empty-body]  # a specification has no body
     """Describes the method. Called once, when the plugin is registered. Required."""
@@ -111,6 +140,17 @@ def deltamux_program(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]
 
     Raises:
         InvalidAdapterError, BaseMismatchError: with the offending tensor, field or site.
+    """
+
+
+@hookspec
+def deltamux_schedule(config: Any, base: BaseModel, num_steps: int) -> TrainingSchedule | None:
+    """Train hook: returns what happens beside gradient steps: which parameters wait, a penalty, a pruning.
+
+    Called once per training run. Not implemented, or None: plain training of all parameters.
+
+    Args:
+        num_steps: updates that the run will make.
     """
 
 

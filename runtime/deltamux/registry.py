@@ -16,7 +16,7 @@ import pluggy
 from deltamux import hookspecs
 from deltamux.configs import build_config
 from deltamux.errors import DeltamuxError, InvalidAdapterError, PluginError, UnknownMethodError
-from deltamux.hookspecs import ENTRY_POINT_GROUP, PROJECT, MethodInfo, ParameterSpec
+from deltamux.hookspecs import ENTRY_POINT_GROUP, PROJECT, MethodInfo, ParameterSpec, TrainingSchedule
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,16 @@ class Method:
         exported = self._call("deltamux_export", {"config": config, "base": base, "parameters": parameters})
         return parameters if exported is None else exported
 
+    def schedule(self, config: Any, base: BaseModel, num_steps: int) -> TrainingSchedule:
+        """Returns what happens beside gradient steps in a training run of `num_steps` updates."""
+        arguments = {"config": config, "base": base, "num_steps": num_steps}
+        schedule = self._call("deltamux_schedule", arguments)
+        if schedule is None:
+            return TrainingSchedule()
+        if not isinstance(schedule, TrainingSchedule):
+            raise self._rubbish("deltamux_schedule", schedule, TrainingSchedule)
+        return schedule
+
     def program(self, config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
         """Returns the program of a checkpoint's tensors, every op checked against its site; differentiable.
 
@@ -109,11 +119,14 @@ class Method:
     def _checked(self, hook: str, expected: Any, **arguments: Any) -> Any:
         result = self._call(hook, arguments)
         if not isinstance(result, expected):
-            raise PluginError(
-                f"plugin {self.name!r}: {hook} returned {type(result).__name__}, but must return {expected.__name__}",
-                metadata={"plugin": self.name, "hook": hook},
-            )
+            raise self._rubbish(hook, result, expected)
         return result
+
+    def _rubbish(self, hook: str, result: object, expected: type[Any]) -> PluginError:
+        return PluginError(
+            f"plugin {self.name!r}: {hook} returned {type(result).__name__}, but must return {expected.__name__}",
+            metadata={"plugin": self.name, "hook": hook},
+        )
 
 
 class Registry:

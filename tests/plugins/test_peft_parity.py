@@ -64,6 +64,7 @@ def test_what_peft_wrote_generates_what_peft_generates(
         ("lora", {"r": 4, "bias": "all", "use_rslora": True}),
         ("lora", {"r": 4, "bias": "lora_only", "lora_alpha": 16}),
         ("lora", {"r": 4, "use_dora": True}),
+        ("adalora", {"init_r": 4, "target_r": 2}),
         ("ia3", {}),
         ("ln_tuning", {}),
         ("prompt", {"num_virtual_tokens": 6}),

@@ -10,12 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltamux.deltas import Attachment, BaseModel, Program
+from deltamux.hookspecs import TrainingSchedule
 from deltamux.registry import Method
 from deltamux_trainers.data import IGNORED
 
 
 class DeltaModel(nn.Module):
     """A base with one method attached; only the method's parameters train.
+
+    Attributes:
+        schedule: what the method does beside gradient steps; see `begin`.
 
     Args:
         base_model: a Hugging Face causal model; frozen here.
@@ -41,6 +45,11 @@ class DeltaModel(nn.Module):
                     spec.init(fresh)
                 self.deltas.append(nn.Parameter(fresh.to(device)))
         self._attachment = Attachment(base_model, base, self.program)
+        self.schedule = TrainingSchedule()
+
+    def begin(self, num_steps: int) -> None:
+        """Asks the method what happens beside gradient steps in a run of `num_steps` updates."""
+        self.schedule = self._method.schedule(self._method_config, self._base, num_steps)
 
     def parameters_by_name(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.deltas, strict=True))
@@ -83,7 +92,13 @@ class DeltaModel(nn.Module):
                 equals the larger batch.
         """
         logits = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return {"loss": token_loss(logits, labels, num_items_in_batch), "logits": logits}
+        loss = token_loss(logits, labels, num_items_in_batch)
+        penalty = self.schedule.penalty(self.parameters_by_name()) if self.training else None
+        if penalty is not None:
+            # Of an accumulated batch, each part brings its share.
+            share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
+            loss = loss + penalty * share
+        return {"loss": loss, "logits": logits}
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -32,6 +35,7 @@ from deltamux_trainers.model import DeltaModel
 from deltamux_trainers.options import TrainOptions
 
 PARAMETERS_FILE = "parameters.safetensors"
+SCHEDULE_FILE = "schedule.safetensors"
 REPORT_FILE = "train_report.json"
 
 
@@ -97,6 +101,7 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         data_collator=lambda batch: collate(batch, loaded.tokenizer.pad_token_id or 0),
         callbacks=[*_callbacks(options), *callbacks],
     )
+    trainer.add_callback(_Scheduled(trainer))
     if options.quiet:
         trainer.remove_callback(PrinterCallback)
     started = time.monotonic()
@@ -112,7 +117,8 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         seconds=time.monotonic() - started,
     )
     with torch.no_grad():
-        checkpoint = method.checkpoint(config, loaded.base, model.exported())
+        written, tensors = model.schedule.finish(config, model.exported())
+        checkpoint = method.checkpoint(written, loaded.base, tensors)
     _write(checkpoint.write, options, result)
     return result
 
@@ -123,19 +129,46 @@ class _DeltaTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = {name: p.detach().cpu().clone() for name, p in self._delta_model.parameters_by_name().items()}
-        save_file(tensors, directory / PARAMETERS_FILE)
+        _save(self.delta_model.parameters_by_name(), directory / PARAMETERS_FILE)
+        _save(self.delta_model.schedule.state, directory / SCHEDULE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._delta_model.load_parameters(load_file(Path(resume_from_checkpoint) / PARAMETERS_FILE))
+        directory = Path(resume_from_checkpoint)
+        self.delta_model.load_parameters(load_file(directory / PARAMETERS_FILE))
+        self.delta_model.schedule.state = load_file(directory / SCHEDULE_FILE)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     @property
-    def _delta_model(self) -> DeltaModel:
+    def delta_model(self) -> DeltaModel:
         assert isinstance(self.model, DeltaModel)
         return self.model
+
+
+class _Scheduled(TrainerCallback):
+    """Lets the method's schedule take part in every update."""
+
+    def __init__(self, trainer: _DeltaTrainer) -> None:
+        self._model = trainer.delta_model
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kept = self._model.schedule.state
+        self._model.begin(state.max_steps)
+        self._model.schedule.state = {**self._model.schedule.state, **kept}
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        frozen = self._model.schedule.frozen(state.global_step)
+        for name, parameter in self._model.parameters_by_name().items():
+            parameter.requires_grad_(name not in frozen)
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._model.schedule.after_update(state.global_step + 1, self._model.parameters_by_name())
+
+
+def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
 
 
 def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> TrainingArguments:
