@@ -1,28 +1,26 @@
 """Top-layer tuning: every weight of the last k decoder layers is trained, the layers below stay frozen.
 
-Howard & Ruder 2018, https://arxiv.org/abs/1801.06146 (tuning from the top); with k the number of layers, it is the
-full tuning of all layers (embeddings and output head stay as they are).
+Howard & Ruder 2018, https://arxiv.org/abs/1801.06146 (tuning from the top).
 
     W' = W + dW,  b' = b + db    in layers L-k .. L-1, norms included
 
-Served as `Dense`, `Bias` and `NormAffine`. The files hold the changes, in PEFT's layout; PEFT has no such method.
+Served as `Dense`, `Bias` and `NormAffine`; compressed by ``deltamux compress`` as `SignDense` or `LowRank`. The files
+hold the changes; PEFT has no such method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from deltamux.deltas import BaseModel, Bias, Dense, LinearSite, NormAffine, NormSite, Op, Program
+from deltamux.deltas import BaseModel, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.dense_format import FORMAT_VERSION, Change, dense_program, layer_changes, outer_changes, zeros
 from deltamux_plugins.peft_format import BOOKKEEPING
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class TopKConfig:
 
 @hookimpl
 def deltamux_parameters(config: TopKConfig, base: BaseModel) -> dict[str, ParameterSpec]:
-    return {name: ParameterSpec(shape, torch.nn.init.zeros_) for _, _, name, shape in _changes(config, base)}
+    return zeros(_changes(config, base))
 
 
 @hookimpl
@@ -66,29 +64,14 @@ def deltamux_config(config: TopKConfig, base: BaseModel) -> dict[str, Any]:
 
 @hookimpl
 def deltamux_program(config: TopKConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
-    rows: list[tuple[str, Op]] = []
-    for site, field, name, _ in _changes(config, base):
-        change = tensors[name]
-        if isinstance(site, NormSite):
-            rows.append((site.name, NormAffine(**{field: change})))
-        else:
-            rows.append((site.name, Dense(change) if field == "weight" else Bias(change)))
-    return Program.of(rows)
+    return dense_program(base, _changes(config, base), tensors)
 
 
-def _changes(config: TopKConfig, base: BaseModel) -> Iterator[tuple[LinearSite | NormSite, str, str, tuple[int, ...]]]:
-    """Yields (site, parameter, tensor's name, shape) of everything that is trained."""
-    first = 0 if config.num_layers is None else base.dims.num_layers - config.num_layers
-    for site in base.linears:
-        if site.layer >= first:
-            yield site, "weight", f"{site.name}.weight", (site.out_features, site.in_features)
-            if site.has_bias:
-                yield site, "bias", f"{site.name}.bias", (site.out_features,)
-    for norm in base.norms if config.train_norms else ():
-        if norm.layer is None or norm.layer >= first:
-            yield norm, "weight", f"{norm.name}.weight", (norm.features,)
-            if norm.has_bias:
-                yield norm, "bias", f"{norm.name}.bias", (norm.features,)
+def _changes(config: TopKConfig, base: BaseModel) -> list[Change]:
+    count = base.dims.num_layers if config.num_layers is None else min(config.num_layers, base.dims.num_layers)
+    layers = range(base.dims.num_layers - count, base.dims.num_layers)
+    norms = outer_changes(base, embedding=False, final_norm=config.train_norms, head=False)
+    return [*layer_changes(base, layers, norms=config.train_norms), *norms]
 
 
 @hookimpl

@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux_trainers import compress
 from engine import worlds
 from engine.conftest import OPTIONS
 from engine.parity import Greedy, assert_same, reference, served
 
-OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam", "topk")
+OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam", "topk", "full")
 PROMPT = (5, 17, 99, 200, 3, 42, 77)
 
 
@@ -40,6 +41,7 @@ async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
     directory = worlds.save_base(tmp_path / "base", architecture)
     base = BaseModel.from_pretrained(directory)
     own = every_op(base)
+    own |= compressed(write_own("full", base, tmp_path / "plain"), directory, base, tmp_path)
     for method in OWN_FORMAT:
         own[method] = read_program(write_own(method, base, tmp_path / method), base)
     peft_models = {name: write_peft(name, architecture, directory, tmp_path / name) for name in PEFT_ADAPTERS}
@@ -56,6 +58,12 @@ async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
         assert_same(reference(peft_model, PROMPT, 16), answers[name])
     for name in programs:
         assert answers[name].logprobs != answers[None].logprobs, f"{name} must be visible, or this test could not fail"
+
+
+def compressed(adapter: Path, directory: Path, base: BaseModel, tmp_path: Path) -> dict[str, Program]:
+    for form in ("bitdelta", "svd"):
+        compress(str(directory), adapter, tmp_path / form, form=form, rank=8)
+    return {form: read_program(tmp_path / form, base) for form in ("bitdelta", "svd")}
 
 
 async def serve(directory: Path, refs: dict[str, ProgramRef]) -> dict[str | None, Greedy]:

@@ -7,21 +7,26 @@ from typing import TYPE_CHECKING, Any
 from deltamux_trainers.options import EvaluateOptions, TrainOptions, read_config
 
 if TYPE_CHECKING:
+    from deltamux_trainers.compressing import CompressResult, compress
     from deltamux_trainers.evaluation import EvalResult, evaluate
     from deltamux_trainers.merging import merge
     from deltamux_trainers.training import TrainResult, train
 
 __all__ = [
+    "CompressResult",
     "EvalResult",
     "EvaluateOptions",
     "TrainOptions",
     "TrainResult",
+    "compress",
     "evaluate",
     "merge",
     "read_config",
     "train",
 ]
 _LAZY = {
+    "CompressResult": "compressing",
+    "compress": "compressing",
     "EvalResult": "evaluation",
     "evaluate": "evaluation",
     "merge": "merging",

@@ -29,6 +29,7 @@ def add_commands(commands: Any) -> None:
     _add_train(commands)
     _add_evaluate(commands)
     _add_merge(commands)
+    _add_compress(commands)
     demo = commands.add_parser("demo", help="train, serve and swap adapters of three methods")
     demo.add_argument("--model", help="another base: directory or Hugging Face id")
     demo.add_argument("--output", help="folder for everything made here (default: deltamux-demo)")
@@ -79,6 +80,19 @@ def _add_merge(commands: Any) -> None:
     parser.set_defaults(run=_merge)
 
 
+def _add_compress(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compress", help="make a full fine-tuning's delta small", description="Compress changes of whole weights."
+    )
+    parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
+    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--form", default="bitdelta", choices=("bitdelta", "svd"), help="default: %(default)s")
+    parser.add_argument("--rank", type=int, default=16, help="of svd (default: %(default)s)")
+    add_json(parser)
+    parser.set_defaults(run=_compress)
+
+
 def _add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -115,6 +129,13 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     output = merge(arguments.model, arguments.adapter, arguments.output, overwrite=arguments.overwrite)
     print(f"merged model written to {output}")
+
+
+def _compress(arguments: argparse.Namespace) -> None:
+    from deltamux_trainers import compress
+
+    result = compress(arguments.model, arguments.adapter, arguments.output, form=arguments.form, rank=arguments.rank)
+    show_one(result, as_json=arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

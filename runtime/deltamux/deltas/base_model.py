@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from deltamux.deltas.discovery import Dimensions, discover
-from deltamux.deltas.sites import AttentionSite, BlockSite, EmbeddingSite, LinearSite, NormSite, Site, SiteKind
+from deltamux.deltas.sites import (
+    AttentionSite,
+    BlockSite,
+    EmbeddingSite,
+    HeadSite,
+    LinearSite,
+    NormSite,
+    Site,
+    SiteKind,
+)
 from deltamux.deltas.weights import WeightFiles
 from deltamux.errors import BaseMismatchError, FailedPreconditionError
 
@@ -105,6 +114,11 @@ class BaseModel:
     @property
     def embedding(self) -> EmbeddingSite:
         return next(s for s in self.sites.values() if isinstance(s, EmbeddingSite))
+
+    @property
+    def head(self) -> HeadSite | None:
+        """The output head; None where it is no plain projection."""
+        return next((s for s in self.sites.values() if isinstance(s, HeadSite)), None)
 
     def site(self, kind: SiteKind, name: str) -> Site:
         """Returns the site, or raises BaseMismatchError naming it: the delta was made for another base."""

@@ -19,7 +19,7 @@ from deltamux.errors import InvalidAdapterError
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Checkpoint:
         """Reads an adapter's directory.
 
         Raises:
-            InvalidAdapterError: a file is missing, irregular, damaged, a pickle, or holds dtypes that are not floats.
+            InvalidAdapterError: a file is missing, irregular, damaged, a pickle, or holds dtypes that no adapter has.
         """
         directory = Path(directory)
         config = _read_config(_regular(directory / CONFIG_FILE))
@@ -138,9 +138,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{TENSORS_FILE} is damaged or no safetensors file: {error}", metadata={"file": path.name}
         ) from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.dtype not in DTYPES:
             raise InvalidAdapterError(
-                f"tensor {name!r} has dtype {tensor.dtype}; adapters hold float32, float16 or bfloat16",
+                f"tensor {name!r} has dtype {tensor.dtype}; adapters hold float32, float16 or bfloat16 (and "
+                "uint8 for packed bits)",
                 metadata={"tensor": name, "dtype": str(tensor.dtype)},
             )
     return tensors, metadata

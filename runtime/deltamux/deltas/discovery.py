@@ -19,6 +19,7 @@ from deltamux.deltas.sites import (
     BlockRole,
     BlockSite,
     EmbeddingSite,
+    HeadSite,
     LinearSite,
     NormForm,
     NormSite,
@@ -68,6 +69,7 @@ def discover(model: nn.Module, dims: Dimensions) -> Iterator[Site]:
     for name, module in model.named_modules():
         if not name.startswith(f"{layers_name}.") and _is_norm(module, dims):
             yield _norm_site(name, None, module, dims)
+    yield from _head_site(model, embedding_name, embedding)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -91,6 +93,14 @@ def _input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
         if module is wanted:
             return name, module
     raise FailedPreconditionError(f"{type(model).__name__} has no input embedding", reason="UNSUPPORTED_BASE")
+
+
+def _head_site(model: nn.Module, embedding_name: str, embedding: nn.Embedding) -> Iterator[HeadSite]:
+    head = model.get_output_embeddings()  # type: ignore[operator]  # PreTrainedModel's method behind nn.Module's __getattr__
+    for name, module in model.named_modules():
+        if module is head and isinstance(module, nn.Linear) and module.bias is None:
+            tied_to = embedding_name if module.weight is embedding.weight else None
+            yield HeadSite(name, module.in_features, module.out_features, tied_to)
 
 
 def _layer_sites(path: str, index: int, layer: nn.Module, dims: Dimensions) -> Iterator[Site]:

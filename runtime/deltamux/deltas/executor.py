@@ -41,17 +41,14 @@ class Attachment:
         self._num_own_tokens = 0
         self._handles: list[RemovableHandle] = []
         with torch.no_grad():
-            sites = self._sites_of(self._build(), base)
-        self._hook(sites)
+            first = self._build()
+        self._hook({(site.kind, site.name): site for site, _ in first.placed(base)}, first.num_virtual_tokens > 0)
 
     def detach(self) -> None:
         """Removes every hook; the model is the base again, bit for bit."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-
-    def _sites_of(self, program: Program, base: BaseModel) -> dict[SiteKey, Site]:
-        return {(site.kind, site.name): site for site, _ in program.placed(base)}
 
     def _refresh(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         program = self._build()
@@ -61,17 +58,17 @@ class Attachment:
         self._num_virtual_tokens = program.num_virtual_tokens
         return args, kwargs
 
-    def _hook(self, sites: Mapping[SiteKey, Site]) -> None:
+    def _hook(self, sites: Mapping[SiteKey, Site], has_virtual_tokens: bool) -> None:
         modules = dict(self.model.named_modules())
         self._handles.append(self.model.register_forward_pre_hook(self._refresh, with_kwargs=True))
-        if any(site.kind in (SiteKind.ATTENTION, SiteKind.EMBEDDING) for site in sites.values()):
+        if has_virtual_tokens:
             self._handles.append(self.model.register_forward_pre_hook(self._put_virtual_tokens, with_kwargs=True))
             self._handles.append(self.model.register_forward_hook(self._cut_virtual_logits))
         # Blocks come last: at an output projection, the projection's own ops apply before the sub-layer's.
         for site in sorted(sites.values(), key=lambda s: s.kind is SiteKind.BLOCK):
             if isinstance(site, BlockSite):
                 self._hook_block(site, modules)
-            elif site.kind in (SiteKind.LINEAR, SiteKind.NORM):
+            elif site.kind is not SiteKind.ATTENTION:
                 self._handles.append(modules[site.name].register_forward_pre_hook(self._hook_input(site)))
                 self._handles.append(modules[site.name].register_forward_hook(self._hook_output(site)))
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas.base_model import BaseModel
-from deltamux.deltas.program import Program
-from deltamux.errors import InvalidAdapterError
+from deltamux.deltas.ops import DenseEmbedding, DenseHead
+from deltamux.deltas.program import PlacedOp, Program
+from deltamux.errors import InvalidAdapterError, NotMergeableError
 
 
 def merge_program(program: Program, base: BaseModel) -> dict[str, Tensor]:
@@ -24,9 +25,24 @@ def merge_program(program: Program, base: BaseModel) -> dict[str, Tensor]:
     def read(name: str) -> Tensor:
         return merged[name] if name in merged else _tensor(base, name)
 
-    for site, op in program.placed(base):
+    for site, op in _untied(base, program.placed(base)):
         merged.update(op.merge(site, read))
     return {name: _rounded(name, tensor, _tensor(base, name).dtype) for name, tensor in merged.items()}
+
+
+def _untied(base: BaseModel, rows: list[PlacedOp]) -> list[PlacedOp]:
+    """Leaves a tied head's changes out, once they are known to be the embedding's own: that weight exists but once."""
+    if base.head is None or base.head.tied_to is None:
+        return rows
+    tables = [op.weight for _, op in rows if isinstance(op, DenseEmbedding)]
+    heads = [op.weight for _, op in rows if isinstance(op, DenseHead)]
+    if len(tables) != len(heads) or not all(map(torch.equal, tables, heads)):
+        raise NotMergeableError(
+            f"the base ties {base.head.name} to {base.head.tied_to}, one weight for both, but the adapter changes them "
+            "differently; serve it as an adapter instead",
+            metadata={"site": base.head.name},
+        )
+    return [row for row in rows if not isinstance(row.op, DenseHead)]
 
 
 def _tensor(base: BaseModel, name: str) -> Tensor:

@@ -55,7 +55,9 @@ class Program:
         Raises:
             InvalidAdapterError: prefixes of different lengths, or no op at all.
         """
-        rows = tuple(Placement(site, op) for site, op in placements)
+        # What stands in front of the prompt comes last: it replaces what other ops make of the virtual tokens' rows.
+        unsorted = (Placement(site, op) for site, op in placements)
+        rows = tuple(sorted(unsorted, key=lambda row: row.op.virtual_tokens() > 0))
         if not rows:
             raise InvalidAdapterError("the adapter changes nothing: it places no op at any site of the base model")
         lengths = {op.virtual_tokens() for _, op in rows} - {0}

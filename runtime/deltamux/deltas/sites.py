@@ -18,6 +18,7 @@ class SiteKind(StrEnum):
     BLOCK = "block"
     ATTENTION = "attention"
     EMBEDDING = "embedding"
+    HEAD = "head"
 
 
 class BlockRole(StrEnum):
@@ -103,4 +104,19 @@ class EmbeddingSite:
     kind = SiteKind.EMBEDDING
 
 
-Site = LinearSite | NormSite | BlockSite | AttentionSite | EmbeddingSite
+@dataclass(frozen=True)
+class HeadSite:
+    """The output head: logits [vocab_size] of the last hidden state.
+
+    Attributes:
+        tied_to: name of the embedding site whose weight the head shares; None where it has one of its own.
+    """
+
+    name: str
+    in_features: int
+    vocab_size: int
+    tied_to: str | None
+    kind = SiteKind.HEAD
+
+
+Site = LinearSite | NormSite | BlockSite | AttentionSite | EmbeddingSite | HeadSite

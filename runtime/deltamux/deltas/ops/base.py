@@ -35,6 +35,8 @@ class Op:
     site_kind: ClassVar[SiteKind]
     batch: ClassVar[type[OpBatch]]
     changes_input: ClassVar[bool] = False
+    packed: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that hold bits (uint8), which no cast may touch; all others are floats."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the parameters by field name; absent optional ones are left out."""
@@ -52,7 +54,10 @@ class Op:
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
         """Returns the op with its parameters cast and moved, detached and contiguous."""
-        cast = {k: t.detach().to(device=device, dtype=dtype).contiguous() for k, t in self.tensors().items()}
+        cast = {
+            field: tensor.detach().to(device=device, dtype=None if field in self.packed else dtype).contiguous()
+            for field, tensor in self.tensors().items()
+        }
         return self.of(cast, self.attributes())
 
     def products(self) -> dict[str, Tensor]:
@@ -84,6 +89,12 @@ class Op:
                 raise BaseMismatchError(
                     f"{self.name}.{field} at {site.name} has shape {list(tensor.shape)}, but this base model needs "
                     f"{list(expected[field])}: the adapter was made for another base",
+                    metadata={"site": site.name, "parameter": field},
+                )
+            if tensor.is_floating_point() == (field in self.packed):
+                raise InvalidAdapterError(
+                    f"{self.name}.{field} at {site.name} has dtype {tensor.dtype}, but holds "
+                    f"{'packed bits (uint8)' if field in self.packed else 'floats'}",
                     metadata={"site": site.name, "parameter": field},
                 )
 

@@ -63,6 +63,7 @@ class StepIndex:
         num_rows: rows of the step.
         num_slots: device slots of the engine.
         virtual: rows that hold virtual tokens, if any.
+        last_rows: who owns the last row of each request, in order: the rows that the output head sees.
 
     ``mask`` has bit i set when slot i has a row here, so that a site without work decides it with one ``&``.
     """
@@ -75,12 +76,14 @@ class StepIndex:
         *,
         device: torch.device | str = "cpu",
         virtual: VirtualRows | None = None,
+        last_rows: StepIndex | None = None,
     ) -> None:
         self.runs = tuple(runs)
         self.num_rows = num_rows
         self.num_slots = num_slots
         self.device = torch.device(device)
         self.virtual = virtual
+        self.last_rows = last_rows
         self.mask = 0
         self._by_slot: dict[int, list[Run]] = {}
         for run in self.runs:

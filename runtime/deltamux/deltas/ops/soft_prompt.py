@@ -53,6 +53,10 @@ class SoftPrompt(Op):
         assert isinstance(site, EmbeddingSite)
         return {"embedding": (self.embedding.shape[0] if self.embedding.dim() else 0, site.features)}
 
+    def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
+        """Returns `y`: the caller's own tokens keep their embeddings; the executor puts the prompt in front."""
+        return y
+
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         raise NotMergeableError(
             "a soft prompt is embeddings in front of the prompt, not a change of any weight; serve it as an adapter "

@@ -18,6 +18,7 @@ from deltamux.deltas import (
     BaseModel,
     BlockSite,
     EmbeddingSite,
+    HeadSite,
     LinearSite,
     NormSite,
     Op,
@@ -29,6 +30,7 @@ from deltamux.engine.vllm.ports import (
     BlockInput,
     CurrentStep,
     EmbeddingPort,
+    HeadPort,
     Lanes,
     LinearPort,
     NormPort,
@@ -54,6 +56,7 @@ class Binding:
     ) -> None:
         self.lanes: dict[tuple[SiteKind, str], Lanes] = {}
         self.unbound: dict[tuple[SiteKind, str], str] = {}
+        self._model = model
         self._modules = dict(model.named_modules())
         self._current = current
         self._linears: dict[str, LinearPort] = {}
@@ -79,6 +82,7 @@ class Binding:
             BlockSite: self._bind_block,
             AttentionSite: self._bind_attention,
             EmbeddingSite: self._bind_embedding,
+            HeadSite: self._bind_head,
         }
         lanes = bind[type(site)](site)
         if lanes is None:
@@ -118,6 +122,15 @@ class Binding:
             return None
         lanes = self._new_lanes(site)
         EmbeddingPort(module, self._current, lanes)
+        return lanes
+
+    def _bind_head(self, site: HeadSite) -> Lanes | None:
+        processor = getattr(self._model, "logits_processor", None)
+        plain = processor is not None and processor.scale == 1.0 and processor.soft_cap is None
+        if not plain or not hasattr(self._model, "compute_logits"):
+            return None
+        lanes = self._new_lanes(site)
+        HeadPort(self._model, self._current, lanes)
         return lanes
 
     def _bind_attention(self, site: AttentionSite) -> Lanes | None:

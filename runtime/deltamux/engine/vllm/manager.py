@@ -148,16 +148,20 @@ class DeltaManager:
 
     def _index(self, requests: Sequence[ScheduledRequest]) -> StepIndex:
         runs: list[Run] = []
+        last: list[Run] = []
         virtual: list[tuple[int, int, int]] = []  # row, slot, position
         row = 0
-        for program_id, start, num_tokens in requests:
+        for request, (program_id, start, num_tokens) in enumerate(requests):
             slot = self._slots.get(program_id)
             if slot is not None:
                 runs.append(Run(slot, row, row + num_tokens))
+                last.append(Run(slot, request, request + 1))
                 prefix = self._num_virtual_tokens[slot]
                 virtual += [(row + p - start, slot, p) for p in range(start, min(prefix, start + num_tokens))]
             row += num_tokens
-        return StepIndex(runs, row, self.num_slots, device=self._device, virtual=self._virtual(virtual))
+        last_rows = StepIndex(last, len(requests), self.num_slots, device=self._device)
+        virtual_rows = self._virtual(virtual)
+        return StepIndex(runs, row, self.num_slots, device=self._device, virtual=virtual_rows, last_rows=last_rows)
 
     def _virtual(self, entries: list[tuple[int, int, int]]) -> VirtualRows | None:
         if not entries:

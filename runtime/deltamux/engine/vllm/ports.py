@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deltamux.deltas.ops import Op, OpBatch, StepIndex
-from deltamux.deltas.sites import Site
+from deltamux.deltas.sites import HeadSite, Site
 
 IDLE = StepIndex((), 0, 0)
 """A step in which every row is the base's."""
@@ -142,7 +142,7 @@ class NormPort(Port):
 
 
 class EmbeddingPort(Port):
-    """The input embedding: virtual tokens get embeddings of their own."""
+    """The input embedding: tables change, and virtual tokens get embeddings of their own."""
 
     def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
         super().__init__(module, current)
@@ -151,9 +151,30 @@ class EmbeddingPort(Port):
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._forward(ids, *args, **kwargs)
         step = self._current.index
-        if step.virtual is not None and step.virtual.mask & self._lanes.mask:
-            self._lanes.apply(output, output[: step.num_rows], step)
+        if step.mask & self._lanes.mask:
+            self._lanes.apply(ids[: step.num_rows], output[: step.num_rows], step)
         return output
+
+
+class HeadPort:
+    """The output head: the model's logits, which vLLM computes for the last row of every request alone."""
+
+    def __init__(self, model: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
+        self._compute_logits: Callable[..., Any] = model.compute_logits  # type: ignore[assignment]  # vLLM's method
+        self._current = current
+        self._lanes = lanes
+        model.compute_logits = self.compute_logits  # type: ignore[assignment]  # on the instance
+
+    def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        logits = self._compute_logits(hidden, *args, **kwargs)
+        step = self._current.index.last_rows
+        if step is not None and step.mask & self._lanes.mask and logits is not None:
+            if step.num_rows != hidden.shape[0]:
+                raise RuntimeError(f"{hidden.shape[0]} rows of logits in a step of {step.num_rows} requests")
+            site = self._lanes.site
+            assert isinstance(site, HeadSite)
+            self._lanes.apply(hidden, logits[:, : site.vocab_size], step)
+        return logits
 
 
 class AttentionPort(Port):

@@ -1,0 +1,56 @@
+"""DenseEmbedding: a full change of the input embedding's table (full fine-tuning)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltamux.deltas.ops.base import Op, ReadTensor
+from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.sites import EmbeddingSite, Site, SiteKind
+
+
+class DenseEmbeddingBatch(OpBatch):
+    """Each slot's table, looked up for the slot's own rows; here `x` holds token ids [rows] int64."""
+
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(site, num_slots, dtype, device)
+        self._tables: dict[int, Tensor] = {}
+
+    def _place(self, slot: int, op: Op) -> None:
+        assert isinstance(op, DenseEmbedding)
+        self._tables[slot] = op.weight
+
+    def _clear(self, slot: int) -> None:
+        del self._tables[slot]
+
+    def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
+        for slot in bits(active):
+            rows = step.rows(slot)
+            add_rows(y, rows, F.embedding(x[rows], self._tables[slot]))
+
+
+@dataclass(frozen=True, eq=False)
+class DenseEmbedding(Op):
+    """y += weight[token]; `weight` [vocab_size, features] is the change, not the new value."""
+
+    weight: Tensor
+
+    name: ClassVar[str] = "dense_embedding"
+    site_kind: ClassVar[SiteKind] = SiteKind.EMBEDDING
+    batch: ClassVar[type[OpBatch]] = DenseEmbeddingBatch
+
+    def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        assert isinstance(site, EmbeddingSite)
+        return {"weight": (site.vocab_size, site.features)}
+
+    def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
+        return y + F.embedding(x, self.weight).to(y.dtype)
+
+    def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
+        name = f"{site.name}.weight"
+        return {name: read(name).float() + self.weight.float()}

@@ -1,0 +1,119 @@
+"""Compresses an adapter that holds whole weights' changes: one bit a weight, or a truncated SVD; the error is measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas import BaseModel, Checkpoint, Dense
+from deltamux.deltas.ops.sign_dense import pack_signs, unpack_signs
+from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
+from deltamux.registry import Registry
+
+FORMS = ("bitdelta", "svd")
+REPORT_FILE = "compress_report.json"
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """What a compression did; also written to ``compress_report.json``, with the error of every matrix.
+
+    Attributes:
+        matrices: how many were compressed; the rest of the adapter is kept as it is.
+        error: ||D - D'|| / ||D|| over all of them (Frobenius), D the changes before, D' after.
+        worst_error: of the matrix that lost most; worst: its name.
+    """
+
+    output: Path
+    form: str
+    matrices: int
+    error: float
+    worst_error: float
+    worst: str
+    bytes_before: int
+    bytes_after: int
+
+
+@torch.no_grad()
+def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta", rank: int = 16) -> CompressResult:
+    """Writes a smaller adapter of the same method.
+
+    Args:
+        form: ``bitdelta`` (Liu et al. 2024, arXiv:2402.10193: sign(D) times mean |D|, which is the best scale for the
+            signs; the paper's distillation of the scales is not done) or ``svd`` (the best change of `rank`: Eckart &
+            Young 1936).
+    Raises:
+        InvalidAdapterError: the adapter's files hold no change of a whole weight.
+        FailedPreconditionError: the output holds an adapter already.
+    """
+    if form not in FORMS or rank < 1:
+        raise InvalidArgumentError(f"form is one of {', '.join(FORMS)} and rank positive, not {form!r} and {rank}")
+    if (output / "adapter_config.json").exists():
+        raise FailedPreconditionError(
+            f"{output} holds an adapter already: choose another output", reason="OUTPUT_EXISTS"
+        )
+    base = BaseModel.from_pretrained(model)
+    method, checkpoint = Registry().recognise(Checkpoint.read(adapter))
+    program = method.program(method.parse(checkpoint.config), base, checkpoint.tensors)
+    names = [f"{site}.weight" for site, op in program if isinstance(op, Dense)]
+    if not names or not set(names) <= set(checkpoint.tensors):
+        raise InvalidAdapterError(
+            f"an adapter of method {method.name!r} is compressed only if its files hold plain changes of weights, as "
+            "those of full and topk do; this one holds none"
+        )
+    tensors = dict(checkpoint.tensors)
+    lost: dict[str, tuple[float, float]] = {}
+    for name in names:
+        change = tensors.pop(name).float()
+        parts, approximation = _signs(change) if form == "bitdelta" else _svd(change, rank)
+        tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+        lost[name] = (float((change - approximation).norm()), float(change.norm()))
+    Checkpoint(checkpoint.config, tensors, checkpoint.metadata).write(output)
+    return _report(output, form, lost, checkpoint.tensors, tensors)
+
+
+def _signs(change: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    signs, scale = pack_signs(change), change.abs().mean()
+    approximation = scale * unpack_signs(signs, change.shape[1], torch.float32)
+    return {"signs": signs, "scale": scale.reshape(1)}, approximation
+
+
+def _svd(change: Tensor, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+    u, s, v = torch.linalg.svd(change, full_matrices=False)
+    root = s[:rank].sqrt()
+    a, b = root.unsqueeze(1) * v[:rank], u[:, :rank] * root
+    return {"a": a, "b": b}, b @ a
+
+
+def _report(
+    output: Path,
+    form: str,
+    lost: dict[str, tuple[float, float]],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+) -> CompressResult:
+    errors = {name: difference / size if size else 0.0 for name, (difference, size) in lost.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    size = sum(size**2 for _, size in lost.values()) ** 0.5
+    result = CompressResult(
+        output=output,
+        form=form,
+        matrices=len(lost),
+        error=sum(difference**2 for difference, _ in lost.values()) ** 0.5 / size if size else 0.0,
+        worst_error=errors[worst],
+        worst=worst,
+        bytes_before=_num_bytes(before),
+        bytes_after=_num_bytes(after),
+    )
+    report = {**asdict(result), "output": str(output), "errors": errors}
+    (output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    return result
+
+
+def _num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
