@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deltamux.deltas import BaseModel, BlockRole, Bottleneck, NormAffine, Op, Program
 from deltamux.deltas.ops.bottleneck import ACTIVATIONS
-from deltamux.errors import InvalidConfigError, NotMergeableError
+from deltamux.errors import InvalidAdapterError, InvalidConfigError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 
 FORMAT_VERSION = 1
@@ -132,7 +132,20 @@ def bottlenecks(
     *,
     parallel: bool = False,
 ) -> list[tuple[str, Op]]:
-    """Returns one bottleneck at every sub-layer of the given roles."""
+    """Returns one bottleneck at every sub-layer of the given roles.
+
+    Raises:
+        InvalidAdapterError: the tensors have another width than the config.
+    """
+    for block in base.blocks:
+        down = tensors[f"{block.name}.down.weight"] if block.role in roles else None
+        if down is not None and (down.dim() != 2 or down.shape[0] != config.width(block.features)):
+            raise InvalidAdapterError(
+                f"{block.name}.down.weight has shape {list(down.shape)}, but adapter_config.json says width "
+                f"{config.width(block.features)}",
+                reason="RANK_MISMATCH",
+                metadata={"tensor": f"{block.name}.down.weight"},
+            )
     return [
         (
             block.name,

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Program
-from deltamux.errors import InvalidConfigError, NotMergeableError
+from deltamux.errors import NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import parallel, prefix
+from deltamux_plugins.composite import Part, behind
 from deltamux_plugins.parallel import ParallelConfig
 from deltamux_plugins.peft_format import BOOKKEEPING
 from deltamux_plugins.prefix import PrefixConfig
@@ -26,22 +27,11 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class MAMConfig:
-    """The configs of both parts, as mappings or as themselves."""
+    """The configs of both parts."""
 
     prefix: PrefixConfig = field(default_factory=lambda: PrefixConfig(prefix_projection=True))
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     format_version: int = FORMAT_VERSION
-
-    def __post_init__(self) -> None:
-        for name, kind in (("prefix", PrefixConfig), ("parallel", ParallelConfig)):
-            value = getattr(self, name)
-            if isinstance(value, Mapping):
-                unknown = sorted(set(value) - {f.name for f in fields(kind)})
-                if unknown:
-                    raise InvalidConfigError(
-                        f"{name} has no option {unknown[0]!r}", metadata={"field": f"{name}.{unknown[0]}"}
-                    )
-                object.__setattr__(self, name, kind(**value))
 
 
 # Train.
@@ -50,16 +40,16 @@ class MAMConfig:
 @hookimpl
 def deltamux_parameters(config: MAMConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     return {
-        **_behind("prefix.", prefix.deltamux_parameters(config.prefix, base)),
-        **_behind("parallel.", parallel.deltamux_parameters(config.parallel, base)),
+        **behind("prefix", prefix.deltamux_parameters(config.prefix, base)),
+        **behind("parallel", parallel.deltamux_parameters(config.parallel, base)),
     }
 
 
 @hookimpl
 def deltamux_export(config: MAMConfig, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    exported = prefix.deltamux_export(config.prefix, base, _Part("prefix.", parameters))
+    exported = prefix.deltamux_export(config.prefix, base, Part("prefix", parameters))
     beside = {name: tensor for name, tensor in parameters.items() if name.startswith("parallel.")}
-    return {**_behind("prefix.", exported), **beside}
+    return {**behind("prefix", exported), **beside}
 
 
 @hookimpl
@@ -86,31 +76,10 @@ def deltamux_merge(config: MAMConfig, base: BaseModel, tensors: Mapping[str, Ten
 @hookimpl
 def deltamux_program(config: MAMConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     parts = (
-        prefix.deltamux_program(config.prefix, base, _Part("prefix.", tensors)),
-        parallel.deltamux_program(config.parallel, base, _Part("parallel.", tensors)),
+        prefix.deltamux_program(config.prefix, base, Part("prefix", tensors)),
+        parallel.deltamux_program(config.parallel, base, Part("parallel", tensors)),
     )
     return Program.of(placement for part in parts for placement in part)
-
-
-class _Part(Mapping[str, Tensor]):
-    """The tensors of one part under their own names; asking for one asks the whole, which notes it."""
-
-    def __init__(self, name: str, whole: Mapping[str, Tensor]) -> None:
-        self._name = name
-        self._whole = whole
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._whole[self._name + name]
-
-    def __iter__(self) -> Any:
-        return (name.removeprefix(self._name) for name in self._whole if name.startswith(self._name))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def _behind(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name + key: value for key, value in values.items()}
 
 
 @hookimpl

@@ -16,6 +16,11 @@ from deltamux.deltas import (
     BlockSite,
     Bottleneck,
     Dense,
+    DenseEmbedding,
+    DenseHead,
+    GatedBottleneck,
+    GatedLowRank,
+    HeadSite,
     KVPrefix,
     LinearSite,
     LowRank,
@@ -24,17 +29,20 @@ from deltamux.deltas import (
     Op,
     Scale,
     ScaleInput,
+    SignDense,
     Site,
     SoftPrompt,
 )
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows, low_rank
 from deltamux.deltas.ops import bottleneck as bottlenecks
+from deltamux.deltas.ops.sign_dense import pack_signs
 from deltamux.deltas.sites import EmbeddingSite, NormForm
 
 SLOTS = 6
 FEATURES = 8
 LINEAR = LinearSite("layer.linear", FEATURES, FEATURES, True, False, 0, BlockRole.ATTENTION)
 NORMS = {form: NormSite("layer.norm", FEATURES, form, 1e-5, True, 0) for form in NormForm}
+HEAD = HeadSite("head", FEATURES, FEATURES, None)
 BLOCK = BlockSite("layers.0.attention", FEATURES, BlockRole.ATTENTION, "q", "o", 0)
 
 
@@ -68,6 +76,10 @@ def bottleneck(seed: int) -> tuple[Site, Op]:
     )
 
 
+def gate(seed: int) -> dict[str, Any]:
+    return {"gate_weight": draw(seed + 7, FEATURES), "gate_bias": draw(seed + 8, 1)}
+
+
 MAKERS = {
     "low_rank": factors,
     "bias": bias,
@@ -75,6 +87,10 @@ MAKERS = {
     "norm_affine, rms": norm(NormForm.RMS),
     "bottleneck": bottleneck,
     "dense": lambda seed: (LINEAR, Dense(draw(seed, FEATURES, FEATURES))),
+    "sign_dense": lambda seed: (LINEAR, SignDense(pack_signs(draw(seed, FEATURES, FEATURES)), 0.5 + seed % 2)),
+    "dense_head": lambda seed: (HEAD, DenseHead(draw(seed, FEATURES, FEATURES))),
+    "gated_low_rank": lambda seed: (LINEAR, GatedLowRank(**{**vars(factors(seed)[1]), **gate(seed)})),
+    "gated_bottleneck": lambda seed: (BLOCK, GatedBottleneck(**{**vars(bottleneck(seed)[1]), **gate(seed)})),
     "scale": lambda seed: (LINEAR, Scale(draw(seed, FEATURES))),
 }
 
@@ -92,8 +108,9 @@ def index_of(step: list[tuple[int, int]]) -> StepIndex:
 
 
 def poisoned(op: Op, value: float) -> Op:
-    """The op with every parameter full of one value."""
-    return op.of({name: torch.full_like(t, value) for name, t in op.tensors().items()}, op.attributes())
+    """The op with every parameter full of one value; where a parameter is bits, its scale has the value."""
+    tensors = {name: t if name in op.packed else torch.full_like(t, value) for name, t in op.tensors().items()}
+    return op.of(tensors, {**op.attributes(), "scale": value} if op.packed else op.attributes())
 
 
 @pytest.fixture(params=["own choice", "segments", "stacked"])
@@ -187,6 +204,26 @@ def test_a_scaled_input_is_each_adapters_own(step: list[tuple[int, int]], presen
     for slot, rows in step:
         own = slice(row, row + rows)
         expected = ops[slot].apply_input(before[own], LINEAR) if slot in ops else before[own]
+        torch.testing.assert_close(after[own], expected)
+        row += rows
+
+
+@given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_a_changed_embedding_is_each_adapters_own(step: list[tuple[int, int]], present: set[int], seed: int) -> None:
+    site = EmbeddingSite("embed", 16, FEATURES)
+    ops = {slot: DenseEmbedding(draw(seed + slot, 16, FEATURES)) for slot in present}
+    batch = DenseEmbedding.batch(site, SLOTS, torch.float32, "cpu")
+    for slot, op in ops.items():
+        batch.place(slot, op)
+    index = index_of(step)
+    ids, before = torch.arange(index.num_rows) % 16, draw(seed, index.num_rows, FEATURES)
+    after = before.clone()
+    batch.apply(ids, after, index)
+    row = 0
+    for slot, rows in step:
+        own = slice(row, row + rows)
+        expected = ops[slot].apply(ids[own], before[own], site) if slot in ops else before[own]
         torch.testing.assert_close(after[own], expected)
         row += rows
 

@@ -17,7 +17,7 @@ from engine import worlds
 from engine.conftest import OPTIONS
 from engine.parity import Greedy, assert_same, reference, served
 
-OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam", "topk", "full")
+OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam", "unipelt", "topk", "full")
 PROMPT = (5, 17, 99, 200, 3, 42, 77)
 
 

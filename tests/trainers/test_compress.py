@@ -52,9 +52,8 @@ def test_what_is_told_of_the_error_is_the_error(
             linear: Any = base.site(op.site_kind, site)
             change = before[f"{site}.weight"].double()
             own: Any = op
-            small = (
-                own.weight(linear.in_features, torch.float64) if form == "bitdelta" else own.b.double() @ own.a.double()
-            )
+            signs = form == "bitdelta"
+            small = own.weight(linear.in_features, torch.float64) if signs else own.b.double() @ own.a.double()
             difference, size = difference + float((change - small).square().sum()), size + float(change.square().sum())
     assert result.error == pytest.approx((difference / size) ** 0.5, rel=1e-4)
     assert 0.1 < result.error <= result.worst_error < 1.0

@@ -1,4 +1,4 @@
-"""Compresses an adapter that holds whole weights' changes: one bit a weight, or a truncated SVD; the error is measured."""
+"""Compresses an adapter that holds changes of whole weights: one bit a weight, or truncated SVD, the error told."""
 
 from __future__ import annotations
 

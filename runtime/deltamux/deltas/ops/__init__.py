@@ -7,6 +7,7 @@ from deltamux.deltas.ops.bottleneck import Bottleneck
 from deltamux.deltas.ops.dense import Dense
 from deltamux.deltas.ops.dense_embedding import DenseEmbedding
 from deltamux.deltas.ops.dense_head import DenseHead
+from deltamux.deltas.ops.gated import GatedBottleneck, GatedLowRank
 from deltamux.deltas.ops.kv_prefix import KVPrefix
 from deltamux.deltas.ops.low_rank import LowRank
 from deltamux.deltas.ops.norm_affine import NormAffine
@@ -18,6 +19,7 @@ OPS: dict[str, type[Op]] = {
     op.name: op
     for op in (
         LowRank,
+        GatedLowRank,
         Dense,
         SignDense,
         DenseEmbedding,
@@ -27,6 +29,7 @@ OPS: dict[str, type[Op]] = {
         Bias,
         NormAffine,
         Bottleneck,
+        GatedBottleneck,
         KVPrefix,
         SoftPrompt,
     )
@@ -40,6 +43,8 @@ __all__ = [
     "Dense",
     "DenseEmbedding",
     "DenseHead",
+    "GatedBottleneck",
+    "GatedLowRank",
     "KVPrefix",
     "LowRank",
     "NormAffine",

@@ -22,8 +22,7 @@ class DenseBatch(OpBatch):
         self._weights: dict[int, Tensor] = {}
 
     def _place(self, slot: int, op: Op) -> None:
-        assert isinstance(op, Dense)
-        self._weights[slot] = op.weight
+        self._weights[slot] = op.tensors()["weight"]
 
     def _clear(self, slot: int) -> None:
         del self._weights[slot]

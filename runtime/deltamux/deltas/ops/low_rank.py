@@ -94,7 +94,11 @@ class LowRank(Op):
 
     def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
         x = F.dropout(x, self.dropout, training=training and self.dropout > 0)
-        return y + self.scale * F.linear(F.linear(x.to(self.a.dtype), self.a), self.b).to(y.dtype)
+        return y + self.change(x).to(y.dtype)
+
+    def change(self, x: Tensor) -> Tensor:
+        """Returns what is added to the projection's output, in the parameters' dtype."""
+        return self.scale * F.linear(F.linear(x.to(self.a.dtype), self.a), self.b)
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         assert isinstance(site, LinearSite)
