@@ -31,6 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.registry": MODEL | {"deltamux.configs", "deltamux.hookspecs"},
     "deltamux.engine": MODEL,
     "deltamux.engine.vllm": MODEL | {"deltamux.engine"},
+    "deltamux.conformance": METHODS | {"deltamux.engine"},
+    "deltamux.scaffold": CORE,
     "deltamux.store": MODEL,
     "deltamux.v1": set(),
     "deltamux.server": METHODS | WIRE | {"deltamux.engine", "deltamux.store"},
@@ -44,6 +46,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "deltamux.cli": set(ALLOWED) - {"deltamux_plugins"},
     "deltamux.engine": {"deltamux.engine.vllm"},
+    "deltamux.conformance": {"deltamux.engine.vllm"},
     "deltamux.server": {"deltamux.engine.vllm"},
 }
 
@@ -66,7 +69,13 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = sorted(p for root in SOURCES for p in root.rglob("*.py") if not p.name.endswith(GENERATED))
+EXAMPLES = ROOT / "plugins" / "examples"  # packages of their own
+FILES = sorted(
+    path
+    for root in SOURCES
+    for path in root.rglob("*.py")
+    if not path.name.endswith(GENERATED) and not path.is_relative_to(EXAMPLES)
+)
 MODULES = {module_name(path) for path in FILES}
 STUBS = {module_name(p) for root in SOURCES for p in root.rglob("*_pb2*.py")}
 

@@ -48,6 +48,7 @@ class MethodInfo:
         merges: whether its deltas fold into plain weights.
         in_peft: whether PEFT loads the files (peft_type is one of PEFT's).
         learning_rate: default for training, with `learning_rate_source` saying where it comes from.
+        trains: whether its adapters can be trained here; a method may only serve what others trained.
     """
 
     name: str
@@ -61,6 +62,7 @@ class MethodInfo:
     learning_rate: float
     learning_rate_source: str
     ignored_keys: frozenset[str] = field(default_factory=frozenset)
+    trains: bool = True
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,14 @@ def create_plugin_manager(*, load_installed: bool = True) -> pluggy.PluginManage
 
 @dataclass(frozen=True)
 class Method:
-    """One fine-tuning method. Every call reaches its plugin alone."""
+    """One fine-tuning method. Every call reaches its plugin alone.
+
+    Attributes:
+        plugin: the name that its plugin is registered under.
+    """
 
     info: MethodInfo
+    plugin: str
     _call: Callable[[str, Mapping[str, Any]], Any] = dataclasses.field(repr=False)
 
     @property
@@ -213,7 +218,7 @@ class Registry:
         elif info.name in self._methods:
             self.broken[label] = f"method {info.name!r} is already provided by another plugin"
         else:
-            self._methods[info.name] = Method(info, call)
+            self._methods[info.name] = Method(info, label, call)
 
 
 def _caller(manager: pluggy.PluginManager, plugin: object, label: str) -> Callable[[str, Mapping[str, Any]], Any]:

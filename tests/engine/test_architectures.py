@@ -9,13 +9,13 @@ import pytest
 from adapters import ARCHITECTURES, PEFT_ADAPTERS, read_program, write_own, write_peft
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.parity import Greedy, assert_same, reference, served
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.engine import VLLMEngine
 from deltamux_trainers import compress
 from engine import worlds
 from engine.conftest import OPTIONS
-from engine.parity import Greedy, assert_same, reference, served
 
 OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam", "unipelt", "topk", "full")
 PROMPT = (5, 17, 99, 200, 3, 42, 77)

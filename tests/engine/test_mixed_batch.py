@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.parity import Greedy, assert_same, reference, served
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import Engine, ProgramRef
-from engine.parity import Greedy, assert_same, reference, served
 
 NAMES = (
     "low-rank",

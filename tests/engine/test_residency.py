@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from deltamux.conformance.parity import assert_same, served
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import Engine, EngineStats, GenerationChunk, ProgramRef, SamplingOptions
 from deltamux.engine.vllm.engine import VLLMEngine
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 from engine import worlds
-from engine.parity import assert_same, served
 
 GREEDY = SamplingOptions(max_tokens=200, temperature=0.0, ignore_eos=True)
 

@@ -2,116 +2,32 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from adapters import read_program, write_own
-from engine import worlds
-from transformers import AutoModelForCausalLM
 
-from deltamux.deltas import BaseModel, Bias, Checkpoint, Program, attached
-from deltamux.errors import InvalidAdapterError, InvalidConfigError, NotMergeableError, PluginError, UnknownMethodError
+from deltamux.conformance import CHECKS, Case, cases
+from deltamux.conformance.cases import base_directory
+from deltamux.deltas import BaseModel, Bias, Program
+from deltamux.errors import PluginError, UnknownMethodError
 from deltamux.hookspecs import MethodInfo, hookimpl
 from deltamux.registry import Registry, create_plugin_manager
 
-IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 METHODS = Registry().names()
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "opt")
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
-def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp(request.param), request.param)
-
-
-@pytest.fixture(scope="module")
-def base(directory: Path) -> BaseModel:
-    return BaseModel.from_pretrained(directory)
+@pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
+@pytest.mark.parametrize("case", cases(), ids=str)
+def test_every_method_keeps_every_promise(case: Case, check: Callable[[Case], None]) -> None:
+    check(case)
 
 
 @pytest.fixture(scope="module")
-def model(directory: Path) -> Any:
-    loaded: Any = AutoModelForCausalLM.from_pretrained(directory)
-    return loaded.eval().requires_grad_(False)
-
-
-def logits(model: Any) -> torch.Tensor:
-    values: torch.Tensor = model(IDS).logits
-    return values
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_fresh_adapter_is_the_identity_and_every_parameter_learns(name: str, base: BaseModel, model: Any) -> None:
-    method = Registry().get(name)
-    config = method.parse({})
-    parameters: dict[str, torch.Tensor] = {}
-    for parameter, spec in method.parameters(config, base).items():
-        parameters[parameter] = torch.empty(spec.shape)
-        spec.init(parameters[parameter])
-        parameters[parameter].requires_grad_()
-    plain = logits(model)
-    with attached(model, base, lambda: method.program(config, base, method.export(config, base, parameters))):
-        # What stands in front of the prompt is seen from the start, as in the papers.
-        if not method.program(config, base, method.export(config, base, parameters)).num_virtual_tokens:
-            torch.testing.assert_close(logits(model), plain, atol=1e-5, rtol=1e-5)
-        for tensor in parameters.values():
-            tensor.data += 0.05 * torch.randn_like(tensor)
-        changed = logits(model)
-        changed.square().mean().backward()  # type: ignore[no-untyped-call]  # torch leaves it so
-    assert not torch.allclose(changed, plain, atol=1e-3)
-    assert [n for n, t in parameters.items() if t.grad is None or not t.grad.any()] == []
-    assert all(p.grad is None for p in model.parameters())
-    assert torch.equal(logits(model), plain), "detached, the base is what it was, bit for bit"
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_merging_equals_attaching_or_is_refused_with_the_reason(
-    name: str, base: BaseModel, directory: Path, tmp_path: Path
-) -> None:
-    method = Registry().get(name)
-    write_own(name, base, tmp_path)
-    checkpoint = Checkpoint.read(tmp_path)
-    config = method.parse(checkpoint.config)
-    if not method.info.merges:
-        with pytest.raises(NotMergeableError, match=r"cannot be merged: .*Serve it as an adapter"):
-            method.merge(config, base, checkpoint.tensors)
-        return
-    sites: list[Any] = [*base.linears, *base.norms]
-    if name == "bitfit" and not all(site.has_bias for site in sites):
-        with pytest.raises(NotMergeableError, match="has no bias that could hold the adapter's"):
-            method.merge(config, base, checkpoint.tensors)
-        return
-    merged: Any = AutoModelForCausalLM.from_pretrained(directory)
-    with torch.no_grad():
-        for parameter, tensor in method.merge(config, base, checkpoint.tensors).items():
-            merged.get_parameter(parameter).copy_(tensor)
-        plain: Any = AutoModelForCausalLM.from_pretrained(directory)
-        with attached(plain, base, read_program(tmp_path, base)):
-            torch.testing.assert_close(logits(merged), logits(plain), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_a_file_that_lacks_a_tensor_or_has_one_too_many_is_refused(name: str, base: BaseModel, tmp_path: Path) -> None:
-    method = Registry().get(name)
-    write_own(name, base, tmp_path)
-    checkpoint = Checkpoint.read(tmp_path)
-    config = method.parse(checkpoint.config)
-    first = next(iter(checkpoint.tensors))
-    with pytest.raises(InvalidAdapterError, match=first.replace(".", r"\.")) as missing:
-        method.program(config, base, {n: t for n, t in checkpoint.tensors.items() if n != first})
-    assert missing.value.reason == "MISSING_TENSOR"
-    with pytest.raises(InvalidAdapterError, match="stray") as stray:
-        method.program(config, base, {**checkpoint.tensors, "stray": torch.zeros(1)})
-    assert stray.value.reason == "UNCLAIMED_TENSOR"
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_an_unknown_option_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(InvalidConfigError, match="has no option 'colour'; it has: "):
-        Registry().get(name).parse({"colour": "blue"})
+def base() -> BaseModel:
+    return BaseModel.from_pretrained(base_directory("llama"))
 
 
 def info(name: str) -> MethodInfo:

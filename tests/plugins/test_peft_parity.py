@@ -11,9 +11,9 @@ import pytest
 import torch
 from adapters import ARCHITECTURES, PEFT_ADAPTERS, read_program, write_own, write_peft
 from engine import worlds
-from engine.parity import assert_same, reference
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.parity import assert_same, reference
 from deltamux.deltas import BaseModel, attached
 
 PROMPT = (5, 17, 99, 200, 3)

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from deltamux import __version__
-from deltamux.cli import adapters, inference, methods, serving, tenants, training
+from deltamux.cli import adapters, inference, methods, plugins, serving, tenants, training
 from deltamux.errors import DeltamuxError
 
-GROUPS = (serving, inference, adapters, tenants, training, methods)
+GROUPS = (serving, inference, adapters, tenants, training, methods, plugins)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command: 0 when it worked, 1 when it did not, 2 for wrong usage, 130 when interrupted."""
     arguments = parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        status = arguments.run(arguments)
     except DeltamuxError as error:
         details = ", ".join(f"{key}={value}" for key, value in error.metadata.items())
         print(f"error: {error.message}", file=sys.stderr)
@@ -40,4 +40,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    return 0
+    return int(status or 0)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from deltamux.deltas.base_model import BaseModel
-from deltamux.deltas.ops import OPS, Op
+from deltamux.deltas.ops import Op, op_class
 from deltamux.deltas.sites import Site
 from deltamux.errors import InvalidAdapterError
 
@@ -150,16 +150,9 @@ def _placements(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
     if set(parameters) != set(range(len(rows))):
         raise ValueError(f"{len(rows)} rows, but tensors of {len(parameters)}")
     return tuple(
-        Placement(row["site"], _op_class(row["op"]).of(parameters[i], row["attributes"])) for i, row in enumerate(rows)
+        Placement(row["site"], op_class(row["op"]).of(parameters[i], row["attributes"])) for i, row in enumerate(rows)
     )
 
 
 def _not_finite(problem: str, site: str, field: str) -> InvalidAdapterError:
     return InvalidAdapterError(problem, reason="NOT_FINITE", metadata={"site": site, "parameter": field})
-
-
-def _op_class(name: str) -> type[Op]:
-    try:
-        return OPS[name]
-    except KeyError:
-        raise InvalidAdapterError(f"unknown op {name!r}; known: {', '.join(sorted(OPS))}") from None

@@ -1,5 +1,8 @@
 """The delta ops: one file each, holding all three lives of one formula."""
 
+from functools import cache
+from importlib.metadata import entry_points
+
 from deltamux.deltas.ops.base import Op
 from deltamux.deltas.ops.batched import OpBatch, Run, StepIndex, VirtualRows
 from deltamux.deltas.ops.bias import Bias
@@ -14,6 +17,7 @@ from deltamux.deltas.ops.norm_affine import NormAffine
 from deltamux.deltas.ops.scale import Scale, ScaleInput
 from deltamux.deltas.ops.sign_dense import SignDense
 from deltamux.deltas.ops.soft_prompt import SoftPrompt
+from deltamux.errors import InvalidAdapterError
 
 OPS: dict[str, type[Op]] = {
     op.name: op
@@ -34,9 +38,37 @@ OPS: dict[str, type[Op]] = {
         SoftPrompt,
     )
 }
-"""Every op that a compiled program may name."""
+"""The ops that deltamux brings; plugins add theirs: see `op_class`."""
+
+ENTRY_POINT_GROUP = "deltamux.ops"
+
+
+@cache
+def op_class(name: str) -> type[Op]:
+    """Returns the op of that name: deltamux's own, or the one that an installed plugin registers under it.
+
+    Plugins register ops in the entry point group ``deltamux.ops``; only the op that is asked for is imported, so that
+    a worker of the engine loads no plugin whose adapters nobody uploads.
+
+    Raises:
+        InvalidAdapterError: there is none, or the plugin's cannot be imported or is no op of that name.
+    """
+    if name in OPS:
+        return OPS[name]
+    points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if name not in points:
+        raise InvalidAdapterError(f"unknown op {name!r}; known: {', '.join(sorted({*OPS, *points}))}")
+    try:
+        loaded = points[name].load()
+    except Exception as error:
+        raise InvalidAdapterError(f"op {name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    if not (isinstance(loaded, type) and issubclass(loaded, Op) and loaded.name == name):
+        raise InvalidAdapterError(f"{points[name].value} is registered as op {name!r}, but is no op of that name")
+    return loaded
+
 
 __all__ = [
+    "ENTRY_POINT_GROUP",
     "OPS",
     "Bias",
     "Bottleneck",
@@ -57,4 +89,5 @@ __all__ = [
     "SoftPrompt",
     "StepIndex",
     "VirtualRows",
+    "op_class",
 ]

@@ -1,0 +1,42 @@
+"""`deltamux plugin`: begin a method of your own, and check one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("plugin", help="write and check methods of your own")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="write an installable package to begin with")
+    new.add_argument("name", metavar="NAME", help="the method's name: lower-case letters, digits and _")
+    new.add_argument("--directory", type=Path, default=Path(), help="where to write deltamux-NAME (default: here)")
+    new.set_defaults(run=_new)
+    check = actions.add_parser("check", help="run the conformance suite against an installed package")
+    check.add_argument("package", metavar="PACKAGE", help="name of the installed distribution")
+    check.add_argument("--no-engine", action="store_true", help="leave out what needs the engine")
+    check.set_defaults(run=_check)
+
+
+def _new(arguments: argparse.Namespace) -> None:
+    from deltamux.scaffold import new_plugin
+
+    directory = new_plugin(arguments.name, arguments.directory)
+    package = directory.name
+    print(f"written: {directory}\nnext: pip install -e '{directory}[dev]' && deltamux plugin check {package}")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from deltamux.conformance.package import check_package
+
+    kept = broken = 0
+    for outcome in check_package(arguments.package, serve=not arguments.no_engine):
+        kept, broken = kept + (not outcome.problem), broken + bool(outcome.problem)
+        verdict = "FAILED" if outcome.problem else "ok    "
+        print(f"{verdict} {outcome.subject}: {outcome.check.replace('_', ' ')}", flush=True)
+        if outcome.problem:
+            print(f"       {outcome.problem}", flush=True)
+    print(f"{kept} promises kept, {broken} broken")
+    return 1 if broken else 0
