@@ -53,6 +53,16 @@ def _adalora(architecture: str) -> peft.PeftConfig:
     )
 
 
+def _targeting(kind: Any, **options: Any) -> Callable[[str], peft.PeftConfig]:
+    def config(architecture: str) -> peft.PeftConfig:
+        named: peft.PeftConfig = kind(target_modules=ATTENTION[architecture], task_type="CAUSAL_LM", **options)
+        if hasattr(named, "fan_in_fan_out"):
+            named.fan_in_fan_out = architecture == "gpt2"
+        return named
+
+    return config
+
+
 def _prune(model: Any) -> None:
     """Leaves ranks 0 to 4 of an AdaLoRA, as its own pruning would."""
     values = [name for name, _ in model.base_model.model.named_parameters() if "lora_E" in name]
@@ -77,6 +87,24 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
     "dora-rslora": _lora(use_dora=True, use_rslora=True),
     "adalora": lambda architecture: _adalora(architecture),
     "adalora-pruned": lambda architecture: _adalora(architecture),
+    "vera": _targeting(peft.VeraConfig, r=16),
+    "vera-from-seed": _targeting(peft.VeraConfig, r=16, save_projection=False, projection_prng_key=3),
+    "loha": _targeting(peft.LoHaConfig, r=3),
+    "loha-patterns": _targeting(peft.LoHaConfig, r=3, rank_pattern={r".*\.0\..*": 2}, alpha_pattern={r".*\.1\..*": 32}),
+    "lokr": _targeting(peft.LoKrConfig, r=2),
+    "lokr-both": _targeting(peft.LoKrConfig, r=2, decompose_both=True, decompose_factor=4),
+    "oft": _targeting(peft.OFTConfig, oft_block_size=8),
+    "oft-exact": _targeting(peft.OFTConfig, r=4, oft_block_size=0, use_cayley_neumann=False),
+    "oft-shared": _targeting(peft.OFTConfig, oft_block_size=16, block_share=True),
+    "oft-constrained": _targeting(peft.OFTConfig, oft_block_size=16, coft=True, eps=0.5),
+    "bridged-boft": _targeting(peft.BOFTConfig, boft_block_size=4),
+    "bridged-c3a": _targeting(peft.C3AConfig, block_size=16),
+    "bridged-fourierft": _targeting(peft.FourierFTConfig, n_frequency=50),
+    "bridged-hra": _targeting(peft.HRAConfig, r=4),
+    "bridged-miss": _targeting(peft.MissConfig, r=8),
+    "bridged-randlora": _targeting(peft.RandLoraConfig, r=4),
+    "bridged-shira": _targeting(peft.ShiraConfig, r=4),
+    "bridged-vblora": _targeting(peft.VBLoRAConfig, vector_length=16, num_vectors=20),
     "ia3": lambda architecture: peft.IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=architecture == "gpt2"),
     "ln-tuning": lambda architecture: peft.LNTuningConfig(target_modules=NORMS[architecture], task_type="CAUSAL_LM"),
     "prompt": lambda _: peft.PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
@@ -91,6 +119,15 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
         num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=24, task_type="CAUSAL_LM"
     ),
 }
+
+
+ONLY_ON_LINEAR = ("loha", "lokr", "oft", "bridged-boft", "bridged-c3a", "bridged-hra", "bridged-miss", "bridged-shira")
+"""What PEFT itself does not attach to GPT-2's transposed projections."""
+
+
+def peft_adapters(architecture: str) -> list[str]:
+    """Returns the names of PEFT_ADAPTERS that PEFT can make for an architecture."""
+    return [name for name in PEFT_ADAPTERS if architecture != "gpt2" or not name.startswith(ONLY_ON_LINEAR)]
 
 
 def write_peft(name: str, architecture: str, base: Path, directory: Path) -> Any:

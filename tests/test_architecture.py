@@ -25,6 +25,7 @@ WIRE = CORE | {"deltamux.v1"}
 ALLOWED: dict[str, set[str]] = {
     "deltamux": set(),
     "deltamux.errors": set(),
+    "deltamux.__main__": {"deltamux.cli"},
     "deltamux.deltas": CORE,
     "deltamux.hookspecs": MODEL,
     "deltamux.configs": CORE,

@@ -6,6 +6,7 @@ Patterns come with uploads, so they are matched with a time limit: a hostile one
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import regex
@@ -29,6 +30,27 @@ class Targeting(Protocol):
     def layers_to_transform(self) -> tuple[int, ...] | int | None: ...
     @property
     def layers_pattern(self) -> Names | None: ...
+
+
+@dataclass(frozen=True)
+class Targeted:
+    """A config that chooses its targets as PEFT's do.
+
+    Attributes:
+        target_modules: module names or their endings, a regular expression over whole paths, or "all-linear".
+        exclude_modules: as target_modules; wins over it.
+        layers_to_transform: layer indices to restrict the targets to.
+        layers_pattern: name of the list of layers that layers_to_transform counts in.
+    """
+
+    target_modules: Names = ALL_LINEAR
+    exclude_modules: Names | None = None
+    layers_to_transform: tuple[int, ...] | int | None = None
+    layers_pattern: Names | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target_modules", self.target_modules or ALL_LINEAR)
+        check_targeting(self)
 
 
 def check_targeting(config: Targeting) -> None:

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from adapters import ARCHITECTURES, PEFT_ADAPTERS, read_program, write_own, write_peft
+from adapters import ARCHITECTURES, peft_adapters, read_program, write_own, write_peft
 from transformers import AutoModelForCausalLM
 
 from deltamux.conformance.parity import Greedy, assert_same, reference, served
@@ -44,8 +44,9 @@ async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
     own |= compressed(write_own("full", base, tmp_path / "plain"), directory, base, tmp_path)
     for method in OWN_FORMAT:
         own[method] = read_program(write_own(method, base, tmp_path / method), base)
-    peft_models = {name: write_peft(name, architecture, directory, tmp_path / name) for name in PEFT_ADAPTERS}
-    programs = {**own, **{name: read_program(tmp_path / name, base) for name in PEFT_ADAPTERS}}
+    names = peft_adapters(architecture)
+    peft_models = {name: write_peft(name, architecture, directory, tmp_path / name) for name in names}
+    programs = {**own, **{name: read_program(tmp_path / name, base) for name in names}}
 
     answers = await serve(directory, {n: worlds.saved(p, tmp_path, n) for n, p in programs.items()})
 

@@ -19,7 +19,9 @@ from deltamux.errors import InvalidAdapterError
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.uint8, torch.int32, torch.int64)
+"""Packed bits, and indices: an op says which of its parameters hold them, and refuses them anywhere else."""
 
 
 @dataclass(frozen=True)
@@ -138,10 +140,10 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             f"{TENSORS_FILE} is damaged or no safetensors file: {error}", metadata={"file": path.name}
         ) from error
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOATS + INTEGERS:
             raise InvalidAdapterError(
-                f"tensor {name!r} has dtype {tensor.dtype}; adapters hold float32, float16 or bfloat16 (and "
-                "uint8 for packed bits)",
+                f"tensor {name!r} has dtype {tensor.dtype}; adapters hold float32, float16 or bfloat16 (and indices as "
+                "int32 or int64, packed bits as uint8)",
                 metadata={"tensor": name, "dtype": str(tensor.dtype)},
             )
     return tensors, metadata

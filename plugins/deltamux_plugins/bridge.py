@@ -1,0 +1,194 @@
+"""The bridge: serves what PEFT trained by any other method that folds into weights.
+
+PEFT itself builds the adapter around the base's projections and merges it; the difference of the weights is the delta.
+
+    dW = merged(W) - W        as `LowRank` where a small rank holds it exactly, else as `Dense`;  db likewise as `Bias`
+
+Each projection is then compared with PEFT's own output on random input, so that a method whose merging is not its
+inference (one that depends on the token, say) is refused instead of served wrongly. PEFT must be installed
+(``pip install peft``); it is not needed for the methods that deltamux has itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltamux.deltas import BaseModel, Bias, Checkpoint, Dense, LinearSite, LowRank, Op, Program
+from deltamux.errors import BaseMismatchError, FailedPreconditionError, InvalidAdapterError, InvalidConfigError
+from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.peft_format import BOOKKEEPING, PREFIX
+
+RANK = 64
+"""Largest rank that is looked for."""
+
+EXACT = 1e-5
+"""Largest share of a change that a low rank may leave out: float32's rounding."""
+
+TOLERANCE = 1e-3
+NO_DELTAS = ("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "SHADOW", "XLORA")
+"""Types of PEFT that change no projection's weight."""
+
+
+@dataclass(frozen=True)
+class BridgeConfig:
+    """PEFT's config of another type, as it is.
+
+    Attributes:
+        values: the keys of its adapter_config.json, ``peft_type`` among them.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@hookimpl
+def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
+    kind = checkpoint.config.get("peft_type")
+    if not isinstance(kind, str) or kind in NO_DELTAS or kind not in _types():
+        return None
+    return Checkpoint({"values": dict(checkpoint.config)}, checkpoint.tensors, checkpoint.metadata)
+
+
+def _types() -> set[str]:
+    """Returns the types that PEFT, where it is installed, knows how to build."""
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError:
+        return set()
+    return {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+
+
+@hookimpl
+def deltamux_parameters(config: BridgeConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    raise InvalidConfigError(
+        "the bridge serves what PEFT trained, and trains nothing itself: train with PEFT, or by another method here"
+    )
+
+
+@hookimpl
+def deltamux_program(config: BridgeConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
+    adapted = _adapted(config, base, tensors)
+    kind, rows = config.values.get("peft_type"), list[tuple[str, Op]]()
+    inputs = {site.name: torch.randn(4, site.in_features) for site in base.linears}
+    outputs = {name: adapted.get_submodule(PREFIX + name)(x) for name, x in inputs.items()}
+    try:
+        merged = adapted.merge_and_unload()
+    except Exception as error:
+        raise InvalidAdapterError(f"PEFT cannot fold {kind} into weights: {type(error).__name__}: {error}") from error
+    for site in base.linears:
+        module = merged.get_submodule(site.name)
+        rows += ((site.name, op) for op in _changes(base, site, module))
+        if not torch.allclose(module(inputs[site.name]), outputs[site.name], atol=TOLERANCE, rtol=TOLERANCE):
+            raise InvalidAdapterError(
+                f"{kind} cannot be bridged: at {site.name}, PEFT's merged weights do not give PEFT's own output; the "
+                "method is more than a change of weights",
+                metadata={"site": site.name, "peft_type": str(kind)},
+            )
+    return Program.of(rows)
+
+
+def _adapted(config: BridgeConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Any:
+    """Returns PEFT's model around the base's projections alone, with the checkpoint loaded."""
+    try:
+        import peft
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+    except ImportError:
+        raise FailedPreconditionError(
+            f"adapters of type {config.values.get('peft_type')} are served through PEFT, which is not installed: "
+            "pip install peft",
+            reason="PEFT_MISSING",
+        ) from None
+    kind = peft.PeftType(str(config.values["peft_type"]))
+    values = {key: value for key, value in config.values.items() if key not in BOOKKEEPING | {"peft_type"}}
+    try:
+        own = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
+        model = peft.get_peft_model(_projections(base), own).eval()
+    except Exception as error:
+        raise InvalidConfigError(f"PEFT refuses this config: {type(error).__name__}: {error}") from error
+    expected = get_peft_model_state_dict(model)
+    for name, tensor in expected.items():
+        if tuple(tensors[name].shape) != tuple(tensor.shape):
+            raise BaseMismatchError(
+                f"{name} has shape {list(tensors[name].shape)}, but this base needs {list(tensor.shape)}",
+                metadata={"tensor": name},
+            )
+    set_peft_model_state_dict(
+        model, {n: tensors[n].float() if tensors[n].is_floating_point() else tensors[n] for n in expected}
+    )
+    return model
+
+
+def _projections(base: BaseModel) -> nn.Module:
+    """Returns a tree of modules that holds the base's projections at their paths, in float32."""
+    from transformers.pytorch_utils import Conv1D
+
+    root = _Tree()
+    for site in base.linears:
+        module: Any
+        if site.transposed:
+            module = Conv1D(site.out_features, site.in_features)  # type: ignore[no-untyped-call]  # transformers'
+        else:
+            module = nn.Linear(site.in_features, site.out_features, bias=site.has_bias)
+        with torch.no_grad():
+            module.weight.copy_(base.tensor(f"{site.name}.weight"))
+            if site.has_bias:
+                module.bias.copy_(base.tensor(f"{site.name}.bias"))
+        *parents, own = site.name.split(".")
+        parent: nn.Module = root
+        for name in parents:
+            if name not in dict(parent.named_children()):
+                parent.add_module(name, _Tree())
+            parent = parent.get_submodule(name)
+        parent.add_module(own, module)
+    return root
+
+
+class _Tree(nn.Module):
+    """Holds modules at their paths; it is never run as a whole."""
+
+
+def _changes(base: BaseModel, site: LinearSite, module: Any) -> Iterator[Op]:
+    change = module.weight.detach() - base.tensor(f"{site.name}.weight").float()
+    change = change.t() if site.transposed else change
+    if change.any():
+        yield _smallest(change.contiguous())
+    if module.bias is not None and site.has_bias:
+        moved = module.bias.detach() - base.tensor(f"{site.name}.bias").float()
+        if moved.any():
+            yield Bias(moved)
+    elif module.bias is not None:
+        yield Bias(module.bias.detach())
+
+
+def _smallest(change: Tensor) -> LowRank | Dense:
+    """Returns the change as factors, where a rank that is worth it holds it exactly."""
+    rank = min(RANK, *change.shape)
+    u, s, v = torch.svd_lowrank(change, q=rank, niter=2)
+    needed = int((s > EXACT * s[0]).sum())
+    a, b = v[:, :needed].t() * s[:needed].unsqueeze(1), u[:, :needed]
+    small = needed * sum(change.shape) < change.numel()
+    if small and (change - b @ a).norm() <= EXACT * change.norm():
+        return LowRank(a.contiguous(), b.contiguous())
+    return Dense(change)
+
+
+@hookimpl
+def deltamux_method() -> MethodInfo:
+    return MethodInfo(
+        name="bridge",
+        title="PEFT bridge",
+        summary="serves any other of PEFT's methods that folds into weights",
+        paper="https://github.com/huggingface/peft",
+        peft_type="DELTAMUX_BRIDGE",
+        config_class=BridgeConfig,
+        merges=True,
+        in_peft=True,
+        trains=False,
+        learning_rate=1e-3,
+        learning_rate_source="trains nothing",
+    )
