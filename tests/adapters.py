@@ -97,7 +97,7 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
     "oft-exact": _targeting(peft.OFTConfig, r=4, oft_block_size=0, use_cayley_neumann=False),
     "oft-shared": _targeting(peft.OFTConfig, oft_block_size=16, block_share=True),
     "oft-constrained": _targeting(peft.OFTConfig, oft_block_size=16, coft=True, eps=0.5),
-    "bridged-boft": _targeting(peft.BOFTConfig, boft_block_size=4),
+    "bridged-delora": _targeting(peft.DeloraConfig, r=4),
     "bridged-c3a": _targeting(peft.C3AConfig, block_size=16),
     "bridged-fourierft": _targeting(peft.FourierFTConfig, n_frequency=50),
     "bridged-hra": _targeting(peft.HRAConfig, r=4),
@@ -121,7 +121,16 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
 }
 
 
-ONLY_ON_LINEAR = ("loha", "lokr", "oft", "bridged-boft", "bridged-c3a", "bridged-hra", "bridged-miss", "bridged-shira")
+ONLY_ON_LINEAR = (
+    "loha",
+    "lokr",
+    "oft",
+    "bridged-delora",
+    "bridged-c3a",
+    "bridged-hra",
+    "bridged-miss",
+    "bridged-shira",
+)
 """What PEFT itself does not attach to GPT-2's transposed projections."""
 
 

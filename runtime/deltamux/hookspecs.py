@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from deltamux.deltas import BaseModel, Checkpoint, Program
 
@@ -48,6 +48,7 @@ class MethodInfo:
         merges: whether its deltas fold into plain weights.
         in_peft: whether PEFT loads the files (peft_type is one of PEFT's).
         learning_rate: default for training, with `learning_rate_source` saying where it comes from.
+        files_of: name of the method whose files its are, if they are another's; it is not recognised by them itself.
         trains: whether its adapters can be trained here; a method may only serve what others trained.
     """
 
@@ -62,6 +63,7 @@ class MethodInfo:
     learning_rate: float
     learning_rate_source: str
     ignored_keys: frozenset[str] = field(default_factory=frozenset)
+    files_of: str = ""
     trains: bool = True
 
 
@@ -142,6 +144,15 @@ def deltamux_program(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]
 
     Raises:
         InvalidAdapterError, BaseMismatchError: with the offending tensor, field or site.
+    """
+
+
+@hookspec
+def deltamux_prepare(config: Any, base: BaseModel, model: nn.Module) -> bool | None:
+    """Train hook: changes the loaded base in place before it is trained over, as by quantising it.
+
+    Called once per training run, on a model of its own. Returns whether it did: then the other hooks read the base's
+    weights from its files. Not implemented, or None: the base is trained over as it is.
     """
 
 

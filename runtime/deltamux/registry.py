@@ -19,7 +19,7 @@ from deltamux.errors import DeltamuxError, InvalidAdapterError, PluginError, Unk
 from deltamux.hookspecs import ENTRY_POINT_GROUP, PROJECT, MethodInfo, ParameterSpec, TrainingSchedule
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from deltamux.deltas import BaseModel, Checkpoint, Program
 
@@ -74,6 +74,10 @@ class Method:
         """Returns the checkpoint's tensors for the given parameters; differentiable."""
         exported = self._call("deltamux_export", {"config": config, "base": base, "parameters": parameters})
         return parameters if exported is None else exported
+
+    def prepare(self, config: Any, base: BaseModel, model: nn.Module) -> bool:
+        """Changes the loaded base in place before training; tells whether the method did so."""
+        return bool(self._call("deltamux_prepare", {"config": config, "base": base, "model": model}))
 
     def schedule(self, config: Any, base: BaseModel, num_steps: int) -> TrainingSchedule:
         """Returns what happens beside gradient steps in a training run of `num_steps` updates."""
@@ -171,7 +175,7 @@ class Registry:
         """
         peft_type = checkpoint.config.get("peft_type")
         for method in self.methods():
-            if peft_type is not None and method.info.peft_type == peft_type:
+            if peft_type is not None and method.info.peft_type == peft_type and not method.info.files_of:
                 return method, checkpoint
         for method in self.methods():
             own = method._call("deltamux_recognise", {"checkpoint": checkpoint})

@@ -9,13 +9,14 @@ from deltamux_trainers.options import EvaluateOptions, TrainOptions, read_config
 if TYPE_CHECKING:
     from deltamux_trainers.compressing import CompressResult, compress
     from deltamux_trainers.evaluation import EvalResult, evaluate
-    from deltamux_trainers.merging import merge
+    from deltamux_trainers.merging import MergeResult, merge
     from deltamux_trainers.training import TrainResult, train
 
 __all__ = [
     "CompressResult",
     "EvalResult",
     "EvaluateOptions",
+    "MergeResult",
     "TrainOptions",
     "TrainResult",
     "compress",
@@ -29,6 +30,7 @@ _LAZY = {
     "compress": "compressing",
     "EvalResult": "evaluation",
     "evaluate": "evaluation",
+    "MergeResult": "merging",
     "merge": "merging",
     "TrainResult": "training",
     "train": "training",

@@ -30,7 +30,9 @@ class DeltaModel(nn.Module):
     def __init__(self, base_model: nn.Module, base: BaseModel, method: Method, config: Any, seed: int = 0) -> None:
         super().__init__()
         self.base_model = base_model.requires_grad_(False)
-        self._base = base = base.reading(base_model)
+        # A base that was changed for training is read from its files: its own tensors are no weights any more.
+        prepared = method.prepare(config, base, base_model)
+        self._base = base = base if prepared else base.reading(base_model)
         self._method = method
         self._method_config = config
         specs = method.parameters(config, base)
@@ -69,8 +71,7 @@ class DeltaModel(nn.Module):
     def share(self) -> float:
         """Returns trainable parameters divided by the base's."""
         trainable: int = sum(p.numel() for p in self.deltas)
-        total: int = sum(p.numel() for p in self.base_model.parameters())
-        return trainable / total
+        return trainable / self._base.num_parameters
 
     def detach(self) -> nn.Module:
         """Returns the base, untouched."""

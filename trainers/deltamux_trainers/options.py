@@ -9,6 +9,9 @@ from typing import Any
 
 from deltamux.errors import InvalidConfigError
 
+OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+"""Names of optimizers, and transformers' for them."""
+
 
 @dataclass(frozen=True)
 class TrainOptions:
@@ -23,6 +26,8 @@ class TrainOptions:
         config: the method's options, as in adapter_config.json.
         max_steps: optimizer steps; None runs `epochs` passes over the data.
         learning_rate: None takes the method's own default.
+        optimizer: adamw; or, of bitsandbytes, adamw_8bit (its states in eight bits) or paged_adamw_8bit (on a GPU, its
+            states move to the host's memory when the GPU's runs short).
         patience: evaluations without improvement after which training stops; None never stops early.
         eval_steps: optimizer steps between evaluations and checkpoints; None does both once a pass.
         resume: goes on from the last checkpoint in `output`, exactly.
@@ -43,6 +48,7 @@ class TrainOptions:
     batch_size: int = 8
     gradient_accumulation: int = 1
     learning_rate: float | None = None
+    optimizer: str = "adamw"
     scheduler: str = "linear"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
@@ -64,6 +70,8 @@ class TrainOptions:
         for name in ("batch_size", "gradient_accumulation", "max_length", "log_steps"):
             if getattr(self, name) < 1:
                 raise _invalid(name, f"is at least 1, not {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise _invalid("optimizer", f"is one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if self.patience is not None and self.eval_data is None and not self.eval_fraction:
             raise _invalid("patience", "needs data to evaluate on: give eval_data or eval_fraction")
 

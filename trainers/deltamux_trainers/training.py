@@ -32,7 +32,7 @@ from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.registry import Registry
 from deltamux_trainers.data import Encoded, collate, encode, read_rows
 from deltamux_trainers.model import DeltaModel
-from deltamux_trainers.options import TrainOptions
+from deltamux_trainers.options import OPTIMIZERS, TrainOptions
 
 PARAMETERS_FILE = "parameters.safetensors"
 SCHEDULE_FILE = "schedule.safetensors"
@@ -181,6 +181,7 @@ def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> 
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
         learning_rate=options.learning_rate or learning_rate,
+        optim=OPTIMIZERS[options.optimizer],
         lr_scheduler_type=options.scheduler,
         warmup_steps=options.warmup_ratio,
         weight_decay=options.weight_decay,

@@ -50,6 +50,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one option of the method")
     for name, (kind, text) in TRAIN_NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    parser.add_argument("--optimizer", help="adamw (default), adamw_8bit or paged_adamw_8bit (both need bitsandbytes)")
     parser.add_argument("--scheduler", help="learning-rate schedule (default: linear)")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, exactly")
     add_json(parser)
@@ -76,7 +77,9 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
     parser.add_argument("--adapter", required=True, type=Path, metavar="DIR")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--method", help="merge by this method (qlora: into the dequantised weights)")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output holds")
+    add_json(parser)
     parser.set_defaults(run=_merge)
 
 
@@ -102,7 +105,7 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import TrainOptions, read_config, train
 
-    given = {name: getattr(arguments, name) for name in (*TRAIN_NUMBERS, "scheduler", "eval_data")}
+    given = {name: getattr(arguments, name) for name in (*TRAIN_NUMBERS, "optimizer", "scheduler", "eval_data")}
     options = TrainOptions(
         method=arguments.method,
         model=arguments.model,
@@ -127,8 +130,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import merge
 
-    output = merge(arguments.model, arguments.adapter, arguments.output, overwrite=arguments.overwrite)
-    print(f"merged model written to {output}")
+    options = {"method_name": arguments.method, "overwrite": arguments.overwrite}
+    show_one(merge(arguments.model, arguments.adapter, arguments.output, **options), as_json=arguments.json)
 
 
 def _compress(arguments: argparse.Namespace) -> None:

@@ -86,9 +86,17 @@ class Case:
         """Reads an adapter the way an upload does."""
         return self.method.program(self.method.parse(checkpoint.config), self.base, checkpoint.tensors)
 
-    def logits(self, program: Program | Any | None = None) -> Tensor:
+    def prepared_model(self) -> Any:
+        """Returns the base as the method trains over it: quantised, if it does that."""
+        from transformers import AutoModelForCausalLM
+
+        model: Any = AutoModelForCausalLM.from_pretrained(self.directory)
+        self.method.prepare(self.config, self.base, model)
+        return model.eval().requires_grad_(False)
+
+    def logits(self, program: Program | Any | None = None, model: Any | None = None) -> Tensor:
         """Returns the base's logits for PROMPT, with a program (or what builds one) attached where given."""
-        model, ids = loaded(self.directory), torch.tensor([PROMPT])
+        model, ids = model or loaded(self.directory), torch.tensor([PROMPT])
         if program is None:
             plain: Tensor = model(ids).logits
             return plain

@@ -72,7 +72,10 @@ def files_survive_a_round_trip(case: Case) -> None:
         read = Checkpoint.read(directory)
     _hold(read.tensors.keys() == written.tensors.keys(), "the files hold other tensors than were written")
     recognised, own = case.registry.recognise(read)
-    _hold(recognised.name == case.method.name, f"the files are taken for those of {recognised.name!r}")
+    _hold(
+        recognised.name == (case.method.info.files_of or case.method.name),
+        f"the files are taken for those of {recognised.name!r}",
+    )
     with torch.no_grad():
         before, after = case.logits(case.program(written)), case.logits(case.program(own))
     _same(after, before, "the adapter has another effect once it was written and read")
@@ -108,7 +111,8 @@ def merging_equals_attaching_or_is_refused(case: Case) -> None:
     except NotMergeableError as error:
         _hold(case.architecture != EVERYTHING_HAS_A_BIAS, f"merging is refused: {error.message}")
         return
-    _same(_merged_logits(case, merged), case.logits(case.program(checkpoint)), "merged and attached differ")
+    attached_logits = case.logits(case.program(checkpoint), case.prepared_model())
+    _same(_merged_logits(case, merged), attached_logits, "merged and attached differ")
 
 
 def files_that_lack_a_tensor_or_have_one_too_many_are_refused(case: Case) -> None:
