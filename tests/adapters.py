@@ -121,16 +121,8 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
 }
 
 
-ONLY_ON_LINEAR = (
-    "loha",
-    "lokr",
-    "oft",
-    "bridged-delora",
-    "bridged-c3a",
-    "bridged-hra",
-    "bridged-miss",
-    "bridged-shira",
-)
+BRIDGED_ON_LINEAR = ("bridged-delora", "bridged-c3a", "bridged-hra", "bridged-miss", "bridged-shira")
+ONLY_ON_LINEAR = ("loha", "lokr", "oft", *BRIDGED_ON_LINEAR)
 """What PEFT itself does not attach to GPT-2's transposed projections."""
 
 

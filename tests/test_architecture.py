@@ -36,7 +36,9 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.scaffold": CORE,
     "deltamux.store": MODEL,
     "deltamux.v1": set(),
-    "deltamux.server": METHODS | WIRE | {"deltamux.engine", "deltamux.store"},
+    # The server's process never runs a plugin, and so knows neither the registry nor the child that does.
+    "deltamux.server": MODEL | WIRE | {"deltamux.engine", "deltamux.store"},
+    "deltamux.server.compiler_child": METHODS | {"deltamux.server", "deltamux.store"},
     "deltamux.client": WIRE,
     "deltamux.cli": WIRE | {"deltamux.client"},
     "deltamux_plugins": METHODS,
@@ -168,6 +170,11 @@ def loaded_after(statement: str) -> set[str]:
 def test_importing_the_client_side_loads_neither_torch_nor_vllm_nor_a_server(module: str) -> None:
     heavy = {"torch", "transformers", "vllm", "numpy", "grpc._server", "deltamux.server", "deltamux.engine"}
     assert not loaded_after(f"import {module}") & heavy
+
+
+def test_the_server_loads_no_plugin_and_nothing_that_could() -> None:
+    loaded = loaded_after("import deltamux.server.app")
+    assert not loaded & {"pluggy", "deltamux.registry", "deltamux.hookspecs", "deltamux_plugins"}
 
 
 def test_importing_the_methods_and_the_deltas_loads_neither_vllm_nor_grpc() -> None:

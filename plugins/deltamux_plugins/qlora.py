@@ -5,8 +5,8 @@ Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
     y = dequantise(NF4(W)) x + s B (A x)
 
 While training, every projection of the base is quantised to NF4 in blocks of 64, the blocks' scales once more (double
-quantisation), by bitsandbytes, which runs on CPUs, too (``pip install 'deltamux[qlora]'``). What comes out is a LoRA like
-any other: its files are PEFT's LoRA, and it is served on the full base or on a quantised one. Merging it by this method
+quantisation), by bitsandbytes, which runs on CPUs, too (``pip install 'deltamux[qlora]'``). What comes out is a LoRA
+like any other: its files are PEFT's LoRA, and it is served on the full base or on a quantised one. Merging it by this method
 (``deltamux merge --method qlora``) adds it to the dequantised weights it was trained over, and tells how far those are
 from the base's.
 """
@@ -120,7 +120,7 @@ def dequantised(config: QLoRAConfig, weight: Tensor) -> Tensor:
     from bitsandbytes import functional
 
     _bitsandbytes()
-    given = {"blocksize": config.blocksize, "quant_type": config.quant_type}
+    given: dict[str, Any] = {"blocksize": config.blocksize, "quant_type": config.quant_type}
     packed, state = functional.quantize_4bit(weight.contiguous(), compress_statistics=config.double_quant, **given)
     back: Tensor = functional.dequantize_4bit(packed, state)
     return back.to(weight.dtype)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -19,23 +20,37 @@ from deltamux.errors import DeltamuxError, InvalidAdapterError, PluginError, Unk
 from deltamux.hookspecs import ENTRY_POINT_GROUP, PROJECT, MethodInfo, ParameterSpec, TrainingSchedule
 
 if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
+
     from torch import Tensor, nn
 
     from deltamux.deltas import BaseModel, Checkpoint, Program
 
-T = TypeVar("T")
+Announce = Callable[[str, str], None]
+"""Told a plugin's label and what of it is about to run; a process that watches knows whom to blame for a hang."""
+
 REQUIRED_HOOKS = ("deltamux_method", "deltamux_parameters", "deltamux_program")
 
 
-def create_plugin_manager(*, load_installed: bool = True) -> pluggy.PluginManager:
+def _silent(plugin: str, step: str) -> None:
+    pass
+
+
+def create_plugin_manager(
+    *, load_installed: bool = True, skip: Mapping[str, str] = MappingProxyType({}), announce: Announce = _silent
+) -> pluggy.PluginManager:
     """Returns a plugin manager that knows deltamux's hooks, with the installed plugins unless told otherwise.
 
     A plugin that fails to import is left out and kept in ``Registry.broken``; it stops nobody else's methods.
+
+    Args:
+        skip: labels of plugins that are not imported, with the reason.
+        announce: called before each import.
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     if load_installed:
-        _load_installed(manager)
+        _load_installed(manager, skip, announce)
     return manager
 
 
@@ -50,6 +65,7 @@ class Method:
     info: MethodInfo
     plugin: str
     _call: Callable[[str, Mapping[str, Any]], Any] = dataclasses.field(repr=False)
+    _announce: Announce = dataclasses.field(default=_silent, repr=False)
 
     @property
     def name(self) -> str:
@@ -63,8 +79,14 @@ class Method:
         Raises:
             InvalidConfigError: unknown keys (all of them named), a value of another type, or out of range.
         """
+        self._announce(self.name, "its config class")
         ignored = self.info.ignored_keys | {"peft_type"}
-        return build_config(self.info.config_class, values, ignored=ignored, method=self.name)
+        try:
+            return build_config(self.info.config_class, values, ignored=ignored, method=self.name)
+        except DeltamuxError:
+            raise
+        except _ANYTHING as error:
+            raise _failed(self.name, "its config class", error) from error
 
     def parameters(self, config: Any, base: BaseModel) -> dict[str, ParameterSpec]:
         """Returns the trainable parameters' declarations by name."""
@@ -100,7 +122,12 @@ class Method:
 
         claimed = ClaimedTensors(tensors)
         program: Program = self._checked("deltamux_program", Program, config=config, base=base, tensors=claimed)
-        program.placed(base)
+        try:
+            program.placed(base)
+        except DeltamuxError:
+            raise
+        except _ANYTHING as error:
+            raise _failed(self.name, "the check of its program", error) from error
         claimed.check_all_claimed(self.name)
         return program
 
@@ -125,8 +152,17 @@ class Method:
         metadata = {"base_fingerprint": base.fingerprint} if base.fingerprint else {}
         return Checkpoint({**values, "peft_type": self.info.peft_type}, tensors, metadata)
 
+    def recognise(self, checkpoint: Checkpoint) -> Checkpoint | None:
+        """Returns the checkpoint in the method's own names, or None if it is not the method's."""
+        from deltamux.deltas import Checkpoint
+
+        own = self._call("deltamux_recognise", {"checkpoint": checkpoint})
+        return None if own is None else self._expected("deltamux_recognise", Checkpoint, own)
+
     def _checked(self, hook: str, expected: Any, **arguments: Any) -> Any:
-        result = self._call(hook, arguments)
+        return self._expected(hook, expected, self._call(hook, arguments))
+
+    def _expected(self, hook: str, expected: Any, result: Any) -> Any:
         if not isinstance(result, expected):
             raise self._rubbish(hook, result, expected)
         return result
@@ -141,17 +177,24 @@ class Method:
 class Registry:
     """All methods of a plugin manager, by name.
 
+    The methods of the distribution ``deltamux`` come first: no other can take their names or checkpoints.
+
+    Args:
+        announce: called before each hook.
+
     Attributes:
         broken: entry points that could not be used, with the reason; they stop nobody else's methods.
     """
 
-    def __init__(self, manager: pluggy.PluginManager | None = None) -> None:
-        self._manager = manager or create_plugin_manager()
+    def __init__(self, manager: pluggy.PluginManager | None = None, *, announce: Announce = _silent) -> None:
+        self._manager = manager or create_plugin_manager(announce=announce)
+        self._announce = announce
         self.broken: dict[str, str] = dict(getattr(self._manager, "broken", {}))
         self._methods: dict[str, Method] = {}
         self._check_hooks()
-        for plugin in sorted(self._manager.get_plugins(), key=self._label):
-            self._admit(plugin)
+        own: frozenset[str] = getattr(self._manager, "own", frozenset())
+        for label in sorted(map(self._label, self._manager.get_plugins()), key=lambda label: (label not in own, label)):
+            self._admit(label)
 
     def names(self) -> list[str]:
         return sorted(self._methods)
@@ -177,10 +220,17 @@ class Registry:
         for method in self.methods():
             if peft_type is not None and method.info.peft_type == peft_type and not method.info.files_of:
                 return method, checkpoint
+        failed: PluginError | None = None
         for method in self.methods():
-            own = method._call("deltamux_recognise", {"checkpoint": checkpoint})
+            try:
+                own = method.recognise(checkpoint)
+            except PluginError as error:  # the next method may be the right one
+                failed = failed or error
+                continue
             if own is not None:
                 return method, own
+        if failed:
+            raise failed
         if peft_type is None:
             raise InvalidAdapterError(
                 "adapter_config.json has no peft_type, and no installed method knows the tensors' names",
@@ -199,58 +249,106 @@ class Registry:
 
     def _check_hooks(self) -> None:
         """Leaves out plugins whose hooks the specification does not know (a misspelt name is silent otherwise)."""
+        known = {name for name in dir(hookspecs) if name.startswith("deltamux_")}
         for plugin in list(self._manager.get_plugins()):
-            known = {name for name in dir(hookspecs) if name.startswith("deltamux_")}
+            label = self._label(plugin)
+            self._announce(label, "the look at its hooks")
             offered = {name for name in dir(plugin) if self._manager.parse_hookimpl_opts(plugin, name) is not None}
             misspelt, missing = sorted(offered - known), sorted(set(REQUIRED_HOOKS) - offered)
             if misspelt or missing:
                 problem = f"unknown hook {', '.join(misspelt)}" if misspelt else f"missing hook {', '.join(missing)}"
-                self.broken[self._label(plugin)] = problem
+                self.broken[label] = problem
                 self._manager.unregister(plugin)
         self._manager.check_pending()
 
-    def _admit(self, plugin: object) -> None:
-        label = self._label(plugin)
-        call = _caller(self._manager, plugin, label)
+    def _admit(self, label: str) -> None:
+        call = _caller(self._manager, self._manager.get_plugin(label), label, self._announce)
         try:
             info = call("deltamux_method", {})
         except DeltamuxError as error:
             self.broken[label] = error.message
             return
-        if not isinstance(info, MethodInfo):
-            self.broken[label] = f"deltamux_method returned {type(info).__name__}, but must return MethodInfo"
-        elif info.name in self._methods:
-            self.broken[label] = f"method {info.name!r} is already provided by another plugin"
+        if problem := self._problem(info):
+            self.broken[label] = problem
         else:
-            self._methods[info.name] = Method(info, label, call)
+            self._methods[info.name] = Method(info, label, call, self._announce)
+
+    def _problem(self, info: Any) -> str | None:
+        if not isinstance(info, MethodInfo):
+            return f"deltamux_method returned {type(info).__name__}, but must return MethodInfo"
+        if not all(isinstance(value, str) and value for value in (info.name, info.peft_type)):
+            return f"a method's name and peft_type are words, not {info.name!r} and {info.peft_type!r}"
+        if info.name in self._methods:
+            return f"method {info.name!r} is already provided by another plugin"
+        for other in self._methods.values():
+            if other.info.peft_type == info.peft_type and other.name != info.files_of:
+                return f"checkpoints of peft_type {info.peft_type!r} already belong to method {other.name!r}"
+        return None
 
 
-def _caller(manager: pluggy.PluginManager, plugin: object, label: str) -> Callable[[str, Mapping[str, Any]], Any]:
+_ANYTHING = (Exception, SystemExit, GeneratorExit)
+"""What a plugin may raise: all but the user's own interruption."""
+
+
+def _failed(label: str, step: str, error: BaseException) -> PluginError:
+    return PluginError(
+        f"plugin {label!r} failed in {step}: {type(error).__name__}: {error}", metadata={"plugin": label, "hook": step}
+    )
+
+
+def _caller(
+    manager: pluggy.PluginManager, plugin: object, label: str, announce: Announce
+) -> Callable[[str, Mapping[str, Any]], Any]:
     """Returns a function that calls one hook of one plugin; whatever is not ours becomes a PluginError."""
     others = [p for p in manager.get_plugins() if p is not plugin]
 
     def call(hook: str, arguments: Mapping[str, Any]) -> Any:
+        announce(label, hook)
         try:
             results = manager.subset_hook_caller(hook, others)(**arguments)
         except DeltamuxError:
             raise
-        except Exception as error:
-            raise PluginError(
-                f"plugin {label!r} failed in {hook}: {type(error).__name__}: {error}",
-                metadata={"plugin": label, "hook": hook},
-            ) from error
+        except _ANYTHING as error:
+            raise _failed(label, hook, error) from error
         return results[0] if results else None
 
     return call
 
 
-def _load_installed(manager: pluggy.PluginManager) -> None:
+def _load_installed(manager: pluggy.PluginManager, skip: Mapping[str, str], announce: Announce) -> None:
     from importlib.metadata import entry_points
 
     broken: dict[str, str] = {}
-    for point in entry_points(group=ENTRY_POINT_GROUP):
+    labels: set[str] = set()
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: not _is_own(point)):
+        # A name that is taken is no way to hide, or to be taken for, the one that has it.
+        label = point.name if point.name not in labels else f"{point.name} ({point.value})"
+        labels.add(label)
+        if label in skip:
+            broken[label] = skip[label]
+            continue
+        announce(label, "its import")
         try:
-            manager.register(point.load(), name=point.name)
-        except Exception as error:
-            broken[point.name] = f"{type(error).__name__}: {error}"
+            _register(manager, point.load(), label)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            broken[label] = f"{type(error).__name__}: {error}"
+            if manager.has_plugin(label):
+                manager.unregister(name=label)
     manager.broken = broken  # type: ignore[attr-defined]  # read once, by Registry
+    manager.own = frozenset(p.name for p in entry_points(group=ENTRY_POINT_GROUP) if _is_own(p))  # type: ignore[attr-defined]  # as above
+
+
+def _register(manager: pluggy.PluginManager, plugin: Any, label: str) -> None:
+    hash(plugin)  # pluggy keeps plugins in sets; a TypeError here concerns this one alone
+    if manager.register(plugin, name=label) is None:
+        raise TypeError("the entry point is None, not a module or an object")
+
+
+def _is_own(point: EntryPoint) -> bool:
+    """Tells whether an entry point is of the distribution deltamux itself."""
+    try:
+        return point.dist is not None and point.dist.name.lower() == PROJECT
+    except Exception:  # a distribution without readable metadata
+        return False

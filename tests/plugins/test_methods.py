@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +14,7 @@ import torch
 
 from deltamux.conformance import CHECKS, Case, cases
 from deltamux.conformance.cases import base_directory
-from deltamux.deltas import BaseModel, Bias, Program
+from deltamux.deltas import BaseModel, Bias, Checkpoint, Program
 from deltamux.errors import PluginError, UnknownMethodError
 from deltamux.hookspecs import MethodInfo, hookimpl
 from deltamux.registry import Registry, create_plugin_manager
@@ -61,12 +64,122 @@ GOOD: dict[str, Any] = {
         ({**GOOD, "deltamux_method": lambda: "lora"}, "returned str"),
         ({**GOOD, "deltamux_method": lambda: info("lora")}, "already provided"),
         ({**GOOD, "deltamux_method": lambda: 1 / 0}, "ZeroDivisionError"),
+        ({**GOOD, "deltamux_method": lambda: sys.exit(0)}, "SystemExit"),
+        (
+            {**GOOD, "deltamux_method": lambda: replace(info("new"), peft_type="LORA")},
+            "already belong to method 'lora'",
+        ),
+        ({**GOOD, "deltamux_method": lambda: replace(info("new"), name="")}, "are words"),
     ],
 )
 def test_a_broken_plugin_is_left_out_by_name_and_the_others_work(hooks: dict[str, Any], problem: str) -> None:
     registry = registry_with(zzz_broken=hooks, good=GOOD)
     assert problem in registry.broken["zzz_broken"]
     assert registry.names() == sorted(["good", *METHODS])
+
+
+def install(directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str, *, value: str = "") -> None:
+    """Installs a distribution with one plugin, found before all others."""
+    module = f"third_party_{directory.name}"
+    (directory / f"{module}.py").write_text(source)
+    metadata = directory / f"{module}-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(f"[deltamux.methods]\n{name} = {module}{value}\n")
+    monkeypatch.syspath_prepend(directory)
+
+
+THIRD_PARTY = """
+from deltamux.hookspecs import MethodInfo, hookimpl
+
+@hookimpl
+def deltamux_method():
+    return MethodInfo("{name}", "", "", "", "{peft_type}", dict, False, False, 1e-3, "")
+
+@hookimpl
+def deltamux_parameters(config, base):
+    return {{}}
+
+@hookimpl
+def deltamux_program(config, base, tensors):
+    raise RuntimeError
+"""
+
+
+@pytest.mark.parametrize(
+    ("entry", "name", "peft_type", "label"),
+    [
+        ("aaa", "lora", "MINE", "aaa"),
+        ("aaa", "mine", "LORA", "aaa"),
+        ("lora", "lora", "LORA", "lora (third_party_taker)"),
+    ],
+)
+def test_a_plugin_of_another_distribution_never_takes_what_is_built_in(
+    entry: str, name: str, peft_type: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "taker"
+    directory.mkdir()
+    install(directory, monkeypatch, entry, THIRD_PARTY.format(name=name, peft_type=peft_type))
+    registry = Registry()
+    assert registry.names() == METHODS
+    assert "already" in registry.broken[label]
+    assert registry.get("lora").info.title == "LoRA"
+    assert registry.recognise(Checkpoint({"peft_type": "LORA"}, {}))[0] is registry.get("lora")
+
+
+@pytest.mark.parametrize(
+    ("source", "value", "problem"),
+    [
+        ("import sys; sys.exit(3)", "", "SystemExit: 3"),
+        ("class Odd(BaseException): pass\nraise Odd('odd')", "", "Odd: odd"),
+        ("things = []", ":things", "TypeError: unhashable"),
+        ("nothing = None", ":nothing", "None, not a module"),
+        (
+            "from deltamux.hookspecs import hookimpl\n@hookimpl\ndef deltamux_program(config, model): pass",
+            "",
+            "PluginValidationError",
+        ),
+    ],
+)
+def test_whatever_a_plugin_is_the_others_are_there(
+    source: str, value: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / f"odd{abs(hash(source))}"
+    directory.mkdir()
+    install(directory, monkeypatch, "odd", source, value=value)
+    registry = Registry()
+    assert problem in registry.broken["odd"]
+    assert registry.names() == METHODS
+
+
+def test_what_is_skipped_is_not_imported_and_what_is_imported_is_announced_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "skipped"
+    directory.mkdir()
+    install(directory, monkeypatch, "hangs", "raise AssertionError('imported')")
+    steps: list[tuple[str, str]] = []
+
+    def announce(plugin: str, step: str) -> None:
+        steps.append((plugin, step))
+
+    registry = Registry(create_plugin_manager(skip={"hangs": "it hangs"}, announce=announce), announce=announce)
+    assert registry.broken == {"hangs": "it hangs"}
+    assert "hangs" not in {plugin for plugin, _ in steps}
+    assert [step for plugin, step in steps if plugin == "lora"] == [
+        "its import",
+        "the look at its hooks",
+        "deltamux_method",
+    ]
+
+
+def test_a_plugin_that_fails_to_recognise_a_checkpoint_hides_it_from_no_other() -> None:
+    checkpoint = Checkpoint({"peft_type": "FOREIGN"}, {})
+    failing = {**GOOD, "deltamux_method": lambda: info("aaa"), "deltamux_recognise": lambda checkpoint: 42}
+    knowing = {**GOOD, "deltamux_recognise": lambda checkpoint: checkpoint}
+    assert registry_with(aaa=failing, good=knowing).recognise(checkpoint)[0].name == "good"
+    with pytest.raises(PluginError, match="'aaa': deltamux_recognise returned int"):
+        registry_with(aaa=failing).recognise(checkpoint)
 
 
 def test_a_plugin_that_returns_rubbish_is_refused_by_name(base: BaseModel) -> None:

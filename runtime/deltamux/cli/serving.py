@@ -25,6 +25,7 @@ HELP = {
     "max_adapter_bytes": "largest upload, in bytes",
     "max_concurrent_uploads": "uploads at once",
     "max_pending_requests": "generations at once, waiting ones included",
+    "plugin_timeout_seconds": "how long a plugin may take to be imported, and to compile one upload",
     "drain_seconds": "how long requests under way may go on after SIGTERM",
     "auth": "none or keys",
     "admin_key_file": "the administrator's key (default: admin.key in the store; written where missing)",

@@ -72,10 +72,8 @@ def files_survive_a_round_trip(case: Case) -> None:
         read = Checkpoint.read(directory)
     _hold(read.tensors.keys() == written.tensors.keys(), "the files hold other tensors than were written")
     recognised, own = case.registry.recognise(read)
-    _hold(
-        recognised.name == (case.method.info.files_of or case.method.name),
-        f"the files are taken for those of {recognised.name!r}",
-    )
+    expected = case.method.info.files_of or case.method.name
+    _hold(recognised.name == expected, f"the files are taken for those of {recognised.name!r}")
     with torch.no_grad():
         before, after = case.logits(case.program(written)), case.logits(case.program(own))
     _same(after, before, "the adapter has another effect once it was written and read")

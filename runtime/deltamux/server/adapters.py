@@ -64,7 +64,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             )
             with self._store.staging() as staged:
                 await receive_files(header, messages, staged, self._limits, self._threads)
-                version = await self._run(lambda: self._quarantine.admit(staged, upload))
+                version = await self._quarantine.admit(staged, upload)
         await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
         await self._load_if_serving(version)
         return version_message(version)

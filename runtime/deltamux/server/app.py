@@ -14,16 +14,17 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from deltamux.engine.base import Engine, EngineOptions
-from deltamux.registry import Registry
 from deltamux.server.adapters import AdaptersService
 from deltamux.server.auth import admin_key, everybody_is_administrator, key_decides
+from deltamux.server.compile_job import Budgets
+from deltamux.server.compiler import Compiler
 from deltamux.server.events import EventHub
 from deltamux.server.health import HealthMonitor
 from deltamux.server.inference import InferenceService
 from deltamux.server.interceptors import Around, AroundInterceptor, errors_become_statuses
 from deltamux.server.listen import bind, check_exposure
 from deltamux.server.options import MIB, ServeOptions
-from deltamux.server.quarantine import Budgets, Quarantine
+from deltamux.server.quarantine import Quarantine
 from deltamux.server.routing import Router
 from deltamux.server.slots import Slots
 from deltamux.server.tenants import TenantsService
@@ -53,6 +54,7 @@ class Running:
     address: str
     engine: Engine
     store: AdapterStore
+    compiler: Compiler
 
 
 def serve(options: ServeOptions) -> None:
@@ -88,13 +90,15 @@ async def running(options: ServeOptions, make_engine: EngineFactory = vllm_engin
     async with AsyncExitStack() as stack:
         store = await asyncio.to_thread(AdapterStore.open, options.store)
         stack.callback(store.close)
-        registry = await asyncio.to_thread(Registry)
+        compiler = Compiler(options.plugin_timeout_seconds)
+        stack.push_async_callback(compiler.stop)
+        compiler.start()  # beside the engine, which takes longer
         engine = await asyncio.to_thread(make_engine, options.engine_options())
         stack.push_async_callback(engine.stop)
         await engine.start()
         threads = stack.enter_context(ThreadPoolExecutor(options.max_concurrent_uploads + 4, "deltamux-disk"))
         events = EventHub()
-        adapters = _adapters_service(options, store, engine, registry, events, threads)
+        adapters = _adapters_service(options, store, engine, compiler, events, threads)
         _forget_removed(store, engine)
         for pinned in store.pinned():
             await adapters.pin(pinned)
@@ -111,7 +115,7 @@ async def running(options: ServeOptions, make_engine: EngineFactory = vllm_engin
         await server.start()
         watching = asyncio.create_task(health.run())
         try:
-            yield Running(address, engine, store)
+            yield Running(address, engine, store, compiler)
         finally:
             await health.stop_serving()
             events.close()
@@ -144,7 +148,7 @@ def _adapters_service(
     options: ServeOptions,
     store: AdapterStore,
     engine: Engine,
-    registry: Registry,
+    compiler: Compiler,
     events: EventHub,
     threads: ThreadPoolExecutor,
 ) -> AdaptersService:
@@ -152,7 +156,7 @@ def _adapters_service(
     return AdaptersService(
         store,
         engine,
-        Quarantine(store, registry, engine.base, budgets),
+        Quarantine(store, compiler, engine.base, budgets, threads),
         events,
         Slots(options.max_concurrent_uploads, "uploads"),
         UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds),

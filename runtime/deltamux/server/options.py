@@ -36,6 +36,8 @@ class ServeOptions:
         max_concurrent_uploads: uploads at once; one more is told to come back.
         max_pending_requests: generations at once, waiting ones included; one more is told to come back.
         upload_idle_seconds: an upload that sends nothing for so long is given up.
+        plugin_timeout_seconds: how long a plugin may take to be imported, and to compile one upload; then its process
+            is ended, and the upload refused.
         drain_seconds: how long requests under way may go on after SIGTERM or SIGINT.
         auth: none (every caller is an administrator) or keys.
         admin_key_file: holds the administrator's key; None is ``admin.key`` in the store. Written where missing.
@@ -60,6 +62,7 @@ class ServeOptions:
     max_concurrent_uploads: int = 8
     max_pending_requests: int = 1024
     upload_idle_seconds: float = 60.0
+    plugin_timeout_seconds: float = 60.0
     drain_seconds: float = 30.0
     auth: str = "none"
     admin_key_file: Path | None = None
@@ -72,6 +75,8 @@ class ServeOptions:
             raise _invalid("auth", f"must be one of {', '.join(AUTH_MODES)}, not {self.auth!r}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise _invalid("tls_cert", "and tls_key go together: give both, or none")
+        if not self.plugin_timeout_seconds > 0:
+            raise _invalid("plugin_timeout_seconds", f"must be more than 0, not {self.plugin_timeout_seconds}")
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise _invalid(name, f"must be at least 1, not {getattr(self, name)}")

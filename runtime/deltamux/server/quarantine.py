@@ -1,37 +1,32 @@
 """The quarantine: everything that could be wrong with an upload is found before a version of it can be routed.
 
-Order matters: sizes and the safetensors header first, by their bytes; then the config against the method, the tensors
-against the base, the values, and the budgets. Only then is the program compiled, and the version committed.
+Order matters: sizes and the safetensors header first, by their bytes, here. Only then does the compiler's process read
+the files: the config against the method, the tensors against the base, the values, and the budgets. What it compiled is
+committed here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-
-from deltamux.deltas import BaseModel, Checkpoint, Program
+from deltamux.deltas import BaseModel
 from deltamux.deltas.checkpoint import TENSORS_FILE
-from deltamux.errors import BaseMismatchError, BudgetExceededError, InvalidAdapterError
-from deltamux.registry import Method, Registry
-from deltamux.store import PROGRAM_FILE, AdapterKey, AdapterStore, CompiledAdapter, VersionRecord, content_digest
+from deltamux.errors import InvalidAdapterError
+from deltamux.server.compile_job import Budgets, Job, packed
+from deltamux.server.compiler import Compiler
+from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter, VersionRecord, content_digest
 
+T = TypeVar("T")
 MAX_HEADER_BYTES = 64 << 20
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
-
-
-@dataclass(frozen=True)
-class Budgets:
-    """What one adapter may need at most; see `ServeOptions`."""
-
-    max_rank: int
-    max_virtual_tokens: int
-    max_bytes: int
 
 
 @dataclass(frozen=True)
@@ -52,72 +47,55 @@ class Upload:
 
 
 class Quarantine:
-    """Checks uploads against one base model, and commits what passes."""
+    """Checks uploads against one base model, and commits what passes.
 
-    def __init__(self, store: AdapterStore, registry: Registry, base: BaseModel, budgets: Budgets) -> None:
+    Args:
+        threads: run what touches the disk.
+    """
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        compiler: Compiler,
+        base: BaseModel,
+        budgets: Budgets,
+        threads: ThreadPoolExecutor,
+    ) -> None:
         self._store = store
-        self._registry = registry
-        self._base = base
+        self._compiler = compiler
+        self._base = packed(base)
         self._budgets = budgets
+        self._threads = threads
 
-    def admit(self, staged: Path, upload: Upload) -> VersionRecord:
-        """Checks, compiles and commits a staged upload. Reads files and computes: call it from a thread.
+    async def admit(self, staged: Path, upload: Upload) -> VersionRecord:
+        """Checks, compiles and commits a staged upload.
 
         Raises:
             InvalidAdapterError, InvalidConfigError, UnknownMethodError: the files are wrong, on any base.
             BaseMismatchError: they were made for another base.
             BudgetExceededError: they need more than the server gives one adapter.
+            PluginError: their method's plugin failed, hung or crashed.
         """
-        check_header(staged / TENSORS_FILE)
-        digest = content_digest(staged)
-        if upload.expected_digest and upload.expected_digest != digest:
-            raise InvalidAdapterError(
-                f"the files have digest {digest}, not {upload.expected_digest} as announced", reason="DIGEST_MISMATCH"
-            )
-        method, program = self._program(Checkpoint.read(staged), upload.method)
-        self._check_budgets(program)
-        with torch.no_grad():
-            program.save(staged / PROGRAM_FILE)
-        compiled = CompiledAdapter(digest, method.name, program.rank(), program.num_virtual_tokens, program.num_bytes())
-        return self._store.commit(staged, upload.key, compiled, promote=upload.promote, labels=upload.labels)
+        digest = await self._run(lambda: _digest(staged, upload.expected_digest))
+        job = Job(staged, upload.method, self._budgets, self._base)
+        found = await self._compiler.compile(job)
+        compiled = CompiledAdapter(digest, found.method, found.rank, found.num_virtual_tokens, found.num_bytes)
+        return await self._run(
+            lambda: self._store.commit(staged, upload.key, compiled, promote=upload.promote, labels=upload.labels)
+        )
 
-    def _program(self, checkpoint: Checkpoint, announced: str) -> tuple[Method, Program]:
-        method, checkpoint = self._registry.recognise(checkpoint)
-        if announced and method is not self._registry.get(announced):
-            raise InvalidAdapterError(
-                f"the upload is announced as {announced!r}, but its files are of method {method.name!r}",
-                reason="METHOD_MISMATCH",
-                metadata={"method": method.name},
-            )
-        config = method.parse(checkpoint.config)
-        self._check_fingerprint(checkpoint)
-        _check_finite(checkpoint)
-        with torch.no_grad():
-            program = method.program(config, self._base, checkpoint.tensors)
-        program.check_finite()
-        return method, program
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
-    def _check_fingerprint(self, checkpoint: Checkpoint) -> None:
-        declared = checkpoint.metadata.get("base_fingerprint")
-        if declared and self._base.fingerprint and declared != self._base.fingerprint:
-            raise BaseMismatchError(
-                f"the adapter was trained on a base with fingerprint {declared}; this server's base has "
-                f"{self._base.fingerprint}: train it on this base, or upload it to the server of its own",
-                metadata={"declared": declared, "base": self._base.fingerprint},
-            )
 
-    def _check_budgets(self, program: Program) -> None:
-        needs = {
-            "rank": (program.rank(), self._budgets.max_rank),
-            "virtual tokens": (program.num_virtual_tokens, self._budgets.max_virtual_tokens),
-            "bytes": (program.num_bytes(), self._budgets.max_bytes),
-        }
-        for what, (needed, limit) in needs.items():
-            if needed > limit:
-                raise BudgetExceededError(
-                    f"the adapter needs {needed} {what}; this server gives one adapter at most {limit}",
-                    metadata={"budget": what, "needed": str(needed), "limit": str(limit)},
-                )
+def _digest(staged: Path, expected: str) -> str:
+    check_header(staged / TENSORS_FILE)
+    digest = content_digest(staged)
+    if expected and expected != digest:
+        raise InvalidAdapterError(
+            f"the files have digest {digest}, not {expected} as announced", reason="DIGEST_MISMATCH"
+        )
+    return digest
 
 
 def check_header(path: Path) -> None:
@@ -183,18 +161,6 @@ def _span(name: str, entry: Any, path: Path) -> tuple[int, int, str]:
         problem = f"tensor {str(name)[:80]!r} of {path.name} has a shape, dtype or place that do not fit each other"
         raise _refused(problem, "DAMAGED_FILE", path, name)
     return begin, end, name
-
-
-def _check_finite(checkpoint: Checkpoint) -> None:
-    for name, tensor in checkpoint.tensors.items():
-        finite = torch.isfinite(tensor)
-        if not finite.all():
-            index = (~finite).nonzero()[0].tolist()
-            raise InvalidAdapterError(
-                f"tensor {name!r} holds {tensor[tuple(index)].item()} at {index}; adapters hold finite numbers only",
-                reason="NOT_FINITE",
-                metadata={"tensor": name, "index": str(index)},
-            )
 
 
 def _refused(problem: str, reason: str, path: Path, tensor: str = "") -> InvalidAdapterError:

@@ -1,0 +1,157 @@
+"""Compiles uploads in a process of its own, so that no plugin's code ever runs in the server.
+
+A plugin may hang, leak, exit or crash: what it takes along is that process and the upload at hand. The server ends the
+process, names the plugin, starts another, and serves on. This is a wall against faults, not against malice: the process
+runs as the server's user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Any
+
+from deltamux.errors import DeltamuxError, PluginError, UnavailableError
+from deltamux.server.compile_job import Compiled, Job, error_of
+from deltamux.server.compiler_link import CompilerLink, LinkFailedError
+
+log = logging.getLogger("deltamux.server")
+
+START_SECONDS = 300.0
+"""Until the process has imported what is ours; a plugin's import then has the plugins' own limit."""
+
+
+class Compiler:
+    """Owns the compiler process; jobs run one at a time.
+
+    Args:
+        plugin_timeout: seconds for a plugin's import, and for one job.
+
+    Attributes:
+        methods: names of the methods that the process offers; empty until it has started.
+        broken: plugins that are left out, with the reason.
+    """
+
+    def __init__(self, plugin_timeout: float) -> None:
+        self.methods: tuple[str, ...] = ()
+        self.broken: dict[str, str] = {}
+        self._timeout = plugin_timeout
+        self._skipped: dict[str, str] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._link: CompilerLink | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self) -> None:
+        """Begins to start the process; jobs wait for it."""
+        self._spawn(self._warm())
+
+    async def started(self) -> None:
+        """Waits until a process is ready; raises UnavailableError if none can be started."""
+        async with self._one_at_a_time:
+            await self._ready()
+
+    async def compile(self, job: Job) -> Compiled:
+        """Compiles an adapter. Cancelling it gives up the answer, not the job: the process is not to be had for that.
+
+        Raises:
+            DeltamuxError: as the files, the base or the plugin gave reason to.
+            PluginError: ``PLUGIN_TIMEOUT`` or ``PLUGIN_CRASHED``: the process was ended, or ended itself, over the job.
+            UnavailableError: there is no process, and none can be started.
+        """
+        return await asyncio.shield(self._spawn(self._run(job)))
+
+    async def stop(self) -> None:
+        """Ends the process and every job."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._drop()
+
+    async def _run(self, job: Job) -> Compiled:
+        async with self._one_at_a_time:
+            link = await self._ready()
+            try:
+                return _result(await link.ask(job.message(), self._timeout))
+            except (LinkFailedError, ValueError) as error:
+                refused = self._refusal(error, job)
+                log.error("%s: starting another compiler process", refused.message)
+                await self._drop()
+                self.start()
+                raise refused from None
+
+    async def _warm(self) -> None:
+        with suppress(UnavailableError):  # it is in the log, and the next job tries again
+            await self.started()
+
+    async def _ready(self) -> CompilerLink:
+        if self._link is not None and self._link.alive:
+            return self._link
+        await self._drop()
+        while True:
+            try:
+                link = self._link = await CompilerLink.open()
+                answer = await link.ask({"skip": self._skipped}, START_SECONDS, self._timeout)
+                self._note(answer["methods"], answer["broken"])
+                return link
+            except (LinkFailedError, LookupError, OSError, TypeError, ValueError) as error:
+                await self._drop()
+                self._leave_out(error)
+
+    def _leave_out(self, error: Exception) -> None:
+        """Notes the plugin over which the process did not start; raises UnavailableError if it was over none."""
+        step = error.step if isinstance(error, LinkFailedError) else None
+        if step is None or step.plugin in self._skipped:
+            log.error("the compiler process does not start: it %s", error)
+            raise UnavailableError(
+                "the server cannot compile adapters now: its compiler process does not start",
+                reason="COMPILER_UNAVAILABLE",
+            )
+        self._skipped[step.plugin] = f"{step.what} {error}"
+
+    def _note(self, methods: list[str], broken: dict[str, str]) -> None:
+        self.methods = tuple(map(str, methods))
+        for plugin, problem in broken.items():
+            if plugin not in self.broken:
+                log.error("left out: plugin %r: %s", plugin, problem)
+        self.broken = {str(plugin): str(problem) for plugin, problem in broken.items()}
+
+    async def _drop(self) -> None:
+        link, self._link = self._link, None
+        if link is not None:
+            await link.close()
+
+    def _refusal(self, error: Exception, job: Job) -> PluginError:
+        step = error.step if isinstance(error, LinkFailedError) else None
+        timed_out = isinstance(error, LinkFailedError) and error.timed_out
+        who = (
+            f"plugin {step.plugin!r}: {step.what}" if step else f"compiling the adapter ({job.announced or 'unnamed'})"
+        )
+        metadata = {"plugin": step.plugin, "hook": step.what} if step else {}
+        return PluginError(
+            f"{who} {error}",
+            reason="PLUGIN_TIMEOUT" if timed_out else "PLUGIN_CRASHED",
+            metadata=metadata | ({"method": job.announced} if job.announced else {}),
+        )
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        # Nobody may be left to hear of it.
+        if not task.cancelled() and (error := task.exception()) and not isinstance(error, DeltamuxError):
+            log.error("compiling failed unexpectedly", exc_info=error)
+
+
+def _result(answer: dict[str, Any]) -> Compiled:
+    if "error" in answer:
+        raise error_of(answer["error"])
+    if "unexpected" in answer:
+        raise RuntimeError(f"the compiler process failed:\n{answer['unexpected']}")
+    return Compiled.of(answer["compiled"] if isinstance(answer.get("compiled"), dict) else answer)

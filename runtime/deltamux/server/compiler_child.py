@@ -1,0 +1,160 @@
+"""The process that runs plugins: it imports them, and compiles uploads by their hooks. `compiler.py` is its other side.
+
+Nothing of the server imports this module. It is run as ``python -m`` by the server, with the number of an open socket;
+what it is about to run it says there first, so that its death or its silence can be laid at the right door.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+
+from deltamux.deltas import BaseModel, Checkpoint, Program
+from deltamux.errors import (
+    BaseMismatchError,
+    BudgetExceededError,
+    DeltamuxError,
+    InvalidAdapterError,
+    PluginError,
+)
+from deltamux.registry import Method, Registry, create_plugin_manager
+from deltamux.server.compile_job import MAX_TEXT, Budgets, Compiled, Job, error_message, unpacked
+from deltamux.store import PROGRAM_FILE
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serves jobs from the socket until it is closed."""
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    _live_and_die_with(parent)
+    os.set_inheritable(descriptor, False)
+    with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as channel:
+        Child(channel).run()  # type: ignore[arg-type]  # makefile's type is narrower than a binary file's
+
+
+class Child:
+    """Reads plugins once, then compiles one job after the other."""
+
+    def __init__(self, channel: BinaryIO) -> None:
+        self._channel = channel
+        self._registry: Registry
+
+    def run(self) -> None:
+        start = json.loads(self._channel.readline())
+        manager = create_plugin_manager(skip=start["skip"], announce=self._announce)
+        self._registry = Registry(manager, announce=self._announce)
+        self._say({"methods": self._registry.names(), "broken": self._registry.broken})
+        while line := self._channel.readline():
+            self._say(self._answer(Job.of(json.loads(line))))
+
+    def _answer(self, job: Job) -> dict[str, Any]:
+        try:
+            with torch.no_grad():
+                return {"compiled": vars(self._compile(job))}
+        except DeltamuxError as error:
+            return {"error": error_message(error)}
+        except Exception:
+            return {"unexpected": traceback.format_exc()[-MAX_TEXT:]}
+
+    def _compile(self, job: Job) -> Compiled:
+        base = unpacked(job.base)
+        checkpoint = Checkpoint.read(job.staged)
+        method, checkpoint = self._registry.recognise(checkpoint)
+        if job.announced and method is not self._registry.get(job.announced):
+            raise InvalidAdapterError(
+                f"the upload is announced as {job.announced!r}, but its files are of method {method.name!r}",
+                reason="METHOD_MISMATCH",
+                metadata={"method": method.name},
+            )
+        config = method.parse(checkpoint.config)
+        _check_fingerprint(checkpoint, base)
+        _check_finite(checkpoint)
+        program = method.program(config, base, checkpoint.tensors)
+        self._announce(method.name, "the check of its program")
+        return self._save(method, program, job, base)
+
+    def _save(self, method: Method, program: Program, job: Job, base: BaseModel) -> Compiled:
+        """Writes the program, and checks it as the engine will read it: with no code of the plugin's in between."""
+        path = job.staged / PROGRAM_FILE
+        try:
+            _check_budgets(program, job.budgets)
+            program.save(path)
+            written = Program.load(path)
+        except (BudgetExceededError, OSError, SafetensorError):
+            raise
+        except Exception as error:
+            problem = f"plugin {method.name!r} made a program that cannot be kept: {type(error).__name__}: {error}"
+            raise PluginError(problem, metadata={"plugin": method.name, "hook": "deltamux_program"}) from error
+        written.placed(base)
+        written.check_finite()
+        _check_budgets(written, job.budgets)
+        return Compiled(method.name, written.rank(), written.num_virtual_tokens, written.num_bytes())
+
+    def _announce(self, plugin: str, step: str) -> None:
+        self._say({"plugin": plugin, "step": step})
+
+    def _say(self, message: dict[str, Any]) -> None:
+        self._channel.write(json.dumps(message).encode() + b"\n")
+        self._channel.flush()
+
+
+def _check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:
+    declared = checkpoint.metadata.get("base_fingerprint")
+    if declared and base.fingerprint and declared != base.fingerprint:
+        raise BaseMismatchError(
+            f"the adapter was trained on a base with fingerprint {declared}; this server's base has "
+            f"{base.fingerprint}: train it on this base, or upload it to the server of its own",
+            metadata={"declared": declared, "base": base.fingerprint},
+        )
+
+
+def _check_budgets(program: Program, budgets: Budgets) -> None:
+    needs = {
+        "rank": (program.rank(), budgets.max_rank),
+        "virtual tokens": (program.num_virtual_tokens, budgets.max_virtual_tokens),
+        "bytes": (program.num_bytes(), budgets.max_bytes),
+    }
+    for what, (needed, limit) in needs.items():
+        if needed > limit:
+            raise BudgetExceededError(
+                f"the adapter needs {needed} {what}; this server gives one adapter at most {limit}",
+                metadata={"budget": what, "needed": str(needed), "limit": str(limit)},
+            )
+
+
+def _check_finite(checkpoint: Checkpoint) -> None:
+    for name, tensor in checkpoint.tensors.items():
+        finite = torch.isfinite(tensor)
+        if not finite.all():
+            index = (~finite).nonzero()[0].tolist()
+            raise InvalidAdapterError(
+                f"tensor {name!r} holds {tensor[tuple(index)].item()} at {index}; adapters hold finite numbers only",
+                reason="NOT_FINITE",
+                metadata={"tensor": name, "index": str(index)},
+            )
+
+
+def _live_and_die_with(parent: int) -> None:
+    """Ends this process with the server, whatever it hangs in; and lets the server alone decide when it ends before."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    # What a plugin prints goes to the log: the server's standard output is the server's.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the server has gone")
+
+
+if __name__ == "__main__":
+    main()
