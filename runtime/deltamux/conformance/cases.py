@@ -86,13 +86,13 @@ class Case:
         """Reads an adapter the way an upload does."""
         return self.method.program(self.method.parse(checkpoint.config), self.base, checkpoint.tensors)
 
-    def prepared_model(self) -> Any:
-        """Returns the base as the method trains over it: quantised, if it does that."""
+    def prepared_model(self) -> tuple[Any, bool]:
+        """Returns the base as the method trains over it, and whether the method changed it (quantised it, say)."""
         from transformers import AutoModelForCausalLM
 
         model: Any = AutoModelForCausalLM.from_pretrained(self.directory)
-        self.method.prepare(self.config, self.base, model)
-        return model.eval().requires_grad_(False)
+        prepared = self.method.prepare(self.config, self.base, model)
+        return model.eval().requires_grad_(False), prepared
 
     def logits(self, program: Program | Any | None = None, model: Any | None = None) -> Tensor:
         """Returns the base's logits for PROMPT, with a program (or what builds one) attached where given."""

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from deltamux.deltas import BaseModel, Checkpoint, Program
+from deltamux.deltas.rehearsal import rehearse
 from deltamux.errors import (
     BaseMismatchError,
     BudgetExceededError,
@@ -80,6 +81,8 @@ class Child:
         _check_fingerprint(checkpoint, base)
         _check_finite(checkpoint)
         program = method.program(config, base, checkpoint.tensors)
+        self._announce(method.name, "the rehearsal of its ops")
+        rehearse(program.placed(base))
         self._announce(method.name, "the check of its program")
         return self._save(method, program, job, base)
 
