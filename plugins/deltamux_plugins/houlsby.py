@@ -35,6 +35,8 @@ class HoulsbyConfig:
         reduction_factor: hidden size divided by m, where bottleneck is None.
         activation: f, one of deltamux.deltas.ops.bottleneck.ACTIVATIONS.
         scale: s.
+        reads_residual: whether W_down reads the residual stream that y was added to (in a parallel adapter: in front of
+            the sub-layer's norm), as AdapterHub places its Pfeiffer and parallel adapters.
         train_norms: whether the norms' weights (and biases, where the base has them) change.
         format_version: of the files.
     """
@@ -44,6 +46,7 @@ class HoulsbyConfig:
     activation: str = "gelu"
     scale: float = 1.0
     train_norms: bool = True
+    reads_residual: bool = False
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -144,6 +147,7 @@ def bottlenecks(
                 activation=config.activation,
                 scale=config.scale,
                 parallel=parallel,
+                residual=config.reads_residual,
             ),
         )
         for block in base.blocks
