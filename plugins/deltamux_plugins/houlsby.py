@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltamux.deltas import BaseModel, BlockRole, Bottleneck, NormAffine, Op, Program
+from deltamux.deltas import BaseModel, BlockRole, Bottleneck, Checkpoint, NormAffine, Op, Program
 from deltamux.deltas.ops.bottleneck import ACTIVATIONS
 from deltamux.errors import InvalidConfigError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins import adapterhub
 
 FORMAT_VERSION = 1
 ROLES = (BlockRole.ATTENTION, BlockRole.FEED_FORWARD)
@@ -157,6 +158,11 @@ def bottlenecks(
 
 def _invalid(name: str, problem: str) -> InvalidConfigError:
     return InvalidConfigError(f"{name} {problem}", metadata={"field": name})
+
+
+@hookimpl
+def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
+    return adapterhub.recognise(checkpoint, "DELTAMUX_HOULSBY")
 
 
 @hookimpl

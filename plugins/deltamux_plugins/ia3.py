@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltamux.deltas import BaseModel, BlockRole, LinearSite, Op, Program, Scale, ScaleInput
+from deltamux.deltas import BaseModel, BlockRole, Checkpoint, LinearSite, Op, Program, Scale, ScaleInput
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins import adapterhub
 from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, as_tuple, matches
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
@@ -113,6 +114,11 @@ def _targets(config: IA3Config, base: BaseModel) -> Iterator[tuple[LinearSite, b
 
 def ending(site: LinearSite) -> str:
     return ".".join(site.name.split(".")[-2:])
+
+
+@hookimpl
+def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
+    return adapterhub.recognise(checkpoint, "IA3")
 
 
 @hookimpl

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from deltamux_trainers.options import EvaluateOptions, TrainOptions, read_config
 
 if TYPE_CHECKING:
+    from deltamux_trainers.converting import convert
     from deltamux_trainers.evaluation import EvalResult, evaluate
     from deltamux_trainers.merging import merge
     from deltamux_trainers.training import TrainResult, train
@@ -16,12 +17,14 @@ __all__ = [
     "EvaluateOptions",
     "TrainOptions",
     "TrainResult",
+    "convert",
     "evaluate",
     "merge",
     "read_config",
     "train",
 ]
 _LAZY = {
+    "convert": "converting",
     "EvalResult": "evaluation",
     "evaluate": "evaluation",
     "merge": "merging",

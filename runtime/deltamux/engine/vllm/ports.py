@@ -66,7 +66,7 @@ class Lanes:
         self.input_mask &= ~(1 << slot)
 
     def apply(self, x: Tensor, y: Tensor, step: StepIndex, residual: Tensor | None = None) -> None:
-        """Applies every op of the site to its own rows of `y`, in place; `residual` is read instead of `x` where due."""
+        """Applies every op of the site to its own rows of `y`, in place; `residual` stands in for `x` where due."""
         for kind, lane in self._lanes:
             if not kind.op.changes_input:
                 lane.apply(residual if kind.reads_residual and residual is not None else x, y, step)
