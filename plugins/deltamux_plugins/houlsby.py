@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltamux.deltas import BaseModel, BlockRole, Bottleneck, NormAffine, Op, Program
+from deltamux.deltas import BaseModel, BlockRole, Bottleneck, Checkpoint, NormAffine, Op, Program
 from deltamux.deltas.ops.bottleneck import ACTIVATIONS
 from deltamux.errors import InvalidAdapterError, InvalidConfigError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins import adapterhub
 
 FORMAT_VERSION = 1
 ROLES = (BlockRole.ATTENTION, BlockRole.FEED_FORWARD)
@@ -35,6 +36,8 @@ class HoulsbyConfig:
         reduction_factor: hidden size divided by m, where bottleneck is None.
         activation: f, one of deltamux.deltas.ops.bottleneck.ACTIVATIONS.
         scale: s.
+        reads_residual: whether W_down reads the residual stream that y was added to (in a parallel adapter: in front of
+            the sub-layer's norm), as AdapterHub places its Pfeiffer and parallel adapters.
         train_norms: whether the norms' weights (and biases, where the base has them) change.
         format_version: of the files.
     """
@@ -44,6 +47,7 @@ class HoulsbyConfig:
     activation: str = "gelu"
     scale: float = 1.0
     train_norms: bool = True
+    reads_residual: bool = False
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -138,11 +142,12 @@ def bottlenecks(
         InvalidAdapterError: the tensors have another width than the config.
     """
     for block in base.blocks:
-        down = tensors[f"{block.name}.down.weight"] if block.role in roles else None
-        if down is not None and (down.dim() != 2 or down.shape[0] != config.width(block.features)):
+        # A converted adapter may have a width of its own at every sub-layer: then its config names none.
+        down = tensors[f"{block.name}.down.weight"] if block.role in roles and config.bottleneck else None
+        if down is not None and (down.dim() != 2 or down.shape[0] != config.bottleneck):
             raise InvalidAdapterError(
                 f"{block.name}.down.weight has shape {list(down.shape)}, but adapter_config.json says width "
-                f"{config.width(block.features)}",
+                f"{config.bottleneck}",
                 reason="RANK_MISMATCH",
                 metadata={"tensor": f"{block.name}.down.weight"},
             )
@@ -157,6 +162,7 @@ def bottlenecks(
                 activation=config.activation,
                 scale=config.scale,
                 parallel=parallel,
+                residual=config.reads_residual,
             ),
         )
         for block in base.blocks
@@ -166,6 +172,11 @@ def bottlenecks(
 
 def _invalid(name: str, problem: str) -> InvalidConfigError:
     return InvalidConfigError(f"{name} {problem}", metadata={"field": name})
+
+
+@hookimpl
+def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
+    return adapterhub.recognise(checkpoint, "DELTAMUX_HOULSBY")
 
 
 @hookimpl

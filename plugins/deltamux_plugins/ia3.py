@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltamux.deltas import BaseModel, BlockRole, LinearSite, Op, Program, Scale, ScaleInput
+from deltamux.deltas import BaseModel, BlockRole, Checkpoint, LinearSite, Op, Program, Scale, ScaleInput
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins import adapterhub
 from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX
 from deltamux_plugins.targets import matches
 
@@ -110,6 +111,11 @@ def _targets(config: IA3Config, base: BaseModel) -> Iterator[tuple[LinearSite, b
 
 def ending(site: LinearSite) -> str:
     return ".".join(site.name.split(".")[-2:])
+
+
+@hookimpl
+def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
+    return adapterhub.recognise(checkpoint, "IA3")
 
 
 @hookimpl

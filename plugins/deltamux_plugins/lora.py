@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltamux.deltas import BaseModel, Bias, LinearSite, LowRank, NormAffine, NormSite, Op, Program
+from deltamux.deltas import BaseModel, Bias, Checkpoint, LinearSite, LowRank, NormAffine, NormSite, Op, Program
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins import adapterhub
 from deltamux_plugins.dora import magnitude_ops, row_norms
 from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX
 from deltamux_plugins.targets import ALL_LINEAR, by_pattern, check_targeting, spelt, targets
@@ -198,6 +199,11 @@ def _copy_of(base: BaseModel, name: str) -> Any:
 
 def _invalid(name: str, problem: str) -> InvalidConfigError:
     return InvalidConfigError(f"{name} {problem}", metadata={"field": name})
+
+
+@hookimpl
+def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
+    return adapterhub.recognise(checkpoint, "LORA")
 
 
 @hookimpl

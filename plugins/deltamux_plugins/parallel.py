@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from deltamux.deltas import BaseModel, BlockRole, Program
+from deltamux.deltas import BaseModel, BlockRole, Checkpoint, Program
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins import houlsby
+from deltamux_plugins import adapterhub, houlsby
 from deltamux_plugins.houlsby import HoulsbyConfig, bottleneck_parameters, bottlenecks, refuse_to_merge
 from deltamux_plugins.peft_format import BOOKKEEPING
 
@@ -49,6 +49,11 @@ def deltamux_merge(config: ParallelConfig, base: BaseModel, tensors: Mapping[str
 @hookimpl
 def deltamux_program(config: ParallelConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     return Program.of(bottlenecks(config, base, tensors, ROLES, parallel=True))
+
+
+@hookimpl
+def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
+    return adapterhub.recognise(checkpoint, "DELTAMUX_PARALLEL")
 
 
 @hookimpl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ FEATURES = 8
 LINEAR = LinearSite("layer.linear", FEATURES, FEATURES, True, False, 0, BlockRole.ATTENTION)
 NORMS = {form: NormSite("layer.norm", FEATURES, form, 1e-5, True, 0) for form in NormForm}
 HEAD = HeadSite("head", FEATURES, FEATURES, None)
-BLOCK = BlockSite("layers.0.attention", FEATURES, BlockRole.ATTENTION, "q", "o", 0)
+BLOCK = BlockSite("layers.0.attention", FEATURES, BlockRole.ATTENTION, "q", "o", 0, "norm")
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -63,7 +64,7 @@ def norm(form: NormForm) -> Any:
     return lambda seed: (NORMS[form], NormAffine(draw(seed, FEATURES), draw(seed + 1, FEATURES) if seed % 2 else None))
 
 
-def bottleneck(seed: int) -> tuple[Site, Op]:
+def bottleneck(seed: int, *, residual: bool = False) -> tuple[Site, Op]:
     width = 1 + seed % 4
     return BLOCK, Bottleneck(
         draw(seed, width, FEATURES),
@@ -73,6 +74,7 @@ def bottleneck(seed: int) -> tuple[Site, Op]:
         activation=("relu", "gelu", "tanh")[seed % 3],
         scale=0.5 + seed % 2,
         parallel=bool(seed % 2),
+        residual=residual,
     )
 
 
@@ -86,6 +88,7 @@ MAKERS = {
     "norm_affine, layer": norm(NormForm.LAYER),
     "norm_affine, rms": norm(NormForm.RMS),
     "bottleneck": bottleneck,
+    "bottleneck, residual": partial(bottleneck, residual=True),
     "dense": lambda seed: (LINEAR, Dense(draw(seed, FEATURES, FEATURES))),
     "sign_dense": lambda seed: (LINEAR, SignDense(pack_signs(draw(seed, FEATURES, FEATURES)), 0.5 + seed % 2)),
     "dense_head": lambda seed: (HEAD, DenseHead(draw(seed, FEATURES, FEATURES))),

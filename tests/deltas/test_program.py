@@ -69,7 +69,7 @@ ops = st.one_of(
     st.builds(lambda s, b: NormAffine(draw(s, 4), draw(s + 1, 4) if b else None), seeds, st.booleans()),
     st.builds(
         lambda s, b, a, p: Bottleneck(
-            draw(s, 2, 4), draw(s, 4, 2), draw(s, 2) if b else None, draw(s, 4) if not b else None, a, 0.5, p
+            draw(s, 2, 4), draw(s, 4, 2), draw(s, 2) if b else None, draw(s, 4) if not b else None, a, 0.5, p, not p
         ),
         seeds,
         st.booleans(),

@@ -54,6 +54,7 @@ def programs(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "low-rank-other": worlds.random_low_rank(base, 3),
         "bottleneck": worlds.random_bottleneck(base, 4),
         "bottleneck-parallel": worlds.random_bottleneck(base, 5, parallel=True, activation="gelu"),
+        "bottleneck-residual": worlds.random_bottleneck(base, 12, residual=True),
         "prefix": worlds.random_prefix(base, 6),
         "prefix-long": worlds.random_prefix(base, 7, length=40),
         "bias": worlds.random_bias(base, 8),

@@ -27,6 +27,8 @@ def every_op(base: BaseModel) -> dict[str, Program]:
         "op-bias": worlds.random_bias(base, 2),
         "op-bottleneck": worlds.random_bottleneck(base, 3),
         "op-bottleneck-parallel": worlds.random_bottleneck(base, 4, parallel=True),
+        "op-bottleneck-residual": worlds.random_bottleneck(base, 9, residual=True),
+        "op-bottleneck-parallel-residual": worlds.random_bottleneck(base, 10, parallel=True, residual=True),
         "op-scale": worlds.random_scale(base, 7),
         "op-soft-prompt": worlds.random_soft_prompt(base, 8),
         "op-prefix": worlds.random_prefix(base, 5),

@@ -20,6 +20,7 @@ NAMES = (
     "low-rank-other",
     "bottleneck",
     "bottleneck-parallel",
+    "bottleneck-residual",
     "prefix",
     "prefix-long",
     "bias",

@@ -43,13 +43,11 @@ def random_bias(base: BaseModel, seed: int) -> Program:
     return Program.of((s.name, Bias(draw(s.out_features))) for s in base.linears)
 
 
-def random_bottleneck(base: BaseModel, seed: int, *, parallel: bool = False, activation: str = "relu") -> Program:
+def random_bottleneck(base: BaseModel, seed: int, **attributes: Any) -> Program:
     draw = _Draw(seed)
 
     def module(features: int) -> Bottleneck:
-        return Bottleneck(
-            draw(8, features), draw(features, 8), draw(8), draw(features), activation=activation, parallel=parallel
-        )
+        return Bottleneck(draw(8, features), draw(features, 8), draw(8), draw(features), **attributes)
 
     norms: list[tuple[str, Op]] = [(s.name, NormAffine(draw(s.features), draw(s.features))) for s in base.norms]
     return Program.of([(s.name, module(s.features)) for s in base.blocks] + norms)
@@ -83,6 +81,7 @@ def random_everything(base: BaseModel, seed: int) -> Program:
         random_scale(base, seed + 6),
         random_low_rank(base, seed + 4, rank=2),
         random_bottleneck(base, seed + 5),
+        random_bottleneck(base, seed + 7, residual=True),
     ]
     return Program.of(placement for program in programs for placement in program)
 

@@ -8,6 +8,7 @@ from deltamux_trainers.options import EvaluateOptions, TrainOptions, read_config
 
 if TYPE_CHECKING:
     from deltamux_trainers.compressing import CompressResult, compress
+    from deltamux_trainers.converting import convert
     from deltamux_trainers.evaluation import EvalResult, evaluate
     from deltamux_trainers.merging import MergeResult, merge
     from deltamux_trainers.training import TrainResult, train
@@ -20,6 +21,7 @@ __all__ = [
     "TrainOptions",
     "TrainResult",
     "compress",
+    "convert",
     "evaluate",
     "merge",
     "read_config",
@@ -28,6 +30,7 @@ __all__ = [
 _LAZY = {
     "CompressResult": "compressing",
     "compress": "compressing",
+    "convert": "converting",
     "EvalResult": "evaluation",
     "evaluate": "evaluation",
     "MergeResult": "merging",

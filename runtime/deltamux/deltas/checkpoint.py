@@ -46,8 +46,8 @@ class Checkpoint:
             InvalidAdapterError: a file is missing, irregular, damaged, a pickle, or holds dtypes that no adapter has.
         """
         directory = Path(directory)
-        config = _read_config(_regular(directory / CONFIG_FILE))
-        tensors, metadata = _read_tensors(_regular(directory / TENSORS_FILE))
+        config = read_config(_regular(directory / CONFIG_FILE))
+        tensors, metadata = read_tensors(_regular(directory / TENSORS_FILE))
         return cls(config, tensors, metadata)
 
     def write(self, directory: str | Path) -> None:
@@ -116,7 +116,8 @@ def _regular(path: Path) -> Path:
     return path
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads an adapter_config.json."""
     if path.stat().st_size > MAX_CONFIG_BYTES:
         raise InvalidAdapterError(
             f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes", metadata={"file": path.name}
@@ -130,15 +131,22 @@ def _read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file: its tensors, and its header's strings."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
     except (OSError, SafetensorError) as error:
         raise InvalidAdapterError(
-            f"{TENSORS_FILE} is damaged or no safetensors file: {error}", metadata={"file": path.name}
+            f"{path.name} is damaged or no safetensors file: {error}", metadata={"file": path.name}
         ) from error
+    check_dtypes(tensors)
+    return tensors, metadata
+
+
+def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
+    """Raises InvalidAdapterError naming the first tensor that does not hold floats."""
     for name, tensor in tensors.items():
         if tensor.dtype not in FLOATS + INTEGERS:
             raise InvalidAdapterError(
@@ -146,4 +154,3 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 "int32 or int64, packed bits as uint8)",
                 metadata={"tensor": name, "dtype": str(tensor.dtype)},
             )
-    return tensors, metadata

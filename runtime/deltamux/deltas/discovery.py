@@ -106,16 +106,19 @@ def _head_site(model: nn.Module, embedding_name: str, embedding: nn.Embedding) -
 def _layer_sites(path: str, index: int, layer: nn.Module, dims: Dimensions) -> Iterator[Site]:
     attention = next((n for n, _ in layer.named_children() if "attn" in n.lower() or "attention" in n.lower()), None)
     linears: dict[BlockRole, list[LinearSite]] = {BlockRole.ATTENTION: [], BlockRole.FEED_FORWARD: []}
+    norms: list[str] = []
     for name, module in layer.named_modules():
         inside = attention is not None and name.startswith(f"{attention}.")
         role = BlockRole.ATTENTION if inside else BlockRole.FEED_FORWARD
         if is_linear(module):
             linears[role].append(_linear_site(f"{path}.{name}", index, role, module))
         elif _is_norm(module, dims):
-            yield _norm_site(f"{path}.{name}", index, module, dims)
+            norms.append(f"{path}.{name}")
+            yield _norm_site(norms[-1], index, module, dims)
+    in_front = _norms_in_front(layer, norms)
     for role, members in linears.items():
         yield from members
-        yield from _block_site(index, role, members, dims)
+        yield from _block_site(index, role, members, dims, in_front.get(role))
     if attention is not None:
         yield AttentionSite(f"layers.{index}.attention", f"{path}.{attention}", dims.num_kv_heads, dims.head_dim, index)
 
@@ -127,11 +130,22 @@ def _linear_site(name: str, layer: int, role: BlockRole, module: nn.Module) -> L
     return LinearSite(name, in_features, out_features, module.bias is not None, transposed, layer, role)
 
 
-def _block_site(layer: int, role: BlockRole, members: list[LinearSite], dims: Dimensions) -> Iterator[BlockSite]:
+def _norms_in_front(layer: nn.Module, norms: list[str]) -> dict[BlockRole, str]:
+    """Returns the norm in front of each sub-layer, where there is one for each: attention comes first."""
+    after = norms[:1] and norms[0].rpartition(".")[2].startswith("post_")
+    if len(norms) != 2 or after or not getattr(layer, "do_layer_norm_before", True):
+        return {}
+    return {BlockRole.ATTENTION: norms[0], BlockRole.FEED_FORWARD: norms[1]}
+
+
+def _block_site(
+    layer: int, role: BlockRole, members: list[LinearSite], dims: Dimensions, norm: str | None
+) -> Iterator[BlockSite]:
     readers = [s for s in members if s.in_features == dims.hidden_size]
     writers = [s for s in members if s.out_features == dims.hidden_size]
     if readers and writers:
-        yield BlockSite(f"layers.{layer}.{role}", dims.hidden_size, role, readers[0].name, writers[-1].name, layer)
+        ends = (readers[0].name, writers[-1].name)
+        yield BlockSite(f"layers.{layer}.{role}", dims.hidden_size, role, *ends, layer, norm)
 
 
 def _is_norm(module: nn.Module, dims: Dimensions) -> bool:

@@ -36,6 +36,7 @@ class Attachment:
         self._build: Callable[[], Program] = (lambda: program) if isinstance(program, Program) else program
         self._ops: dict[SiteKey, list[Op]] = {}
         self._block_inputs: dict[str, Tensor] = {}
+        self._residuals: dict[str, Tensor] = {}
         self._num_virtual_tokens = 0
         self._cut = 0
         self._num_own_tokens = 0
@@ -92,15 +93,25 @@ class Attachment:
             self._block_inputs[site.name] = args[0]
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            x = self._block_inputs.pop(site.name)
-            return self._apply(site, x.view_as(output), output, module.training)
+            x = self._block_inputs.pop(site.name).view_as(output)
+            residual = self._residuals.pop(site.name, None)
+            return self._apply(site, x, output, module.training, residual)
 
+        def keep_residual(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._residuals[site.name] = args[0]
+
+        if site.norm:
+            self._handles.append(modules[site.norm].register_forward_pre_hook(keep_residual, prepend=True))
         self._handles.append(modules[site.input_module].register_forward_pre_hook(keep))
         self._handles.append(modules[site.output_module].register_forward_hook(hook))
 
-    def _apply(self, site: Site, x: Tensor, y: Tensor, training: bool) -> Tensor:
+    def _apply(self, site: Site, x: Tensor, y: Tensor, training: bool, residual: Tensor | None = None) -> Tensor:
         for op in self._ops[site.kind, site.name]:
-            y = op.apply(x, y, site, training=training)
+            if op.reads_residual:
+                assert residual is not None, f"the norm in front of {site.name} has not run"
+                y = op.apply(residual.view_as(y), y, site, training=training)
+            else:
+                y = op.apply(x, y, site, training=training)
         return y
 
     def _put_virtual_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

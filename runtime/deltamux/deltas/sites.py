@@ -71,6 +71,10 @@ class BlockSite:
     """A sub-layer: its input is what `input_module` reads, its output what `output_module` returns.
 
     The residual connection is outside: an op here changes what is added to the residual stream.
+
+    Attributes:
+        norm: the norm in front of the sub-layer, which reads the residual stream that the output is added to; None
+            where the layer does not normalise in front of each sub-layer.
     """
 
     name: str
@@ -79,6 +83,7 @@ class BlockSite:
     input_module: str
     output_module: str
     layer: int
+    norm: str | None = None
     kind = SiteKind.BLOCK
 
 

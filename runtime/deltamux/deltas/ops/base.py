@@ -38,6 +38,11 @@ class Op:
     packed: ClassVar[frozenset[str]] = frozenset()
     """Parameters that hold bits (uint8), which no cast may touch; all others are floats."""
 
+    @property
+    def reads_residual(self) -> bool:
+        """Whether `x` is, at a block, the residual stream that the output is added to, not the sub-layer's input."""
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """Returns the parameters by field name; absent optional ones are left out."""
         values = ((f.name, getattr(self, f.name)) for f in fields(self))

@@ -2,6 +2,7 @@
 
 Sequential, y += s * (W_up f(W_down y + b_down) + b_up): Houlsby et al. 2019, https://arxiv.org/abs/1902.00751.
 Parallel, the same of the sub-layer's input x: He et al. 2021, https://arxiv.org/abs/2110.04366.
+Reading the residual stream h, as AdapterHub places both: of h + y (sequential) or of h (parallel).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from deltamux.deltas.ops.base import Op, ReadTensor
 from deltamux.deltas.ops.batched import OpBatch, StackedColumns, StepIndex, add_rows, bits
 from deltamux.deltas.sites import BlockSite, Site, SiteKind
-from deltamux.errors import InvalidAdapterError, NotMergeableError
+from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -59,17 +60,19 @@ class BottleneckBatch(OpBatch):
             for slot in slots:
                 own = step.rows(slot)
                 op = self._ops[slot]
-                add_rows(y, own, op.change((x if op.parallel else y)[own]))
+                add_rows(y, own, op.change(op.reads(x[own], y[own])))
             return
         before = y.clone() if any(not op.parallel for op in self._ops.values()) else y
         self._stacks = self._stacks or _Stack.all_of(self._ops)
         for stack in self._stacks:
-            stack.add(x if stack.parallel else before, y, step)
+            stack.add(stack.op.reads(x, before), y, step)
 
 
 @dataclass(frozen=True, eq=False)
 class Bottleneck(Op):
     """y += scale * (W_up f(W_down z + b_down) + b_up), z = y (sequential) or the sub-layer's input x (parallel).
+
+    With `residual`, x is the residual stream in front of the sub-layer's norm, and a sequential z = x + y.
 
     Attributes:
         down_weight: [width, features].
@@ -86,6 +89,7 @@ class Bottleneck(Op):
     activation: str = "relu"
     scale: float = 1.0
     parallel: bool = False
+    residual: bool = False
 
     name: ClassVar[str] = "bottleneck"
     site_kind: ClassVar[SiteKind] = SiteKind.BLOCK
@@ -98,6 +102,25 @@ class Bottleneck(Op):
 
     def rank(self) -> int:
         return self.down_weight.shape[0]
+
+    @property
+    def reads_residual(self) -> bool:
+        return self.residual
+
+    def reads(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns z, of the site's input (or the residual stream) and the sub-layer's output."""
+        if self.parallel:
+            return x
+        return x + y if self.residual else y
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        if self.residual and isinstance(site, BlockSite) and site.norm is None:
+            raise BaseMismatchError(
+                f"the bottleneck at {site.name} reads the residual stream, which this base does not normalise in front "
+                "of each sub-layer: the adapter was made for another base",
+                metadata={"site": site.name, "parameter": "residual"},
+            )
 
     def products(self) -> dict[str, Tensor]:
         up = {"scale * up_weight": self.scale * self.up_weight}
@@ -119,7 +142,7 @@ class Bottleneck(Op):
         return (self.scale * F.linear(hidden, self.up_weight, self.up_bias)).to(z.dtype)
 
     def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
-        return y + self.change(x if self.parallel else y)
+        return y + self.change(self.reads(x, y))
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         raise NotMergeableError(
@@ -132,8 +155,7 @@ class Bottleneck(Op):
 class _Stack(NamedTuple):
     """The modules of all slots that share activation and input, one beside the other, at their own widths."""
 
-    activation: Callable[[Tensor], Tensor]
-    parallel: bool
+    op: Bottleneck  # any of them, for what they share
     down: Tensor  # [sum width, features]
     down_bias: Tensor  # [sum width]
     up: Tensor  # [sum width, features], scaled, and finite: 0 * NaN would be NaN in everybody's rows
@@ -142,22 +164,22 @@ class _Stack(NamedTuple):
 
     @classmethod
     def all_of(cls, ops: dict[int, Bottleneck]) -> list[_Stack]:
-        groups: dict[tuple[str, bool], dict[int, Bottleneck]] = {}
+        groups: dict[tuple[str, bool, bool], dict[int, Bottleneck]] = {}
         for slot, op in ops.items():
-            groups.setdefault((op.activation, op.parallel), {})[slot] = op
-        return [cls._of(activation, parallel, group) for (activation, parallel), group in groups.items()]
+            groups.setdefault((op.activation, op.parallel, op.residual), {})[slot] = op
+        return [cls._of(group) for group in groups.values()]
 
     @classmethod
-    def _of(cls, activation: str, parallel: bool, ops: dict[int, Bottleneck]) -> _Stack:
-        first = next(iter(ops.values())).down_weight
+    def _of(cls, ops: dict[int, Bottleneck]) -> _Stack:
+        op = next(iter(ops.values()))
+        first = op.down_weight
         up_bias = first.new_zeros(max(ops) + 2, first.shape[1])
         for slot, op in ops.items():
             if op.up_bias is not None:
                 up_bias[slot] = op.up_bias * op.scale
         biases = [op.down_bias if op.down_bias is not None else first.new_zeros(op.rank()) for op in ops.values()]
         return cls(
-            ACTIVATIONS[activation],
-            parallel,
+            op,
             torch.cat([op.down_weight for op in ops.values()]),
             torch.cat(biases),
             torch.cat([op.up_weight.t() * op.scale for op in ops.values()]).nan_to_num_(),
@@ -167,6 +189,6 @@ class _Stack(NamedTuple):
 
     def add(self, z: Tensor, y: Tensor, step: StepIndex) -> None:
         """Adds each row's own module to `y` in place; what is not a row's own is deselected, never multiplied."""
-        hidden = self.activation(F.linear(z, self.down, self.down_bias))
+        hidden = ACTIVATIONS[self.op.activation](F.linear(z, self.down, self.down_bias))
         y.addmm_(hidden.masked_fill(step.foreign(self.columns), 0), self.up)
         y += self.up_bias[step.slots.clamp(max=self.up_bias.shape[0] - 1)]

@@ -47,8 +47,8 @@ class GatedBatch(OpBatch):
         for slot in bits(active):
             rows, op = step.rows(slot), self._ops[slot]
             assert isinstance(op, GatedLowRank | GatedBottleneck)
-            z = y if isinstance(op, GatedBottleneck) and not op.parallel else x
-            add_rows(y, rows, op.change(z[rows]).to(y.dtype))
+            z = op.reads(x[rows], y[rows]) if isinstance(op, GatedBottleneck) else x[rows]
+            add_rows(y, rows, op.change(z).to(y.dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -60,17 +60,25 @@ class Binding:
         self._modules = dict(model.named_modules())
         self._current = current
         self._linears: dict[str, LinearPort] = {}
+        self._norms: dict[str, NormPort] = {}
+        self._block_inputs: dict[str, BlockInput] = {}
         self._columns = dict(_columns(self._modules, getattr(model, "packed_modules_mapping", {})))
         self._new_lanes: Callable[[Site], Lanes] = lambda site: Lanes(site, num_slots, dtype, device)
         for site in base.sites.values():
             self._bind(site)
         for port in self._linears.values():
             port.parts.sort(key=lambda part: part[1])
+        for norm, block in self._block_inputs.items():
+            if norm in self._norms:
+                self._norms[norm].feeds = block
 
     def refusal(self, site: str, op: Op) -> str | None:
         """Returns why an op cannot stand at a site of this engine; None when it can."""
         if (op.site_kind, site) in self.unbound:
             return self.unbound[op.site_kind, site]
+        at = self.lanes[op.site_kind, site].site if (op.site_kind, site) in self.lanes else None
+        if op.reads_residual and isinstance(at, BlockSite) and at.norm not in self._norms:
+            return f"vLLM's model has no norm in front of {site} that reads the residual stream"
         if op.changes_input and site in self._columns and len(self._linears[self._columns[site][0]].parts) > 1:
             return f"{site} is fused with other projections here, so that its input alone cannot be changed"
         return None
@@ -104,6 +112,8 @@ class Binding:
         if site.input_module not in self._columns or site.output_module not in self._columns:
             return None
         lanes, block = self._new_lanes(site), BlockInput()
+        if site.norm is not None:
+            self._block_inputs[site.norm] = block
         self._linear_port(self._columns[site.input_module][0]).reads.append(block)
         self._linear_port(self._columns[site.output_module][0]).writes.append((lanes, block))
         return lanes
@@ -113,7 +123,7 @@ class Binding:
         if module is None:
             return None
         lanes = self._new_lanes(site)
-        NormPort(module, self._current, lanes)
+        self._norms[site.name] = NormPort(module, self._current, lanes)
         return lanes
 
     def _bind_embedding(self, site: EmbeddingSite) -> Lanes | None:

@@ -7,7 +7,7 @@ row of the step belonging to an adapter that has an op here, it costs one intege
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,13 @@ class CurrentStep:
         self.index = IDLE
 
 
+class LaneKind(NamedTuple):
+    """What the ops of one lane share."""
+
+    op: type[Op]
+    reads_residual: bool
+
+
 class Lanes:
     """The op batches of one site, in an order that keeps every program's own."""
 
@@ -34,15 +41,15 @@ class Lanes:
         self.mask = 0
         self._make: Callable[[type[Op]], OpBatch] = lambda kind: kind.batch(site, num_slots, dtype, device)
         self.input_mask = 0
-        self._lanes: list[tuple[type[Op], OpBatch]] = []
+        self._lanes: list[tuple[LaneKind, OpBatch]] = []
         self._last: dict[int, int] = {}
 
     def place(self, slot: int, op: Op) -> None:
         """Adds a slot's next op; ops of one slot apply in the order in which they come."""
-        kind, start = type(op), self._last.get(slot, -1) + 1
-        index = next((i for i in range(start, len(self._lanes)) if self._lanes[i][0] is kind), len(self._lanes))
+        kind, start = LaneKind(type(op), op.reads_residual), self._last.get(slot, -1) + 1
+        index = next((i for i in range(start, len(self._lanes)) if self._lanes[i][0] == kind), len(self._lanes))
         if index == len(self._lanes):
-            self._lanes.append((kind, self._make(kind)))
+            self._lanes.append((kind, self._make(kind.op)))
         self._lanes[index][1].place(slot, op)
         self._last[slot] = index
         if op.changes_input:
@@ -58,17 +65,17 @@ class Lanes:
         self.mask &= ~(1 << slot)
         self.input_mask &= ~(1 << slot)
 
-    def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
-        """Applies every op of the site to its own rows of `y`, in place."""
+    def apply(self, x: Tensor, y: Tensor, step: StepIndex, residual: Tensor | None = None) -> None:
+        """Applies every op of the site to its own rows of `y`, in place; `residual` stands in for `x` where due."""
         for kind, lane in self._lanes:
-            if not kind.changes_input:
-                lane.apply(x, y, step)
+            if not kind.op.changes_input:
+                lane.apply(residual if kind.reads_residual and residual is not None else x, y, step)
 
     def changed_input(self, x: Tensor, step: StepIndex) -> Tensor:
         """Returns a copy of the module's input with every slot's own rows changed."""
         x = x.clone()
         for kind, lane in self._lanes:
-            if kind.changes_input:
+            if kind.op.changes_input:
                 lane.apply(x, x[: step.num_rows], step)
         return x
 
@@ -115,28 +122,44 @@ class LinearPort(Port):
                 lanes.apply(x[:rows], y[:, start:stop], step)
         for lanes, block in self.writes:
             if lanes.mask & step.mask:
-                lanes.apply(block.x[:rows], y, step)
+                lanes.apply(block.x[:rows], y, step, None if block.residual is None else block.residual[:rows])
+            block.residual = None
         return output
 
 
 class BlockInput:
-    """The input of a sub-layer in the step that is running, kept from where it is read to where it is needed."""
+    """The input of a sub-layer in the step that is running, kept from where it is read to where it is needed.
+
+    Attributes:
+        x: what its first projections read.
+        residual: the residual stream that its output is added to; None where no norm in front of it reads that.
+    """
 
     x: Tensor
+    residual: Tensor | None = None
 
 
 class NormPort(Port):
-    """A norm, also one that adds the residual first: then the sum, its second output, is what it normalised."""
+    """A norm, also one that adds the residual first: then the sum, its second output, is what it normalised.
+
+    Attributes:
+        feeds: the sub-layer that stands behind it, if any, whose residual stream is what it normalised.
+    """
 
     def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
         super().__init__(module, current)
         self._lanes = lanes
+        self.feeds: BlockInput | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._forward(x, *args, **kwargs)
         step = self._current.index
+        if not step.mask:
+            return output
+        y, normalised = output if isinstance(output, tuple) else (output, x)
+        if self.feeds is not None:
+            self.feeds.residual = normalised
         if step.mask & self._lanes.mask:
-            y, normalised = output if isinstance(output, tuple) else (output, x)
             self._lanes.apply(normalised[: step.num_rows], y[: step.num_rows], step)
         return output
 

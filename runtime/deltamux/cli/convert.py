@@ -1,0 +1,25 @@
+"""`deltamux convert`: other libraries' adapters, as the server takes them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="turn another library's adapter into one to upload",
+        description="Write an adapter of AdapterHub's, or one of PEFT's with adapter_model.bin, as one to upload.",
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="directory with adapter_config.json and the weights")
+    parser.add_argument("destination", type=Path, metavar="DEST", help="directory to write")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from deltamux_trainers import convert
+
+    method = convert(arguments.source, arguments.destination)
+    print(f"{method} adapter written to {arguments.destination}")
