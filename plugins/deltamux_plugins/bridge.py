@@ -23,6 +23,7 @@ from deltamux.errors import BaseMismatchError, FailedPreconditionError, InvalidA
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.peft_format import BOOKKEEPING, PREFIX
 
+OWN_TYPE = "DELTAMUX_BRIDGE"
 RANK = 64
 """Largest rank that is looked for."""
 
@@ -50,7 +51,9 @@ def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
     kind = checkpoint.config.get("peft_type")
     if not isinstance(kind, str) or kind in NO_DELTAS or kind not in _types():
         return None
-    return Checkpoint({"values": dict(checkpoint.config)}, checkpoint.tensors, checkpoint.metadata)
+    return Checkpoint(
+        {"values": dict(checkpoint.config), "peft_type": OWN_TYPE}, checkpoint.tensors, checkpoint.metadata
+    )
 
 
 def _types() -> set[str]:
@@ -184,7 +187,7 @@ def deltamux_method() -> MethodInfo:
         title="PEFT bridge",
         summary="serves any other of PEFT's methods that folds into weights",
         paper="https://github.com/huggingface/peft",
-        peft_type="DELTAMUX_BRIDGE",
+        peft_type=OWN_TYPE,
         config_class=BridgeConfig,
         merges=True,
         in_peft=True,
