@@ -251,11 +251,8 @@ def test_a_pickle_of_more_than_tensors_is_refused_and_runs_nothing(content: str,
     source = tmp_path / "source"
     source.mkdir()
     (source / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    made = {
-        "code": Evil(tmp_path / "pwned"),
-        "no tensors": {"a": 1},
-        "integers": {"a": torch.arange(3, dtype=torch.int8)},
-    }
+    integers = torch.arange(3, dtype=torch.int8)
+    made = {"code": Evil(tmp_path / "pwned"), "no tensors": {"a": 1}, "integers": {"a": integers}}
     torch.save(made.get(content), source / "adapter_model.bin")
     if content == "garbage":
         (source / "adapter_model.bin").write_bytes(b"garbage")
