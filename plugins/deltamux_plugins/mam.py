@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Program
+from deltamux.deltas.composition import PartTensors
 from deltamux.errors import NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import parallel, prefix
-from deltamux_plugins.composite import Part, behind
 from deltamux_plugins.parallel import ParallelConfig
 from deltamux_plugins.peft_format import BOOKKEEPING
 from deltamux_plugins.prefix import PrefixConfig
@@ -40,16 +40,16 @@ class MAMConfig:
 @hookimpl
 def deltamux_parameters(config: MAMConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     return {
-        **behind("prefix", prefix.deltamux_parameters(config.prefix, base)),
-        **behind("parallel", parallel.deltamux_parameters(config.parallel, base)),
+        **_behind("prefix", prefix.deltamux_parameters(config.prefix, base)),
+        **_behind("parallel", parallel.deltamux_parameters(config.parallel, base)),
     }
 
 
 @hookimpl
 def deltamux_export(config: MAMConfig, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    exported = prefix.deltamux_export(config.prefix, base, Part("prefix", parameters))
+    exported = prefix.deltamux_export(config.prefix, base, PartTensors("prefix", parameters))
     beside = {name: tensor for name, tensor in parameters.items() if name.startswith("parallel.")}
-    return {**behind("prefix", exported), **beside}
+    return {**_behind("prefix", exported), **beside}
 
 
 @hookimpl
@@ -76,10 +76,15 @@ def deltamux_merge(config: MAMConfig, base: BaseModel, tensors: Mapping[str, Ten
 @hookimpl
 def deltamux_program(config: MAMConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     parts = (
-        prefix.deltamux_program(config.prefix, base, Part("prefix", tensors)),
-        parallel.deltamux_program(config.parallel, base, Part("parallel", tensors)),
+        prefix.deltamux_program(config.prefix, base, PartTensors("prefix", tensors)),
+        parallel.deltamux_program(config.parallel, base, PartTensors("parallel", tensors)),
     )
     return Program.of(placement for part in parts for placement in part)
+
+
+def _behind(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a part's tensors or declarations under the whole's names."""
+    return {f"{name}.{key}": value for key, value in values.items()}
 
 
 @hookimpl

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Bottleneck, GatedBottleneck, GatedLowRank, KVPrefix, LowRank, Op, Program
+from deltamux.deltas.composition import PartTensors
 from deltamux.errors import InvalidConfigError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import lora, pfeiffer, prefix
-from deltamux_plugins.composite import Part, behind
 from deltamux_plugins.lora import LoRAConfig
 from deltamux_plugins.peft_format import BOOKKEEPING
 from deltamux_plugins.pfeiffer import PfeifferConfig
@@ -66,9 +66,9 @@ def deltamux_parameters(config: UniPELTConfig, base: BaseModel) -> dict[str, Par
         torch.nn.init.normal_(tensor, std=0.02)
 
     parameters = {
-        **behind("lora", lora.deltamux_parameters(config.lora, base)),
-        **behind("prefix", prefix.deltamux_parameters(config.prefix, base)),
-        **behind("adapter", pfeiffer.deltamux_parameters(config.adapter, base)),
+        **_behind("lora", lora.deltamux_parameters(config.lora, base)),
+        **_behind("prefix", prefix.deltamux_parameters(config.prefix, base)),
+        **_behind("adapter", pfeiffer.deltamux_parameters(config.adapter, base)),
     }
     for name, features in _token_gates(config, base):
         parameters[f"{name}.weight"] = ParameterSpec((features,), small)
@@ -86,9 +86,9 @@ def _token_gates(config: UniPELTConfig, base: BaseModel) -> Iterator[tuple[str, 
 
 @hookimpl
 def deltamux_export(config: UniPELTConfig, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    exported = prefix.deltamux_export(config.prefix, base, Part("prefix", parameters))
+    exported = prefix.deltamux_export(config.prefix, base, PartTensors("prefix", parameters))
     others = {name: tensor for name, tensor in parameters.items() if not name.startswith("prefix.")}
-    return {**behind("prefix", exported), **others}
+    return {**_behind("prefix", exported), **others}
 
 
 @hookimpl
@@ -115,9 +115,9 @@ def deltamux_merge(config: UniPELTConfig, base: BaseModel, tensors: Mapping[str,
 @hookimpl
 def deltamux_program(config: UniPELTConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     parts = (
-        lora.deltamux_program(config.lora, base, Part("lora", tensors)),
-        pfeiffer.deltamux_program(config.adapter, base, Part("adapter", tensors)),
-        prefix.deltamux_program(config.prefix, base, Part("prefix", tensors)),
+        lora.deltamux_program(config.lora, base, PartTensors("lora", tensors)),
+        pfeiffer.deltamux_program(config.adapter, base, PartTensors("adapter", tensors)),
+        prefix.deltamux_program(config.prefix, base, PartTensors("prefix", tensors)),
     )
     return Program.of((site, _gated(site, op, tensors)) for part in parts for site, op in part)
 
@@ -134,6 +134,11 @@ def _gated(site: str, op: Op, tensors: Mapping[str, Tensor]) -> Op:
 
 def _gate(site: str) -> str:
     return f"gates.{site}"
+
+
+def _behind(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a part's tensors or declarations under the whole's names."""
+    return {f"{name}.{key}": value for key, value in values.items()}
 
 
 @hookimpl

@@ -174,6 +174,17 @@ class Method:
         )
 
 
+_shared: list[Registry] = []
+
+
+def shared_registry() -> Registry:
+    """Returns the process's registry: the first that was made, or one made now.
+
+    For methods that are made of other methods: they see the same plugins as whoever calls them.
+    """
+    return _shared[0] if _shared else Registry()
+
+
 class Registry:
     """All methods of a plugin manager, by name.
 
@@ -195,6 +206,8 @@ class Registry:
         own: frozenset[str] = getattr(self._manager, "own", frozenset())
         for label in sorted(map(self._label, self._manager.get_plugins()), key=lambda label: (label not in own, label)):
             self._admit(label)
+        if not _shared:
+            _shared.append(self)
 
     def names(self) -> list[str]:
         return sorted(self._methods)

@@ -56,6 +56,36 @@ async def test_a_generation_reports_what_was_used(client: AsyncClient, loras: li
     assert "".join(c.text for c in chunks) == whole.text
 
 
+async def test_a_composition_is_an_adapter_of_its_own(client: AsyncClient, loras: list[Path]) -> None:
+    first, second = "tenants/acme/adapters/domain", "tenants/acme/adapters/customer"
+    await client.upload_adapter(first, loras[0])
+    await client.upload_adapter(second, loras[1])
+    options: dict[str, Any] = {"max_tokens": 8, "temperature": 0.0, "ignore_eos": True}
+    stacked = await client.compose_adapter(NAME, [first, f"{second}/versions/1"])
+    assert (stacked.method, stacked.rank) == ("composition", 4)
+    answer = (await client.generate("hello", adapter=NAME, **options)).token_ids
+    alone = {name: (await client.generate("hello", adapter=name, **options)).token_ids for name in (first, second)}
+    assert answer not in alone.values()
+    summed = await client.compose_adapter(NAME, {first: 0.5, second: 2.0}, mode="sum", promote=False)
+    assert (summed.version, summed.rank) == (2, 8)
+    await client.delete_adapter(first)
+    await client.delete_adapter(second)
+    assert (await client.generate("hello", adapter=NAME, **options)).token_ids == answer
+
+
+async def test_a_composition_that_cannot_be_is_refused_with_its_part(client: AsyncClient, loras: list[Path]) -> None:
+    await client.upload_adapter("tenants/acme/adapters/one", loras[0])
+    with pytest.raises(NotFoundError, match="other"):
+        await client.compose_adapter(NAME, ["tenants/acme/adapters/one", "tenants/acme/adapters/other"])
+    with pytest.raises(InvalidArgumentError, match="2 to 16"):
+        await client.compose_adapter(NAME, ["tenants/acme/adapters/one"])
+    with pytest.raises(InvalidArgumentError, match="weights are for a sum"):
+        await client.compose_adapter(
+            NAME, {"tenants/acme/adapters/one": 0.5, "tenants/acme/adapters/one/versions/1": 1.0}
+        )
+    assert [adapter.name for adapter in await client.list_adapters("tenants/acme")] == ["tenants/acme/adapters/one"]
+
+
 async def test_closing_a_stream_aborts_the_generation(client: AsyncClient, served: Running) -> None:
     async with aclosing(client.generate_stream("hello", **LONG)) as stream:  # type: ignore[type-var]  # a generator
         async for _ in stream:

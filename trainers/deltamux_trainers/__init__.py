@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from deltamux_trainers.options import EvaluateOptions, TrainOptions, read_config
 
 if TYPE_CHECKING:
+    from deltamux_trainers.composing import ComposeResult, compose_directories
     from deltamux_trainers.compressing import CompressResult, compress
     from deltamux_trainers.converting import convert
     from deltamux_trainers.evaluation import EvalResult, evaluate
@@ -14,12 +15,14 @@ if TYPE_CHECKING:
     from deltamux_trainers.training import TrainResult, train
 
 __all__ = [
+    "ComposeResult",
     "CompressResult",
     "EvalResult",
     "EvaluateOptions",
     "MergeResult",
     "TrainOptions",
     "TrainResult",
+    "compose_directories",
     "compress",
     "convert",
     "evaluate",
@@ -28,6 +31,8 @@ __all__ = [
     "train",
 ]
 _LAZY = {
+    "ComposeResult": "composing",
+    "compose_directories": "composing",
     "CompressResult": "compressing",
     "compress": "compressing",
     "convert": "converting",

@@ -11,6 +11,7 @@ from typing import Any
 
 from deltamux.cli.connect import add_connection, connect
 from deltamux.cli.output import add_json, show, show_one
+from deltamux.errors import InvalidArgumentError
 
 ADAPTER_COLUMNS = ("name", "serving_version", "previous_version", "canary_percent", "pinned", "updated")
 VERSION_COLUMNS = ("version", "method", "state", "rank", "num_virtual_tokens", "size_bytes", "digest", "created")
@@ -28,6 +29,10 @@ def add_commands(commands: Any) -> None:
     listing.add_argument("tenant", help="tenants/T, or T")
     _finish(listing, _list)
     _command(group, "show", _show, "show an adapter and its versions")
+    compose = _command(group, "compose", _compose, "make one adapter of several that the server holds")
+    compose.add_argument("parts", nargs="+", metavar="PART[=WEIGHT]", help="adapters or versions, in order")
+    compose.add_argument("--mode", choices=("stack", "sum"), default="stack", help="default: %(default)s")
+    compose.add_argument("--promote", action="store_true", default=None, help="serve the new version at once")
     promote = _command(group, "promote", _promote, "make the name mean a version")
     promote.add_argument("version", type=int)
     promote.add_argument("--canary-percent", type=int, default=0, help="a share of the traffic instead of all of it")
@@ -98,6 +103,22 @@ def _show(arguments: argparse.Namespace) -> None:
     show_one(adapter, as_json=False)
     print()
     show(versions, VERSION_COLUMNS, as_json=False)
+
+
+def _compose(arguments: argparse.Namespace) -> None:
+    parts = dict(weighted(part) for part in arguments.parts)
+    with connect(arguments) as client:
+        version = client.compose_adapter(arguments.name, parts, mode=arguments.mode, promote=arguments.promote)
+    show_one(version, as_json=arguments.json)
+
+
+def weighted(part: str) -> tuple[str, float]:
+    """Returns a part and its weight, which stands behind ``=`` and is 1 where there is none."""
+    name, equals, weight = part.rpartition("=")
+    try:
+        return (name, float(weight)) if equals else (part, 1.0)
+    except ValueError:
+        raise InvalidArgumentError(f"{part!r}: a weight is a number", metadata={"field": "parts"}) from None
 
 
 def _promote(arguments: argparse.Namespace) -> None:

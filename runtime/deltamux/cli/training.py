@@ -30,6 +30,7 @@ def add_commands(commands: Any) -> None:
     _add_evaluate(commands)
     _add_merge(commands)
     _add_compress(commands)
+    _add_compose(commands)
     demo = commands.add_parser("demo", help="train, serve and swap adapters of three methods")
     demo.add_argument("--model", help="another base: directory or Hugging Face id")
     demo.add_argument("--output", help="folder for everything made here (default: deltamux-demo)")
@@ -96,6 +97,18 @@ def _add_compress(commands: Any) -> None:
     parser.set_defaults(run=_compress)
 
 
+def _add_compose(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compose", help="make one adapter of several directories", description="Stack adapters, or add them up."
+    )
+    parser.add_argument("parts", nargs="+", metavar="DIR[=WEIGHT]", help="adapters, in the order in which they apply")
+    parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--mode", choices=("stack", "sum"), default="stack", help="default: %(default)s")
+    add_json(parser)
+    parser.set_defaults(run=_compose)
+
+
 def _add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -138,6 +151,15 @@ def _compress(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import compress
 
     result = compress(arguments.model, arguments.adapter, arguments.output, form=arguments.form, rank=arguments.rank)
+    show_one(result, as_json=arguments.json)
+
+
+def _compose(arguments: argparse.Namespace) -> None:
+    from deltamux.cli.adapters import weighted
+    from deltamux_trainers import compose_directories
+
+    parts = [(Path(name), weight) for name, weight in map(weighted, arguments.parts)]
+    result = compose_directories(arguments.model, parts, arguments.output, mode=arguments.mode)
     show_one(result, as_json=arguments.json)
 
 

@@ -66,6 +66,20 @@ def list_adapter_versions(parent: str, token: str) -> Call[Page[AdapterVersion]]
     return Call("Adapters.ListAdapterVersions", request, _page("versions", read_version), True)
 
 
+def compose(
+    name: str, parts: Mapping[str, float] | Sequence[str], mode: str, promote: bool | None, labels: Mapping[str, str]
+) -> Call[AdapterVersion]:
+    weights = parts if isinstance(parts, Mapping) else dict.fromkeys(parts, 1.0)
+    request = adapters_pb2.ComposeAdapterRequest(
+        adapter=name,
+        mode=adapters_pb2.CompositionMode.Value(f"COMPOSITION_MODE_{mode.upper()}"),
+        parts=[adapters_pb2.CompositionPart(name=part, weight=weight) for part, weight in weights.items()],
+        promote=promote,
+        labels=labels,
+    )
+    return Call("Adapters.ComposeAdapter", request, read_version)
+
+
 def promote(name: str, version: int, canary_percent: int) -> Call[Adapter]:
     request = adapters_pb2.PromoteAdapterRequest(name=name, version=version, canary_percent=canary_percent)
     return Call("Adapters.PromoteAdapter", request, _adapter, True)

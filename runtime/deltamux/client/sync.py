@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import grpc
 
@@ -116,6 +116,23 @@ class Client:
 
     def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
         return self._all(lambda token: calls.list_adapter_versions(name, token))
+
+    def compose_adapter(
+        self,
+        name: str,
+        parts: Mapping[str, float] | Sequence[str],
+        *,
+        mode: Literal["stack", "sum"] = "stack",
+        promote: bool | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> AdapterVersion:
+        """Makes a new version of several others, as they are now.
+
+        Args:
+            parts: names of adapters or versions, in the order in which they apply; for a sum, with their weights.
+            mode: ``stack`` applies one after the other, ``sum`` adds their changes.
+        """
+        return self._unary(calls.compose(name, parts, mode, promote, labels or {}))
 
     def promote(self, name: str, *, version: int, canary_percent: int = 0) -> Adapter:
         """Makes the adapter's name mean a version; or hands the version a share of the traffic, in percent."""

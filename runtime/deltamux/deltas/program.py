@@ -65,6 +65,9 @@ class Program:
             raise InvalidAdapterError(
                 f"prefixes of one adapter must be equally long in every layer; got {sorted(lengths)}"
             )
+        fronted = [site for site, op in rows if op.virtual_tokens()]
+        if len(set(fronted)) < len(fronted):
+            raise InvalidAdapterError("an adapter puts one thing in front of the prompt; here two stand at one site")
         fronts = sorted({op.name for _, op in rows if op.virtual_tokens()})
         if len(fronts) > 1:
             raise InvalidAdapterError(

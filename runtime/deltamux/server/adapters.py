@@ -12,10 +12,11 @@ from google.protobuf.empty_pb2 import Empty
 from deltamux.engine.base import Engine
 from deltamux.errors import InvalidArgumentError
 from deltamux.server.caller import current_caller
+from deltamux.server.composing import NamedPart, mode_of, stage_composition
 from deltamux.server.events import EventHub
 from deltamux.server.interceptors import Context
 from deltamux.server.messages import adapter_message, after_token, page_size, page_token, version_message
-from deltamux.server.names import parse_adapter, parse_tenant, parse_version
+from deltamux.server.names import parse_adapter, parse_adapter_or_version, parse_tenant, parse_version
 from deltamux.server.quarantine import Quarantine, Upload
 from deltamux.server.routing import program_of
 from deltamux.server.slots import Slots
@@ -68,6 +69,23 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
         await self._load_if_serving(version)
         return version_message(version)
+
+    async def ComposeAdapter(self, request: pb.ComposeAdapterRequest, context: Context) -> pb.AdapterVersion:
+        key = self._own(parse_adapter(request.adapter, "adapter"))
+        parts = [self._part(part) for part in request.parts]
+        mode = mode_of(request.mode)
+        promote = request.promote if request.HasField("promote") else None
+        with self._uploads.take(), self._store.staging() as staged:
+            await self._run(lambda: stage_composition(self._store, parts, mode, staged))
+            version = await self._quarantine.admit(staged, Upload(key, promote=promote, labels=dict(request.labels)))
+        await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
+        await self._load_if_serving(version)
+        return version_message(version)
+
+    def _part(self, part: pb.CompositionPart) -> NamedPart:
+        key = parse_adapter_or_version(part.name, "parts.name")
+        current_caller().check_may_see(key.tenant, part.name)
+        return NamedPart(part.name, key, part.weight if part.HasField("weight") else 1.0)
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.Adapter:
         key = self._own(parse_adapter(request.name))

@@ -41,6 +41,27 @@ ADAPTER_VERSION_STATE_DRAINING: AdapterVersionState.ValueType  # 2
 """Deleted; requests under way still use it."""
 Global___AdapterVersionState: _TypeAlias = AdapterVersionState  # noqa: Y015
 
+class _CompositionMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CompositionModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CompositionMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPOSITION_MODE_UNSPECIFIED: _CompositionMode.ValueType  # 0
+    COMPOSITION_MODE_STACK: _CompositionMode.ValueType  # 1
+    """One after the other, as they are."""
+    COMPOSITION_MODE_SUM: _CompositionMode.ValueType  # 2
+    """The sum of their changes, each times its weight."""
+
+class CompositionMode(_CompositionMode, metaclass=_CompositionModeEnumTypeWrapper): ...
+
+COMPOSITION_MODE_UNSPECIFIED: CompositionMode.ValueType  # 0
+COMPOSITION_MODE_STACK: CompositionMode.ValueType  # 1
+"""One after the other, as they are."""
+COMPOSITION_MODE_SUM: CompositionMode.ValueType  # 2
+"""The sum of their changes, each times its weight."""
+Global___CompositionMode: _TypeAlias = CompositionMode  # noqa: Y015
+
 @_typing.final
 class Adapter(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -329,6 +350,91 @@ class FileChunk(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FileChunk: _TypeAlias = FileChunk  # noqa: Y015
+
+@_typing.final
+class ComposeAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    PROMOTE_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    adapter: _builtins.str
+    """The composition's own name: `tenants/{tenant}/adapters/{adapter}`."""
+    mode: Global___CompositionMode.ValueType
+    promote: _builtins.bool
+    """As UploadHeader's."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CompositionPart]:
+        """2 to 16, in the order in which they apply."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        adapter: _builtins.str = ...,
+        mode: Global___CompositionMode.ValueType = ...,
+        parts: _abc.Iterable[Global___CompositionPart] | None = ...,
+        promote: _builtins.bool | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_promote", b"_promote", "promote", b"promote"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_promote", b"_promote", "adapter", b"adapter", "labels", b"labels", "mode", b"mode", "parts", b"parts", "promote", b"promote"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__promote: _TypeAlias = _typing.Literal["promote"]  # noqa: Y015
+    _WhichOneofArgType__promote: _TypeAlias = _typing.Literal["_promote", b"_promote"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__promote) -> _WhichOneofReturnType__promote | None: ...
+
+Global___ComposeAdapterRequest: _TypeAlias = ComposeAdapterRequest  # noqa: Y015
+
+@_typing.final
+class CompositionPart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """An adapter (the version that it serves now) or one of its versions."""
+    weight: _builtins.float
+    """Of a sum; unset is 1."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "name", b"name", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___CompositionPart: _TypeAlias = CompositionPart  # noqa: Y015
 
 @_typing.final
 class GetAdapterRequest(_message.Message):

@@ -43,6 +43,11 @@ class AdaptersStub:
                 request_serializer=deltamux_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
                 response_deserializer=deltamux_dot_v1_dot_adapters__pb2.AdapterVersion.FromString,
                 _registered_method=True)
+        self.ComposeAdapter = channel.unary_unary(
+                '/deltamux.v1.Adapters/ComposeAdapter',
+                request_serializer=deltamux_dot_v1_dot_adapters__pb2.ComposeAdapterRequest.SerializeToString,
+                response_deserializer=deltamux_dot_v1_dot_adapters__pb2.AdapterVersion.FromString,
+                _registered_method=True)
         self.GetAdapter = channel.unary_unary(
                 '/deltamux.v1.Adapters/GetAdapter',
                 request_serializer=deltamux_dot_v1_dot_adapters__pb2.GetAdapterRequest.SerializeToString,
@@ -111,6 +116,14 @@ class AdaptersServicer:
         A version whose content is stored already is returned as it is: uploading twice is uploading once.
         INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
         FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ComposeAdapter(self, request, context):
+        """Makes a new version of several others, as they are now: one applied after the other, or a weighted sum.
+        Changes of its parts' names later do not change it. Errors are those of UploadAdapter, naming the part.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -195,6 +208,11 @@ def add_AdaptersServicer_to_server(servicer, server):
             'UploadAdapter': grpc.stream_unary_rpc_method_handler(
                     servicer.UploadAdapter,
                     request_deserializer=deltamux_dot_v1_dot_adapters__pb2.UploadAdapterRequest.FromString,
+                    response_serializer=deltamux_dot_v1_dot_adapters__pb2.AdapterVersion.SerializeToString,
+            ),
+            'ComposeAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.ComposeAdapter,
+                    request_deserializer=deltamux_dot_v1_dot_adapters__pb2.ComposeAdapterRequest.FromString,
                     response_serializer=deltamux_dot_v1_dot_adapters__pb2.AdapterVersion.SerializeToString,
             ),
             'GetAdapter': grpc.unary_unary_rpc_method_handler(
@@ -282,6 +300,33 @@ class Adapters:
             target,
             '/deltamux.v1.Adapters/UploadAdapter',
             deltamux_dot_v1_dot_adapters__pb2.UploadAdapterRequest.SerializeToString,
+            deltamux_dot_v1_dot_adapters__pb2.AdapterVersion.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ComposeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltamux.v1.Adapters/ComposeAdapter',
+            deltamux_dot_v1_dot_adapters__pb2.ComposeAdapterRequest.SerializeToString,
             deltamux_dot_v1_dot_adapters__pb2.AdapterVersion.FromString,
             options,
             channel_credentials,

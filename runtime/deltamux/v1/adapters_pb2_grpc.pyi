@@ -43,6 +43,10 @@ class AdaptersStub:
     INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
     FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
     """
+    ComposeAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ComposeAdapterRequest, _adapters_pb2.AdapterVersion]
+    """Makes a new version of several others, as they are now: one applied after the other, or a weighted sum.
+    Changes of its parts' names later do not change it. Errors are those of UploadAdapter, naming the part.
+    """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.Adapter]
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
     GetAdapterVersion: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterVersionRequest, _adapters_pb2.AdapterVersion]
@@ -76,6 +80,10 @@ class AdaptersAsyncStub(AdaptersStub):
     A version whose content is stored already is returned as it is: uploading twice is uploading once.
     INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
     FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
+    """
+    ComposeAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ComposeAdapterRequest, _adapters_pb2.AdapterVersion]  # type: ignore[assignment]
+    """Makes a new version of several others, as they are now: one applied after the other, or a weighted sum.
+    Changes of its parts' names later do not change it. Errors are those of UploadAdapter, naming the part.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.Adapter]  # type: ignore[assignment]
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
@@ -113,6 +121,16 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         A version whose content is stored already is returned as it is: uploading twice is uploading once.
         INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
         FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
+        """
+
+    @_abc_1.abstractmethod
+    def ComposeAdapter(
+        self,
+        request: _adapters_pb2.ComposeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.AdapterVersion, _abc.Awaitable[_adapters_pb2.AdapterVersion]]:
+        """Makes a new version of several others, as they are now: one applied after the other, or a weighted sum.
+        Changes of its parts' names later do not change it. Errors are those of UploadAdapter, naming the part.
         """
 
     @_abc_1.abstractmethod

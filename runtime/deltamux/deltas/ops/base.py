@@ -69,6 +69,17 @@ class Op:
         """Returns what the op multiplies ahead of time, by name: finite factors may have a product that is not."""
         return {}
 
+    def weighted(self, weight: float) -> Op:
+        """Returns the op with its change times `weight`.
+
+        Raises:
+            InvalidAdapterError: the op adds no change of the site's input, so that weights do not say what they should.
+        """
+        raise InvalidAdapterError(
+            f"{self.name} is no change that is added, so it cannot be part of a weighted sum; stack it instead",
+            metadata={"op": self.name},
+        )
+
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 

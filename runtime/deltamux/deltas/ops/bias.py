@@ -45,6 +45,9 @@ class Bias(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = BiasBatch
 
+    def weighted(self, weight: float) -> Bias:
+        return Bias(self.bias * weight)
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, LinearSite)
         return {"bias": (site.out_features,)}

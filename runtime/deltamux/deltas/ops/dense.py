@@ -43,6 +43,9 @@ class Dense(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = DenseBatch
 
+    def weighted(self, weight: float) -> Dense:
+        return Dense(self.weight * weight)
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, LinearSite)
         return {"weight": (site.out_features, site.in_features)}

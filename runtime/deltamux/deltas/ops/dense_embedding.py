@@ -44,6 +44,9 @@ class DenseEmbedding(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.EMBEDDING
     batch: ClassVar[type[OpBatch]] = DenseEmbeddingBatch
 
+    def weighted(self, weight: float) -> DenseEmbedding:
+        return DenseEmbedding(self.weight * weight)
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, EmbeddingSite)
         return {"weight": (site.vocab_size, site.features)}

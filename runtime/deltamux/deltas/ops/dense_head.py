@@ -27,6 +27,9 @@ class DenseHead(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.HEAD
     batch: ClassVar[type[OpBatch]] = DenseBatch
 
+    def weighted(self, weight: float) -> DenseHead:
+        return DenseHead(self.weight * weight)
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, HeadSite)
         return {"weight": (site.vocab_size, site.in_features)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,16 @@ class LowRank(Op):
 
     def rank(self) -> int:
         return self.a.shape[0]
+
+    def weighted(self, weight: float) -> Self:
+        return replace(self, scale=self.scale * weight)
+
+    @classmethod
+    def concatenated(cls, ops: Sequence[LowRank]) -> LowRank:
+        """Returns the sum of several changes as one, of all their ranks."""
+        if len(ops) == 1:
+            return ops[0]
+        return LowRank(torch.cat([op.a for op in ops]), torch.cat([op.scale * op.b for op in ops], dim=1))
 
     def products(self) -> dict[str, Tensor]:
         return {"scale * b": self.scale * self.b}

@@ -60,6 +60,9 @@ class NormAffine(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.NORM
     batch: ClassVar[type[OpBatch]] = NormAffineBatch
 
+    def weighted(self, weight: float) -> NormAffine:
+        return NormAffine(**{name: tensor * weight for name, tensor in self.tensors().items()})
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, NormSite)
         return {"weight": (site.features,), "bias": (site.features,)}

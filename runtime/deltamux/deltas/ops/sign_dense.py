@@ -57,6 +57,9 @@ class SignDense(Op):
     batch: ClassVar[type[OpBatch]] = SignDenseBatch
     packed: ClassVar[frozenset[str]] = frozenset({"signs"})
 
+    def weighted(self, weight: float) -> SignDense:
+        return SignDense(self.signs, self.scale * weight)
+
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, LinearSite)
         return {"signs": (site.out_features, -(-site.in_features // 8))}

@@ -1,0 +1,89 @@
+"""Compositions: a stack of adapters, or a weighted sum of them, under one name.
+
+    stack: the parts' ops, one part after the other     (a tenant's adapter over a domain's, say)
+    sum:   y += w_1 change_1(x) + w_2 change_2(x) + ...  (LoRAs, dense changes, biases and norms)
+
+A sum of LoRAs is exact (PEFT's `add_weighted_adapter` with ``cat``): their ranks stand side by side. Made by ``deltamux
+compose`` from directories, and by ``deltamux adapter compose`` from what a server holds. Served as the parts are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from deltamux.deltas import BaseModel, Checkpoint, Program
+from deltamux.deltas.composition import MAX_PARTS, PEFT_TYPE, Mode, PartTensors, add_up
+from deltamux.errors import DeltamuxError, InvalidConfigError
+from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux.registry import shared_registry
+
+
+@dataclass(frozen=True)
+class PartConfig:
+    """One part: where it came from, its weight in a sum, and its own adapter_config.json."""
+
+    config: Mapping[str, Any]
+    weight: float = 1.0
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class CompositionConfig:
+    """What a composition is made of.
+
+    Attributes:
+        mode: stack or sum.
+        parts: in the order in which they apply.
+    """
+
+    mode: str = "stack"
+    parts: tuple[PartConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mode not in set(Mode):
+            raise InvalidConfigError(f"mode is stack or sum, not {self.mode!r}", metadata={"field": "mode"})
+        if len(self.parts) > MAX_PARTS:
+            raise InvalidConfigError(f"a composition has at most {MAX_PARTS} parts", metadata={"field": "parts"})
+
+
+@hookimpl
+def deltamux_parameters(config: CompositionConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    raise InvalidConfigError("a composition is not trained: train its parts, and compose them")
+
+
+@hookimpl
+def deltamux_program(config: CompositionConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
+    programs = [_program(index, part, base, tensors) for index, part in enumerate(config.parts)]
+    return add_up(programs, [part.weight for part in config.parts], Mode(config.mode))
+
+
+def _program(index: int, part: PartConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
+    try:
+        checkpoint = Checkpoint(part.config, PartTensors(index, tensors))
+        method, own = shared_registry().recognise(checkpoint)
+        return method.program(method.parse(own.config), base, own.tensors)
+    except DeltamuxError as error:
+        error.message = f"part {index} ({part.name}): {error.message}"
+        error.metadata.setdefault("part", str(index))
+        raise
+
+
+@hookimpl
+def deltamux_method() -> MethodInfo:
+    return MethodInfo(
+        name="composition",
+        title="Composition",
+        summary="several adapters as one: a stack, or a weighted sum",
+        paper="https://arxiv.org/abs/2307.13269",
+        peft_type=PEFT_TYPE,
+        config_class=CompositionConfig,
+        merges=True,
+        in_peft=False,
+        trains=False,
+        learning_rate=1e-3,
+        learning_rate_source="trains nothing",
+    )

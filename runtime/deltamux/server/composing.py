@@ -1,0 +1,44 @@
+"""Composes stored versions into the files of a new one; no plugin's code runs here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from deltamux.deltas import Checkpoint
+from deltamux.deltas.composition import Mode, Part, compose
+from deltamux.errors import InvalidArgumentError
+from deltamux.store import AdapterKey, AdapterStore, VersionKey
+from deltamux.v1 import adapters_pb2 as pb
+
+
+class NamedPart(NamedTuple):
+    """A part as a request names it."""
+
+    name: str
+    key: AdapterKey | VersionKey
+    weight: float
+
+
+def mode_of(mode: pb.CompositionMode.ValueType) -> Mode:
+    modes = {pb.COMPOSITION_MODE_STACK: Mode.STACK, pb.COMPOSITION_MODE_SUM: Mode.SUM}
+    if mode not in modes:
+        raise InvalidArgumentError("say whether the parts are stacked or added up", metadata={"field": "mode"})
+    return modes[mode]
+
+
+def stage_composition(store: AdapterStore, parts: Sequence[NamedPart], mode: Mode, staged: Path) -> None:
+    """Writes the files of a composition into an empty directory; the parts cannot go meanwhile.
+
+    Raises:
+        NotFoundError: there is no such adapter or version.
+        InvalidArgumentError, BaseMismatchError: see `compose`.
+    """
+    with ExitStack() as leases:
+        read: list[Part] = []
+        for part in parts:
+            record = leases.enter_context(store.lease(part.key))
+            read.append(Part(str(record.key), Checkpoint.read(record.program.parent), part.weight))
+        compose(read, mode).write(staged)
