@@ -67,6 +67,10 @@ class CompilerLink:
         return cls(process, reader, writer)
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         return self._process.returncode is None and not self._reader.at_eof()
 
