@@ -1,4 +1,4 @@
-"""Somebody else's plugins hang at import and at upload, in a real server: others' streams and uploads notice nothing."""
+"""Other people's plugins hang at import and at upload, in a real server: streams and good uploads notice nothing."""
 
 from __future__ import annotations
 
