@@ -96,6 +96,18 @@ class PluginError(FailedPreconditionError):
     default_reason = "PLUGIN_ERROR"
 
 
+class PluginTimeoutError(PluginError):
+    """A plugin took longer over an adapter than it may; what it was doing was ended."""
+
+    default_reason = "PLUGIN_TIMEOUT"
+
+
+class PluginCrashedError(PluginError):
+    """A plugin took the process along that compiled an adapter with it; the server serves on."""
+
+    default_reason = "PLUGIN_CRASHED"
+
+
 class NotFoundError(DeltamuxError):
     """Unknown to the caller: it does not exist, or belongs to another tenant."""
 

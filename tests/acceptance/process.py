@@ -44,6 +44,10 @@ class ServerProcess:
         """Returns vLLM's processes, which a bad adapter must never take down."""
         return psutil.Process(self._process.pid).children(recursive=True)
 
+    def log(self) -> str:
+        """Returns what it and its processes have written to standard error."""
+        return Path(self._log.name).read_text()
+
     def kill(self) -> None:
         """kill -9, and no goodbye; what it started ends because it is gone."""
         workers = self.workers()
@@ -78,5 +82,4 @@ class ServerProcess:
                     return found[1]
         finally:
             timer.cancel()
-        self._log.seek(0)
-        raise AssertionError(f"the server did not start:\n{self._log.read()[-4000:]}")
+        raise AssertionError(f"the server did not start:\n{self.log()[-4000:]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import third_party
 import torch
 
 from deltamux.conformance import CHECKS, Case, cases
@@ -78,48 +80,19 @@ def test_a_broken_plugin_is_left_out_by_name_and_the_others_work(hooks: dict[str
     assert registry.names() == sorted(["good", *METHODS])
 
 
-def install(directory: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str, *, value: str = "") -> None:
-    """Installs a distribution with one plugin, found before all others."""
-    module = f"third_party_{directory.name}"
-    (directory / f"{module}.py").write_text(source)
-    metadata = directory / f"{module}-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(f"[deltamux.methods]\n{name} = {module}{value}\n")
-    monkeypatch.syspath_prepend(directory)
-
-
-THIRD_PARTY = """
-from deltamux.hookspecs import MethodInfo, hookimpl
-
-@hookimpl
-def deltamux_method():
-    return MethodInfo("{name}", "", "", "", "{peft_type}", dict, False, False, 1e-3, "")
-
-@hookimpl
-def deltamux_parameters(config, base):
-    return {{}}
-
-@hookimpl
-def deltamux_program(config, base, tensors):
-    raise RuntimeError
-"""
-
-
 @pytest.mark.parametrize(
     ("entry", "name", "peft_type", "label"),
     [
         ("aaa", "lora", "MINE", "aaa"),
         ("aaa", "mine", "LORA", "aaa"),
-        ("lora", "lora", "LORA", "lora (third_party_taker)"),
+        ("lora", "lora", "LORA", "lora (taker_lora)"),
     ],
 )
 def test_a_plugin_of_another_distribution_never_takes_what_is_built_in(
     entry: str, name: str, peft_type: str, label: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = tmp_path / "taker"
-    directory.mkdir()
-    install(directory, monkeypatch, entry, THIRD_PARTY.format(name=name, peft_type=peft_type))
+    plugins = {entry: third_party.method(name, peft_type=peft_type)}
+    monkeypatch.syspath_prepend(third_party.install(tmp_path, plugins, distribution="taker"))
     registry = Registry()
     assert registry.names() == METHODS
     assert "already" in registry.broken[label]
@@ -144,9 +117,9 @@ def test_a_plugin_of_another_distribution_never_takes_what_is_built_in(
 def test_whatever_a_plugin_is_the_others_are_there(
     source: str, value: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = tmp_path / f"odd{abs(hash(source))}"
-    directory.mkdir()
-    install(directory, monkeypatch, "odd", source, value=value)
+    # A module of its own a case: an import is remembered by name.
+    case = f"case{zlib.crc32(source.encode())}"
+    monkeypatch.syspath_prepend(third_party.install(tmp_path, {"odd": source}, distribution=case, value=value))
     registry = Registry()
     assert problem in registry.broken["odd"]
     assert registry.names() == METHODS
@@ -155,9 +128,7 @@ def test_whatever_a_plugin_is_the_others_are_there(
 def test_what_is_skipped_is_not_imported_and_what_is_imported_is_announced_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = tmp_path / "skipped"
-    directory.mkdir()
-    install(directory, monkeypatch, "hangs", "raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(third_party.install(tmp_path, {"hangs": "raise AssertionError('imported')"}))
     steps: list[tuple[str, str]] = []
 
     def announce(plugin: str, step: str) -> None:

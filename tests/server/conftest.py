@@ -9,6 +9,7 @@ import pytest
 
 from deltamux.client import AsyncClient
 from deltamux.server.app import Running, running
+from deltamux.server.compiler import Compiler
 from deltamux.server.options import ServeOptions
 from server.reference_engine import ReferenceEngine
 from server.tiny_base import write_base, write_lora
@@ -33,10 +34,18 @@ def engine_for(tiny_base: Path, step_seconds: float = 0.0) -> ReferenceEngine:
     return ReferenceEngine(tiny_base, step_seconds=step_seconds)
 
 
+@pytest.fixture(scope="session")
+async def shared_compiler() -> AsyncIterator[Compiler]:
+    """One for the servers of tests that do nothing to it; its start takes longer than most of them."""
+    async with Compiler(60.0) as compiler:
+        yield compiler
+
+
 @pytest.fixture
-async def served(tiny_base: Path, tmp_path: Path) -> AsyncIterator[Running]:
+async def served(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> AsyncIterator[Running]:
     """A server without keys; its engine pauses a little after every token, so that a test can act meanwhile."""
-    async with running(options(tiny_base, tmp_path / "store"), lambda _: engine_for(tiny_base, 0.02)) as server:
+    given = options(tiny_base, tmp_path / "store")
+    async with running(given, lambda _: engine_for(tiny_base, 0.02), shared_compiler) as server:
         yield server
 
 

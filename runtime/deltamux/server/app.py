@@ -54,7 +54,6 @@ class Running:
     address: str
     engine: Engine
     store: AdapterStore
-    compiler: Compiler
 
 
 def serve(options: ServeOptions) -> None:
@@ -80,9 +79,13 @@ def vllm_engine(options: EngineOptions) -> Engine:
 
 
 @asynccontextmanager
-async def running(options: ServeOptions, make_engine: EngineFactory = vllm_engine) -> AsyncIterator[Running]:
+async def running(
+    options: ServeOptions, make_engine: EngineFactory = vllm_engine, shared_compiler: Compiler | None = None
+) -> AsyncIterator[Running]:
     """Runs a server for the length of the block; leaving it drains.
 
+    Args:
+        shared_compiler: one that outlives the server; None starts the server's own.
     Raises:
         FailedPreconditionError: the address, the store or the base model cannot be used.
     """
@@ -90,9 +93,10 @@ async def running(options: ServeOptions, make_engine: EngineFactory = vllm_engin
     async with AsyncExitStack() as stack:
         store = await asyncio.to_thread(AdapterStore.open, options.store)
         stack.callback(store.close)
-        compiler = Compiler(options.plugin_timeout_seconds)
-        stack.push_async_callback(compiler.stop)
-        compiler.start()  # beside the engine, which takes longer
+        # It starts beside the engine, which takes longer.
+        compiler = shared_compiler or Compiler(options.plugin_timeout_seconds)
+        if compiler is not shared_compiler:
+            await stack.enter_async_context(compiler)
         engine = await asyncio.to_thread(make_engine, options.engine_options())
         stack.push_async_callback(engine.stop)
         await engine.start()
@@ -115,7 +119,7 @@ async def running(options: ServeOptions, make_engine: EngineFactory = vllm_engin
         await server.start()
         watching = asyncio.create_task(health.run())
         try:
-            yield Running(address, engine, store, compiler)
+            yield Running(address, engine, store)
         finally:
             await health.stop_serving()
             events.close()

@@ -11,9 +11,9 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
-from deltamux.errors import DeltamuxError, PluginError, UnavailableError
+from deltamux.errors import DeltamuxError, PluginCrashedError, PluginError, PluginTimeoutError, UnavailableError
 from deltamux.server.compile_job import Compiled, Job, error_of
 from deltamux.server.compiler_link import CompilerLink, LinkFailedError
 
@@ -24,7 +24,7 @@ START_SECONDS = 300.0
 
 
 class Compiler:
-    """Owns the compiler process; jobs run one at a time.
+    """Owns the compiler process; jobs run one at a time. Entering it begins to start the process, and jobs wait for it.
 
     Args:
         plugin_timeout: seconds for a plugin's import, and for one job.
@@ -43,9 +43,22 @@ class Compiler:
         self._link: CompilerLink | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def start(self) -> None:
-        """Begins to start the process; jobs wait for it."""
+    async def __aenter__(self) -> Self:
         self._spawn(self._warm())
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        """Ends the process and every job."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._drop()
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None while there is none."""
+        return self._link.pid if self._link else None
 
     async def started(self) -> None:
         """Waits until a process is ready; raises UnavailableError if none can be started."""
@@ -57,18 +70,11 @@ class Compiler:
 
         Raises:
             DeltamuxError: as the files, the base or the plugin gave reason to.
-            PluginError: ``PLUGIN_TIMEOUT`` or ``PLUGIN_CRASHED``: the process was ended, or ended itself, over the job.
+            PluginError: the plugin broke its contract.
+            PluginTimeoutError, PluginCrashedError: the process was ended, or ended itself, over the job.
             UnavailableError: there is no process, and none can be started.
         """
         return await asyncio.shield(self._spawn(self._run(job)))
-
-    async def stop(self) -> None:
-        """Ends the process and every job."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._drop()
 
     async def _run(self, job: Job) -> Compiled:
         async with self._one_at_a_time:
@@ -79,7 +85,7 @@ class Compiler:
                 refused = self._refusal(error, job)
                 log.error("%s: starting another compiler process", refused.message)
                 await self._drop()
-                self.start()
+                self._spawn(self._warm())
                 raise refused from None
 
     async def _warm(self) -> None:
@@ -130,11 +136,8 @@ class Compiler:
             f"plugin {step.plugin!r}: {step.what}" if step else f"compiling the adapter ({job.announced or 'unnamed'})"
         )
         metadata = {"plugin": step.plugin, "hook": step.what} if step else {}
-        return PluginError(
-            f"{who} {error}",
-            reason="PLUGIN_TIMEOUT" if timed_out else "PLUGIN_CRASHED",
-            metadata=metadata | ({"method": job.announced} if job.announced else {}),
-        )
+        kind = PluginTimeoutError if timed_out else PluginCrashedError
+        return kind(f"{who} {error}", metadata=metadata | ({"method": job.announced} if job.announced else {}))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.create_task(work)

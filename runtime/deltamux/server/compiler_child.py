@@ -96,7 +96,8 @@ class Child:
         except (BudgetExceededError, OSError, SafetensorError):
             raise
         except Exception as error:
-            problem = f"plugin {method.name!r} made a program that cannot be kept: {type(error).__name__}: {error}"
+            what = f"{type(error).__name__}: {error}".replace(f"{job.staged}{os.sep}", "")
+            problem = f"plugin {method.name!r} made a program that cannot be kept: {what}"
             raise PluginError(problem, metadata={"plugin": method.name, "hook": "deltamux_program"}) from error
         written.placed(base)
         written.check_finite()

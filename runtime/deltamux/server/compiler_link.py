@@ -57,14 +57,19 @@ class CompilerLink:
                     *(sys.executable, "-P", "-m", CHILD_MODULE, str(theirs.fileno()), str(os.getpid())),
                     stdin=DEVNULL,
                     pass_fds=[theirs.fileno()],
-                    # A session of its own: a terminal's Ctrl-C is the server's, and what a plugin starts ends with it.
-                    start_new_session=True,
+                    # A group of its own: a terminal's Ctrl-C is the server's, and what a plugin starts ends with it.
+                    # No session of its own, which Linux would give another share of the CPUs than the server's.
+                    process_group=0,
                     env=_environment(),
                 )
             except BaseException:
                 writer.close()
                 raise
         return cls(process, reader, writer)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def alive(self) -> bool:

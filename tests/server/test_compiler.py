@@ -1,0 +1,256 @@
+"""The compiler with real processes and real distributions of bad plugins: what each takes along, and what it cannot."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from third_party import install, method, write_adapter
+
+from deltamux import errors
+from deltamux.client import AsyncClient
+from deltamux.deltas import BaseModel, Program
+from deltamux.errors import DeltamuxError, InvalidAdapterError, PluginError, UnavailableError
+from deltamux.server import compiler_link
+from deltamux.server.app import running
+from deltamux.server.compile_job import Budgets, Job, error_message, error_of, packed
+from deltamux.server.compiler import Compiler
+from server.conftest import engine_for, options
+
+TIMEOUT = 4.0
+BUDGETS = Budgets(max_rank=64, max_virtual_tokens=64, max_bytes=1 << 30)
+
+BAD_HOOKS = {
+    "hangs": ("time.sleep(1000)", "PLUGIN_TIMEOUT", "'hangs': deltamux_program took more than 4 s"),
+    "spins": ("while True: pass", "PLUGIN_TIMEOUT", "'spins': deltamux_program took more than 4 s"),
+    "leaves": ("os._exit(7)", "PLUGIN_CRASHED", "'leaves': deltamux_program ended its process with exit status 7"),
+    "segfaults": (
+        "os.kill(os.getpid(), signal.SIGSEGV)",
+        "PLUGIN_CRASHED",
+        "'segfaults': deltamux_program ended its process by SIGSEGV",
+    ),
+    "exits": ("sys.exit(3)", "PLUGIN_ERROR", "'exits' failed in deltamux_program: SystemExit: 3"),
+    "raises": ("[][0]", "PLUGIN_ERROR", "'raises' failed in deltamux_program: IndexError"),
+    "returns": ("return 42", "PLUGIN_ERROR", "'returns': deltamux_program returned int"),
+    "misbuilds": (
+        "return Program(42)",
+        "PLUGIN_ERROR",
+        "'misbuilds' failed in the check of its program: TypeError",
+    ),
+    "invents": (
+        "return Program.of([(base.linears[0].name, type('Odd', (Bias,), dict(name='odd'))("
+        "bias.expand(base.linears[0].out_features)))])",
+        "PLUGIN_ERROR",
+        "'invents' made a program that cannot be kept: InvalidAdapterError: .*unknown op 'odd'",
+    ),
+    "babbles": ("[os.write(f, b'rubbish\\n') for f in range(3, 20) if babble(f)]", "PLUGIN_CRASHED", "'babbles': "),
+}
+STARTS = method("starts", "subprocess.Popen(['sleep', '1000']); time.sleep(1); os._exit(0)")
+BABBLE = "\nimport stat\ndef babble(f):\n    try: return stat.S_ISSOCK(os.fstat(f).st_mode)\n    except OSError: pass\n"
+BAD_IMPORTS = {
+    "hangs_early": ("import time; time.sleep(1000)", "its import took more than 4 s"),
+    "exits_early": ("import sys; sys.exit(3)", "SystemExit: 3"),
+    "leaves_early": ("import os; os._exit(9)", "its import ended its process with exit status 9"),
+    "raises_early": ("1 / 0", "ZeroDivisionError"),
+    "hangs_as_method": (
+        method("hangs_as_method").replace("    return MethodInfo", "    time.sleep(1000)\n    return MethodInfo"),
+        "deltamux_method took more than 4 s",
+    ),
+    "misspelt": (method("misspelt").replace("def deltamux_parameters", "def deltamux_parmeters"), "unknown hook"),
+    "mistaken": (method("mistaken").replace("(config, base)", "(config, model)"), "PluginValidationError"),
+    "takes_lora": (method("takes_lora", peft_type="LORA"), "already belong to method 'lora'"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _third_party(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All the bad plugins, and a good one, are installed at once."""
+    plugins = {name: source for name, (source, _) in BAD_IMPORTS.items()}
+    plugins |= {name: method(name, body) + BABBLE for name, (body, _, _) in BAD_HOOKS.items()}
+    plugins |= {"starts": STARTS, "good": method("good", "print('hello')")}
+    directory = install(tmp_path_factory.mktemp("third-party"), plugins)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(directory)
+        yield
+
+
+@pytest.fixture(scope="module")
+async def compiler() -> AsyncIterator[Compiler]:
+    async with Compiler(TIMEOUT) as compiler:
+        yield compiler
+        last = compiler.pid
+    assert last is not None
+    assert not psutil.pid_exists(last)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base: Path) -> str:
+    return packed(BaseModel.from_pretrained(tiny_base))
+
+
+@pytest.fixture
+def job(base: str, tmp_path: Path) -> Callable[[Path], Job]:
+    """Returns what makes a job of an adapter's directory, staged."""
+
+    def make(adapter: Path, announced: str = "") -> Job:
+        staged = tmp_path / f"staged-{len(list(tmp_path.iterdir()))}"
+        return Job(Path(shutil.copytree(adapter, staged)), announced, BUDGETS, base)
+
+    return make
+
+
+def test_an_error_of_every_kind_crosses_as_it_is() -> None:
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DeltamuxError)]
+    assert len(kinds) > 15
+    for kind in kinds:
+        error = kind("what, where", reason="WHY", metadata={"tensor": "x"})
+        crossed = error_of(error_message(error))
+        assert type(crossed) is kind
+        assert (crossed.code, crossed.reason, crossed.message, crossed.metadata) == (
+            error.code, "WHY", "what, where", {"tensor": "x"}
+        )  # fmt: skip
+
+    class OfAPlugin(InvalidAdapterError):
+        default_reason = "ODD"
+
+    crossed = error_of(error_message(OfAPlugin("odd")))
+    assert (type(crossed), crossed.reason) == (InvalidAdapterError, "ODD")
+
+
+async def test_bad_plugins_are_left_out_by_name_and_the_others_are_there(compiler: Compiler) -> None:
+    await compiler.started()
+    assert set(compiler.broken) == set(BAD_IMPORTS)
+    for name, (_, problem) in BAD_IMPORTS.items():
+        assert problem in compiler.broken[name]
+    assert {"lora", "houlsby", "prefix", "good", *BAD_HOOKS} <= set(compiler.methods)
+
+
+async def test_good_adapters_are_compiled(compiler: Compiler, job: Any, loras: list[Path], tmp_path: Path) -> None:
+    lora, own = job(loras[0], "lora"), job(write_adapter(tmp_path / "good", "good"))
+    found = await asyncio.gather(compiler.compile(lora), compiler.compile(own))
+    assert [(compiled.method, compiled.rank) for compiled in found] == [("lora", 4), ("good", 0)]
+    assert Program.load(lora.staged / "program.safetensors").num_bytes() == found[0].num_bytes
+
+
+@pytest.mark.parametrize("name", BAD_HOOKS)
+async def test_a_bad_hook_is_refused_by_name_and_the_next_upload_is_compiled(
+    name: str, compiler: Compiler, job: Any, loras: list[Path], tmp_path: Path
+) -> None:
+    _, reason, problem = BAD_HOOKS[name]
+    with pytest.raises(PluginError, match=problem) as refused:
+        await compiler.compile(job(write_adapter(tmp_path / name, name)))
+    assert refused.value.reason == reason
+    assert refused.value.metadata["plugin"] == name
+    assert (await compiler.compile(job(loras[0]))).method == "lora"
+    assert set(compiler.broken) == set(BAD_IMPORTS), "a plugin that fails an upload is not left out of the next"
+
+
+async def test_what_a_plugin_started_ends_with_its_process(compiler: Compiler, job: Any, tmp_path: Path) -> None:
+    await compiler.started()
+    process = psutil.Process(compiler.pid)
+    doomed = asyncio.create_task(compiler.compile(job(write_adapter(tmp_path / "starts", "starts"))))
+    while not (started := process.children()):  # noqa: ASYNC110 - another process cannot set an event
+        await asyncio.sleep(0.02)
+    with pytest.raises(PluginError, match="'starts': deltamux_program ended its process with exit status 0"):
+        await doomed
+    assert psutil.wait_procs(started, timeout=10)[1] == []
+
+
+async def test_an_error_of_the_files_is_no_error_of_a_plugin(
+    compiler: Compiler, job: Any, loras: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidAdapterError) as refused:
+        await compiler.compile(job(loras[0], "houlsby"))
+    assert (refused.value.reason, refused.value.metadata) == ("METHOD_MISMATCH", {"method": "lora"})
+
+
+async def test_a_job_given_up_costs_nobody_the_process(compiler: Compiler, job: Any, loras: list[Path]) -> None:
+    await compiler.started()
+    before = compiler.pid
+    given_up = asyncio.create_task(compiler.compile(job(loras[0])))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    assert (await compiler.compile(job(loras[0]))).method == "lora"
+    assert compiler.pid == before
+
+
+async def test_a_process_that_ends_between_two_jobs_is_started_again(
+    compiler: Compiler, job: Any, loras: list[Path]
+) -> None:
+    await compiler.started()
+    psutil.Process(compiler.pid).kill()
+    await asyncio.sleep(0.2)
+    assert (await compiler.compile(job(loras[0]))).method == "lora"
+
+
+async def test_where_no_process_can_be_started_uploads_are_turned_away(
+    job: Any, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_link, "CHILD_MODULE", "deltamux.server.nothing")
+    async with Compiler(TIMEOUT) as compiler:
+        with pytest.raises(UnavailableError, match="does not start"):
+            await compiler.compile(job(loras[0]))
+
+
+ORPHANING = """
+import asyncio, sys
+from pathlib import Path
+from deltamux.deltas import BaseModel
+from deltamux.server.compile_job import Budgets, Job, packed
+from deltamux.server.compiler import Compiler
+
+async def main():
+    compiler = Compiler(600.0)
+    await compiler.started()
+    base = packed(BaseModel.from_pretrained(sys.argv[1]))
+    job = asyncio.create_task(compiler.compile(Job(Path(sys.argv[2]), "", Budgets(1, 1, 1), base)))
+    await asyncio.sleep(0.5)
+    print(compiler.pid, flush=True)
+    await job
+
+asyncio.run(main())
+"""
+
+
+def test_the_process_ends_with_a_killed_server_even_in_a_hook_that_hangs(tiny_base: Path, tmp_path: Path) -> None:
+    install(tmp_path / "site", {"spins": method("spins", "while True: pass")})
+    adapter = write_adapter(tmp_path / "adapter", "spins")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n{ORPHANING}"
+    command = [sys.executable, "-c", code, str(tiny_base), str(adapter)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        child = psutil.Process(int(server.stdout.readline()))
+        assert child.is_running()
+        server.send_signal(signal.SIGKILL)
+    psutil.wait_procs([child], timeout=10)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+async def test_a_server_serves_on_while_a_hook_hangs(
+    compiler: Compiler, tiny_base: Path, tmp_path: Path, loras: list[Path]
+) -> None:
+    shared = running(options(tiny_base, tmp_path / "store"), lambda _: engine_for(tiny_base), compiler)
+    async with shared as server, AsyncClient(server.address) as client:
+        bad = write_adapter(tmp_path / "hangs", "hangs")
+        upload = asyncio.create_task(client.upload_adapter("tenants/acme/adapters/bad", bad, timeout=60))
+        generated = 0
+        while not upload.done():
+            generated += len((await client.generate("x", max_tokens=5, temperature=0.0, ignore_eos=True)).token_ids)
+        with pytest.raises(PluginError, match="'hangs': deltamux_program") as refused:
+            await upload
+        assert refused.value.reason == "PLUGIN_TIMEOUT"
+        assert generated > 50
+        assert (await client.upload_adapter("tenants/acme/adapters/good", loras[0], timeout=60)).method == "lora"
+        assert [adapter.name for adapter in await client.list_adapters("tenants/acme")] == [
+            "tenants/acme/adapters/good"
+        ]
