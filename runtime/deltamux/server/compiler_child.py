@@ -81,8 +81,6 @@ class Child:
         _check_fingerprint(checkpoint, base)
         _check_finite(checkpoint)
         program = method.program(config, base, checkpoint.tensors)
-        self._announce(method.name, "the rehearsal of its ops")
-        rehearse(program.placed(base))
         self._announce(method.name, "the check of its program")
         return self._save(method, program, job, base)
 
@@ -99,8 +97,10 @@ class Child:
             what = f"{type(error).__name__}: {error}".replace(f"{job.staged}{os.sep}", "")
             problem = f"plugin {method.name!r} made a program that cannot be kept: {what}"
             raise PluginError(problem, metadata={"plugin": method.name, "hook": "deltamux_program"}) from error
-        written.placed(base)
+        placed = written.placed(base)
         written.check_finite()
+        self._announce(method.name, "the rehearsal of its ops")
+        rehearse(placed)
         _check_budgets(written, job.budgets)
         return Compiled(method.name, written.rank(), written.num_virtual_tokens, written.num_bytes())
 
