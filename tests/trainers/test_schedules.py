@@ -1,0 +1,97 @@
+"""What methods do beside gradient steps, in real training runs: pruning, waking, and going on after a stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import read_program
+from engine import worlds
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from deltamux.deltas import BaseModel
+from deltamux_trainers import TrainOptions, train
+
+STEPS = 20
+
+
+class Interrupted(Exception):
+    pass
+
+
+class StopAt(TrainerCallback):
+    """Ends a run as a crash would, once a checkpoint of some step is written."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Interrupted
+
+
+class Watch(TrainerCallback):
+    """Notes which parameters have moved, at the end of every step."""
+
+    def __init__(self) -> None:
+        self.moved: list[set[str]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.moved.append({name for name, tensor in model.parameters_by_name().items() if tensor.any()})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("data") / "train.jsonl"
+    rows = ({"prompt": f"{n % 2}: ", "completion": "even" if n % 2 == 0 else "odd!"} for n in range(64))
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def options(directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:
+    common: dict[str, Any] = {"max_steps": STEPS, "batch_size": 8, "learning_rate": 1e-2, "quiet": True}
+    return TrainOptions(model=str(directory), data=data, output=output, **{**common, **given})
+
+
+def test_adalora_ends_with_the_ranks_it_was_told_to(directory: Path, data: Path, tmp_path: Path) -> None:
+    config = {"init_r": 6, "target_r": 2}
+    train(options(directory, data, tmp_path, method="adalora", config=config))
+    base = BaseModel.from_pretrained(directory)
+    ranks = [op.rank() for _, op in read_program(tmp_path, base)]
+    assert sum(ranks) == 2 * len(base.linears)
+    assert max(ranks) > 2, "the ranks go to where they matter"
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["total_step"], written["tinit"], written["tfinal"]) == (20, 2, 6)
+
+
+def test_adalora_goes_on_after_a_stop_with_what_it_knew(directory: Path, data: Path, tmp_path: Path) -> None:
+    given: dict[str, Any] = {"method": "adalora", "config": {"init_r": 6, "target_r": 2}, "eval_steps": 8}
+    with pytest.raises(Interrupted):
+        train(options(directory, data, tmp_path / "stopped", **given), StopAt(11))
+    train(options(directory, data, tmp_path / "stopped", resume=True, **given))
+    train(options(directory, data, tmp_path / "straight", **given))
+    stopped, straight = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("stopped", "straight"))
+    assert stopped.keys() == straight.keys()
+    assert all(torch.equal(stopped[name], straight[name]) for name in straight)
+
+
+def test_full_fine_tuning_wakes_its_layers_from_the_top(directory: Path, data: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    train(options(directory, data, tmp_path, method="full", config={"unfreeze": True}, max_steps=9), watch)
+    top = {name for name in watch.moved[-1] if ".layers.1." in name}
+    bottom = {name for name in watch.moved[-1] if ".layers.0." in name}
+    assert top
+    assert bottom
+    assert not watch.moved[2] & (top | bottom)
+    assert top <= watch.moved[3]
+    assert not watch.moved[5] & bottom
+    assert bottom <= watch.moved[6]
