@@ -13,7 +13,7 @@ from deltamux.conformance.parity import Greedy, assert_same, reference, served
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.engine import VLLMEngine
-from deltamux_trainers import compress
+from deltamux_trainers import compose_directories, compress
 from engine import worlds
 from engine.conftest import OPTIONS
 
@@ -43,6 +43,7 @@ async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
     directory = worlds.save_base(tmp_path / "base", architecture)
     base = BaseModel.from_pretrained(directory)
     own = every_op(base)
+    own |= composed(directory, base, tmp_path)
     own |= compressed(write_own("full", base, tmp_path / "plain"), directory, base, tmp_path)
     for method in OWN_FORMAT:
         own[method] = read_program(write_own(method, base, tmp_path / method), base)
@@ -61,6 +62,13 @@ async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
         assert_same(reference(peft_model, PROMPT, 16), answers[name])
     for name in programs:
         assert answers[name].logprobs != answers[None].logprobs, f"{name} must be visible, or this test could not fail"
+
+
+def composed(directory: Path, base: BaseModel, tmp_path: Path) -> dict[str, Program]:
+    parts = [(write_own(method, base, tmp_path / f"part-{method}"), 1.0) for method in ("lora", "houlsby", "prefix")]
+    compose_directories(str(directory), parts, tmp_path / "stack")
+    compose_directories(str(directory), [(parts[0][0], 0.5), (parts[0][0], 2.0)], tmp_path / "sum", mode="sum")
+    return {name: read_program(tmp_path / name, base) for name in ("stack", "sum")}
 
 
 def compressed(adapter: Path, directory: Path, base: BaseModel, tmp_path: Path) -> dict[str, Program]:

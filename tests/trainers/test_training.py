@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError, InvalidConfigError, NotMergeableError
+from deltamux.registry import Registry
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, read_config, train
 from deltamux_trainers.data import IGNORED, collate, encode, read_rows
 from deltamux_trainers.model import token_loss
@@ -47,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(method: str, directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:
-    common = {**METHODS[method], "max_steps": 40, "batch_size": 16, "log_steps": 100, "quiet": True}
+    common = {**METHODS.get(method, {}), "max_steps": 40, "batch_size": 16, "log_steps": 100, "quiet": True}
     return TrainOptions(method=method, model=str(directory), data=data, output=output, **{**common, **given})
 
 
@@ -68,18 +69,30 @@ def test_every_method_learns_and_what_it_writes_predicts_as_well(
     ]
 
 
-@pytest.mark.parametrize("method", ["lora", "prefix"])
+OF_PEFT = [m.name for m in Registry().methods() if m.info.in_peft and m.info.trains]
+SMALL: dict[str, dict[str, Any]] = {
+    "vera": {"r": 16},
+    "oft": {"oft_block_size": 8},
+    "adalora": {"init_r": 4, "target_r": 2},
+    "prompt": {"num_virtual_tokens": 4},
+    "p_tuning": {"num_virtual_tokens": 4},
+    "prefix": {"num_virtual_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("method", OF_PEFT)
 def test_peft_loads_what_was_trained_with_equal_logits(
     method: str, directory: Path, data: Path, tmp_path: Path
 ) -> None:
-    train(options(method, directory, data, tmp_path, max_steps=3))
+    given = {"config": SMALL.get(method, {}), "learning_rate": 1e-2}
+    train(options(method, directory, data, tmp_path, max_steps=4, **given))
     base = BaseModel.from_pretrained(directory)
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad(), attached(model, base, read_program(tmp_path, base)):
         ours = model(IDS).logits
     loaded: Any = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), str(tmp_path))
     with torch.no_grad():
-        theirs = loaded.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits
+        theirs = loaded.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.shape[1] :]
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
