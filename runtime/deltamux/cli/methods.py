@@ -9,6 +9,7 @@ from math import prod
 from typing import Any
 
 from deltamux.cli.output import add_json, show
+from deltamux.errors import InvalidConfigError
 
 COLUMNS = ("name", "title", "places", "merges", "peft_type", "learning_rate", "paper")
 
@@ -23,7 +24,7 @@ class MethodRow:
     merges: bool
     peft_type: str
     in_peft: bool
-    learning_rate: float
+    learning_rate: float | None
     learning_rate_source: str
     paper: str
     parameters: int | None = None
@@ -56,7 +57,7 @@ def _methods(arguments: argparse.Namespace) -> None:
             merges=info.merges,
             peft_type=info.peft_type,
             in_peft=info.in_peft,
-            learning_rate=info.learning_rate,
+            learning_rate=info.learning_rate if info.trains else None,
             learning_rate_source=info.learning_rate_source,
             paper=info.paper,
             **_trainable(method, base),
@@ -71,8 +72,15 @@ def _methods(arguments: argparse.Namespace) -> None:
 
 
 def _trainable(method: Any, base: Any) -> dict[str, Any]:
-    """Returns how many parameters a method trains on a base with its defaults, and their share of the base's."""
-    if base is None:
+    """Returns how many parameters a method trains on a base with its defaults, and their share of the base's.
+
+    Empty where it trains nothing there.
+    """
+    if base is None or not method.info.trains:
         return {}
-    parameters = sum(prod(spec.shape) for spec in method.parameters(method.parse({}), base).values())
+    try:
+        declared = method.parameters(method.parse({}), base)
+    except InvalidConfigError:  # the method finds nothing to train in this base, or cannot train over it
+        return {}
+    parameters = sum(prod(spec.shape) for spec in declared.values())
     return {"parameters": parameters, "share": f"{parameters / base.num_parameters:.3%}"}
