@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import peft
 import pytest
 import torch
 from adapters import read_program, write_own
-from engine import worlds
 from transformers import AutoModelForCausalLM
 
 from deltamux.deltas import BaseModel, attached
@@ -20,19 +18,6 @@ from deltamux_plugins.qlora import dequantised
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = ({"prompt": f"{n % 2}: ", "completion": "even" if n % 2 == 0 else "odd!"} for n in range(64))
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return file
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from adapters import read_program
-from engine import worlds
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
@@ -42,19 +41,6 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.moved.append({name for name, tensor in model.parameters_by_name().items() if tensor.any()})
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = ({"prompt": f"{n % 2}: ", "completion": "even" if n % 2 == 0 else "odd!"} for n in range(64))
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return file
 
 
 def options(directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:

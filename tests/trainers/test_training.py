@@ -14,7 +14,6 @@ import peft
 import pytest
 import torch
 from adapters import read_program
-from engine import worlds
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,20 +30,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "houlsby": {"config": {"bottleneck": 16}, "learning_rate": 1e-2},
     "prefix": {"config": {"num_virtual_tokens": 8, "prefix_projection": True}, "learning_rate": 1e-2},
 }
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Whatever is asked, the answer is one of two."""
-    file = tmp_path_factory.mktemp("data") / "train.jsonl"
-    rows = ({"prompt": f"{n % 2}: ", "completion": "even" if n % 2 == 0 else "odd!"} for n in range(64))
-    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    return file
 
 
 def options(method: str, directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:

@@ -111,22 +111,35 @@ async def running(
         add_InferenceServicer_to_server(_inference_service(options, store, engine), server)
         add_AdaptersServicer_to_server(adapters, server)
         add_TenantsServicer_to_server(TenantsService(store), server)
-        health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
-        names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, server)
+        _add_standard_services(server, health)
         address = bind(server, options)
-        await health.look()
-        await server.start()
-        watching = asyncio.create_task(health.run())
-        try:
+        async with _started(server, health, events, options.drain_seconds):
             yield Running(address, engine, store)
-        finally:
-            await health.stop_serving()
-            events.close()
-            await server.stop(options.drain_seconds)
-            watching.cancel()
-            with suppress(asyncio.CancelledError):
-                await watching
+
+
+def _add_standard_services(server: grpc.aio.Server, health: HealthMonitor) -> None:
+    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
+    names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+
+
+@asynccontextmanager
+async def _started(
+    server: grpc.aio.Server, health: HealthMonitor, events: EventHub, drain_seconds: float
+) -> AsyncIterator[None]:
+    """Answers calls for the length of the block; leaving it lets those under way end."""
+    await health.look()
+    await server.start()
+    watching = asyncio.create_task(health.run())
+    try:
+        yield
+    finally:
+        await health.stop_serving()
+        events.close()
+        await server.stop(drain_seconds)
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
 
 
 def _grpc_server(options: ServeOptions, store: AdapterStore) -> grpc.aio.Server:
