@@ -100,7 +100,7 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
     "bridged-delora": _targeting(peft.DeloraConfig, r=4),
     "bridged-c3a": _targeting(peft.C3AConfig, block_size=16),
     "bridged-fourierft": _targeting(peft.FourierFTConfig, n_frequency=50),
-    "bridged-hra": _targeting(peft.HRAConfig, r=4),
+    "bridged-deft": _targeting(peft.DeftConfig, r=4),
     "bridged-miss": _targeting(peft.MissConfig, r=8),
     "bridged-randlora": _targeting(peft.RandLoraConfig, r=4),
     "bridged-shira": _targeting(peft.ShiraConfig, r=4),
@@ -121,7 +121,7 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
 }
 
 
-BRIDGED_ON_LINEAR = ("bridged-delora", "bridged-c3a", "bridged-hra", "bridged-miss", "bridged-shira")
+BRIDGED_ON_LINEAR = ("bridged-delora", "bridged-c3a", "bridged-miss", "bridged-shira")
 ONLY_ON_LINEAR = ("loha", "lokr", "oft", *BRIDGED_ON_LINEAR)
 """What PEFT itself does not attach to GPT-2's transposed projections."""
 
