@@ -35,7 +35,7 @@ class HoulsbyConfig:
         bottleneck: inner width m; None derives it from reduction_factor.
         reduction_factor: hidden size divided by m, where bottleneck is None.
         activation: f, one of deltamux.deltas.ops.bottleneck.ACTIVATIONS.
-        scale: s.
+        scale: s, what the change is multiplied by.
         reads_residual: whether W_down reads the residual stream that y was added to (in a parallel adapter: in front of
             the sub-layer's norm), as AdapterHub places its Pfeiffer and parallel adapters.
         train_norms: whether the norms' weights (and biases, where the base has them) change.

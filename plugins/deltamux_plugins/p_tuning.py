@@ -38,7 +38,7 @@ class PTuningConfig:
     """PEFT's PromptEncoderConfig.
 
     Attributes:
-        num_virtual_tokens: n.
+        num_virtual_tokens: n, the length of the prompt.
         encoder_reparameterization_type: MLP (three layers) or LSTM (bidirectional, two layers of MLP after it).
         encoder_hidden_size: inner width; None takes the hidden size.
         encoder_num_layers: layers of the LSTM.

@@ -32,7 +32,7 @@ class PrefixConfig:
     """PEFT's PrefixTuningConfig.
 
     Attributes:
-        num_virtual_tokens: n.
+        num_virtual_tokens: n, the length of the prefix.
         prefix_projection: whether training goes through the MLP; the files are the same either way.
         encoder_hidden_size: inner width of the MLP; None takes kv_heads * head_dim.
         init_weights: None (normal, as torch's Embedding and Linear start) or "zero".

@@ -29,7 +29,7 @@ class PromptConfig:
     """PEFT's PromptTuningConfig.
 
     Attributes:
-        num_virtual_tokens: n.
+        num_virtual_tokens: n, the length of the prompt.
         prompt_tuning_init: SAMPLE_VOCAB (embeddings of random tokens of the vocabulary), RANDOM (normal, as torch's
             Embedding starts) or TEXT (embeddings of a text's tokens, repeated or cut to n).
         prompt_tuning_init_text, tokenizer_name_or_path: for TEXT.
