@@ -51,7 +51,7 @@ BAD_HOOKS = {
         "PLUGIN_ERROR",
         "'invents' made a program that cannot be kept: InvalidAdapterError: .*unknown op 'odd'",
     ),
-    "babbles": ("[os.write(f, b'rubbish\\n') for f in range(3, 20) if babble(f)]", "PLUGIN_CRASHED", "'babbles': "),
+    "babbles": ("[os.write(f, b'rubbish\\n') for f in range(3, 1024) if babble(f)]", "PLUGIN_CRASHED", "'babbles': "),
 }
 STARTS = method("starts", "subprocess.Popen(['sleep', '1000']); time.sleep(1); os._exit(0)")
 BABBLE = "\nimport stat\ndef babble(f):\n    try: return stat.S_ISSOCK(os.fstat(f).st_mode)\n    except OSError: pass\n"
