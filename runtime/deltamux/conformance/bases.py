@@ -22,7 +22,9 @@ def save_base(directory: Path, architecture: str) -> Path:
     model = AutoModelForCausalLM.from_config(_config(architecture))  # type: ignore[no-untyped-call]  # untyped in transformers
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "norm" not in name and "ln_" not in name:
+            if "norm" in name or "ln_" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
                 parameter.normal_(std=0.08)
     model.save_pretrained(directory)
     _tokenizer().save_pretrained(directory)
