@@ -204,6 +204,6 @@ def deltamux_method() -> MethodInfo:
         ignored_keys=BOOKKEEPING,
         merges=False,
         in_peft=True,
-        learning_rate=5e-3,
-        learning_rate_source="P-tuning v2's published scripts: 5e-3 to 1e-2",
+        learning_rate=1e-2,
+        learning_rate_source="the upper end of P-tuning v2's published scripts: 5e-3 to 1e-2",
     )

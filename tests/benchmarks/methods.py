@@ -23,6 +23,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -170,7 +171,7 @@ def line(values: Sequence[str]) -> str:
 
 
 def machine() -> str:
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}, {platform.system()})"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} of them used"
 
 
 def markdown(scores: Sequence[Score], bench: Bench, command: str) -> str:
@@ -200,10 +201,10 @@ def trainable() -> list[str]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
     parser.add_argument("--methods", help="names with commas between (default: all that train)")
-    parser.add_argument("--task", choices=[task.tenant for task in TASKS], default="acme", help="tenant of the demo")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--limit", type=int, default=200, help="held-out rows")
+    parser.add_argument("--task", choices=[task.tenant for task in TASKS], default="initech", help="tenant of the demo")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--limit", type=int, default=100, help="held-out rows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--markdown", type=Path, help="file whose table between the markers is replaced")
@@ -222,8 +223,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for score in bench.scores(given.methods.split(",") if given.methods else trainable()):
             done.append(score)
             print(line(cells(score)), flush=True)
+            _save(given, bench, done, arguments)  # what is measured is kept, whatever comes after it
+
+
+def _save(given: argparse.Namespace, bench: Bench, done: Sequence[Score], arguments: Sequence[str] | None) -> None:
     if given.output:
-        about = {"date": f"{date.today()}", "machine": machine(), "task": task.title, "steps": given.steps}
+        about = {"date": f"{date.today()}", "machine": machine(), "task": bench.task.title, "steps": given.steps}
         about |= {"batch_size": given.batch_size, "held_out": given.limit, "seed": given.seed}
         given.output.write_text(json.dumps({**about, "rows": [asdict(s) for s in done]}, indent=2) + "\n")
     if given.markdown:
