@@ -19,10 +19,10 @@ SOURCES := runtime plugins trainers tests
 PROTOS  := $(wildcard proto/deltamux/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format proto proto-check clean
+.PHONY: help install demo test bench methods lint format proto proto-check clean
 
 help:
-	@echo "make demo | test | bench | install | lint | format | proto | proto-check | clean"
+	@echo "make demo | test | bench | methods | install | lint | format | proto | proto-check | clean"
 
 install: $(STAMP)
 
@@ -56,6 +56,10 @@ test: install
 # ARGS="--size mid --output bench.json" and the like; see tests/benchmarks/throughput.py.
 bench: install
 	cd tests && ../$(BIN)/python -m benchmarks.throughput $(ARGS)
+
+# Trains every method on a small task; ARGS="--markdown ../docs/methods/scores.md" writes the docs' table anew.
+methods: install
+	cd tests && ../$(BIN)/python -m benchmarks.methods $(ARGS)
 
 lint: install
 	$(BIN)/ruff check $(SOURCES)

@@ -254,4 +254,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=True,
         learning_rate=1e-3,
         learning_rate_source="Zhang et al. 2023, appendix C: 5e-4 to 2e-3",
+        learning_rate_width=768,
     )

@@ -193,4 +193,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=False,
         learning_rate=1e-3,
         learning_rate_source="within the sweep of Houlsby et al. 2019, section 3.2: 3e-5 to 3e-3",
+        learning_rate_width=1024,
     )

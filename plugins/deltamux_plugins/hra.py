@@ -126,4 +126,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=True,
         learning_rate=1e-3,
         learning_rate_source="Yuan et al. 2024, appendix: 1e-3 to 4e-3 on GLUE",
+        learning_rate_width=768,
     )

@@ -125,4 +125,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=True,
         learning_rate=1e-3,
         learning_rate_source="a few times LoRA's: one factor starts at zero and the product damps the others",
+        learning_rate_width=4096,
     )

@@ -148,4 +148,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=True,
         learning_rate=1e-3,
         learning_rate_source="a few times LoRA's, as LoHa's",
+        learning_rate_width=4096,
     )

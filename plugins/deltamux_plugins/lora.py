@@ -220,4 +220,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=True,
         learning_rate=2e-4,
         learning_rate_source="QLoRA (arXiv:2305.14314), table 9: 2e-4 up to 13B",
+        learning_rate_width=4096,
     )

@@ -101,4 +101,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=False,
         learning_rate=2e-3,
         learning_rate_source="between its parts': adapters 1e-3, prefixes 5e-3",
+        learning_rate_width=1024,
     )

@@ -71,4 +71,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=False,
         learning_rate=info.learning_rate,
         learning_rate_source=info.learning_rate_source,
+        learning_rate_width=info.learning_rate_width,
     )

@@ -6,6 +6,9 @@ https://arxiv.org/abs/2110.07602).
     K_l = [P_l^K; K_l],  V_l = [P_l^V; V_l],   P [n, 2 layers, kv_heads, head_dim]
     reparameterised while training: P = MLP(E), E [n, kv_heads * head_dim]
 
+Without the MLP, P starts as the keys and values that the base itself computes for n tokens, which Li & Liang 2021 find
+much better than random values.
+
 Served as a `KVPrefix` at every attention. Files are PEFT's: ``prompt_embeddings``
 [n, layers * 2 * kv_heads * head_dim], the MLP already applied.
 """
@@ -21,8 +24,9 @@ from torch import Tensor
 
 from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidConfigError, NotMergeableError
-from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux.hookspecs import Initialiser, MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM
+from deltamux_plugins.prompt import text_ids
 
 TENSOR = "prompt_embeddings"
 
@@ -35,7 +39,10 @@ class PrefixConfig:
         num_virtual_tokens: n, the length of the prefix.
         prefix_projection: whether training goes through the MLP; the files are the same either way.
         encoder_hidden_size: inner width of the MLP; None takes kv_heads * head_dim.
-        init_weights: None (normal, as torch's Embedding and Linear start) or "zero".
+        init_weights: None (the base's keys and values for a text or for random tokens of its vocabulary; with
+            prefix_projection as torch's Embedding and Linear start), "normal" (as PEFT starts) or "zero".
+        init_text: the text to start from, its tokens repeated or cut to n; None takes random tokens.
+        tokenizer_name_or_path: whose tokens they are; None takes the base's own. PEFT's files hold neither.
         token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the base
             (token_dim is kv_heads * head_dim, num_attention_heads is kv_heads); checked where given.
     """
@@ -44,6 +51,8 @@ class PrefixConfig:
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     init_weights: str | None = None
+    init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
     token_dim: int | None = None
     num_layers: int | None = None
     num_attention_heads: int | None = None
@@ -52,8 +61,10 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         if not (isinstance(self.num_virtual_tokens, int) and self.num_virtual_tokens > 0):
             raise _invalid("num_virtual_tokens", f"is a positive integer, not {self.num_virtual_tokens!r}")
-        if self.init_weights not in (None, "zero"):
-            raise _invalid("init_weights", f"is null or 'zero', not {self.init_weights!r}")
+        if self.init_weights not in (None, "normal", "zero"):
+            raise _invalid("init_weights", f"is null, 'normal' or 'zero', not {self.init_weights!r}")
+        if self.init_text and (self.prefix_projection or self.init_weights):
+            raise _invalid("init_text", "goes neither with prefix_projection nor with init_weights")
         if self.num_transformer_submodules not in (None, 1):
             raise _invalid("num_transformer_submodules", "is 1 for a decoder")
 
@@ -81,11 +92,10 @@ def deltamux_parameters(config: PrefixConfig, base: BaseModel) -> dict[str, Para
     config.check(base)
     n, token_dim = config.num_virtual_tokens, _token_dim(base)
     flat = base.dims.num_layers * 2 * token_dim
-    last = torch.nn.init.zeros_ if config.init_weights == "zero" else torch.nn.init.normal_
     if not config.prefix_projection:
-        return {TENSOR: ParameterSpec((n, flat), last)}
+        return {TENSOR: ParameterSpec((n, flat), _start(config, base))}
     hidden = config.encoder_hidden_size or token_dim
-    zero = config.init_weights == "zero"
+    zero, last = config.init_weights == "zero", torch.nn.init.zeros_
     return {
         "embedding": ParameterSpec((n, token_dim), torch.nn.init.normal_),
         "transform.0.weight": ParameterSpec((hidden, token_dim), _uniform(token_dim)),
@@ -93,6 +103,20 @@ def deltamux_parameters(config: PrefixConfig, base: BaseModel) -> dict[str, Para
         "transform.2.weight": ParameterSpec((flat, hidden), last if zero else _uniform(hidden)),
         "transform.2.bias": ParameterSpec((flat,), last if zero else _uniform(hidden)),
     }
+
+
+def _start(config: PrefixConfig, base: BaseModel) -> Initialiser:
+    def of_the_base(tensor: Tensor) -> None:
+        n = config.num_virtual_tokens
+        ids = text_ids(config.init_text, config.tokenizer_name_or_path or base.name, n) if config.init_text else None
+        if ids is None:
+            ids = torch.randint(base.dims.vocab_size, (n,))
+        pairs = [part for pair in base.keys_and_values(ids) for part in pair]
+        tensor.copy_(torch.stack(pairs, 1).reshape(tensor.shape))
+
+    if config.init_weights is None:
+        return of_the_base
+    return torch.nn.init.zeros_ if config.init_weights == "zero" else torch.nn.init.normal_
 
 
 @hookimpl
@@ -109,7 +133,7 @@ def deltamux_config(config: PrefixConfig, base: BaseModel) -> dict[str, Any]:
         "num_virtual_tokens": config.num_virtual_tokens,
         "prefix_projection": config.prefix_projection,
         "encoder_hidden_size": config.encoder_hidden_size or _token_dim(base),
-        "init_weights": config.init_weights,
+        "init_weights": "zero" if config.init_weights == "zero" else None,
         "token_dim": _token_dim(base),
         "num_layers": base.dims.num_layers,
         "num_attention_heads": base.dims.num_kv_heads,
@@ -180,6 +204,6 @@ def deltamux_method() -> MethodInfo:
         ignored_keys=BOOKKEEPING,
         merges=False,
         in_peft=True,
-        learning_rate=5e-3,
-        learning_rate_source="P-tuning v2's published scripts: 5e-3 to 1e-2",
+        learning_rate=1e-2,
+        learning_rate_source="the upper end of P-tuning v2's published scripts: 5e-3 to 1e-2",
     )

@@ -65,23 +65,26 @@ def deltamux_parameters(config: PromptConfig, base: BaseModel) -> dict[str, Para
         if config.prompt_tuning_init == "RANDOM":
             torch.nn.init.normal_(tensor)
             return
-        ids = _text_ids(config) if config.prompt_tuning_init == "TEXT" else None
-        if ids is None:
-            ids = torch.randint(base.dims.vocab_size, (config.num_virtual_tokens,))
+        n = config.num_virtual_tokens
+        ids = _ids_of_text(config) if config.prompt_tuning_init == "TEXT" else torch.randint(base.dims.vocab_size, (n,))
         tensor.copy_(base.tensor(f"{base.embedding.name}.weight")[ids])
 
     return {TENSOR: ParameterSpec((config.num_virtual_tokens, base.dims.hidden_size), init)}
 
 
-def _text_ids(config: PromptConfig) -> Tensor:
+def _ids_of_text(config: PromptConfig) -> Tensor:
     if not (config.prompt_tuning_init_text and config.tokenizer_name_or_path):
         raise InvalidConfigError("prompt_tuning_init TEXT needs prompt_tuning_init_text and tokenizer_name_or_path")
+    return text_ids(config.prompt_tuning_init_text, config.tokenizer_name_or_path, config.num_virtual_tokens)
+
+
+def text_ids(text: str, tokenizer_name_or_path: str, count: int) -> Tensor:
+    """Returns `count` token ids: those of the text, repeated or cut."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path)
-    ids: list[int] = tokenizer.encode(config.prompt_tuning_init_text, add_special_tokens=False)
-    repeats = -(-config.num_virtual_tokens // len(ids))
-    return torch.tensor((ids * repeats)[: config.num_virtual_tokens])
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name_or_path)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return torch.tensor((ids * -(-count // len(ids)))[:count])
 
 
 @hookimpl

@@ -160,4 +160,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=True,
         learning_rate=2e-4,
         learning_rate_source="Dettmers et al. 2023, table 9: 2e-4 up to 13B",
+        learning_rate_width=4096,
     )

@@ -87,5 +87,6 @@ def deltamux_method() -> MethodInfo:
         merges=True,
         in_peft=False,
         learning_rate=2e-5,
-        learning_rate_source="the usual rate of full fine-tuning; ten times below LoRA's",
+        learning_rate_source="Llama 2 (arXiv:2307.09288), section 3.1: 2e-5; ten times below LoRA's",
+        learning_rate_width=4096,
     )

@@ -155,4 +155,5 @@ def deltamux_method() -> MethodInfo:
         in_peft=False,
         learning_rate=5e-4,
         learning_rate_source="Mao et al. 2022, section 4.1: 5e-4",
+        learning_rate_width=768,
     )

@@ -80,7 +80,7 @@ class Method:
             InvalidConfigError: unknown keys (all of them named), a value of another type, or out of range.
         """
         self._announce(self.name, "its config class")
-        ignored = self.info.ignored_keys | {"peft_type"}
+        ignored = self.info.ignored_keys | {"peft_type", "base_model_name_or_path"}
         try:
             return build_config(self.info.config_class, values, ignored=ignored, method=self.name)
         except DeltamuxError:
@@ -150,7 +150,8 @@ class Method:
         values = self._call("deltamux_config", {"config": config, "base": base})
         values = values if values is not None else dataclasses.asdict(config)
         metadata = {"base_fingerprint": base.fingerprint} if base.fingerprint else {}
-        return Checkpoint({**values, "peft_type": self.info.peft_type}, tensors, metadata)
+        values = {"base_model_name_or_path": base.name or None, **values, "peft_type": self.info.peft_type}
+        return Checkpoint(values, tensors, metadata)
 
     def recognise(self, checkpoint: Checkpoint) -> Checkpoint | None:
         """Returns the checkpoint in the method's own names, or None if it is not the method's."""

@@ -52,7 +52,9 @@ def test_a_page_tells_its_files_its_rate_and_its_source(method: Method) -> None:
         f"| merges | {'yes' if info.merges else 'refused'}",
     ]
     if info.trains:
-        facts += [f"| learning rate | {info.learning_rate:g}; {info.learning_rate_source} |", f"--method {method.name}"]
+        width = f" at hidden size {info.learning_rate_width}," if info.learning_rate_width else ";"
+        facts += [f"| learning rate | {info.learning_rate:g}{width}", info.learning_rate_source]
+        facts.append(f"--method {method.name}")
     assert [fact for fact in facts if fact not in text] == []
 
 

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.errors import InvalidConfigError
+from deltamux.hookspecs import MethodInfo
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 """Names of optimizers, and transformers' for them."""
+NARROWER_BY = 16.0
+WIDER_BY = 4.0
+"""How far the rule for learning rates is trusted, on bases narrower and wider than those a rate was found on."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class TrainOptions:
         eval_data: JSONL to evaluate on; None takes `eval_fraction` of the data, chosen by the seed.
         config: the method's options, as in adapter_config.json.
         max_steps: optimizer steps; None runs `epochs` passes over the data.
-        learning_rate: None takes the method's own default.
+        learning_rate: None takes the method's own default for the base; see `default_rate`.
         optimizer: adamw; or, of bitsandbytes, adamw_8bit (its states in eight bits) or paged_adamw_8bit (on a GPU, its
             states move to the host's memory when the GPU's runs short).
         patience: evaluations without improvement after which training stops; None never stops early.
@@ -74,6 +78,22 @@ class TrainOptions:
             raise _invalid("optimizer", f"is one of {', '.join(OPTIMIZERS)}, not {self.optimizer!r}")
         if self.patience is not None and self.eval_data is None and not self.eval_fraction:
             raise _invalid("patience", "needs data to evaluate on: give eval_data or eval_fraction")
+
+    def rate(self, info: MethodInfo, hidden_size: int) -> float:
+        """Returns the learning rate asked for, or the method's default for a base of a width."""
+        return default_rate(info, hidden_size) if self.learning_rate is None else self.learning_rate
+
+
+def default_rate(info: MethodInfo, hidden_size: int) -> float:
+    """Returns a method's learning rate for a base of a width.
+
+    Adam's best rate for a matrix goes with one over its width (muP: Yang et al. 2022, https://arxiv.org/abs/2203.03466),
+    that for a vector does not depend on it. So the rate of a method that trains matrices, found on bases of
+    `learning_rate_width`, is multiplied by that width over the present one, within NARROWER_BY and WIDER_BY.
+    """
+    if info.learning_rate_width is None:
+        return info.learning_rate
+    return info.learning_rate * min(NARROWER_BY, max(1 / WIDER_BY, info.learning_rate_width / hidden_size))
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class TrainResult:
     Attributes:
         loss: mean loss over the training run.
         eval_loss: of the parameters that were kept; None without evaluation data.
+        learning_rate: the highest of the run's schedule: the one asked for, or the method's default for this base.
         share: trainable parameters divided by the base's.
         seconds: of the training loop.
     """
@@ -58,6 +59,7 @@ class TrainResult:
     parameters: int
     share: float
     seconds: float
+    learning_rate: float
 
 
 class LoadedBase(NamedTuple):
@@ -92,10 +94,11 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
     set_seed(options.seed)
     loaded = load_base(options.model, options.dtype, options.device)
     rows, eval_rows = _datasets(options, loaded.tokenizer)
+    rate = options.rate(method.info, loaded.base.dims.hidden_size)
     model = DeltaModel(loaded.model, loaded.base, method, config, options.seed)
     trainer = _DeltaTrainer(
         model=model,
-        args=_arguments(options, method.info.learning_rate, bool(eval_rows)),
+        args=_arguments(options, rate, bool(eval_rows)),
         train_dataset=rows,
         eval_dataset=eval_rows or None,
         data_collator=lambda batch: collate(batch, loaded.tokenizer.pad_token_id or 0),
@@ -115,6 +118,7 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         parameters=sum(p.numel() for p in model.deltas),
         share=model.share(),
         seconds=time.monotonic() - started,
+        learning_rate=rate,
     )
     with torch.no_grad():
         written, tensors = model.schedule.finish(config, model.exported())
@@ -180,7 +184,7 @@ def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> 
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation,
-        learning_rate=options.learning_rate or learning_rate,
+        learning_rate=learning_rate,
         optim=OPTIMIZERS[options.optimizer],
         lr_scheduler_type=options.scheduler,
         warmup_steps=options.warmup_ratio,

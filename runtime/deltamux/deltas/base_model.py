@@ -39,6 +39,7 @@ class BaseModel:
         num_parameters: of the whole model, tied ones counted once.
         fingerprint: 32 hex digits over sites and a sample of every weight; "" where the weights are not at hand. The
             sample is taken in bfloat16, so that a copy of the base saved in bfloat16 keeps its fingerprint.
+        name: directory or Hugging Face id that it was read from; "" where it was not.
     """
 
     architecture: str
@@ -46,7 +47,9 @@ class BaseModel:
     sites: Mapping[tuple[SiteKind, str], Site]
     num_parameters: int = 0
     fingerprint: str = ""
+    name: str = field(default="", compare=False)
     _read: TensorReader | None = field(default=None, repr=False, compare=False)
+    _model: nn.Module | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def from_config(cls, config: Any) -> BaseModel:
@@ -82,7 +85,7 @@ class BaseModel:
         described = cls.from_config(config)
         files = WeightFiles.locate(model)
         fingerprint = _fingerprint(described, files)
-        return replace(described, fingerprint=fingerprint, _read=files.read)
+        return replace(described, fingerprint=fingerprint, name=str(model), _read=files.read)
 
     @classmethod
     def _describe(cls, model: nn.Module, config: Any) -> BaseModel:
@@ -91,9 +94,9 @@ class BaseModel:
         return cls(type(model).__name__, dims, sites, sum(p.numel() for p in model.parameters()))
 
     def reading(self, model: nn.Module) -> BaseModel:
-        """Returns this description with tensors read from a loaded model instead of from files."""
+        """Returns this description of a loaded model: tensors, keys and values come from it instead of from files."""
         parameters = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return replace(self, _read=lambda name: parameters[name].detach())
+        return replace(self, _read=lambda name: parameters[name].detach(), _model=model)
 
     @property
     def linears(self) -> list[LinearSite]:
@@ -151,6 +154,27 @@ class BaseModel:
             raise BaseMismatchError(
                 f"the base model {self.architecture} has no parameter {name!r}", metadata={"tensor": name}
             ) from None
+
+    @torch.no_grad()
+    def keys_and_values(self, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Runs the base on token ids [n]; returns what every layer's cache holds then, each [n, kv_heads, head_dim].
+
+        Raises:
+            FailedPreconditionError: the model is not at hand.
+        """
+        from transformers import AutoModelForCausalLM, DynamicCache
+
+        if self._model is None and not self.name:
+            raise FailedPreconditionError(
+                "the base model is not at hand, and its keys and values are needed", reason="BASE_WEIGHTS_MISSING"
+            )
+        model: Any = self._model or AutoModelForCausalLM.from_pretrained(self.name)
+        cache: Any = DynamicCache()  # without the config, so that no layer forgets what leaves its window
+        training = model.training
+        rows = ids.unsqueeze(0).to(next(model.parameters()).device)
+        model.eval()(input_ids=rows, past_key_values=cache, use_cache=True)
+        model.train(training)
+        return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
 
 
 def _fingerprint(base: BaseModel, files: WeightFiles) -> str:
