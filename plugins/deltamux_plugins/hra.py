@@ -4,8 +4,8 @@ Yuan et al. 2024, https://arxiv.org/abs/2405.17484.
 
     y = W H x + b,   H = (I - 2 u_1 u_1^T) .. (I - 2 u_r u_r^T),   u_i [in] of length one
 
-Served exactly as `LowRank` of rank r: H - I = C U^T, its columns c_i = -2 (I - 2 u_1 u_1^T) .. (I - 2 u_j u_j^T) u_i
-with j = i - 1, so W H x = W x + (W C)(U^T x). Files are PEFT's.
+Served exactly as `LowRank` of rank r: H - I = C U^T with C = -U (striu(U^T U) + I / 2)^-1, the compact WY form of a
+product of reflections (Schreiber & Van Loan 1989), so W H x = W x + (W C)(U^T x). Files are PEFT's.
 """
 
 from __future__ import annotations
@@ -88,13 +88,10 @@ def deltamux_program(config: HRAConfig, base: BaseModel, tensors: Mapping[str, T
 
 
 def _reflections(directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns U and C [in, r] with H = I + C U^T, of one reflection after the other."""
+    """Returns U and C [in, r] with H = I + C U^T, of one reflection after the other (compact WY form)."""
     u = directions / directions.norm(dim=0)
-    columns: list[Tensor] = []
-    for i in range(u.shape[1]):
-        reflected = u[:, i] + sum((c * (u[:, j] @ u[:, i]) for j, c in enumerate(columns)), torch.zeros_like(u[:, i]))
-        columns.append(-2 * reflected)
-    return u, torch.stack(columns, dim=1)
+    halves = 0.5 * torch.eye(u.shape[1], dtype=u.dtype, device=u.device)
+    return u, torch.linalg.solve_triangular(torch.triu(u.t() @ u, 1) + halves, -u, upper=True, left=False)
 
 
 def _orthogonal(directions: Tensor) -> tuple[Tensor, Tensor]:

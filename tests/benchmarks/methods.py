@@ -13,8 +13,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -211,6 +209,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def command(given: argparse.Namespace) -> str:
+    """Returns the command that makes this table, without the names of its files."""
+    chosen = {name: value for name, value in vars(given).items() if name not in ("output", "markdown")}
+    parts = [f"--{n.replace('_', '-')} {value}" for n, value in chosen.items() if value != getattr(parse([]), n)]
+    return f'make methods ARGS="{" ".join(parts)}"' if parts else "make methods"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     warnings.filterwarnings("ignore")  # what libraries say of themselves
@@ -223,17 +228,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for score in bench.scores(given.methods.split(",") if given.methods else trainable()):
             done.append(score)
             print(line(cells(score)), flush=True)
-            _save(given, bench, done, arguments)  # what is measured is kept, whatever comes after it
+            _save(given, bench, done)  # what is measured is kept, whatever comes after it
 
 
-def _save(given: argparse.Namespace, bench: Bench, done: Sequence[Score], arguments: Sequence[str] | None) -> None:
+def _save(given: argparse.Namespace, bench: Bench, done: Sequence[Score]) -> None:
     if given.output:
         about = {"date": f"{date.today()}", "machine": machine(), "task": bench.task.title, "steps": given.steps}
         about |= {"batch_size": given.batch_size, "held_out": given.limit, "seed": given.seed}
         given.output.write_text(json.dumps({**about, "rows": [asdict(s) for s in done]}, indent=2) + "\n")
     if given.markdown:
-        command = shlex.join(["python", "-m", "benchmarks.methods", *(arguments or sys.argv[1:])])
-        rewrite(given.markdown, markdown(done, bench, command))
+        rewrite(given.markdown, markdown(done, bench, command(given)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ TRAIN_NUMBERS: dict[str, tuple[type, str]] = {
     "max_steps": (int, "optimizer steps, instead of epochs"),
     "batch_size": (int, "rows a micro-batch"),
     "gradient_accumulation": (int, "micro-batches an optimizer step"),
-    "learning_rate": (float, "default: the method's own"),
+    "learning_rate": (float, "default: the method's own, for the base's width"),
     "weight_decay": (float, ""),
     "warmup_ratio": (float, "share of the steps"),
     "max_length": (int, "tokens a row; longer ones are cut"),
