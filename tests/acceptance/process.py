@@ -26,7 +26,7 @@ class ServerProcess:
     """
 
     def __init__(self, model: Path, store: Path, *options: str) -> None:
-        defaults = ["--dtype", "float32", "--kv-cache-gib", "0.25", "--max-model-len", "256"]
+        defaults = ["--dtype", "float32", "--kv-cache-gib", "0.25", "--max-model-len", "256", "--enforce-eager"]
         command = [sys.executable, "-c", "import sys; from deltamux.cli import main; sys.exit(main())", "serve"]
         self._log = (store.parent / f"{store.name}.log").open("a+")
         self._process = subprocess.Popen(

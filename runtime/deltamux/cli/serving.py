@@ -20,6 +20,7 @@ HELP = {
     "dtype": "auto, float32, bfloat16 or float16",
     "device": "auto, cpu or cuda",
     "kv_cache_gib": "size of the key-value cache on a CPU, in GiB",
+    "enforce_eager": "leave the model uncompiled: ready sooner, slower at every token",
     "max_lora_rank": "widest inner dimension that an uploaded adapter may have",
     "max_virtual_tokens": "most virtual tokens that an uploaded adapter may have",
     "max_adapter_bytes": "largest upload, in bytes",

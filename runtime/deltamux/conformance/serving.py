@@ -93,5 +93,6 @@ def _engine(directory: Path, programs: dict[str, Program]) -> Engine:
             max_active_adapters=min(8, len(programs)),
             max_host_adapters=len(programs) + 8,
             kv_cache_gib=0.25,
+            enforce_eager=True,
         )
     )

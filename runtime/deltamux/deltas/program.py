@@ -110,6 +110,12 @@ class Program:
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Program:
         return Program(tuple(Placement(s, op.to(dtype, device)) for s, op in self.placements), self.num_virtual_tokens)
 
+    def lay_out(self) -> None:
+        """Lays the parameters out as the CPU kernels read them, ahead of time; only for dtypes that they know."""
+        for _, op in self.placements:
+            if op.has_kernel:
+                _ = op.entry
+
     def save(self, path: Path) -> None:
         """Writes the compiled file: tensors ``<row>.<parameter>`` and the rows as JSON in the header."""
         tensors = {

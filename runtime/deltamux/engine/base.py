@@ -41,6 +41,8 @@ class EngineOptions:
         max_active_adapters: adapters in one batch at most (device slots).
         max_host_adapters: programs kept in host memory.
         kv_cache_gib: size of the key-value cache on a CPU, in GiB.
+        enforce_eager: leave the model uncompiled: starts sooner (the first start of a model compiles for some twenty
+            seconds on a CPU), runs slower.
         engine_arguments: further arguments of vLLM's AsyncEngineArgs, for operators who know them.
     """
 
@@ -52,6 +54,7 @@ class EngineOptions:
     max_active_adapters: int = 8
     max_host_adapters: int = 256
     kv_cache_gib: float = 2.0
+    enforce_eager: bool = False
     seed: int = 0
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
 

@@ -29,6 +29,7 @@ class ServeOptions:
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu or cuda.
         kv_cache_gib: size of the key-value cache on CPU.
+        enforce_eager: leave the model uncompiled: ready sooner, slower at every token.
         engine_arguments: handed to vLLM's AsyncEngineArgs as they are.
         max_lora_rank: widest inner dimension that an uploaded adapter may have.
         max_virtual_tokens: most virtual tokens that an uploaded adapter may have.
@@ -56,6 +57,7 @@ class ServeOptions:
     device: str = "auto"
     kv_cache_gib: float = 2.0
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
+    enforce_eager: bool = False
     max_lora_rank: int = 256
     max_virtual_tokens: int = 512
     max_adapter_bytes: int = 2048 * MIB
@@ -91,6 +93,7 @@ class ServeOptions:
             max_active_adapters=self.max_active_adapters,
             max_host_adapters=self.max_host_adapters,
             kv_cache_gib=self.kv_cache_gib,
+            enforce_eager=self.enforce_eager,
             engine_arguments=self.engine_arguments,
         )
 

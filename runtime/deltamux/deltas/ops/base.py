@@ -10,8 +10,9 @@ An op is a frozen dataclass: its tensor fields are its parameters, its other fie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -21,6 +22,7 @@ from deltamux.deltas.sites import Site, SiteKind
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
 
 if TYPE_CHECKING:
+    from deltamux.deltas.kernels.tables import Columns, Entry, Table
     from deltamux.deltas.ops.batched import OpBatch
 
 Attribute = bool | int | float | str
@@ -34,6 +36,8 @@ class Op:
     name: ClassVar[str]
     site_kind: ClassVar[SiteKind]
     batch: ClassVar[type[OpBatch]]
+    has_kernel: ClassVar[bool] = False
+    """Whether the CPU kernels know the op, through `table` and `entry`; `batch` is then their twin in torch."""
     changes_input: ClassVar[bool] = False
     packed: ClassVar[frozenset[str]] = frozenset()
     """Parameters that hold bits (uint8), which no cast may touch; all others are floats."""
@@ -58,12 +62,27 @@ class Op:
         return cls(**tensors, **attributes)
 
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
-        """Returns the op with its parameters cast and moved, detached and contiguous."""
+        """Returns the op with its parameters cast and moved, detached and contiguous; itself where they are already."""
+        tensors = self.tensors()
         cast = {
-            field: tensor.detach().to(device=device, dtype=None if field in self.packed else dtype).contiguous()
-            for field, tensor in self.tensors().items()
+            field: (tensor.detach() if tensor.requires_grad else tensor)
+            .to(device=device, dtype=None if field in self.packed else dtype)
+            .contiguous()
+            for field, tensor in tensors.items()
         }
+        if all(tensor is cast[field] for field, tensor in tensors.items()):
+            return self
         return self.of(cast, self.attributes())
+
+    @classmethod
+    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
+        """Returns the kernel that serves the op at the parts of one module, all like `site` but for their columns."""
+        raise NotImplementedError(f"{cls.name} has no kernel")
+
+    @cached_property
+    def entry(self) -> Entry:
+        """The parameters as the kernel reads them; made once, off the step loop, so that placing is cheap."""
+        raise NotImplementedError(f"{self.name} has no kernel")
 
     def products(self) -> dict[str, Tensor]:
         """Returns what the op multiplies ahead of time, by name: finite factors may have a product that is not."""

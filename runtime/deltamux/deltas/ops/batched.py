@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from deltamux.deltas.kernels.tables import Columns, Segments, Table, available
 from deltamux.deltas.ops.base import Op
 from deltamux.deltas.sites import Site
 
@@ -90,6 +91,8 @@ class StepIndex:
             self.mask |= 1 << run.slot
             self._by_slot.setdefault(run.slot, []).append(run)
         self._rows: dict[int, slice | Tensor] = {}
+        self._segments: dict[int, Segments] = {}
+        self._virtual: dict[int, tuple[Tensor, Tensor]] = {}
         self._foreign: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
     @cached_property
@@ -120,6 +123,22 @@ class StepIndex:
         if mask is None:
             mask = self._foreign[columns.layout] = self.slots.unsqueeze(1) != columns.owner
         return mask
+
+    def virtual_rows(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Returns the rows that hold a slot's virtual tokens, and which of them each one is: int64, [v] both."""
+        if slot not in self._virtual:
+            assert self.virtual is not None
+            own = self.virtual.slots == slot
+            self._virtual[slot] = (self.virtual.rows[own], self.virtual.positions[own])
+        return self._virtual[slot]
+
+    def segments(self, active: int) -> Segments:
+        """Returns the rows of the slots in a mask, for the CPU kernels; sites with the same slots share them."""
+        segments = self._segments.get(active)
+        if segments is None:
+            rows = [(slot, [row for run in self._by_slot[slot] for row in range(*run[1:])]) for slot in bits(active)]
+            segments = self._segments[active] = Segments(rows)
+        return segments
 
     def count(self, slot: int) -> int:
         """Returns how many rows a slot has in this step."""
@@ -183,3 +202,95 @@ class OpBatch(ABC):
 
     @abstractmethod
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None: ...
+
+
+class Part(NamedTuple):
+    """One of the sites whose modules the engine runs as one, and its columns of that module's output."""
+
+    site: Site
+    columns: Columns
+
+
+class ModuleBatch(ABC):
+    """One op at all parts of one module (query, key and value of a fused projection, say), for all device slots.
+
+    Attributes:
+        mask: bit i set when slot i has the op at any part.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self.mask = 0
+
+    def place(self, slot: int, part: int, op: Op) -> None:
+        """Puts an adapter's op, already in this batch's dtype and on its device, into a slot that has none there."""
+        self._place(slot, part, op)
+        self.mask |= 1 << slot
+
+    def clear(self, slot: int) -> None:
+        """Empties a slot at every part and drops its tensors; an empty slot may be cleared again."""
+        if self.mask & (1 << slot):
+            self.mask &= ~(1 << slot)
+            self._clear(slot)
+
+    @abstractmethod
+    def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
+        """Changes the module's output `y` in place; see `OpBatch.apply`."""
+
+    @abstractmethod
+    def _place(self, slot: int, part: int, op: Op) -> None: ...
+
+    @abstractmethod
+    def _clear(self, slot: int) -> None: ...
+
+
+class PerPart(ModuleBatch):
+    """Every part by the op's own batch in torch: the twin of the kernels, and the only way for ops without one."""
+
+    def __init__(self, parts: Sequence[Part], make: Callable[[Site], OpBatch]) -> None:
+        super().__init__(parts)
+        self._batches: dict[int, OpBatch] = {}
+        self._make = make
+
+    def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
+        for part, batch in self._batches.items():
+            if batch.mask & step.mask:
+                first, size = self.parts[part].columns
+                batch.apply(x, y if len(self.parts) == 1 else y[:, first : first + size], step)
+
+    def _place(self, slot: int, part: int, op: Op) -> None:
+        if part not in self._batches:
+            self._batches[part] = self._make(self.parts[part].site)
+        self._batches[part].place(slot, op)
+
+    def _clear(self, slot: int) -> None:
+        for batch in self._batches.values():
+            batch.clear(slot)
+
+
+class KernelBatch(ModuleBatch):
+    """All parts in one call of the CPU kernels, each row with what its own adapter holds."""
+
+    def __init__(self, parts: Sequence[Part], table: Table) -> None:
+        super().__init__(parts)
+        self._table = table
+
+    def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
+        if active := self.mask & step.mask:
+            self._table.run(x, y, step.segments(active))
+
+    def _place(self, slot: int, part: int, op: Op) -> None:
+        self._table.put(slot, part, op.entry)
+
+    def _clear(self, slot: int) -> None:
+        self._table.drop(slot)
+
+
+def module_batch(
+    op: type[Op], parts: Sequence[Part], num_slots: int, dtype: torch.dtype, device: torch.device | str
+) -> ModuleBatch:
+    """Returns the fastest batch of an op that can run here."""
+    if op.has_kernel and available(dtype, device):
+        table = op.table(parts[0].site, [part.columns for part in parts], num_slots, dtype)
+        return KernelBatch(parts, table)
+    return PerPart(parts, lambda site: op.batch(site, num_slots, dtype, device))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from deltamux.deltas.kernels.tables import Affine, Columns, Entry, Table, Vectors
 from deltamux.deltas.ops.base import Op, ReadTensor
 from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
@@ -44,6 +47,15 @@ class Bias(Op):
     name: ClassVar[str] = "bias"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = BiasBatch
+    has_kernel: ClassVar[bool] = True
+
+    @classmethod
+    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
+        return Affine(parts, num_slots, dtype)
+
+    @cached_property
+    def entry(self) -> Entry:
+        return Vectors(bias=self.bias.float().contiguous())
 
     def weighted(self, weight: float) -> Bias:
         return Bias(self.bias * weight)

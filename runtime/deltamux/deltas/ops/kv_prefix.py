@@ -35,8 +35,7 @@ class KVPrefixBatch(OpBatch):
         if step.virtual is None or not active & step.virtual.mask:
             return
         for slot in bits(active & step.virtual.mask):
-            own = step.virtual.slots == slot
-            rows, positions = step.virtual.rows[own], step.virtual.positions[own]
+            rows, positions = step.virtual_rows(slot)
             prefix = self._prefixes[slot]
             x[rows] = prefix.key.flatten(1)[positions]
             y[rows] = prefix.value.flatten(1)[positions]

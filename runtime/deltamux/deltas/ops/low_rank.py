@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltamux.deltas.kernels.tables import Columns, Entry, Factors, ShrinkExpand, Table
 from deltamux.deltas.ops.base import Op, ReadTensor
 from deltamux.deltas.ops.batched import OpBatch, StackedColumns, StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
@@ -81,6 +83,16 @@ class LowRank(Op):
     name: ClassVar[str] = "low_rank"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = LowRankBatch
+    has_kernel: ClassVar[bool] = True
+
+    @classmethod
+    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
+        assert isinstance(site, LinearSite)
+        return ShrinkExpand(site.in_features, parts, num_slots, dtype)
+
+    @cached_property
+    def entry(self) -> Entry:
+        return Factors.of(self.a, self.scale * self.b)
 
     def rank(self) -> int:
         return self.a.shape[0]

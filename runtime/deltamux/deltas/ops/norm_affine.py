@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from deltamux.deltas.kernels.tables import Columns, Entry, NormChange, Table, Vectors
 from deltamux.deltas.ops.base import Op, ReadTensor
 from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
 from deltamux.deltas.sites import NormForm, NormSite, Site, SiteKind
@@ -59,6 +62,17 @@ class NormAffine(Op):
     name: ClassVar[str] = "norm_affine"
     site_kind: ClassVar[SiteKind] = SiteKind.NORM
     batch: ClassVar[type[OpBatch]] = NormAffineBatch
+    has_kernel: ClassVar[bool] = True
+
+    @classmethod
+    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
+        assert isinstance(site, NormSite)
+        return NormChange(site.features, site.eps, parts, num_slots, dtype, centred=site.form is NormForm.LAYER)
+
+    @cached_property
+    def entry(self) -> Entry:
+        weight, bias = (None if v is None else v.float().contiguous() for v in (self.weight, self.bias))
+        return Vectors(weight, bias)
 
     def weighted(self, weight: float) -> NormAffine:
         return NormAffine(**{name: tensor * weight for name, tensor in self.tensors().items()})

@@ -32,8 +32,8 @@ class SoftPromptBatch(OpBatch):
         if step.virtual is None:
             return
         for slot in bits(active & step.virtual.mask):
-            own = step.virtual.slots == slot
-            y[step.virtual.rows[own]] = self._prompts[slot][step.virtual.positions[own]]
+            rows, positions = step.virtual_rows(slot)
+            y[rows] = self._prompts[slot][positions]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ an attention sub-layer contains one ``Attention``. Nothing here knows a model by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from deltamux.deltas import (
     Site,
     SiteKind,
 )
+from deltamux.deltas.kernels.tables import Columns
+from deltamux.deltas.ops.batched import Part
 from deltamux.engine.vllm.ports import (
     AttentionPort,
     BlockInput,
@@ -34,6 +36,8 @@ from deltamux.engine.vllm.ports import (
     Lanes,
     LinearPort,
     NormPort,
+    Place,
+    SubLayer,
 )
 
 
@@ -41,7 +45,7 @@ class Binding:
     """All ports of a loaded model, reachable by site.
 
     Attributes:
-        lanes: the op batches by (kind, name of site).
+        lanes: where the ops of each site go, by (kind, name of site).
         unbound: sites of the base that have no counterpart in the loaded model, with the reason.
     """
 
@@ -54,23 +58,20 @@ class Binding:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.lanes: dict[tuple[SiteKind, str], Lanes] = {}
+        self.lanes: dict[tuple[SiteKind, str], Place] = {}
         self.unbound: dict[tuple[SiteKind, str], str] = {}
         self._model = model
         self._modules = dict(model.named_modules())
         self._current = current
         self._linears: dict[str, LinearPort] = {}
         self._norms: dict[str, NormPort] = {}
-        self._block_inputs: dict[str, BlockInput] = {}
         self._columns = dict(_columns(self._modules, getattr(model, "packed_modules_mapping", {})))
-        self._new_lanes: Callable[[Site], Lanes] = lambda site: Lanes(site, num_slots, dtype, device)
-        for site in base.sites.values():
-            self._bind(site)
-        for port in self._linears.values():
-            port.parts.sort(key=lambda part: part[1])
-        for norm, block in self._block_inputs.items():
-            if norm in self._norms:
-                self._norms[norm].feeds = block
+        self._new_lanes: Callable[..., Lanes] = lambda *parts: Lanes(parts, num_slots, dtype, device)
+        self._bind_linears([site for site in base.sites.values() if isinstance(site, LinearSite)])
+        for kind, bind in self._binders().items():
+            for site in base.sites.values():
+                if isinstance(site, kind):
+                    self._bind(site, bind(site))
 
     def refusal(self, site: str, op: Op) -> str | None:
         """Returns why an op cannot stand at a site of this engine; None when it can."""
@@ -79,50 +80,57 @@ class Binding:
         at = self.lanes[op.site_kind, site].site if (op.site_kind, site) in self.lanes else None
         if op.reads_residual and isinstance(at, BlockSite) and at.norm not in self._norms:
             return f"vLLM's model has no norm in front of {site} that reads the residual stream"
-        if op.changes_input and site in self._columns and len(self._linears[self._columns[site][0]].parts) > 1:
+        if op.changes_input and at is not None and len(self.lanes[op.site_kind, site].lanes.parts) > 1:
             return f"{site} is fused with other projections here, so that its input alone cannot be changed"
         return None
 
-    def _bind(self, site: Site) -> None:
-        bind: Mapping[type[Site], Callable[..., Lanes | None]] = {
-            LinearSite: self._bind_linear,
+    def _binders(self) -> Mapping[type[Site], Callable[..., Lanes | None]]:
+        """Returns how each kind of site is bound, in an order in which what one needs is there before it."""
+        return {
             NormSite: self._bind_norm,
             BlockSite: self._bind_block,
             AttentionSite: self._bind_attention,
             EmbeddingSite: self._bind_embedding,
             HeadSite: self._bind_head,
         }
-        lanes = bind[type(site)](site)
+
+    def _bind(self, site: Site, lanes: Lanes | None, part: int = 0) -> None:
         if lanes is None:
             self.unbound[site.kind, site.name] = f"vLLM's model has no counterpart of {site.name}"
         else:
-            self.lanes[site.kind, site.name] = lanes
+            self.lanes[site.kind, site.name] = Place(lanes, part)
 
-    def _bind_linear(self, site: LinearSite) -> Lanes | None:
-        if site.name not in self._columns:
-            return None
-        path, start, stop = self._columns[site.name]
-        if stop - start != site.out_features:
-            return None
-        lanes = self._new_lanes(site)
-        self._linear_port(path).parts.append((lanes, start, stop))
-        return lanes
+    def _bind_linears(self, sites: Sequence[LinearSite]) -> None:
+        modules: dict[str, list[Part]] = {}
+        for site in sites:
+            path, first, stop = self._columns.get(site.name, ("", 0, 0))
+            if stop - first == site.out_features:
+                modules.setdefault(path, []).append(Part(site, Columns(first, stop - first)))
+            else:
+                self._bind(site, None)
+        for path, parts in modules.items():
+            lanes = self._new_lanes(*sorted(parts, key=lambda part: part.columns))
+            self._linears[path] = LinearPort(self._modules[path], self._current, lanes)
+            for number, part in enumerate(lanes.parts):
+                self._bind(part.site, lanes, number)
 
     def _bind_block(self, site: BlockSite) -> Lanes | None:
-        if site.input_module not in self._columns or site.output_module not in self._columns:
+        ends = [self._linears.get(self._columns.get(m, ("",))[0]) for m in (site.input_module, site.output_module)]
+        reader, writer = ends
+        if reader is None or writer is None or writer.writes is not None:
             return None
-        lanes, block = self._new_lanes(site), BlockInput()
-        if site.norm is not None:
-            self._block_inputs[site.norm] = block
-        self._linear_port(self._columns[site.input_module][0]).reads.append(block)
-        self._linear_port(self._columns[site.output_module][0]).writes.append((lanes, block))
+        lanes, read = self._whole(site, site.features), BlockInput()
+        if site.norm in self._norms:
+            self._norms[site.norm].feeds = read
+        reader.reads.append(read)
+        writer.writes = SubLayer(lanes, read)
         return lanes
 
     def _bind_norm(self, site: NormSite) -> Lanes | None:
         module = self._modules.get(site.name)
         if module is None:
             return None
-        lanes = self._new_lanes(site)
+        lanes = self._whole(site, site.features)
         self._norms[site.name] = NormPort(module, self._current, lanes)
         return lanes
 
@@ -130,7 +138,7 @@ class Binding:
         module = self._modules.get(site.name)
         if module is None:
             return None
-        lanes = self._new_lanes(site)
+        lanes = self._whole(site, site.features)
         EmbeddingPort(module, self._current, lanes)
         return lanes
 
@@ -139,7 +147,7 @@ class Binding:
         plain = processor is not None and processor.scale == 1.0 and processor.soft_cap is None
         if not plain or not hasattr(self._model, "compute_logits"):
             return None
-        lanes = self._new_lanes(site)
+        lanes = self._whole(site, site.vocab_size)
         HeadPort(self._model, self._current, lanes)
         return lanes
 
@@ -148,14 +156,13 @@ class Binding:
         module = next((m for m in inside if isinstance(m, Attention)), None)
         if module is None:
             return None
-        lanes = self._new_lanes(site)
+        lanes = self._whole(site, site.num_kv_heads * site.head_dim)
         AttentionPort(module, self._current, lanes)
         return lanes
 
-    def _linear_port(self, path: str) -> LinearPort:
-        if path not in self._linears:
-            self._linears[path] = LinearPort(self._modules[path], self._current)
-        return self._linears[path]
+    def _whole(self, site: Site, features: int) -> Lanes:
+        """Returns the lanes of a module that belongs to one site alone."""
+        return self._new_lanes(Part(site, Columns(0, features)))
 
 
 def _columns(

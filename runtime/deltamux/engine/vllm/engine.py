@@ -6,8 +6,10 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from deltamux import __version__
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import (
     EngineOptions,
@@ -21,6 +23,8 @@ from deltamux.engine.vllm.host_tier import HostTier
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
 PLACEHOLDER = 0
@@ -40,10 +44,13 @@ class VLLMEngine:
         """Loads the base model; returns when the engine takes requests."""
         _set_environment()
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        arguments = AsyncEngineArgs(**_engine_arguments(self._options))
-        self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+        config = await asyncio.to_thread(_engine_config, AsyncEngineArgs(**_engine_arguments(self._options)))
+        self._llm = await asyncio.to_thread(
+            AsyncLLM.from_vllm_config, config, usage_context=UsageContext.ENGINE_CONTEXT, disable_log_stats=True
+        )
         self._host = HostTier(self._call_workers, self._options.max_host_adapters)
         self._tokenizer = self._llm.get_tokenizer()
         self._max_model_len: int = self._llm.model_config.max_model_len
@@ -191,6 +198,17 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 
+def _engine_config(arguments: AsyncEngineArgs) -> VllmConfig:
+    """Returns vLLM's configuration, with the base's own compilation: vLLM's CPU build compiles no model with adapters.
+
+    Our ports are opaque to the compiler, so that a model with deltas compiles like one without.
+    """
+    config = arguments.create_engine_config()
+    plain = replace(arguments, enable_lora=False, worker_cls="auto").create_engine_config()
+    config.compilation_config.mode = plain.compilation_config.mode
+    return config
+
+
 def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
@@ -210,9 +228,11 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "enable_lora": True,
         "max_loras": options.max_active_adapters,
         "enable_prefix_caching": True,
-        "enforce_eager": True,
+        "enforce_eager": options.enforce_eager,
         "worker_cls": f"deltamux.engine.vllm.{worker}",
         "disable_log_stats": True,
+        # Part of the key under which compiled models are kept: a plain vLLM's has no ports.
+        "additional_config": {"deltamux": __version__},
     }
     if options.max_model_len is not None:
         arguments["max_model_len"] = options.max_model_len

@@ -21,6 +21,7 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from deltamux.deltas import BaseModel, Program
+from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
 from deltamux.engine.vllm.binding import Binding
 from deltamux.engine.vllm.ports import IDLE, CurrentStep
@@ -59,6 +60,7 @@ class DeltaManager:
         self._current = CurrentStep()
         self.base = BaseModel.from_config(vllm_config.model_config.hf_config)
         self._binding = Binding(model, self.base, self._current, self.num_slots, self._dtype, device)
+        self._has_kernels = available(dtype, device)  # compiles them, before the first step needs them
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="delta-loader")
         self._host: dict[int, Future[Program]] = {}
         self._slots: OrderedDict[int, int] = OrderedDict()
@@ -110,6 +112,8 @@ class DeltaManager:
         # Only the cast program matters: what is finite in float32 may overflow in float16.
         program = program.to(self._dtype, "cpu")
         program.check_finite()
+        if self._has_kernels:
+            program.lay_out()
         return program
 
     # The step loop.

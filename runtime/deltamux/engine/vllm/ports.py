@@ -1,19 +1,22 @@
 """Ports: where a module of the loaded vLLM model lets delta ops in.
 
-A port replaces one module's ``forward`` (on the instance; the module keeps its class, weights and attributes). With no
-row of the step belonging to an adapter that has an op here, it costs one integer ``&``.
+A port replaces one module's ``forward`` (on the instance; the module keeps its class, weights and attributes). What it
+adds is one opaque op, which torch.compile traces around: with no row of the step belonging to an adapter that has an op
+here, it costs a call and one integer ``&``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deltamux.deltas.ops import Op, OpBatch, StepIndex
+from deltamux.deltas.ops import Op, StepIndex
+from deltamux.deltas.ops.batched import ModuleBatch, Part, module_batch
 from deltamux.deltas.sites import HeadSite, Site
+from deltamux.engine.vllm import opaque
 
 IDLE = StepIndex((), 0, 0)
 """A step in which every row is the base's."""
@@ -33,98 +36,102 @@ class LaneKind(NamedTuple):
     reads_residual: bool
 
 
+class Lane(NamedTuple):
+    """One op at all parts of a module, and how it reads."""
+
+    kind: LaneKind
+    batch: ModuleBatch
+
+
 class Lanes:
-    """The op batches of one site, in an order that keeps every program's own."""
+    """The op batches of one module of the engine, in an order that keeps every program's own.
 
-    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.site = site
+    Attributes:
+        parts: the sites that the module fuses.
+        mask: bit i set when slot i has an op here; input_mask: when it has one that changes the input.
+    """
+
+    def __init__(self, parts: Sequence[Part], num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.parts = tuple(parts)
         self.mask = 0
-        self._make: Callable[[type[Op]], OpBatch] = lambda kind: kind.batch(site, num_slots, dtype, device)
         self.input_mask = 0
-        self._lanes: list[tuple[LaneKind, OpBatch]] = []
-        self._last: dict[int, int] = {}
+        self._make: Callable[[type[Op]], ModuleBatch] = lambda op: module_batch(op, parts, num_slots, dtype, device)
+        self._lanes: list[Lane] = []
+        self._last: dict[int, dict[int, int]] = {}
 
-    def place(self, slot: int, op: Op) -> None:
-        """Adds a slot's next op; ops of one slot apply in the order in which they come."""
-        kind, start = LaneKind(type(op), op.reads_residual), self._last.get(slot, -1) + 1
-        index = next((i for i in range(start, len(self._lanes)) if self._lanes[i][0] == kind), len(self._lanes))
+    def place(self, slot: int, part: int, op: Op) -> None:
+        """Adds a slot's next op at a part; ops of one slot at one part apply in the order in which they come."""
+        kind, last = LaneKind(type(op), op.reads_residual), self._last.setdefault(slot, {})
+        start = last.get(part, -1) + 1
+        index = next((i for i in range(start, len(self._lanes)) if self._lanes[i].kind == kind), len(self._lanes))
         if index == len(self._lanes):
-            self._lanes.append((kind, self._make(kind.op)))
-        self._lanes[index][1].place(slot, op)
-        self._last[slot] = index
+            self._lanes.append(Lane(kind, self._make(kind.op)))
+        self._lanes[index].batch.place(slot, part, op)
+        last[part] = index
         if op.changes_input:
             self.input_mask |= 1 << slot
         self.mask |= 1 << slot
 
     def clear(self, slot: int) -> None:
-        self._last.pop(slot, None)
-        for _, lane in self._lanes:
-            lane.clear(slot)
+        """Empties a slot at every part; an empty slot may be cleared again."""
+        if self._last.pop(slot, None) is None:
+            return
+        for lane in self._lanes:
+            lane.batch.clear(slot)
         if not self._last:
             self._lanes.clear()
         self.mask &= ~(1 << slot)
         self.input_mask &= ~(1 << slot)
 
     def apply(self, x: Tensor, y: Tensor, step: StepIndex, residual: Tensor | None = None) -> None:
-        """Applies every op of the site to its own rows of `y`, in place; `residual` stands in for `x` where due."""
-        for kind, lane in self._lanes:
-            if not kind.op.changes_input:
-                lane.apply(residual if kind.reads_residual and residual is not None else x, y, step)
+        """Applies every op of the module to its own rows of `y`, in place; `residual` stands in for `x` where due."""
+        for kind, batch in self._lanes:
+            if batch.mask & step.mask and not kind.op.changes_input:
+                batch.apply(residual if kind.reads_residual and residual is not None else x, y, step)
 
-    def changed_input(self, x: Tensor, step: StepIndex) -> Tensor:
-        """Returns a copy of the module's input with every slot's own rows changed."""
-        x = x.clone()
-        for kind, lane in self._lanes:
-            if kind.op.changes_input:
-                lane.apply(x, x[: step.num_rows], step)
-        return x
+    def change_input(self, x: Tensor, step: StepIndex) -> None:
+        """Changes every slot's own rows of the module's input, in place."""
+        for kind, batch in self._lanes:
+            if batch.mask & step.mask and kind.op.changes_input:
+                batch.apply(x, x, step)
 
 
-class Port:
+class Place(NamedTuple):
+    """Where the ops of one site go: one part of a module's lanes."""
+
+    lanes: Lanes
+    part: int
+
+    @property
+    def site(self) -> Site:
+        return self.lanes.parts[self.part].site
+
+    def place(self, slot: int, op: Op) -> None:
+        self.lanes.place(slot, self.part, op)
+
+    def clear(self, slot: int) -> None:
+        """Empties the slot at the whole module."""
+        self.lanes.clear(slot)
+
+
+class Port(opaque.Opaque):
     """Base of the ports: holds the module's own forward and the lanes behind it."""
 
-    def __init__(self, module: nn.Module, current: CurrentStep) -> None:
+    def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
         self._forward: Callable[..., Any] = module.forward
         self._current = current
+        self._lanes = lanes
+        self._number = opaque.register(self)
         module.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
-
-class LinearPort(Port):
-    """A projection, fused or not: its parts' own ops, and the ops of the sub-layer that reads or writes here.
-
-    Attributes:
-        parts: (lanes, first column, end column) of each projection that the module fuses.
-        reads: sub-layers whose input this module reads; writes: those whose output it returns.
-    """
-
-    def __init__(self, module: nn.Module, current: CurrentStep) -> None:
-        super().__init__(module, current)
-        self.parts: list[tuple[Lanes, int, int]] = []
-        self.reads: list[BlockInput] = []
-        self.writes: list[tuple[Lanes, BlockInput]] = []
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def change_output(self, x: Tensor, y: Tensor) -> None:
         step = self._current.index
-        if not step.mask:
-            return self._forward(x, *args, **kwargs)
-        if self.parts and self.parts[0][0].input_mask & step.mask:
-            x = self.parts[0][0].changed_input(x, step)
-        output = self._forward(x, *args, **kwargs)
-        for block in self.reads:
-            block.x = x
-        rows = step.num_rows
-        y = (output[0] if isinstance(output, tuple) else output)[:rows]
-        for lanes, start, stop in self.parts:
-            if lanes.mask & step.mask:
-                lanes.apply(x[:rows], y[:, start:stop], step)
-        for lanes, block in self.writes:
-            if lanes.mask & step.mask:
-                lanes.apply(block.x[:rows], y, step, None if block.residual is None else block.residual[:rows])
-            block.residual = None
-        return output
+        if step.mask & self._lanes.mask:
+            rows = step.num_rows
+            self._lanes.apply(x[:rows], y[:rows], step)
 
 
 class BlockInput:
@@ -135,8 +142,74 @@ class BlockInput:
         residual: the residual stream that its output is added to; None where no norm in front of it reads that.
     """
 
-    x: Tensor
-    residual: Tensor | None = None
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.residual: Tensor | None = None
+
+
+class SubLayer(NamedTuple):
+    """The sub-layer whose output a projection writes: its ops, and what it has read."""
+
+    lanes: Lanes
+    read: BlockInput
+
+
+class LinearPort(Port):
+    """A projection, fused or not: its parts' own ops, and the ops of the sub-layer that reads or writes here.
+
+    Attributes:
+        reads: sub-layers whose input this module reads.
+        writes: the sub-layer whose output it returns. Nobody else reads its input, which may then change in place.
+    """
+
+    def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
+        super().__init__(module, current, lanes)
+        self.reads: list[BlockInput] = []
+        self.writes: SubLayer | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        alone = len(self._lanes.parts) == 1
+        if self.writes is not None and alone:
+            opaque.change_input(x, self._number)
+        output = self._forward(x, *args, **kwargs)
+        y = output[0] if isinstance(output, tuple) else output
+        for block in self.reads:
+            block.x = x
+        if self.writes is None:
+            opaque.change_output(x, y, self._number)
+        else:
+            read = self.writes.read
+            opaque.change_sub_layer(x, x if read.x is None else read.x, read.residual, y, self._number)
+            read.x = read.residual = None
+        return output
+
+    def change_input(self, x: Tensor) -> None:
+        step = self._current.index
+        if step.mask & self._lanes.input_mask:
+            self._lanes.change_input(x[: step.num_rows], step)
+
+    def change_output(self, x: Tensor, y: Tensor) -> None:
+        step = self._current.index
+        if step.mask & self._lanes.input_mask and self.writes is None:
+            x = self._with_changed_input(x, y, step)
+        super().change_output(x, y)
+
+    def change_sub_layer(self, x: Tensor, read: Tensor, residual: Tensor | None, y: Tensor) -> None:
+        """The projection's own ops come first, then those of the sub-layer that it ends."""
+        self.change_output(x, y)
+        step, sub_layer = self._current.index, self.writes
+        assert sub_layer is not None
+        if step.mask & sub_layer.lanes.mask:
+            rows = step.num_rows
+            sub_layer.lanes.apply(read[:rows], y[:rows], step, None if residual is None else residual[:rows])
+
+    def _with_changed_input(self, x: Tensor, y: Tensor, step: StepIndex) -> Tensor:
+        """Projects once more, since others may read this input too; returns the copy that has changed."""
+        x = x.clone()
+        self._lanes.change_input(x[: step.num_rows], step)
+        output = self._forward(x)
+        y.copy_(output[0] if isinstance(output, tuple) else output)
+        return x
 
 
 class NormPort(Port):
@@ -147,40 +220,29 @@ class NormPort(Port):
     """
 
     def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
-        super().__init__(module, current)
-        self._lanes = lanes
+        super().__init__(module, current, lanes)
         self.feeds: BlockInput | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._forward(x, *args, **kwargs)
-        step = self._current.index
-        if not step.mask:
-            return output
         y, normalised = output if isinstance(output, tuple) else (output, x)
         if self.feeds is not None:
             self.feeds.residual = normalised
-        if step.mask & self._lanes.mask:
-            self._lanes.apply(normalised[: step.num_rows], y[: step.num_rows], step)
+        opaque.change_output(normalised, y, self._number)
         return output
 
 
 class EmbeddingPort(Port):
     """The input embedding: tables change, and virtual tokens get embeddings of their own."""
 
-    def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
-        super().__init__(module, current)
-        self._lanes = lanes
-
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._forward(ids, *args, **kwargs)
-        step = self._current.index
-        if step.mask & self._lanes.mask:
-            self._lanes.apply(ids[: step.num_rows], output[: step.num_rows], step)
+        opaque.change_output(ids, output, self._number)
         return output
 
 
 class HeadPort:
-    """The output head: the model's logits, which vLLM computes for the last row of every request alone."""
+    """The output head: the model's logits, which vLLM computes for the last row of every request alone, uncompiled."""
 
     def __init__(self, model: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
         self._compute_logits: Callable[..., Any] = model.compute_logits  # type: ignore[assignment]  # vLLM's method
@@ -194,21 +256,41 @@ class HeadPort:
         if step is not None and step.mask & self._lanes.mask and logits is not None:
             if step.num_rows != hidden.shape[0]:
                 raise RuntimeError(f"{hidden.shape[0]} rows of logits in a step of {step.num_rows} requests")
-            site = self._lanes.site
+            site = self._lanes.parts[0].site
             assert isinstance(site, HeadSite)
             self._lanes.apply(hidden, logits[:, : site.vocab_size], step)
         return logits
 
 
-class AttentionPort(Port):
-    """An attention layer: keys and values of virtual tokens change right before they enter the cache."""
+class AttentionPort:
+    """An attention layer: keys and values of virtual tokens change right before they enter the cache.
+
+    vLLM's own op around the attention is opaque already, so the port stands inside it, at the backend's methods, and
+    the traced graph has nothing more to run.
+    """
 
     def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
-        super().__init__(module, current)
+        self._current = current
         self._lanes = lanes
+        backend: Any = module.impl
+        self._forward: Callable[..., Any] = backend.forward
+        backend.forward = self.forward
+        # Backends that write the cache in a step of its own read these keys and values there.
+        if hasattr(backend, "do_kv_cache_update"):
+            self._update: Callable[..., Any] = backend.do_kv_cache_update
+            backend.do_kv_cache_update = self.update
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._change(key, value)
+        return self._forward(layer, query, key, value, *args, **kwargs)
+
+    def update(self, layer: Any, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._change(key, value)
+        return self._update(layer, key, value, *args, **kwargs)
+
+    def _change(self, key: Tensor | None, value: Tensor | None) -> None:
         step = self._current.index
-        if step.virtual is not None and step.virtual.mask & self._lanes.mask:
-            self._lanes.apply(key[: step.num_rows], value[: step.num_rows], step)
-        return self._forward(query, key, value, *args, **kwargs)
+        if step.virtual is None or not step.virtual.mask & self._lanes.mask or key is None or value is None:
+            return
+        rows = step.num_rows
+        self._lanes.apply(key[:rows].flatten(1), value[:rows].flatten(1), step)

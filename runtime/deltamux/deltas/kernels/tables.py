@@ -1,0 +1,206 @@
+"""What the CPU kernels read: a step's rows by slot, and per module a table of what each slot holds.
+
+A table owns no arithmetic. It keeps the tensors that its entries point to, so that a pointer never outlives its tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas.kernels.library import Rows, load
+
+DTYPES = (torch.float32, torch.bfloat16)
+LANES = 16
+"""Columns of one block of packed factors; see ``kLanes`` in rows.cpp."""
+
+ACTIVATIONS = ("identity", "relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", "leaky_relu")
+"""Activations that the kernels know, by their code."""
+
+FROM_X, FROM_Y, FROM_SUM = range(3)
+"""What a shrink reads: the site's input, its output, or their sum."""
+
+
+def available(dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Returns whether the kernels can serve tensors of this kind here; compiles them when first asked."""
+    return torch.device(device).type == "cpu" and dtype in DTYPES and load() is not None
+
+
+class Segments:
+    """Rows of a step, grouped by slot, where the kernels can read them."""
+
+    def __init__(self, rows: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Takes (slot, its rows) of every slot that takes part."""
+        slots = [slot for slot, _ in rows]
+        starts = [0]
+        flat: list[int] = []
+        for _, own in rows:
+            flat += own
+            starts.append(len(flat))
+        self._arrays = [(ctypes.c_int32 * len(values))(*values) for values in (slots, starts, flat)]
+        self.struct = Rows(len(slots), *(ctypes.addressof(array) for array in self._arrays))
+
+
+class Columns(NamedTuple):
+    """Columns of a module's output that belong to one of its parts."""
+
+    first: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One low-rank map, as the kernels read it: y += up . f(down . z + down_bias) + up_bias.
+
+    Attributes:
+        down: [rank, in], float32 or bfloat16, contiguous.
+        up: what `pack` returns of the scaled expansion.
+        down_bias: [rank] float32; up_bias: [out] float32, scaled.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    activation: int = 0
+    reads: int = FROM_X
+
+    @classmethod
+    def of(cls, down: Tensor, up: Tensor, **rest: Any) -> Factors:
+        """Takes the expansion `up` as [out, rank], already scaled, and packs it."""
+        return cls(down.contiguous(), pack(up), **rest)
+
+    def entry(self) -> tuple[int, ...]:
+        biases = (0 if bias is None else bias.data_ptr() for bias in (self.down_bias, self.up_bias))
+        return (self.down.data_ptr(), self.up.data_ptr(), self.down.shape[0], *biases, self.activation, self.reads)
+
+
+def pack(up: Tensor) -> Tensor:
+    """Returns the expansion [out, rank] in the kernels' order.
+
+    float32: [rank, out]. bfloat16: [out / 16, rank / 2, 16, 2], both rounded up and filled with zeros: 16 columns by
+    pairs of ranks, as the processor's dot products of bfloat16 pairs read them.
+    """
+    if up.dtype is torch.float32:
+        return up.t().contiguous()
+    out, rank = up.shape
+    padded = up.new_zeros(-(-out // LANES) * LANES, -(-rank // 2) * 2)
+    padded[:out, :rank] = up
+    return padded.view(-1, LANES, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Two float32 vectors, either of them absent: a factor or weight, and a bias."""
+
+    factor: Tensor | None = None
+    bias: Tensor | None = None
+
+    def entry(self) -> tuple[int, ...]:
+        return tuple(0 if vector is None else vector.data_ptr() for vector in (self.factor, self.bias))
+
+
+Entry = Factors | Vectors
+"""What a table holds of one slot at one part."""
+
+
+class Table(ABC):
+    """int64 entries of one size, by slot and part, and the tensors behind them."""
+
+    entry_size: ClassVar[int]
+
+    def __init__(self, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> None:
+        library = load()
+        assert library is not None
+        self._library = library
+        self._bfloat = int(dtype is torch.bfloat16)
+        self._num_parts = len(parts)
+        self._entries = (ctypes.c_int64 * (num_slots * len(parts) * self.entry_size))()
+        flat = [number for columns in parts for number in columns]
+        self._parts = (ctypes.c_int32 * len(flat))(*flat)
+        self._held: dict[tuple[int, int], Entry] = {}
+
+    def put(self, slot: int, part: int, value: Entry) -> None:
+        self._held[slot, part] = value
+        self._write(slot, part, value.entry())
+
+    def drop(self, slot: int) -> None:
+        """Forgets what a slot holds, and frees it."""
+        for part in range(self._num_parts):
+            if self._held.pop((slot, part), None) is not None:
+                self._write(slot, part, (0,) * self.entry_size)
+
+    def _write(self, slot: int, part: int, entry: tuple[int, ...]) -> None:
+        start = (slot * self._num_parts + part) * self.entry_size
+        self._entries[start : start + self.entry_size] = entry  # type: ignore[call-overload]  # ctypes takes any sequence
+
+    @abstractmethod
+    def run(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        """Changes `y` [rows, features] in place, of input `x` [rows, width]; rows of both are contiguous."""
+
+
+class ShrinkExpand(Table):
+    """y[:, columns of a part] += up . f(down . z + bias) + bias for every slot's own rows; holds `Factors`."""
+
+    entry_size = 7
+
+    def __init__(self, width: int, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> None:
+        super().__init__(parts, num_slots, dtype)
+        self._width = width
+
+    def run(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        self._library.deltamux_shrink_expand(
+            self._bfloat,
+            x.data_ptr(),
+            x.stride(0),
+            y.data_ptr(),
+            y.stride(0),
+            self._width,
+            segments.struct,
+            self._entries,
+            self._parts,
+            self._num_parts,
+        )
+
+
+class Affine(Table):
+    """y[:, columns of a part] = y * factor + bias for every slot's own rows; holds `Vectors`."""
+
+    entry_size = 2
+
+    def run(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        self._library.deltamux_affine(
+            self._bfloat, y.data_ptr(), y.stride(0), segments.struct, self._entries, self._parts, self._num_parts
+        )
+
+
+class NormChange(Table):
+    """y += normalise(x) * factor + bias for every slot's own rows; holds `Vectors`."""
+
+    entry_size = 2
+
+    def __init__(
+        self, width: int, eps: float, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype, *, centred: bool
+    ) -> None:
+        super().__init__(parts, num_slots, dtype)
+        self._width, self._eps, self._centred = width, eps, int(centred)
+
+    def run(self, x: Tensor, y: Tensor, segments: Segments) -> None:
+        self._library.deltamux_norm_affine(
+            self._bfloat,
+            x.data_ptr(),
+            x.stride(0),
+            y.data_ptr(),
+            y.stride(0),
+            self._width,
+            segments.struct,
+            self._entries,
+            self._eps,
+            self._centred,
+        )

@@ -1,0 +1,247 @@
+"""The CPU kernels: compiled here, and equal to their twins in torch for every op that has one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltamux.deltas import (
+    Bias,
+    BlockRole,
+    BlockSite,
+    Bottleneck,
+    LinearSite,
+    LowRank,
+    NormAffine,
+    NormSite,
+    Op,
+    Scale,
+    ScaleInput,
+)
+from deltamux.deltas.kernels import library
+from deltamux.deltas.kernels.tables import Columns, pack
+from deltamux.deltas.ops import Run, StepIndex
+from deltamux.deltas.ops.batched import KernelBatch, ModuleBatch, Part, PerPart, module_batch
+from deltamux.deltas.sites import NormForm
+
+SLOTS = 5
+WIDTH = 40
+"""No multiple of 16 or 32, so that every kernel has a tail."""
+
+SIZES = (48, 21, 24)
+"""Columns of the parts of a fused module: full blocks, an odd tail, an even one."""
+
+
+def draw(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def linear(size: int) -> LinearSite:
+    return LinearSite(f"layer.{size}", WIDTH, size, True, False, 0, BlockRole.ATTENTION)
+
+
+def fused() -> list[Part]:
+    firsts = [sum(SIZES[:i]) for i in range(len(SIZES))]
+    return [Part(linear(size), Columns(first, size)) for first, size in zip(firsts, SIZES, strict=True)]
+
+
+BLOCK = BlockSite("layers.0.attention", WIDTH, BlockRole.ATTENTION, "q", "o", 0, "norm")
+
+
+def norm(form: NormForm) -> list[Part]:
+    return [Part(NormSite("layer.norm", WIDTH, form, 1e-5, True, 0), Columns(0, WIDTH))]
+
+
+def low_rank(seed: int, size: int) -> Op:
+    rank = 1 + seed % 11
+    return LowRank(draw(seed, rank, WIDTH), draw(seed + 1, size, rank), scale=0.5 + seed % 3)
+
+
+def bottleneck(seed: int, size: int) -> Op:
+    width = 1 + seed % 9
+    return Bottleneck(
+        draw(seed, width, WIDTH),
+        draw(seed + 1, WIDTH, width),
+        draw(seed + 2, width) if seed % 2 else None,
+        draw(seed + 3, WIDTH) if seed % 3 else None,
+        activation=("relu", "gelu", "gelu_new", "silu", "swish", "tanh", "sigmoid", "leaky_relu", "identity")[seed % 9],
+        scale=0.5 + seed % 2,
+        parallel=seed % 4 == 1,
+        residual=seed % 4 == 2,
+    )
+
+
+def norm_affine(seed: int, size: int) -> Op:
+    return NormAffine(
+        draw(seed, size) if seed % 3 else None, draw(seed + 1, size) if seed % 2 or not seed % 3 else None
+    )
+
+
+CASES: dict[str, tuple[list[Part], Any]] = {
+    "low_rank, fused": (fused(), low_rank),
+    "low_rank": (fused()[:1], low_rank),
+    "bias, fused": (fused(), lambda seed, size: Bias(draw(seed, size))),
+    "scale, fused": (fused(), lambda seed, size: Scale(draw(seed, size))),
+    "bottleneck": ([Part(BLOCK, Columns(0, WIDTH))], bottleneck),
+    "norm_affine, layer": (norm(NormForm.LAYER), norm_affine),
+    "norm_affine, rms": (norm(NormForm.RMS), norm_affine),
+}
+
+steps = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 9)), min_size=1, max_size=8)
+"""A step's requests: (slot, or -1 for the base; rows)."""
+
+
+def index_of(step: list[tuple[int, int]]) -> StepIndex:
+    runs, row = [], 0
+    for slot, rows in step:
+        if slot >= 0:
+            runs.append(Run(slot, row, row + rows))
+        row += rows
+    return StepIndex(runs, row, SLOTS)
+
+
+def twins(parts: list[Part], op: Op, dtype: torch.dtype) -> tuple[ModuleBatch, ModuleBatch]:
+    """The kernel's batch, and the one in torch."""
+    kernel = module_batch(type(op), parts, SLOTS, dtype, "cpu")
+    assert isinstance(kernel, KernelBatch), "these tests need a C++ compiler, as the engine itself does"
+    return kernel, PerPart(parts, lambda site: type(op).batch(site, SLOTS, dtype, "cpu"))
+
+
+def columns_of(part: Part) -> int:
+    return part.columns.size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("parts", "make"), CASES.values(), ids=CASES.keys())
+@settings(max_examples=40, deadline=None)
+@given(step=steps, present=st.sets(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 2))), seed=st.integers(0, 999))
+def test_a_kernel_equals_its_twin_in_torch(
+    parts: list[Part], make: Any, dtype: torch.dtype, step: list[tuple[int, int]], present: set[Any], seed: int
+) -> None:
+    kernel, twin = twins(parts, make(0, columns_of(parts[0])), dtype)
+    for slot, part in sorted(present):
+        if part < len(parts):
+            op = make(seed + 7 * slot + part, columns_of(parts[part])).to(dtype)
+            kernel.place(slot, part, op)
+            twin.place(slot, part, op)
+    index = index_of(step)
+    x = draw(seed, index.num_rows, WIDTH).to(dtype)
+    before = draw(seed + 1, index.num_rows, sum(map(columns_of, parts))).to(dtype)
+    actual, expected = before.clone(), before.clone()
+    kernel.apply(x, actual, index)
+    twin.apply(x, expected, index)
+    tolerance = 1e-5 if dtype is torch.float32 else 4e-2
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+    base = [row for row, slot in enumerate(index.slots.tolist()) if slot == SLOTS]
+    assert torch.equal(actual[base], before[base]), "the base's rows are never touched"
+
+
+@settings(max_examples=40, deadline=None)
+@given(step=steps, seed=st.integers(0, 999))
+def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(step: list[tuple[int, int]], seed: int) -> None:
+    kernel, _ = twins(fused(), low_rank(0, SIZES[0]), torch.bfloat16)
+    for slot in range(SLOTS):
+        for part, columns in enumerate(SIZES):
+            kernel.place(slot, part, low_rank(seed + 7 * slot + part, columns).to(torch.bfloat16))
+    index = index_of(step)
+    x, y = (draw(seed + n, index.num_rows, size).bfloat16() for n, size in enumerate((WIDTH, sum(SIZES))))
+    mixed = y.clone()
+    kernel.apply(x, mixed, index)
+    for row, slot in enumerate(index.slots.tolist()):
+        if slot < SLOTS:
+            alone = y[row : row + 1].clone()
+            kernel.apply(x[row : row + 1], alone, index_of([(slot, 1)]))
+            assert torch.equal(alone, mixed[row : row + 1])
+
+
+@pytest.mark.parametrize(("parts", "make"), CASES.values(), ids=CASES.keys())
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_slot_that_is_not_finite_spoils_no_row_but_its_own(parts: list[Part], make: Any, value: float) -> None:
+    clean, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
+    spoilt, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
+    for slot in range(4):
+        for part, (_, columns) in enumerate(parts):
+            op = make(slot + part, columns.size).to(torch.bfloat16)
+            bad = op.of({name: torch.full_like(t, value) for name, t in op.tensors().items()}, op.attributes())
+            clean.place(slot, part, op)
+            spoilt.place(slot, part, bad if slot == 2 else op)
+    index = index_of([(0, 3), (1, 3), (2, 3), (-1, 3), (3, 3)])
+    x, y = (draw(n, 15, size).bfloat16() for n, size in enumerate((WIDTH, sum(map(columns_of, parts)))))
+    expected, actual = y.clone(), y.clone()
+    clean.apply(x, expected, index)
+    spoilt.apply(x, actual, index)
+    others = [row for row in range(15) if not 6 <= row < 9]
+    assert torch.equal(actual[others], expected[others])
+    assert not actual[6:9].isfinite().all()
+
+
+def test_a_scaled_input_changes_only_the_rows_of_its_own_adapter() -> None:
+    site = linear(21)
+    batch = module_batch(ScaleInput, [Part(site, Columns(0, 21))], SLOTS, torch.float32, "cpu")
+    op = ScaleInput(draw(1, WIDTH))
+    batch.place(3, 0, op)
+    index = index_of([(0, 2), (3, 2), (-1, 2)])
+    before = draw(2, 6, WIDTH)
+    after = before.clone()
+    batch.apply(after, after, index)
+    assert torch.equal(after[[0, 1, 4, 5]], before[[0, 1, 4, 5]])
+    torch.testing.assert_close(after[2:4], op.apply_input(before[2:4], site))
+
+
+def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
+    kernel, _ = twins(fused(), low_rank(0, SIZES[0]), torch.float32)
+    kernel.place(1, 0, low_rank(3, SIZES[0]))
+    kernel.clear(1)
+    kernel.clear(1)
+    y = draw(1, 4, sum(SIZES))
+    before = y.clone()
+    kernel.apply(draw(2, 4, WIDTH), y, index_of([(1, 4)]))
+    assert torch.equal(y, before)
+    assert kernel.mask == 0
+
+
+def test_packing_puts_pairs_of_ranks_behind_each_other_and_zeros_where_nothing_is() -> None:
+    up = draw(1, 21, 5).bfloat16()
+    packed = pack(up)
+    assert packed.shape == (2, 3, 16, 2)
+    for column in range(21):
+        assert torch.equal(packed[column // 16, :, column % 16].flatten()[:5], up[column])
+    assert packed.count_nonzero() == up.count_nonzero()
+
+
+def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:
+    first = library.build(tmp_path)
+    compiled = first.stat().st_mtime_ns
+    assert library.build(tmp_path) == first
+    assert first.stat().st_mtime_ns == compiled
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [({"DELTAMUX_KERNELS": "torch"}, ""), ({"CXX": "false"}, "delta ops run in torch")],
+    ids=["switched off", "no working compiler"],
+)
+def test_without_kernels_the_ops_run_in_torch_and_it_is_said_once(
+    environment: dict[str, str], words: str, tmp_path: Path
+) -> None:
+    code = (
+        "import logging, torch; logging.basicConfig(); from deltamux.deltas.kernels.tables import available;"
+        "print([available(torch.float32, 'cpu') for _ in range(2)])"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == "[False, False]"
+    assert ran.stderr.count("delta ops run in torch") == (1 if words else 0)
