@@ -17,6 +17,7 @@ from deltamux.deltas import (
     BlockRole,
     BlockSite,
     Bottleneck,
+    GatedLowRank,
     LinearSite,
     LowRank,
     NormAffine,
@@ -205,6 +206,15 @@ def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
     kernel.apply(draw(2, 4, WIDTH), y, index_of([(1, 4)]))
     assert torch.equal(y, before)
     assert kernel.mask == 0
+
+
+def test_an_op_derived_from_another_never_runs_the_others_kernel() -> None:
+    class Doubled(LowRank):
+        name = "doubled"
+
+    assert not Doubled.has_kernel
+    assert not GatedLowRank.has_kernel
+    assert isinstance(module_batch(Doubled, fused(), SLOTS, torch.float32, "cpu"), PerPart)
 
 
 def test_packing_puts_pairs_of_ranks_behind_each_other_and_zeros_where_nothing_is() -> None:

@@ -37,10 +37,17 @@ class Op:
     site_kind: ClassVar[SiteKind]
     batch: ClassVar[type[OpBatch]]
     has_kernel: ClassVar[bool] = False
-    """Whether the CPU kernels know the op, through `table` and `entry`; `batch` is then their twin in torch."""
+    """Whether the CPU kernels know the op, through `table` and `entry`; `batch` is then their twin in torch.
+
+    Never inherited: an op derived from another has mathematics of its own.
+    """
     changes_input: ClassVar[bool] = False
     packed: ClassVar[frozenset[str]] = frozenset()
     """Parameters that hold bits (uint8), which no cast may touch; all others are floats."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.has_kernel = cls.__dict__.get("has_kernel", False)
 
     @property
     def reads_residual(self) -> bool:

@@ -65,7 +65,6 @@ class GatedLowRank(LowRank):
 
     name: ClassVar[str] = "gated_low_rank"
     batch: ClassVar[type[OpBatch]] = GatedBatch
-    has_kernel: ClassVar[bool] = False
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, LinearSite)
@@ -96,7 +95,6 @@ class GatedBottleneck(Bottleneck):
 
     name: ClassVar[str] = "gated_bottleneck"
     batch: ClassVar[type[OpBatch]] = GatedBatch
-    has_kernel: ClassVar[bool] = False
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, BlockSite)
