@@ -20,6 +20,7 @@ from deltamux.engine.base import (
     SamplingOptions,
 )
 from deltamux.engine.vllm.host_tier import HostTier
+from deltamux.engine.vllm.loader_link import LoaderLink
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class VLLMEngine:
         self._llm = await asyncio.to_thread(
             AsyncLLM.from_vllm_config, config, usage_context=UsageContext.ENGINE_CONTEXT, disable_log_stats=True
         )
-        self._host = HostTier(self._call_workers, self._options.max_host_adapters)
+        self._link = await LoaderLink.open(self.call_workers, os.sched_getaffinity(0))
+        self._host = HostTier(self._link, self._options.max_host_adapters)
         self._tokenizer = self._llm.get_tokenizer()
         self._max_model_len: int = self._llm.model_config.max_model_len
 
@@ -62,6 +64,7 @@ class VLLMEngine:
             # The handler would report the end of the engine's process as a failure; here it is what was asked for.
             if llm.output_handler is not None:
                 llm.output_handler.cancel()
+            await self._link.close()
             await asyncio.to_thread(llm.shutdown)
 
     @property
@@ -72,6 +75,8 @@ class VLLMEngine:
         self, prompt: Prompt, sampling: SamplingOptions, program: ProgramRef | None, *, request_id: str
     ) -> AsyncGenerator[GenerationChunk]:
         """Yields what is generated as it comes; closing the iterator aborts the request in the engine."""
+        if program is not None:
+            self._host.prefetch(program)
         token_ids = await self._tokenize(prompt)
         num_virtual_tokens = program.num_virtual_tokens if program else 0
         self._check_prompt(token_ids, num_virtual_tokens)
@@ -97,7 +102,7 @@ class VLLMEngine:
         await self._host.evict(digest)
 
     async def stats(self) -> EngineStats:
-        resident = (await self._call_workers("delta_resident"))[0]
+        resident = (await self.call_workers("delta_resident"))[0]
         assert isinstance(resident, dict)
         return EngineStats(
             running=self._engine.output_processor.get_num_unfinished_requests(),  # type: ignore[no-untyped-call]  # vLLM
@@ -107,8 +112,8 @@ class VLLMEngine:
         )
 
     async def device_programs(self) -> list[int]:
-        """Returns the workers' ids of the programs in device slots, least recently used first."""
-        resident = (await self._call_workers("delta_resident"))[0]
+        """Returns the workers' ids of the programs in device slots, the last to come there last."""
+        resident = (await self.call_workers("delta_resident"))[0]
         assert isinstance(resident, dict)
         programs: list[int] = resident["device"]
         return programs
@@ -148,7 +153,8 @@ class VLLMEngine:
             raise UnavailableError("the engine is not running")
         return self._llm
 
-    async def _call_workers(self, method: str, args: tuple[object, ...] = ()) -> list[object]:
+    async def call_workers(self, method: str, args: tuple[object, ...] = ()) -> list[object]:
+        """Calls a method of every worker, between two steps."""
         answers: list[object] = await self._engine.collective_rpc(method, args=args)
         return answers
 
@@ -229,6 +235,7 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "max_loras": options.max_active_adapters,
         "enable_prefix_caching": True,
         "enforce_eager": options.enforce_eager,
+        "scheduler_cls": "deltamux.engine.vllm.scheduler.turn_scheduler",
         "worker_cls": f"deltamux.engine.vllm.{worker}",
         "disable_log_stats": True,
         # Part of the key under which compiled models are kept: a plain vLLM's has no ports.

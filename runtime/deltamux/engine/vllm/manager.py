@@ -2,15 +2,12 @@
 
 Two tiers live here. The host tier holds programs that are read, cast and checked (by a loader thread, off the step
 loop) and keeps exactly what the engine's front end told it to keep. The device slots hold the programs of recent steps,
-least recently used first out; putting one in place is all that a step ever does.
+and give up the one that is worth least (see `residency`); putting one in place is all that a step ever does.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +21,9 @@ from deltamux.deltas import BaseModel, Program
 from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
 from deltamux.engine.vllm.binding import Binding
-from deltamux.engine.vllm.ports import IDLE, CurrentStep
+from deltamux.engine.vllm.loading import ProgramLoader, load_program, packed
+from deltamux.engine.vllm.ports import IDLE, CurrentStep, Place
+from deltamux.engine.vllm.residency import Residency
 from deltamux.errors import BaseMismatchError, FailedPreconditionError
 
 logger = init_logger(__name__)
@@ -61,57 +60,40 @@ class DeltaManager:
         self.base = BaseModel.from_config(vllm_config.model_config.hf_config)
         self._binding = Binding(model, self.base, self._current, self.num_slots, self._dtype, device)
         self._has_kernels = available(dtype, device)  # compiles them, before the first step needs them
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="delta-loader")
-        self._host: dict[int, Future[Program]] = {}
-        self._slots: OrderedDict[int, int] = OrderedDict()
+        self.loader = ProgramLoader(self._read)
+        self._slots: dict[int, int] = {}
+        self._residency: Residency[int] = Residency(self.num_slots)
+        self._placed: list[list[Place]] = [[] for _ in range(self.num_slots)]
         self._num_virtual_tokens = [0] * self.num_slots
         self._pinned: set[int] = set()
-        self._lock = threading.Lock()
+        self._last: tuple[list[int], StepIndex] | None = None
 
     # The host tier, driven by the engine's front end.
 
-    def load(self, program_id: int, path: str) -> None:
-        """Begins to read a compiled program; returns at once. Loading a program that is there does nothing."""
-        with self._lock:
-            if program_id not in self._host:
-                self._host[program_id] = self._loader.submit(self._read, Path(path))
-
-    def status(self, program_id: int) -> str:
-        """Returns ``loading``, ``ready``, ``absent``, or ``failed: `` and the reason."""
-        future = self._host.get(program_id)
-        if future is None:
-            return "absent"
-        if not future.done():
-            return "loading"
-        error = future.exception()
-        return "ready" if error is None else f"failed: {error}"
-
     def unload(self, program_id: int) -> None:
         """Drops a program from both tiers; its tensors are freed when this returns."""
-        with self._lock:
-            self._host.pop(program_id, None)
+        self.loader.drop(program_id)
         self._pinned.discard(program_id)
-        slot = self._slots.pop(program_id, None)
-        if slot is not None:
-            self._clear(slot)
+        self._vacate(program_id)
 
     def pin(self, program_id: int, pinned: bool) -> None:
         """Keeps a program in its device slot as long as any other can make room, or no longer."""
         (self._pinned.add if pinned else self._pinned.discard)(program_id)
+        if program_id in self._slots:
+            self._residency.pin(program_id, pinned)
 
     def resident(self) -> dict[str, list[int]]:
-        """Returns the program ids in each tier."""
-        return {"host": sorted(self._host), "device": list(self._slots)}
+        """Returns the program ids in each tier; those in slots in the order in which they came there."""
+        return {"host": self.loader.ids(), "device": [p for p in self._slots if p in self.loader.ready]}
 
     def _read(self, path: Path) -> Program:
-        program = Program.load(path)
+        program = load_program(path)
         for site, op in program:
             if (problem := self._binding.refusal(site, op)) is not None:
                 raise BaseMismatchError(problem, metadata={"site": site})
         program.placed(self.base)
         # Only the cast program matters: what is finite in float32 may overflow in float16.
-        program = program.to(self._dtype, "cpu")
-        program.check_finite()
+        program = packed(program, self._dtype, pinned=self._device.type == "cuda")
         if self._has_kernels:
             program.lay_out()
         return program
@@ -120,35 +102,62 @@ class DeltaManager:
 
     def begin_step(self, requests: Sequence[ScheduledRequest]) -> None:
         """Makes the step's programs active: puts missing ones into slots, and indexes who owns each row."""
+        ready = self.loader.ready
+        for program_id in [p for p in self._slots if p not in ready]:
+            self._vacate(program_id)
         # A program that is gone belongs to a request that has ended: vLLM runs one step ahead and discards its row.
-        needed = {r.program for r in requests} & self._host.keys()
-        for program_id in needed:
-            self._activate(program_id, needed)
-        self._current.index = self._index(requests) if needed else IDLE
+        # Looked up once: the loader thread may drop others at any time.
+        needed = {p: program for p in {r.program for r in requests} if (program := ready.get(p)) is not None}
+        for program_id, program in needed.items():
+            self._activate(program_id, program, needed)
+        self._current.index = self._cached_index(requests) if needed else IDLE
 
-    def _activate(self, program_id: int, needed: set[int]) -> None:
+    def _activate(self, program_id: int, program: Program, needed: Collection[int]) -> None:
+        self._residency.use(program_id)
         if program_id in self._slots:
-            self._slots.move_to_end(program_id)
             return
         slot = self._free_slot(needed)
-        program = self._host[program_id].result()
-        for site, op in program:
-            self._binding.lanes[op.site_kind, site].place(slot, op.to(self._dtype, self._device))
         self._slots[program_id] = slot
+        self._residency.pin(program_id, program_id in self._pinned)
+        self._residency.charge(program_id, program.num_bytes())
+        for site, op in program:
+            place = self._binding.lanes[op.site_kind, site]
+            place.place(slot, op if self._device.type == "cpu" else op.to(self._dtype, self._device))
+            self._placed[slot].append(place)
         self._num_virtual_tokens[slot] = program.num_virtual_tokens
+        self._last = None
 
-    def _free_slot(self, needed: set[int]) -> int:
-        if len(self._slots) < self.num_slots:
-            return next(slot for slot in range(self.num_slots) if slot not in self._slots.values())
-        idle = [program_id for program_id in self._slots if program_id not in needed]
-        victim = next((program_id for program_id in idle if program_id not in self._pinned), idle[0])
-        slot = self._slots.pop(victim)
-        self._clear(slot)
-        return slot
+    def _free_slot(self, needed: Collection[int]) -> int:
+        if len(self._slots) == self.num_slots:
+            victim = self._residency.victim(needed)
+            if victim is None:
+                victim = self._residency.victim(needed, pinned_too=True)
+            assert victim is not None  # the scheduler plans no step with more programs than slots
+            self._vacate(victim)
+        taken = set(self._slots.values())
+        return next(slot for slot in range(self.num_slots) if slot not in taken)
 
-    def _clear(self, slot: int) -> None:
-        for lanes in self._binding.lanes.values():
-            lanes.clear(slot)
+    def _vacate(self, program_id: int) -> None:
+        """Empties the slot of a program, if it has one."""
+        slot = self._slots.pop(program_id, None)
+        self._residency.remove(program_id)
+        if slot is not None:
+            for place in self._placed[slot]:
+                place.clear(slot)
+            self._placed[slot].clear()
+            self._num_virtual_tokens[slot] = 0
+            self._last = None
+
+    def _cached_index(self, requests: Sequence[ScheduledRequest]) -> StepIndex:
+        """Returns the last step's index where it says the same: the same requests in the same slots, all decoding."""
+        programs = [r.program for r in requests]
+        prefix = max(self._num_virtual_tokens)
+        decoding = all(r.num_tokens == 1 and r.start >= prefix for r in requests)
+        if decoding and self._last is not None and self._last[0] == programs:
+            return self._last[1]
+        index = self._index(requests)
+        self._last = (programs, index) if decoding else None
+        return index
 
     def _index(self, requests: Sequence[ScheduledRequest]) -> StepIndex:
         runs: list[Run] = []
@@ -196,4 +205,4 @@ class DeltaManager:
 
     def remove_all_adapters(self) -> None:
         for program_id in list(self._slots):
-            self._clear(self._slots.pop(program_id))
+            self._vacate(program_id)

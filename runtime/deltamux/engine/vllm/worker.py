@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from deltamux.engine.vllm.loader_link import LoaderServer
 from deltamux.engine.vllm.manager import DeltaManager, ScheduledRequest
 
 
@@ -33,25 +35,43 @@ class DeltaWorkerMixin:
     """What a worker answers to the engine's front end, through ``collective_rpc``."""
 
     model_runner: Any
+    rank: int
 
     def init_device(self) -> None:
         super().init_device()  # type: ignore[misc]  # vLLM's worker stands behind the mixin
         runner = self.model_runner
         runner.__class__ = type("DeltaModelRunner", (DeltaRunnerMixin, type(runner)), {})
 
+    def delta_listen(self, directory: str, cores: list[int]) -> str | None:
+        """Opens a way to the loader thread beside the step loop (see `loader_link`).
+
+        Returns the socket's path; None where the front end's directory is not here, but on another host.
+        """
+        loader = self._deltas.loader
+        path = Path(directory) / f"worker-{self.rank}.sock"
+        try:
+            LoaderServer(loader, path)
+        except OSError:
+            return None
+        loader.use_cores(cores)
+        return str(path)
+
     def delta_load(self, program_id: int, path: str) -> None:
-        self.model_runner.lora_manager.load(program_id, path)
+        self._deltas.loader.load(program_id, Path(path))
 
     def delta_status(self, program_id: int) -> str:
-        status: str = self.model_runner.lora_manager.status(program_id)
-        return status
+        return self._deltas.loader.status(program_id)
 
     def delta_unload(self, program_id: int) -> None:
-        self.model_runner.lora_manager.unload(program_id)
+        self._deltas.unload(program_id)
 
     def delta_pin(self, program_id: int, pinned: bool) -> None:
-        self.model_runner.lora_manager.pin(program_id, pinned)
+        self._deltas.pin(program_id, pinned)
 
     def delta_resident(self) -> dict[str, list[int]]:
-        resident: dict[str, list[int]] = self.model_runner.lora_manager.resident()
-        return resident
+        return self._deltas.resident()
+
+    @property
+    def _deltas(self) -> DeltaManager:
+        manager: DeltaManager = self.model_runner.lora_manager
+        return manager

@@ -1,0 +1,199 @@
+"""A way from the front end to the workers' loader threads that does not wait for the step loop.
+
+vLLM answers ``collective_rpc`` between steps only: a load would cost several steps. So each worker on the front end's
+host listens at a Unix socket in a directory that only this user can enter, and answers when a load is over. They speak
+lines of JSON: ``{"load": id, "path": …}`` is answered by ``{"program": id, "state": …, "seconds": …}``, the state being
+``ready`` or ``failed: `` and the reason; ``{"drop": id}`` by nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Awaitable, Callable, Collection
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deltamux.engine.vllm.loading import Loaded, ProgramLoader, outcome
+from deltamux.errors import FailedPreconditionError, UnavailableError
+
+WorkerCall = Callable[..., Awaitable[list[object]]]
+"""Calls a method of every worker by name and returns their answers (vLLM's ``collective_rpc``)."""
+
+FIRST_POLL = 0.001
+LAST_POLL = 0.02
+"""Seconds between looks, where no socket leads to a worker, at a program that loads: doubling from first to last."""
+
+LINE_LIMIT = 1 << 20
+
+
+class LoaderServer:
+    """A worker's end: listens, serves the front end in a thread of its own, and ends with its connection.
+
+    Args:
+        path: of the socket; its directory exists.
+    """
+
+    def __init__(self, loader: ProgramLoader, path: Path) -> None:
+        self._loader = loader
+        self._writing = threading.Lock()
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(1)
+        threading.Thread(target=self._serve, name="delta-link", daemon=True).start()
+
+    def _serve(self) -> None:
+        with self._listener:
+            connection, _ = self._listener.accept()
+        # A connection that breaks means that the front end has gone; vLLM ends this process then.
+        with connection, connection.makefile("rb") as lines, contextlib.suppress(OSError):
+            for line in lines:
+                self._handle(json.loads(line), connection)
+
+    def _handle(self, message: dict[str, Any], connection: socket.socket) -> None:
+        if "drop" in message:
+            self._loader.drop(message["drop"])
+            return
+        program_id: int = message["load"]
+        future = self._loader.load(program_id, Path(message["path"]))
+        future.add_done_callback(lambda done: self._answer(program_id, done, connection))
+
+    def _answer(self, program_id: int, future: Future[Loaded], connection: socket.socket) -> None:
+        state = outcome(future)
+        seconds = future.result().seconds if state == "ready" else 0.0
+        line = json.dumps({"program": program_id, "state": state, "seconds": seconds}) + "\n"
+        with self._writing, contextlib.suppress(OSError):
+            connection.sendall(line.encode())
+
+
+class _Answer(NamedTuple):
+    state: str
+    seconds: float
+
+
+class _Connection:
+    """The front end's end of one worker's socket."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        self._pending: dict[int, asyncio.Future[_Answer]] = {}
+        self._reading = asyncio.create_task(self._read(reader))
+
+    @classmethod
+    async def open(cls, path: str) -> _Connection:
+        return cls(*await asyncio.open_unix_connection(path, limit=LINE_LIMIT))
+
+    async def load(self, program_id: int, path: Path) -> _Answer:
+        if self._reading.done():
+            raise _gone()
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        self._pending[program_id] = answer
+        self._send({"load": program_id, "path": str(path)})
+        return await answer
+
+    def drop(self, program_id: int) -> None:
+        if not self._reading.done():
+            self._send({"drop": program_id})
+
+    async def close(self) -> None:
+        self._writer.close()
+        self._reading.cancel()
+        await asyncio.wait([self._reading])
+
+    def _send(self, message: dict[str, object]) -> None:
+        # Not awaited until it is sent: a worker's thread reads at once, whatever its step loop does.
+        self._writer.write(json.dumps(message).encode() + b"\n")
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                pending = self._pending.pop(message["program"], None)
+                if pending is not None and not pending.done():
+                    pending.set_result(_Answer(message["state"], message["seconds"]))
+        except OSError:
+            pass  # as good as an end of file: the worker has gone
+        finally:
+            for pending in self._pending.values():
+                if not pending.done():
+                    pending.set_exception(_gone())
+
+
+class LoaderLink:
+    """The front end's way to all workers: sockets, or ``collective_rpc`` where a worker is on another host."""
+
+    def __init__(self, call_workers: WorkerCall, connections: list[_Connection]) -> None:
+        self._call = call_workers
+        self._connections = connections
+
+    @classmethod
+    async def open(cls, call_workers: WorkerCall, cores: Collection[int]) -> LoaderLink:
+        """Asks the workers to listen, and connects.
+
+        Args:
+            cores: where the loader threads may run: all that the machine lets this process use.
+        """
+        directory = Path(tempfile.mkdtemp(prefix="deltamux-"))
+        try:
+            paths = await call_workers("delta_listen", (str(directory), sorted(cores)))
+            local = all(path is not None for path in paths)
+            connections = [await _Connection.open(str(path)) for path in paths] if local else []
+        finally:
+            # A connected socket needs its name no more.
+            shutil.rmtree(directory, ignore_errors=True)
+        return cls(call_workers, connections)
+
+    async def close(self) -> None:
+        for connection in self._connections:
+            await connection.close()
+
+    async def load(self, program_id: int, path: Path) -> float:
+        """Loads a program in every worker; returns the seconds that the slowest took.
+
+        Raises:
+            FailedPreconditionError: a worker refuses the program; the message says why.
+            UnavailableError: a worker has gone.
+        """
+        if not self._connections:
+            return await self._load_between_steps(program_id, path)
+        answers = await asyncio.gather(*(c.load(program_id, path) for c in self._connections))
+        _check([answer.state for answer in answers])
+        return max(answer.seconds for answer in answers)
+
+    async def drop(self, program_id: int, *, at_once: bool = False) -> None:
+        """Drops a program from host memory; its device slot is free from the next step on, or `at_once`."""
+        for connection in self._connections:
+            connection.drop(program_id)
+        if at_once or not self._connections:
+            await self._call("delta_unload", (program_id,))
+
+    async def pin(self, program_id: int, pinned: bool) -> None:
+        await self._call("delta_pin", (program_id, pinned))
+
+    async def _load_between_steps(self, program_id: int, path: Path) -> float:
+        loop = asyncio.get_running_loop()
+        started, delay = loop.time(), FIRST_POLL
+        await self._call("delta_load", (program_id, str(path)))
+        while True:
+            states = [str(state) for state in await self._call("delta_status", (program_id,))]
+            _check(states)
+            if all(state == "ready" for state in states):
+                return loop.time() - started
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LAST_POLL)
+
+
+def _check(states: list[str]) -> None:
+    failed = next((state for state in states if state.startswith("failed")), None)
+    if failed is not None:
+        raise FailedPreconditionError(failed, reason="PROGRAM_REFUSED")
+
+
+def _gone() -> UnavailableError:
+    return UnavailableError("a worker of the engine has gone; the request may be sent again once the engine is back")

@@ -1,0 +1,169 @@
+"""Programs on their way from a file into a worker's memory, on threads that keep out of the step loop's way."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas import Op, Program
+from deltamux.deltas.program import Placement
+
+THREADS = 2
+"""So that one slow file does not hold up the others."""
+
+NICENESS = 10
+"""The loader threads': where one shares a core with the step loop, the step loop goes first."""
+
+READ_BYTES = 1 << 20
+
+ALIGNMENT = 64
+"""Bytes at whose multiples a packed tensor begins: a cache line."""
+
+
+class Loaded(NamedTuple):
+    """A program ready in host memory.
+
+    Attributes:
+        seconds: what reading, casting and checking it took.
+    """
+
+    program: Program
+    seconds: float
+
+
+class ProgramLoader:
+    """The programs in a worker's host memory, and the threads that bring them there. Any thread may call it.
+
+    Args:
+        read: reads a file as a program that can be used as it is; raises what is wrong with it.
+    """
+
+    def __init__(self, read: Callable[[Path], Program]) -> None:
+        self._read = read
+        self._cores: frozenset[int] = frozenset()
+        self._pool = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="delta-loader")
+        self._lock = threading.Lock()
+        self._loads: dict[int, Future[Loaded]] = {}
+        self._ready: dict[int, Program] = {}
+
+    @property
+    def ready(self) -> Mapping[int, Program]:
+        """Programs that a step may use; others vanish from it at any time."""
+        return self._ready
+
+    def ids(self) -> list[int]:
+        return sorted(self._loads)
+
+    def load(self, program_id: int, path: Path) -> Future[Loaded]:
+        """Begins to load a program, or returns the load that has begun."""
+        with self._lock:
+            if program_id not in self._loads:
+                self._loads[program_id] = self._pool.submit(self._load, program_id, path)
+            return self._loads[program_id]
+
+    def status(self, program_id: int) -> str:
+        """Returns ``loading``, ``ready``, ``absent``, or ``failed: `` and the reason."""
+        future = self._loads.get(program_id)
+        if future is None:
+            return "absent"
+        return outcome(future) if future.done() else "loading"
+
+    def drop(self, program_id: int) -> None:
+        """Forgets a program; a load under way ends for nothing."""
+        with self._lock:
+            future = self._loads.pop(program_id, None)
+            self._ready.pop(program_id, None)
+        if future is not None:
+            future.cancel()
+
+    def use_cores(self, cores: Collection[int]) -> None:
+        """Lets the threads run on these cores from their next load on, behind whatever else runs there."""
+        self._cores = frozenset(cores)
+
+    def _load(self, program_id: int, path: Path) -> Loaded:
+        if self._cores:
+            _step_aside(self._cores)
+        started = time.perf_counter()
+        program = self._read(path)
+        with self._lock:
+            if program_id in self._loads:
+                self._ready[program_id] = program
+        return Loaded(program, time.perf_counter() - started)
+
+
+def outcome(future: Future[Loaded]) -> str:
+    """Returns ``ready``, or ``failed: `` and the reason, of a load that is over."""
+    if future.cancelled():
+        return "failed: dropped"
+    error = future.exception()
+    return "ready" if error is None else f"failed: {error}"
+
+
+def load_program(path: Path) -> Program:
+    """Reads a compiled program; see `Program.load`.
+
+    The file is read from front to back first: so a disk is at its fastest, and nothing else waits for it.
+    """
+    chunk = bytearray(READ_BYTES)
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+        while file.readinto(chunk):
+            pass
+    return Program.load(path)
+
+
+def packed(program: Program, dtype: torch.dtype, *, pinned: bool = False) -> Program:
+    """Returns the program in one block of memory of its own, floats cast to `dtype`.
+
+    Nothing of it is left in a mapped file, whose pages a step might have to wait for. A parameter that the cast makes
+    infinite, or a product of parameters, is named by InvalidAdapterError.
+
+    Args:
+        pinned: whether the memory is locked, so that an accelerator can copy it by itself.
+    """
+    step = max(1, ALIGNMENT // dtype.itemsize)
+    floats = [t for _, op in program for field, t in op.tensors().items() if field not in op.packed]
+    room = sum(-(-t.numel() // step) * step for t in floats)
+    block, end = torch.zeros(room, dtype=dtype, pin_memory=pinned), 0
+
+    def move(op: Op) -> Op:
+        nonlocal end
+        tensors: dict[str, Tensor] = {}
+        for field, tensor in op.tensors().items():
+            if field in op.packed:
+                tensors[field] = tensor.clone()
+                continue
+            tensors[field] = block[end : end + tensor.numel()].view(tensor.shape)
+            tensors[field].copy_(tensor)
+            end += -(-tensor.numel() // step) * step
+        return op.of(tensors, op.attributes())
+
+    moved = Program(tuple(Placement(site, move(op)) for site, op in program), program.num_virtual_tokens)
+    _check_finite(moved, block)
+    return moved
+
+
+def _check_finite(program: Program, block: Tensor) -> None:
+    """Looks at all values in few passes; only a program that fails is searched for the culprit."""
+    products = [p.reshape(-1) for _, op in program for p in op.products().values()]
+    attributes = [float(v) for _, op in program for v in op.attributes().values() if isinstance(v, float)]
+    values = [block, torch.tensor(attributes, dtype=torch.float64), *([torch.cat(products)] if products else [])]
+    if not all(torch.isfinite(torch.stack(torch.aminmax(v))).all() for v in values if v.numel()):
+        program.check_finite()
+
+
+def _step_aside(cores: frozenset[int]) -> None:
+    thread = threading.get_native_id()
+    # A container may forbid either; then the thread runs as the others do.
+    with contextlib.suppress(OSError):
+        os.sched_setaffinity(thread, cores)
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, thread, NICENESS)
