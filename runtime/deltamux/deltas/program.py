@@ -127,6 +127,17 @@ class Program:
         metadata = {"format": FORMAT, "num_virtual_tokens": str(self.num_virtual_tokens), "rows": json.dumps(rows)}
         save_file(tensors, path, metadata=metadata)
 
+    @staticmethod
+    def outline(path: Path) -> list[tuple[str, str]]:
+        """Returns (site, name of the op) of every row of a compiled file, of its header alone.
+
+        Raises:
+            OSError, SafetensorError: the file is missing or damaged.
+        """
+        with safe_open(path, framework="pt") as file:
+            rows: list[dict[str, Any]] = json.loads((file.metadata() or {}).get("rows", "[]"))
+        return [(row["site"], row["op"]) for row in rows]
+
     @classmethod
     def load(cls, path: Path) -> Program:
         """Reads a compiled file.

@@ -47,6 +47,7 @@ class Binding:
     Attributes:
         lanes: where the ops of each site go, by (kind, name of site).
         unbound: sites of the base that have no counterpart in the loaded model, with the reason.
+        attentions: the ports of the attention layers, by site.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Binding:
     ) -> None:
         self.lanes: dict[tuple[SiteKind, str], Place] = {}
         self.unbound: dict[tuple[SiteKind, str], str] = {}
+        self.attentions: dict[str, AttentionPort] = {}
         self._model = model
         self._modules = dict(model.named_modules())
         self._current = current
@@ -157,7 +159,7 @@ class Binding:
         if module is None:
             return None
         lanes = self._whole(site, site.num_kv_heads * site.head_dim)
-        AttentionPort(module, self._current, lanes)
+        self.attentions[site.name] = AttentionPort(module, self._current, lanes)
         return lanes
 
     def _whole(self, site: Site, features: int) -> Lanes:

@@ -54,6 +54,7 @@ class VLLMEngine:
         )
         self._link = await LoaderLink.open(self.call_workers, os.sched_getaffinity(0))
         self._host = HostTier(self._link, self._options.max_host_adapters)
+        self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
         self._tokenizer = self._llm.get_tokenizer()
         self._max_model_len: int = self._llm.model_config.max_model_len
 
@@ -130,6 +131,7 @@ class VLLMEngine:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+        from deltamux.engine.vllm.prefixes import EXTRA_ARG, known_tokens
         from deltamux.engine.vllm.translate import chunk, sampling_params
 
         virtual = program.num_virtual_tokens if program else 0
@@ -137,8 +139,11 @@ class VLLMEngine:
         placeholder = token_ids[0] if sampling.repetition_penalty != 1.0 else PLACEHOLDER
         prompt = TokensPrompt(prompt_token_ids=[placeholder] * virtual + token_ids)
         request = LoRARequest(program.digest, program_id, str(program.path)) if program else None
+        parameters = sampling_params(sampling)
+        if virtual and self._writes_prefixes and program is not None:
+            parameters.extra_args = {EXTRA_ARG: await asyncio.to_thread(known_tokens, program, self.base)}
         try:
-            generated = self._engine.generate(prompt, sampling_params(sampling), request_id, lora_request=request)
+            generated = self._engine.generate(prompt, parameters, request_id, lora_request=request)
             async with aclosing(generated) as outputs:
                 async for output in outputs:
                     yield chunk(output, len(token_ids), virtual)

@@ -7,7 +7,7 @@ and give up the one that is worth least (see `residency`); putting one in place 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -16,13 +16,15 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.v1.worker.block_table import BlockTable
 
-from deltamux.deltas import BaseModel, Program
+from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
 from deltamux.engine.vllm.binding import Binding
 from deltamux.engine.vllm.loading import ProgramLoader, load_program, packed
 from deltamux.engine.vllm.ports import IDLE, CurrentStep, Place
+from deltamux.engine.vllm.prefixes import cache_slots, known_prefix
 from deltamux.engine.vllm.residency import Residency
 from deltamux.errors import BaseMismatchError, FailedPreconditionError
 
@@ -65,6 +67,7 @@ class DeltaManager:
         self._residency: Residency[int] = Residency(self.num_slots)
         self._placed: list[list[Place]] = [[] for _ in range(self.num_slots)]
         self._num_virtual_tokens = [0] * self.num_slots
+        self._prefixes: dict[int, Mapping[str, KVPrefix]] = {}
         self._pinned: set[int] = set()
         self._last: tuple[list[int], StepIndex] | None = None
 
@@ -112,6 +115,24 @@ class DeltaManager:
             self._activate(program_id, program, needed)
         self._current.index = self._cached_index(requests) if needed else IDLE
 
+    def write_prefixes(self, requests: Sequence[ScheduledRequest], table: BlockTable) -> None:
+        """Writes the known prefix of every request that begins right behind it; see `prefixes`.
+
+        Args:
+            table: rows of cache blocks, one for each of the step's requests.
+        """
+        for row, request in enumerate(requests):
+            slot = self._slots.get(request.program, -1)
+            if slot in self._prefixes and request.start == self._num_virtual_tokens[slot]:
+                where = cache_slots(table.block_table.np[row], table.block_size, request.start).to(self._device)
+                for site, prefix in self._prefixes[slot].items():
+                    self._binding.attentions[site].write(prefix, where)
+
+    @property
+    def writes_prefixes(self) -> bool:
+        """Whether known prefixes can be written into the cache here, instead of being computed."""
+        return all(port.can_write for port in self._binding.attentions.values())
+
     def _activate(self, program_id: int, program: Program, needed: Collection[int]) -> None:
         self._residency.use(program_id)
         if program_id in self._slots:
@@ -125,6 +146,8 @@ class DeltaManager:
             place.place(slot, op if self._device.type == "cpu" else op.to(self._dtype, self._device))
             self._placed[slot].append(place)
         self._num_virtual_tokens[slot] = program.num_virtual_tokens
+        if (prefix := known_prefix(program, self.base)) is not None:
+            self._prefixes[slot] = {site: op.to(self._dtype, self._device) for site, op in prefix.items()}
         self._last = None
 
     def _free_slot(self, needed: Collection[int]) -> int:
@@ -146,6 +169,7 @@ class DeltaManager:
                 place.clear(slot)
             self._placed[slot].clear()
             self._num_virtual_tokens[slot] = 0
+            self._prefixes.pop(slot, None)
             self._last = None
 
     def _cached_index(self, requests: Sequence[ScheduledRequest]) -> StepIndex:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deltamux.deltas.ops import Op, StepIndex
+from deltamux.deltas.ops import KVPrefix, Op, StepIndex
 from deltamux.deltas.ops.batched import ModuleBatch, Part, module_batch
 from deltamux.deltas.sites import HeadSite, Site
 from deltamux.engine.vllm import opaque
@@ -272,12 +272,14 @@ class AttentionPort:
     def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
         self._current = current
         self._lanes = lanes
+        self._module: Any = module
+        self._update: Callable[..., Any] | None = None
         backend: Any = module.impl
         self._forward: Callable[..., Any] = backend.forward
         backend.forward = self.forward
         # Backends that write the cache in a step of its own read these keys and values there.
         if hasattr(backend, "do_kv_cache_update"):
-            self._update: Callable[..., Any] = backend.do_kv_cache_update
+            self._update = backend.do_kv_cache_update
             backend.do_kv_cache_update = self.update
 
     def forward(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -286,7 +288,19 @@ class AttentionPort:
 
     def update(self, layer: Any, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._change(key, value)
+        assert self._update is not None
         return self._update(layer, key, value, *args, **kwargs)
+
+    @property
+    def can_write(self) -> bool:
+        """Whether the backend writes the cache by a method of its own, which `write` needs."""
+        return self._update is not None
+
+    def write(self, prefix: KVPrefix, slots: Tensor) -> None:
+        """Writes keys and values into the layer's cache at `slots` [n] int64, outside a step's forward."""
+        assert self._update is not None
+        layer = self._module
+        self._update(layer, prefix.key, prefix.value, layer.kv_cache, slots)
 
     def _change(self, key: Tensor | None, value: Tensor | None) -> None:
         step = self._current.index

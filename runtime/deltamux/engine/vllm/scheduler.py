@@ -18,6 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from deltamux.engine.vllm.prefixes import KnownPrefixes
 from deltamux.engine.vllm.turns import Turns, Work
 
 READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
@@ -30,6 +31,7 @@ class TurnMixin(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         assert self.lora_config is not None
+        self._prefixes: Any = KnownPrefixes()
         self._turns = Turns(self.lora_config.max_loras)
         self._chosen: frozenset[int] | None = None
         self._admissible: frozenset[str] = frozenset()
@@ -47,9 +49,19 @@ class TurnMixin(Scheduler):
             if not self._may_run(request):
                 # vLLM's own field for pacing a running request: the first step that may hold it again.
                 request.next_decode_eligible_step = self.current_step + 2
-        output = super().schedule(throttle_prefills)
+        output = self._plan(throttle_prefills)
         self._turns.took(work, {_adapter(self.requests[r]) for r in output.num_scheduled_tokens} & work.keys())
         return output
+
+    def _plan(self, throttle_prefills: bool) -> SchedulerOutput:
+        """Plans a step for the requests in turn, with known prefixes counted as computed (see `prefixes`)."""
+        if self.connector is not None:  # the operator's own; prefixes are then computed
+            return super().schedule(throttle_prefills)
+        self.connector = self._prefixes
+        try:
+            return super().schedule(throttle_prefills)
+        finally:
+            self.connector = None
 
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         if not super()._handle_blocked_waiting_request(request):

@@ -28,7 +28,9 @@ class DeltaRunnerMixin:
         programs: np.ndarray[Any, Any] = input_batch.request_lora_mapping[:count]
         starts: np.ndarray[Any, Any] = input_batch.num_computed_tokens_cpu[:count]
         shares = zip(programs.tolist(), starts.tolist(), num_scheduled_tokens.tolist(), strict=True)
-        self.lora_manager.begin_step([ScheduledRequest(*share) for share in shares])
+        requests = [ScheduledRequest(*share) for share in shares]
+        self.lora_manager.begin_step(requests)
+        self.lora_manager.write_prefixes(requests, input_batch.block_table[0])
 
 
 class DeltaWorkerMixin:
@@ -67,6 +69,11 @@ class DeltaWorkerMixin:
 
     def delta_pin(self, program_id: int, pinned: bool) -> None:
         self._deltas.pin(program_id, pinned)
+
+    def delta_writes_prefixes(self) -> bool:
+        """Whether virtual tokens whose keys and values are known need no computing (see `prefixes`)."""
+        runner = self.model_runner
+        return self._deltas.writes_prefixes and len(runner.kv_cache_config.kv_cache_groups) == 1
 
     def delta_resident(self) -> dict[str, list[int]]:
         return self._deltas.resident()
