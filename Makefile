@@ -53,9 +53,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
 
-# ARGS="--size mid --output bench.json" and the like; see tests/benchmarks/throughput.py.
+# Speed, as ratios to the base and to others. ARGS="--size mid --only loras methods --targets" and the like; --help tells.
 bench: install
-	cd tests && ../$(BIN)/python -m benchmarks.throughput $(ARGS)
+	cd tests && ../$(BIN)/python -m benchmarks $(ARGS)
 
 # Trains every method on a small task; ARGS="--markdown ../docs/methods/scores.md" writes the docs' table anew.
 methods: install

@@ -33,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.engine": MODEL,
     "deltamux.engine.vllm": MODEL | {"deltamux.engine"},
     "deltamux.conformance": METHODS | {"deltamux.engine"},
+    "deltamux.bench": METHODS | {"deltamux.client", "deltamux.engine"},
     "deltamux.scaffold": CORE,
     "deltamux.store": MODEL,
     "deltamux.v1": set(),
@@ -49,6 +50,7 @@ ALLOWED: dict[str, set[str]] = {
 ALLOWED_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "deltamux.cli": set(ALLOWED) - {"deltamux_plugins"},
     "deltamux.engine": {"deltamux.engine.vllm"},
+    "deltamux.bench": {"deltamux.engine.vllm"},
     "deltamux.conformance": {"deltamux.engine.vllm"},
     "deltamux.server": {"deltamux.engine.vllm"},
 }

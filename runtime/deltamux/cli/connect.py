@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltamux.client import Client
@@ -14,6 +14,7 @@ DEFAULT_ADDRESS = "127.0.0.1:8470"
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a command that talks to a server."""
     group = parser.add_argument_group("server")
     group.add_argument(
         "--server",
@@ -21,6 +22,10 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="host:port or unix:path (environment: DELTAMUX_SERVER; default: %(default)s)",
     )
+    add_credentials(group)
+
+
+def add_credentials(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--api-key", default=os.environ.get("DELTAMUX_API_KEY"), metavar="KEY", help="environment: DELTAMUX_API_KEY"
     )
@@ -32,5 +37,10 @@ def add_connection(parser: argparse.ArgumentParser) -> None:
 def connect(arguments: argparse.Namespace) -> Client:
     from deltamux.client import Client
 
+    return Client(arguments.server, **credentials(arguments))
+
+
+def credentials(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keyword arguments of either client."""
     tls: bool | bytes = arguments.tls_ca.read_bytes() if arguments.tls_ca else arguments.tls
-    return Client(arguments.server, api_key=arguments.api_key, tls=tls, timeout=arguments.timeout)
+    return {"api_key": arguments.api_key, "tls": tls, "timeout": arguments.timeout}

@@ -1,0 +1,82 @@
+"""Ratios on a noisy machine: contender and reference take turns, and each round has a ratio of its own."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+from deltamux.bench.measure import Measurement
+
+Figure = Callable[[Measurement], float]
+"""What is compared: of a measurement, one number."""
+
+
+class Contender(NamedTuple):
+    """A name, and what runs it once: the argument is the round's seed."""
+
+    name: str
+    run: Callable[[str], Awaitable[Measurement]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A contender and its reference, measured side by side, one of each a round.
+
+    Attributes:
+        name: of the contender.
+        own: its measurements, by round; reference: those beside it.
+    """
+
+    name: str
+    own: tuple[Measurement, ...]
+    reference: tuple[Measurement, ...]
+
+    def ratios(self, figure: Figure = lambda m: m.tokens_per_second) -> list[float]:
+        """Returns each round's figure as a multiple of the reference's."""
+        return [figure(own) / figure(other) for own, other in zip(self.own, self.reference, strict=True)]
+
+    def ratio(self, figure: Figure = lambda m: m.tokens_per_second) -> float:
+        """Returns the median of the rounds' ratios."""
+        return statistics.median(self.ratios(figure))
+
+    @property
+    def whole(self) -> Measurement:
+        """All rounds of the contender as one measurement."""
+        return reduce(Measurement.and_then, self.own)
+
+    @property
+    def whole_reference(self) -> Measurement:
+        return reduce(Measurement.and_then, self.reference)
+
+
+async def interleave(
+    reference: Contender,
+    contenders: Sequence[Contender],
+    repeats: int,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Comparison]:
+    """Measures every contender right beside a run of the reference, `repeats` times, after one round that warms up.
+
+    A run of the reference stands between two contenders and serves both: A R B, C R D, and so on. Every second round
+    goes backwards, so that what drifts does not favour those that come first.
+
+    Args:
+        progress: told what runs next.
+    """
+    own: dict[str, list[Measurement]] = {c.name: [] for c in contenders}
+    beside: dict[str, list[Measurement]] = {c.name: [] for c in contenders}
+    for repeat in range(repeats + 1):
+        order = contenders if repeat % 2 else contenders[::-1]
+        for pair in (order[i : i + 2] for i in range(0, len(order), 2)):
+            ran = dict[str, Measurement]()
+            for contender in (pair[0], reference, *pair[1:]):
+                progress(f"round {repeat} of {repeats}: {contender.name}")
+                ran[contender.name] = await contender.run(f"{repeat} {contender.name} {pair[0].name}")
+            if repeat:
+                for contender in pair:
+                    own[contender.name].append(ran[contender.name])
+                    beside[contender.name].append(ran[reference.name])
+    return [Comparison(c.name, tuple(own[c.name]), tuple(beside[c.name])) for c in contenders]

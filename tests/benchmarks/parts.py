@@ -1,0 +1,247 @@
+"""The parts of the suite: each is one comparison, or a few that share a reference."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from benchmarks.results import BEYOND_WARM, Row, first_token_row, rate_row
+from benchmarks.stage import PEFT_LORAS, Stage, served_name
+from benchmarks.worlds import METHODS, World
+from deltamux.bench import Comparison, Contender, Measurement, Subject, Workload, drive, interleave
+from deltamux.engine.base import ProgramRef
+
+LONG = 256
+MANY, FEW = 2000, 5
+ZIPF_EXPONENT = 1.0
+COLD_ALLOWANCE_MS = 50.0
+COLD_STARTS = 8
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run of the suite.
+
+    Attributes:
+        size: tiny, mid or the name of a model's directory.
+    """
+
+    size: str
+    stage: Stage
+    tokens: int
+    repeats: int
+    say: Callable[[str], None]
+
+    @property
+    def world(self) -> World:
+        return self.stage.world
+
+    def load(self, *adapters: str | None, prompt: int = 8) -> Workload:
+        """Returns the usual workload: every sequence once, all of them at the same time."""
+        return Workload(adapters or (None,), prompt, self.tokens, self.stage.sequences)
+
+    def contender(self, part: str, name: str, subject: Subject, load: Workload) -> Contender:
+        return Contender(name, lambda seed: drive(subject, load, f"{part} {seed}"))
+
+    async def compare(self, part: str, reference: Contender, *contenders: Contender) -> list[Comparison]:
+        return await interleave(reference, contenders, self.repeats, lambda text: self.say(f"{part}: {text}"))
+
+    async def against_base(self, part: str, loads: Mapping[str, Workload]) -> list[Row]:
+        """Compares workloads of one prompt length with the base's on the same engine."""
+        ours = await self.stage.ours()
+        first = next(iter(loads.values()))
+        base = self.contender(part, "base", ours, replace(first, adapters=(None,)))
+        compared = await self.compare(part, base, *(self.contender(part, n, ours, w) for n, w in loads.items()))
+        return [rate_row(part, c, "base", self.world.floor(loads[c.name]), self.size) for c in compared]
+
+
+async def loras(bench: Bench) -> list[Row]:
+    """LoRA of rank 8 on all linear layers, 1 to 32 adapters in a batch, and eight of ranks 4 to 64."""
+    names = {1: "1 LoRA", 4: "4 LoRAs", 16: "16 LoRAs", 32: "32 LoRAs"}
+    loads = {name: bench.load(*bench.world.loras(count)) for count, name in names.items()}
+    return await bench.against_base("loras", {**loads, "ranks 4 to 64": bench.load(*bench.world.ranks)})
+
+
+async def methods(bench: Bench) -> list[Row]:
+    """Every other method alone, and all of them with four LoRAs and the base in one batch."""
+    loads = {name: bench.load(name) for name in METHODS}
+    return await bench.against_base("methods", {**loads, "all mixed": bench.load(*bench.world.mixed)})
+
+
+async def long(bench: Bench) -> list[Row]:
+    """Prompts of 256 tokens, where reading them is most of the work."""
+    loads = {
+        "16 LoRAs": bench.load(*bench.world.loras(16), prompt=LONG),
+        "all mixed": bench.load(*bench.world.mixed, prompt=LONG),
+    }
+    return await bench.against_base("long", loads)
+
+
+async def plain(bench: Bench) -> list[Row]:
+    """Base traffic on our engine against vLLM without deltamux, compiled as vLLM does by default."""
+    part, load = "plain", bench.load()
+    reference = bench.contender(part, "vLLM", await bench.stage.vllm(loras=False), load)
+    compared = await bench.compare(part, reference, bench.contender(part, "base", await bench.stage.ours(), load))
+    return [rate_row(part, c, "vLLM", None, bench.size) for c in compared]
+
+
+async def vllm_lora(bench: Bench) -> list[Row]:
+    """16 LoRAs against vLLM's own multi-LoRA with the same files, prompts of 8 and of 256 tokens."""
+    part, rows = "vllm-lora", []
+    ours, theirs = await bench.stage.ours(), await bench.stage.vllm(loras=True)
+    for prompt in (8, LONG):
+        load = bench.load(*bench.world.loras(PEFT_LORAS), prompt=prompt)
+        reference = bench.contender(part, "vLLM's LoRA", theirs, load)
+        own = bench.contender(part, f"16 LoRAs, prompt {prompt}", ours, load)
+        compared = await bench.compare(part, reference, own)
+        rows += [rate_row(part, c, "vLLM's LoRA", None, bench.size) for c in compared]
+    return rows
+
+
+async def peft(bench: Bench) -> list[Row]:
+    """16 LoRAs against PEFT's `adapter_names` in one batch, on one core (our worker's share) and on all."""
+    part, rows = "peft", []
+    load = bench.load(*bench.world.loras(PEFT_LORAS))
+    ours, theirs = await bench.stage.ours(), bench.stage.peft()
+    for threads, label in {1: "1 thread", os.cpu_count() or 1: "all threads"}.items():
+        run: Callable[[str], Awaitable[Measurement]] = partial(_peft, theirs.run, load, threads)
+        own = bench.contender(part, f"16 LoRAs, {label}", ours, load)
+        compared = await bench.compare(part, Contender("PEFT", run), own)
+        rows += [rate_row(part, c, f"PEFT, {label}", None, bench.size) for c in compared]
+    return rows
+
+
+async def _peft(
+    run: Callable[[Workload, str, int], Awaitable[Measurement]], load: Workload, threads: int, seed: str
+) -> Measurement:
+    return await run(load, seed, threads)
+
+
+async def zipf(bench: Bench) -> list[Row]:
+    """Zipf traffic over 2,000 adapters against the same over 5, with few slots and with one for every sequence.
+
+    The 2,000 are as many programs to the engine, each loaded and evicted for itself, but share the files of 32.
+    """
+    part, rows = "zipf", []
+    loras = bench.world.loras(FEW * 6)
+    programs = {f"z{i}": ProgramRef(f"zipf-{i}", bench.world.programs[loras[i % len(loras)]].path) for i in range(MANY)}
+    half = max(1, bench.tokens // 2)
+    base = Workload((), 8, half, bench.stage.sequences, requests=4 * bench.stage.sequences, zipf=ZIPF_EXPONENT)
+    many, few = (replace(base, adapters=tuple(programs)[:count]) for count in (MANY, FEW))
+    for slots in (8, bench.stage.sequences):
+        ours = await bench.stage.ours(slots, programs)
+        reference = bench.contender(part, "few", ours, few)
+        compared = await bench.compare(
+            part, reference, bench.contender(part, f"{MANY} adapters, {slots} slots", ours, many)
+        )
+        rows += [rate_row(part, c, f"{FEW} adapters", None, bench.size) for c in compared]
+    return rows
+
+
+async def slots(bench: Bench) -> list[Row]:
+    """16 LoRAs over 8 slots against 16 over 16: the median time to the first token, four requests a caller."""
+    part = "slots"
+    load = replace(bench.load(*bench.world.loras(16)), requests=4 * bench.stage.sequences)
+    reference = bench.contender(part, "16 slots", await bench.stage.ours(16), load)
+    own = bench.contender(part, "16 LoRAs, 8 slots", await bench.stage.ours(8), load)
+    compared = await bench.compare(part, reference, own)
+    return [first_token_row(part, c, "16 slots", bench.size) for c in compared]
+
+
+async def grpc(bench: Bench) -> list[Row]:
+    """Streaming through a server process and our client against the same engine in this process."""
+    part, rows = "grpc", []
+    ours, server = await bench.stage.ours(), await bench.stage.server()
+    for name, adapters in {"base": (None,), "16 LoRAs": bench.world.loras(PEFT_LORAS)}.items():
+        load = bench.load(*adapters)
+        served = replace(load, adapters=tuple(served_name(a) if a is not None else None for a in adapters))
+        reference = bench.contender(part, "in process", ours, load)
+        compared = await bench.compare(part, reference, bench.contender(part, name, server, served))
+        rows += [rate_row(part, c, "in process", None, bench.size) for c in compared]
+    return rows
+
+
+async def cold(bench: Bench) -> list[Row]:
+    """The first token of an adapter never asked for, its file out of the page cache, beyond a warm one's."""
+    part = "cold"
+    source = bench.world.programs["lora-0"]
+    programs = {f"c{i}": _copy(source, bench.world.folder / "cold", i) for i in range(COLD_STARTS + 1)}
+    ours = await bench.stage.ours(programs=programs)
+    once = Workload((), 8, min(4, bench.tokens), sequences=1)
+    beyond, cold_ms, warm_ms = [], [], []
+    for number, name in enumerate(programs):
+        bench.say(f"{part}: start {number} of {COLD_STARTS}")
+        forget(programs[name].path)
+        load = replace(once, adapters=(name,))
+        first, again = [await drive(ours, load, f"{part} {number} {turn}") for turn in ("cold", "warm")]
+        if number:  # the first one warms the engine up
+            cold_ms.append(1000 * first.median_first_token)
+            warm_ms.append(1000 * again.median_first_token)
+            beyond.append(cold_ms[-1] - warm_ms[-1])
+    return [_cold_row(part, source.path, cold_ms, warm_ms, beyond)]
+
+
+def _cold_row(part: str, file: Path, cold_ms: list[float], warm_ms: list[float], beyond: list[float]) -> Row:
+    megabytes, rate = file.stat().st_size / 1e6, disk_rate(file) / 1e6
+    return Row(
+        part,
+        "1 LoRA",
+        f"warm; {megabytes:.1f} MB at {rate:,.0f} MB/s",
+        BEYOND_WARM,
+        own=round(statistics.median(cold_ms), 1),
+        reference=round(statistics.median(warm_ms), 1),
+        value=round(statistics.median(beyond), 1),
+        low=round(min(beyond), 1),
+        high=round(max(beyond), 1),
+        target=round(COLD_ALLOWANCE_MS + 1000 * megabytes / rate, 1),
+    )
+
+
+def _copy(source: ProgramRef, folder: Path, number: int) -> ProgramRef:
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{number}.safetensors"
+    shutil.copyfile(source.path, path)
+    return ProgramRef(f"cold-{number}", path)
+
+
+def forget(path: Path) -> None:
+    """Writes a file through to the disk, and drops it from the page cache."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def disk_rate(path: Path) -> float:
+    """Returns bytes a second of reading a file that is not in the page cache, the median of five."""
+    rates = []
+    for _ in range(5):
+        forget(path)
+        started = time.perf_counter()
+        path.read_bytes()
+        rates.append(path.stat().st_size / (time.perf_counter() - started))
+    return statistics.median(rates)
+
+
+Part = Callable[[Bench], Awaitable[list[Row]]]
+PARTS: dict[str, Part] = {
+    "loras": loras,
+    "methods": methods,
+    "long": long,
+    "cold": cold,
+    "plain": plain,
+    "vllm-lora": vllm_lora,
+    "peft": peft,
+    "grpc": grpc,
+    "slots": slots,
+    "zipf": zipf,
+}
+"""In this order, parts that share an engine follow each other."""

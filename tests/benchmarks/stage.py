@@ -1,0 +1,135 @@
+"""The engines of a run: started when a part asks for one, kept for the parts after it, never more than two alive."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from acceptance.process import ServerProcess
+
+from benchmarks.peers import PEFT, VLLM
+from benchmarks.worlds import World
+from deltamux.bench import ClientSubject, EngineSubject, Subject
+from deltamux.client import AsyncClient
+from deltamux.engine.base import EngineOptions, ProgramRef
+from deltamux.engine.vllm.engine import VLLMEngine
+
+SLOTS = 32
+MAX_ALIVE = 2
+KV_CACHE_GIB = 1.0
+PEFT_LORAS = 16
+"""Adapters that the peers are given: vLLM needs as many slots, PEFT as much memory."""
+
+
+class Alive(NamedTuple):
+    subject: Subject
+    stop: Callable[[], Awaitable[None]]
+
+
+@dataclass
+class Stage:
+    """Starts and ends what is measured.
+
+    Attributes:
+        max_model_len: longest prompt and generation of the run, virtual tokens included.
+    """
+
+    world: World
+    sequences: int
+    max_model_len: int
+    say: Callable[[str], None]
+    _alive: OrderedDict[str, Alive] = field(default_factory=OrderedDict)
+
+    async def ours(self, slots: int = SLOTS, programs: dict[str, ProgramRef] | None = None) -> EngineSubject:
+        """Returns our engine with so many device slots, and the world's adapters or the given ones."""
+        subject = await self._get(f"deltamux with {slots} slots", lambda: self._start_ours(slots))
+        assert isinstance(subject, EngineSubject)
+        return EngineSubject(subject.engine, programs or self.world.programs)
+
+    async def vllm(self, *, loras: bool) -> Subject:
+        """Returns vLLM without deltamux; with its own multi-LoRA or as it comes."""
+        name = "vLLM with LoRA" if loras else "vLLM"
+        return await self._get(name, lambda: self._start_vllm(loras))
+
+    async def server(self) -> ClientSubject:
+        """Returns a connection to a server process of ours that holds the LoRAs."""
+        subject = await self._get("deltamux serve", self._start_server)
+        assert isinstance(subject, ClientSubject)
+        return subject
+
+    def peft(self) -> PEFT:
+        loras = {name: self.world.directories[name] for name in self.world.loras(PEFT_LORAS)}
+        return PEFT.load(self.world.model, loras, self.world.base.dims.vocab_size)
+
+    async def close(self) -> None:
+        while self._alive:
+            _, alive = self._alive.popitem(last=False)
+            await alive.stop()
+
+    async def _get(self, name: str, start: Callable[[], Awaitable[Alive]]) -> Subject:
+        if name not in self._alive:
+            while len(self._alive) >= MAX_ALIVE:
+                _, oldest = self._alive.popitem(last=False)
+                await oldest.stop()
+            self.say(f"starting {name}")
+            self._alive[name] = await start()
+        self._alive.move_to_end(name)
+        return self._alive[name].subject
+
+    async def _start_ours(self, slots: int) -> Alive:
+        engine = VLLMEngine(
+            EngineOptions(
+                str(self.world.model),
+                dtype="bfloat16",
+                max_model_len=self.max_model_len,
+                max_num_seqs=self.sequences,
+                max_active_adapters=slots,
+                kv_cache_gib=KV_CACHE_GIB,
+            )
+        )
+        await engine.start()
+        return Alive(EngineSubject(engine), engine.stop)
+
+    async def _start_vllm(self, loras: bool) -> Alive:
+        arguments: dict[str, Any] = {
+            "model": str(self.world.model),
+            "dtype": "bfloat16",
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.sequences,
+            "kv_cache_memory_bytes": int(KV_CACHE_GIB * 1024**3),
+            "disable_log_stats": True,
+        }
+        own = {name: self.world.directories[name] for name in self.world.loras(PEFT_LORAS)} if loras else {}
+        if loras:
+            arguments |= {"enable_lora": True, "max_loras": PEFT_LORAS, "max_lora_rank": 8}
+        peer = VLLM(arguments, own, self.world.base.dims.vocab_size)
+        await peer.start()
+        return Alive(peer, peer.stop)
+
+    async def _start_server(self) -> Alive:
+        given = {
+            "--dtype": "bfloat16",
+            "--max-model-len": self.max_model_len,
+            "--max-num-seqs": self.sequences,
+            "--max-active-adapters": SLOTS,
+            "--kv-cache-gib": KV_CACHE_GIB,
+        }
+        options = [str(part) for pair in given.items() for part in pair]
+        store = self.world.folder / "store"
+        process = await asyncio.to_thread(ServerProcess, self.world.model, store, *options)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, process.stop)
+            client = await stack.enter_async_context(AsyncClient(process.address, timeout=600))
+            for name in self.world.loras(PEFT_LORAS):
+                await client.upload_adapter(served_name(name), self.world.directories[name])
+            return Alive(ClientSubject(client), stack.pop_all().aclose)
+        raise AssertionError("the stack swallows no error")
+
+
+def served_name(adapter: str) -> str:
+    """Returns an adapter's resource name on the server."""
+    return f"tenants/bench/adapters/{adapter}"

@@ -1,0 +1,110 @@
+"""What the suite measures with: a base of a given size, and adapters of every kind for it, in one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from adapters import write_own
+from server.tiny_base import byte_tokenizer
+
+from deltamux.bench.floor import Floor, Work, floor
+from deltamux.bench.run import compile_adapter
+from deltamux.bench.traffic import Workload
+from deltamux.deltas import BaseModel
+from deltamux.engine.base import ProgramRef
+
+NUM_LORAS = 32
+RANKS = (4, 8, 16, 32, 64, 4, 16, 64)
+METHODS: dict[str, dict[str, Any]] = {
+    "ia3": {},
+    "bitfit": {},
+    "prefix": {"num_virtual_tokens": 16},
+    "ln_tuning": {},
+    "houlsby": {"bottleneck": 32},
+}
+
+
+class Size(NamedTuple):
+    hidden: int
+    layers: int
+
+
+SIZES = {"tiny": Size(512, 8), "mid": Size(1024, 12)}
+
+
+def write_base(directory: Path, size: Size) -> Path:
+    """Writes a random Llama of the given size in bfloat16, with grouped queries and a small vocabulary."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.hidden // 64,
+        num_key_value_heads=size.hidden // 128,
+        intermediate_size=size.hidden * 11 // 4,
+        vocab_size=8192,
+        max_position_embeddings=2048,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it so
+    model.to(torch.bfloat16).save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@dataclass(frozen=True)
+class World:
+    """A base and its adapters.
+
+    Attributes:
+        model: directory of the base.
+        directories: the adapters' files by name, as PEFT or we write them: ``lora-0`` and on (rank 8, all linear),
+            ``rank-0`` and on (ranks 4 to 64), and one of each method in METHODS under its name.
+        programs: the same, compiled.
+    """
+
+    folder: Path
+    model: Path
+    base: BaseModel
+    directories: Mapping[str, Path]
+    programs: Mapping[str, ProgramRef]
+    works: Mapping[str, Work]
+
+    @classmethod
+    def build(cls, model: Path, folder: Path) -> World:
+        base = BaseModel.from_pretrained(model)
+        (compiled := folder / "compiled").mkdir(parents=True)
+        directories = _write_adapters(base, folder / "adapters")
+        made = {name: compile_adapter(directory, base, compiled) for name, directory in directories.items()}
+        works = {name: Work.of_program(each.program) for name, each in made.items()}
+        return cls(folder, model, base, directories, {name: each.ref for name, each in made.items()}, works)
+
+    def floor(self, workload: Workload) -> Floor:
+        return floor(Work.of_base(self.base), self.works, workload)
+
+    def loras(self, count: int) -> tuple[str, ...]:
+        return tuple(f"lora-{i}" for i in range(count))
+
+    @property
+    def ranks(self) -> tuple[str, ...]:
+        return tuple(f"rank-{i}" for i in range(len(RANKS)))
+
+    @property
+    def mixed(self) -> tuple[str | None, ...]:
+        """Four LoRAs, one adapter of every other method, and the base."""
+        return (*self.loras(4), *METHODS, None)
+
+
+def _write_adapters(base: BaseModel, folder: Path) -> dict[str, Path]:
+    given: dict[str, tuple[str, dict[str, Any]]] = {
+        **{f"lora-{i}": ("lora", {"r": 8}) for i in range(NUM_LORAS)},
+        **{f"rank-{i}": ("lora", {"r": rank}) for i, rank in enumerate(RANKS)},
+        **{method: (method, options) for method, options in METHODS.items()},
+    }
+    return {
+        name: write_own(method, base, folder / name, seed=seed, **options)
+        for seed, (name, (method, options)) in enumerate(given.items())
+    }
