@@ -7,10 +7,11 @@ import shutil
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+from benchmarks.neighbours import Neighbours
 from benchmarks.results import BEYOND_WARM, Row, first_token_row, rate_row
 from benchmarks.stage import PEFT_LORAS, Stage, served_name
 from benchmarks.worlds import METHODS, World
@@ -30,6 +31,7 @@ class Bench:
 
     Attributes:
         size: tiny, mid or the name of a model's directory.
+        neighbours: watch over all that is measured.
     """
 
     size: str
@@ -37,6 +39,7 @@ class Bench:
     tokens: int
     repeats: int
     say: Callable[[str], None]
+    neighbours: Neighbours = field(default_factory=Neighbours)
 
     @property
     def world(self) -> World:
@@ -50,7 +53,8 @@ class Bench:
         return Contender(name, lambda seed: drive(subject, load, f"{part} {seed}"))
 
     async def compare(self, part: str, reference: Contender, *contenders: Contender) -> list[Comparison]:
-        return await interleave(reference, contenders, self.repeats, lambda text: self.say(f"{part}: {text}"))
+        with self.neighbours.watched():
+            return await interleave(reference, contenders, self.repeats, lambda text: self.say(f"{part}: {text}"))
 
     async def against_base(self, part: str, loads: Mapping[str, Workload]) -> list[Row]:
         """Compares workloads of one prompt length with the base's on the same engine."""

@@ -40,9 +40,10 @@ class VLLM:
             self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, AsyncEngineArgs(**self._arguments))
 
     async def stop(self) -> None:
-        if self._llm.output_handler is not None:
-            self._llm.output_handler.cancel()
-        await asyncio.to_thread(self._llm.shutdown)
+        llm, self._llm = self._llm, None
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # it would report the end of the engine's process as a failure
+        await asyncio.to_thread(llm.shutdown)
 
     async def stream(self, request: Request) -> AsyncGenerator[int]:
         from vllm import SamplingParams

@@ -18,7 +18,19 @@ from deltamux.cli import main, parser
 from deltamux.client import AsyncClient, Client
 from deltamux.deltas import BaseModel
 
-COMMANDS = ("serve", "generate", "adapter", "tenant", "train", "evaluate", "merge", "convert", "methods", "demo")
+COMMANDS = (
+    "serve",
+    "generate",
+    "adapter",
+    "tenant",
+    "train",
+    "evaluate",
+    "merge",
+    "convert",
+    "methods",
+    "demo",
+    "bench",
+)
 GROUPED = {
     "adapter": ("upload", "list", "show", "promote", "rollback", "delete", "pin", "unpin"),
     "tenant": ("create", "list", "show", "delete", "create-key", "list-keys", "delete-key"),
