@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 import time
@@ -96,7 +97,9 @@ class PEFT:
         adapted: Any = PeftModel.from_pretrained(base, str(directory), adapter_name=first)
         for name, path in others:
             adapted.load_adapter(str(path), adapter_name=name)
-        return cls(adapted.to(torch.bfloat16).eval(), vocab_size)
+        adapted.to(torch.bfloat16).eval()
+        gc.freeze()  # its many modules would make this process's collections, and so the other side, slower
+        return cls(adapted, vocab_size)
 
     async def run(self, workload: Workload, seed: str, threads: int) -> Measurement:
         """Runs a workload whose sequences all fit into one batch, with so many of torch's threads."""

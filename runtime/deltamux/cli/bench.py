@@ -7,13 +7,10 @@ import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltamux.cli.connect import add_credentials, credentials
 from deltamux.cli.output import add_json, show
-
-if TYPE_CHECKING:
-    from deltamux.bench.run import BenchOptions
 
 COLUMNS = (
     "workload", "prompt_tokens", "tokens_per_second", "of_base",
@@ -53,7 +50,14 @@ def add_commands(commands: Any) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from deltamux.bench.run import BenchOptions
+    with _progress() as progress:
+        rows = asyncio.run(_rows(arguments, progress))
+    floors = FLOORS if arguments.model and arguments.adapter else ()
+    show(rows, (*COLUMNS, *floors), as_json=arguments.json)
+
+
+async def _rows(arguments: argparse.Namespace, progress: Callable[[str], None]) -> list[Any]:
+    from deltamux.bench.run import BenchOptions, bench_model, bench_server
 
     options = BenchOptions(
         tuple(arguments.adapter),
@@ -62,15 +66,6 @@ def _bench(arguments: argparse.Namespace) -> None:
         sequences=arguments.sequences,
         repeats=arguments.repeats,
     )
-    with _progress() as progress:
-        rows = asyncio.run(_measured(arguments, options, progress))
-    floors = FLOORS if arguments.model and arguments.adapter else ()
-    show(rows, (*COLUMNS, *floors), as_json=arguments.json)
-
-
-async def _measured(arguments: argparse.Namespace, options: BenchOptions, progress: Callable[[str], None]) -> list[Any]:
-    from deltamux.bench.run import bench_model, bench_server
-
     if arguments.address:
         from deltamux.client import AsyncClient
 
