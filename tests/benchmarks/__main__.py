@@ -27,7 +27,7 @@ from rich.console import Console
 
 from benchmarks.neighbours import Neighbours
 from benchmarks.parts import LONG, PARTS, Bench
-from benchmarks.results import Row, read_baseline, table, write_baseline, write_json
+from benchmarks.results import Row, read_baseline, read_json, table, write_baseline, write_json
 from benchmarks.stage import Stage
 from benchmarks.worlds import SIZES, World, write_base
 
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", action="store_true", help="print what the project promises")
     parser.add_argument("--baseline", action="store_true", help="print the change since the committed baseline")
     parser.add_argument("--write-baseline", action="store_true", help="make these ratios the baseline")
-    parser.add_argument("--output", type=Path, help="JSON file, written after every part")
+    parser.add_argument("--output", type=Path, help="JSON file; rows of parts that do not run stay in it")
     parser.add_argument("--plot", type=Path, help="SVG or PNG file")
     return parser.parse_args(arguments)
 
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.plot:
         from benchmarks.plot import plot
 
-        plot(given.plot, rows, subtitle(given))
+        plot(given.plot, _with_earlier(given, rows), subtitle(given))
 
 
 def _silence_libraries() -> None:
@@ -93,10 +93,17 @@ async def _run(given: argparse.Namespace, folder: Path) -> list[Row]:
                 rows += added
                 console.print(table(added, targets=given.targets, before=before), _remark(added), sep="\n")
                 if given.output:
-                    write_json(given.output, about(given), rows)
+                    write_json(given.output, about(given), _with_earlier(given, rows))
         finally:
             await stage.close()
     return rows
+
+
+def _with_earlier(given: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows after those of other parts that the output file holds of the same base."""
+    earlier = read_json(given.output, _size(given)) if given.output else []
+    parts = {row.part for row in rows}
+    return sorted([*(r for r in earlier if r.part not in parts), *rows], key=lambda row: list(PARTS).index(row.part))
 
 
 async def _part(name: str, bench: Bench) -> list[Row]:

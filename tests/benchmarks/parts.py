@@ -14,8 +14,8 @@ from pathlib import Path
 from benchmarks.neighbours import Neighbours
 from benchmarks.results import BEYOND_WARM, Row, first_token_row, rate_row
 from benchmarks.stage import PEFT_LORAS, Stage, served_name
-from benchmarks.worlds import METHODS, World
-from deltamux.bench import Comparison, Contender, Measurement, Subject, Workload, drive, interleave
+from benchmarks.worlds import METHODS, NUM_LORAS, World
+from deltamux.bench import Comparison, Contender, EngineSubject, Measurement, Subject, Workload, drive, interleave
 from deltamux.engine.base import ProgramRef
 
 LONG = 256
@@ -52,24 +52,44 @@ class Bench:
     def contender(self, part: str, name: str, subject: Subject, load: Workload) -> Contender:
         return Contender(name, lambda seed: drive(subject, load, f"{part} {seed}"))
 
+    def settled(
+        self, part: str, name: str, ours: EngineSubject, load: Workload, resident: tuple[str, ...] = ()
+    ) -> Contender:
+        """Returns a contender whose engine holds its own adapters alone, or the given ones, before its time starts."""
+        held = frozenset(resident or (a for a in load.adapters if a is not None))
+
+        async def run(seed: str) -> Measurement:
+            await self.stage.settle(ours, held)
+            return await drive(ours, load, f"{part} {seed}")
+
+        return Contender(name, run)
+
     async def compare(self, part: str, reference: Contender, *contenders: Contender) -> list[Comparison]:
         with self.neighbours.watched():
             return await interleave(reference, contenders, self.repeats, lambda text: self.say(f"{part}: {text}"))
 
-    async def against_base(self, part: str, loads: Mapping[str, Workload]) -> list[Row]:
+    async def against_base(self, part: str, loads: Mapping[str, Workload], *more: Contender) -> list[Row]:
         """Compares workloads of one prompt length with the base's on the same engine."""
         ours = await self.stage.ours()
         first = next(iter(loads.values()))
         base = self.contender(part, "base", ours, replace(first, adapters=(None,)))
-        compared = await self.compare(part, base, *(self.contender(part, n, ours, w) for n, w in loads.items()))
-        return [rate_row(part, c, "base", self.world.floor(loads[c.name]), self.size) for c in compared]
+        compared = await self.compare(part, base, *(self.settled(part, n, ours, w) for n, w in loads.items()), *more)
+        floors = {name: self.world.floor(load) for name, load in loads.items()}
+        return [rate_row(part, c, "base", floors.get(c.name), self.size) for c in compared]
 
 
 async def loras(bench: Bench) -> list[Row]:
-    """LoRA of rank 8 on all linear layers, 1 to 32 adapters in a batch, and eight of ranks 4 to 64."""
-    names = {1: "1 LoRA", 4: "4 LoRAs", 16: "16 LoRAs", 32: "32 LoRAs"}
+    """LoRA of rank 8 on all linear layers, 1 to 32 adapters in a batch, and eight of ranks 4 to 64.
+
+    Every workload finds its own adapters alone in the engine, but for one: 16 of 32 that are there.
+    """
+    part, names = "loras", {1: "1 LoRA", 4: "4 LoRAs", 16: "16 LoRAs", 32: "32 LoRAs"}
     loads = {name: bench.load(*bench.world.loras(count)) for count, name in names.items()}
-    return await bench.against_base("loras", {**loads, "ranks 4 to 64": bench.load(*bench.world.ranks)})
+    loads["ranks 4 to 64"] = bench.load(*bench.world.ranks)
+    of_more = bench.settled(
+        part, "16 LoRAs of 32", await bench.stage.ours(), loads["16 LoRAs"], resident=bench.world.loras(NUM_LORAS)
+    )
+    return await bench.against_base(part, loads, of_more)
 
 
 async def methods(bench: Bench) -> list[Row]:
@@ -102,7 +122,7 @@ async def vllm_lora(bench: Bench) -> list[Row]:
     for prompt in (8, LONG):
         load = bench.load(*bench.world.loras(PEFT_LORAS), prompt=prompt)
         reference = bench.contender(part, "vLLM's LoRA", theirs, load)
-        own = bench.contender(part, f"16 LoRAs, prompt {prompt}", ours, load)
+        own = bench.settled(part, f"16 LoRAs, prompt {prompt}", ours, load)
         compared = await bench.compare(part, reference, own)
         rows += [rate_row(part, c, "vLLM's LoRA", None, bench.size) for c in compared]
     return rows
@@ -115,7 +135,7 @@ async def peft(bench: Bench) -> list[Row]:
     ours, theirs = await bench.stage.ours(), bench.stage.peft()
     for threads, label in {1: "1 thread", os.cpu_count() or 1: "all threads"}.items():
         run: Callable[[str], Awaitable[Measurement]] = partial(_peft, theirs.run, load, threads)
-        own = bench.contender(part, f"16 LoRAs, {label}", ours, load)
+        own = bench.settled(part, f"16 LoRAs, {label}", ours, load)
         compared = await bench.compare(part, Contender("PEFT", run), own)
         rows += [rate_row(part, c, f"PEFT, {label}", None, bench.size) for c in compared]
     return rows
@@ -188,6 +208,7 @@ async def cold(bench: Bench) -> list[Row]:
             cold_ms.append(1000 * first.median_first_token)
             warm_ms.append(1000 * again.median_first_token)
             beyond.append(cold_ms[-1] - warm_ms[-1])
+        await ours.engine.evict(programs[name].digest)
     return [_cold_row(part, source.path, cold_ms, warm_ms, beyond)]
 
 

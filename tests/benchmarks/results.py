@@ -171,6 +171,12 @@ def _change(row: Row, before: float | None) -> str:
     return f"[{colour}]{row.value / before - 1:+.0%}[/]" if before else ""
 
 
+def read_json(path: Path, base: str) -> list[Row]:
+    """Returns the rows of an earlier run over the same base; none where there is no such file."""
+    known = json.loads(path.read_text()) if path.exists() else {"about": {"base": None}}
+    return [Row(**row) for row in known["rows"]] if known["about"]["base"] == base else []
+
+
 def write_json(path: Path, about: Mapping[str, object], rows: Sequence[Row]) -> None:
     path.write_text(json.dumps({"about": about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
 

@@ -8,14 +8,15 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from acceptance.process import ServerProcess
 
 from benchmarks.peers import PEFT, VLLM
 from benchmarks.worlds import World
-from deltamux.bench import ClientSubject, EngineSubject, Subject
+from deltamux.bench import ClientSubject, EngineSubject, Subject, Workload, drive
 from deltamux.client import AsyncClient
-from deltamux.engine.base import EngineOptions, ProgramRef
+from deltamux.engine.base import Engine, EngineOptions, ProgramRef
 from deltamux.engine.vllm.engine import VLLMEngine
 
 SLOTS = 32
@@ -43,12 +44,23 @@ class Stage:
     max_model_len: int
     say: Callable[[str], None]
     _alive: OrderedDict[str, Alive] = field(default_factory=OrderedDict)
+    _resident: WeakKeyDictionary[Engine, frozenset[str]] = field(default_factory=WeakKeyDictionary)
 
     async def ours(self, slots: int = SLOTS, programs: dict[str, ProgramRef] | None = None) -> EngineSubject:
         """Returns our engine with so many device slots, and the world's adapters or the given ones."""
         subject = await self._get(f"deltamux with {slots} slots", lambda: self._start_ours(slots))
         assert isinstance(subject, EngineSubject)
         return EngineSubject(subject.engine, programs or self.world.programs)
+
+    async def settle(self, ours: EngineSubject, adapters: frozenset[str]) -> None:
+        """Makes these adapters the engine's only ones, each in its slot: no run pays for the one before it."""
+        if self._resident.get(ours.engine) == adapters:
+            return
+        for name, program in ours.programs.items():
+            if name not in adapters:
+                await ours.engine.evict(program.digest)
+        await drive(ours, Workload(tuple(sorted(adapters)), new_tokens=1, sequences=len(adapters)), "settle")
+        self._resident[ours.engine] = adapters
 
     async def vllm(self, *, loras: bool) -> Subject:
         """Returns vLLM without deltamux; with its own multi-LoRA or as it comes."""
