@@ -173,7 +173,9 @@ def _change(row: Row, before: float | None) -> str:
 
 def read_json(path: Path, base: str) -> list[Row]:
     """Returns the rows of an earlier run over the same base; none where there is no such file."""
-    known = json.loads(path.read_text()) if path.exists() else {"about": {"base": None}}
+    if not path.exists():
+        return []
+    known: dict[str, Any] = json.loads(path.read_text())
     return [Row(**row) for row in known["rows"]] if known["about"]["base"] == base else []
 
 
