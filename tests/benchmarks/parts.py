@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,8 @@ MANY, FEW = 2000, 5
 ZIPF_EXPONENT = 1.0
 COLD_ALLOWANCE_MS = 50.0
 COLD_STARTS = 8
+OTHERS = 8
+"""Requests that decode while a cold adapter is asked for."""
 
 
 @dataclass(frozen=True)
@@ -197,31 +202,56 @@ async def grpc(bench: Bench) -> list[Row]:
 
 
 async def cold(bench: Bench) -> list[Row]:
-    """The first token of an adapter never asked for, its file out of the page cache, beyond a warm one's."""
-    part = "cold"
+    """The first token of an adapter never asked for, its file out of the page cache, beyond a warm one's.
+
+    Once with nobody else there, and once while others decode: what is loaded must not hold them up, nor they it.
+    """
+    return [await _cold_starts(bench, others) for others in (0, OTHERS)]
+
+
+async def _cold_starts(bench: Bench, others: int) -> Row:
     source = bench.world.programs["lora-0"]
-    programs = {f"c{i}": _copy(source, bench.world.folder / "cold", i) for i in range(COLD_STARTS + 1)}
+    programs = {f"c{i}": _copy(source, bench.world.folder / "cold", f"{others}-{i}") for i in range(COLD_STARTS + 1)}
     ours = await bench.stage.ours(programs=programs)
     once = Workload((), 8, min(4, bench.tokens), sequences=1)
-    beyond, cold_ms, warm_ms = [], [], []
-    for number, name in enumerate(programs):
-        bench.say(f"{part}: start {number} of {COLD_STARTS}")
-        forget(programs[name].path)
-        load = replace(once, adapters=(name,))
-        first, again = [await drive(ours, load, f"{part} {number} {turn}") for turn in ("cold", "warm")]
-        if number:  # the first one warms the engine up
-            cold_ms.append(1000 * first.median_first_token)
-            warm_ms.append(1000 * again.median_first_token)
-            beyond.append(cold_ms[-1] - warm_ms[-1])
-        await ours.engine.evict(programs[name].digest)
-    return [_cold_row(part, source.path, cold_ms, warm_ms, beyond)]
+    cold_ms, warm_ms = [], []
+    async with _decoding(ours, others):
+        for number, name in enumerate(programs):
+            bench.say(f"cold: start {number} of {COLD_STARTS} beside {others}")
+            forget(programs[name].path)
+            load = replace(once, adapters=(name,))
+            first, again = [await drive(ours, load, f"cold {others} {number} {turn}") for turn in ("cold", "warm")]
+            if number:  # the first one warms the engine up
+                cold_ms.append(1000 * first.median_first_token)
+                warm_ms.append(1000 * again.median_first_token)
+            await ours.engine.evict(programs[name].digest)
+    name = f"1 LoRA beside {others} others" if others else "1 LoRA"
+    return _cold_row(name, source.path, cold_ms, warm_ms)
 
 
-def _cold_row(part: str, file: Path, cold_ms: list[float], warm_ms: list[float], beyond: list[float]) -> Row:
+@asynccontextmanager
+async def _decoding(ours: EngineSubject, others: int) -> AsyncIterator[None]:
+    """Keeps so many requests for the base under way."""
+
+    async def again_and_again(number: int) -> None:
+        for turn in itertools.count():
+            await drive(ours, Workload(sequences=1), f"other {number} {turn}")
+
+    tasks = [asyncio.create_task(again_and_again(number)) for number in range(others)]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _cold_row(name: str, file: Path, cold_ms: Sequence[float], warm_ms: Sequence[float]) -> Row:
     megabytes, rate = file.stat().st_size / 1e6, disk_rate(file) / 1e6
+    beyond = [c - w for c, w in zip(cold_ms, warm_ms, strict=True)]
     return Row(
-        part,
-        "1 LoRA",
+        "cold",
+        name,
         f"warm; {megabytes:.1f} MB at {rate:,.0f} MB/s",
         BEYOND_WARM,
         own=round(statistics.median(cold_ms), 1),
@@ -233,11 +263,11 @@ def _cold_row(part: str, file: Path, cold_ms: list[float], warm_ms: list[float],
     )
 
 
-def _copy(source: ProgramRef, folder: Path, number: int) -> ProgramRef:
+def _copy(source: ProgramRef, folder: Path, name: str) -> ProgramRef:
     folder.mkdir(exist_ok=True)
-    path = folder / f"{number}.safetensors"
+    path = folder / f"{name}.safetensors"
     shutil.copyfile(source.path, path)
-    return ProgramRef(f"cold-{number}", path)
+    return ProgramRef(f"cold-{name}", path)
 
 
 def forget(path: Path) -> None:

@@ -21,6 +21,7 @@ from deltamux.engine.vllm.engine import VLLMEngine
 
 SLOTS = 32
 MAX_ALIVE = 2
+HOST_ADAPTERS = 1000
 KV_CACHE_GIB = 1.0
 PEFT_LORAS = 16
 """Adapters that the peers are given: vLLM needs as many slots, PEFT as much memory."""
@@ -100,6 +101,7 @@ class Stage:
                 max_model_len=self.max_model_len,
                 max_num_seqs=self.sequences,
                 max_active_adapters=slots,
+                max_host_adapters=HOST_ADAPTERS,
                 kv_cache_gib=KV_CACHE_GIB,
             )
         )
