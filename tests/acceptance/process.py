@@ -25,8 +25,9 @@ class ServerProcess:
         address: what to connect to.
     """
 
-    def __init__(self, model: Path, store: Path, *options: str) -> None:
-        defaults = ["--dtype", "float32", "--kv-cache-gib", "0.25", "--max-model-len", "256", "--enforce-eager"]
+    def __init__(self, model: Path, store: Path, *options: str, eager: bool = True) -> None:
+        defaults = ["--dtype", "float32", "--kv-cache-gib", "0.25", "--max-model-len", "256"]
+        defaults += ["--enforce-eager"] * eager
         command = [sys.executable, "-c", "import sys; from deltamux.cli import main; sys.exit(main())", "serve"]
         self._log = (store.parent / f"{store.name}.log").open("a+")
         self._process = subprocess.Popen(
@@ -36,6 +37,10 @@ class ServerProcess:
             text=True,
         )
         self.address = self._await_ready()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def client(self, **options: Any) -> Client:
         return Client(self.address, timeout=120, **options)

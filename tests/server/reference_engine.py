@@ -66,7 +66,13 @@ class ReferenceEngine:
         self._hangs = True
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingOptions, program: ProgramRef | None, *, request_id: str
+        self,
+        prompt: Prompt,
+        sampling: SamplingOptions,
+        program: ProgramRef | None,
+        *,
+        request_id: str,
+        stream: bool = True,
     ) -> AsyncGenerator[GenerationChunk]:
         prompt_ids = self._tokenize(prompt)
         if program:
@@ -107,9 +113,11 @@ class ReferenceEngine:
         self.host.pop(digest, None)
 
     async def stats(self) -> EngineStats:
+        return EngineStats(running=len(self.running), host_programs=len(self.host), device_programs=0, device_slots=0)
+
+    async def ping(self) -> None:
         if self._hangs:
             await asyncio.Event().wait()
-        return EngineStats(running=len(self.running), host_programs=len(self.host), device_programs=0, device_slots=0)
 
     @property
     def healthy(self) -> bool:

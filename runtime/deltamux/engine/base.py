@@ -185,11 +185,21 @@ class Engine(Protocol):
     async def stop(self) -> None: ...
 
     def generate(
-        self, prompt: Prompt, sampling: SamplingOptions, program: ProgramRef | None, *, request_id: str
+        self,
+        prompt: Prompt,
+        sampling: SamplingOptions,
+        program: ProgramRef | None,
+        *,
+        request_id: str,
+        stream: bool = True,
     ) -> AsyncGenerator[GenerationChunk]:
         """Yields chunks as they come; closing the iterator, or cancelling its task, aborts the generation.
 
-        Chunks merge while the reader is slower than the engine, so that what waits for it stays small.
+        The first token comes at once. Later ones may merge while the reader is slower than the engine, so that what
+        waits for it stays small, or while many requests run, so that the machine's time goes to the model.
+
+        Args:
+            stream: False: there is no hurry, and the last chunk may hold everything.
         """
         ...
 
@@ -210,6 +220,10 @@ class Engine(Protocol):
         ...
 
     async def stats(self) -> EngineStats: ...
+
+    async def ping(self) -> None:
+        """Returns once the engine answers, which one that hangs in a step does not; costs an idle engine nothing."""
+        ...
 
     @property
     def healthy(self) -> bool: ...

@@ -21,7 +21,7 @@ class HealthMonitor:
     Args:
         services: full names of the services; those that need the engine, which the whole server ("") does too.
         interval: seconds between looks.
-        ask_interval: seconds between questions; they cost the engine a little.
+        ask_interval: seconds between questions.
         patience: seconds that the engine may take to answer.
     """
 
@@ -71,7 +71,7 @@ class HealthMonitor:
         self._next_question = now + self._ask_interval
         try:
             async with asyncio.timeout(self._patience):
-                await self._engine.stats()
+                await self._engine.ping()
         except TimeoutError:
             log.error("the engine has not answered for %.0f s", self._patience)
             return False

@@ -26,7 +26,7 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         whole = pb.GenerateResponse()
-        async with aclosing(self._run(request)) as responses:
+        async with aclosing(self._run(request, stream=False)) as responses:
             async for response in responses:
                 add_increment(whole, response)
         return whole
@@ -34,11 +34,11 @@ class InferenceService(pb_grpc.InferenceServicer):
     async def GenerateStream(
         self, request: pb.GenerateRequest, context: Context
     ) -> AsyncGenerator[pb.GenerateResponse]:
-        async with aclosing(self._run(request)) as responses:
+        async with aclosing(self._run(request, stream=True)) as responses:
             async for response in responses:
                 yield response
 
-    async def _run(self, request: pb.GenerateRequest) -> AsyncGenerator[pb.GenerateResponse]:
+    async def _run(self, request: pb.GenerateRequest, *, stream: bool) -> AsyncGenerator[pb.GenerateResponse]:
         """The life of a request. The version it gets here is the one it keeps, whatever is promoted or deleted."""
         prompt, sampling = prompt_of(request), sampling_of(request.sampling)
         request_id = secrets.token_hex(8)
@@ -49,7 +49,7 @@ class InferenceService(pb_grpc.InferenceServicer):
                 emit = Responses(
                     alternatives=bool(sampling.logprobs), adapter_version=target.name, request_id=request_id
                 )
-                chunks = self._engine.generate(prompt, sampling, target.program, request_id=request_id)
+                chunks = self._engine.generate(prompt, sampling, target.program, request_id=request_id, stream=stream)
                 async with aclosing(chunks):
                     async for chunk in chunks:
                         yield emit.of(chunk)

@@ -48,6 +48,8 @@ class VLLMEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from deltamux.engine.vllm.outputs import Pace
+
         config = await asyncio.to_thread(_engine_config, AsyncEngineArgs(**_engine_arguments(self._options)))
         self._llm = await asyncio.to_thread(
             AsyncLLM.from_vllm_config, config, usage_context=UsageContext.ENGINE_CONTEXT, disable_log_stats=True
@@ -55,6 +57,7 @@ class VLLMEngine:
         self._link = await LoaderLink.open(self.call_workers, os.sched_getaffinity(0))
         self._host = HostTier(self._link, self._options.max_host_adapters)
         self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
+        self._pace = Pace.of(self._llm)
         self._tokenizer = self._llm.get_tokenizer()
         self._max_model_len: int = self._llm.model_config.max_model_len
 
@@ -73,7 +76,13 @@ class VLLMEngine:
         return self._llm is not None and not self._llm.errored
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingOptions, program: ProgramRef | None, *, request_id: str
+        self,
+        prompt: Prompt,
+        sampling: SamplingOptions,
+        program: ProgramRef | None,
+        *,
+        request_id: str,
+        stream: bool = True,
     ) -> AsyncGenerator[GenerationChunk]:
         """Yields what is generated as it comes; closing the iterator aborts the request in the engine."""
         if program is not None:
@@ -84,7 +93,7 @@ class VLLMEngine:
         async with AsyncExitStack() as stack:
             program_id = await stack.enter_async_context(self._host.lease(program)) if program else 0
             # Closed here and not when it is collected: the abort must reach vLLM before the lease ends.
-            outputs = self._run(token_ids, sampling, program, program_id, request_id)
+            outputs = self._run(token_ids, sampling, program, program_id, request_id, stream)
             async for output in await stack.enter_async_context(aclosing(outputs)):
                 yield output
 
@@ -112,6 +121,13 @@ class VLLMEngine:
             device_slots=self._options.max_active_adapters,
         )
 
+    async def ping(self) -> None:
+        """Asks the scheduler's process, which answers between steps: one that waits for a hung worker does not.
+
+        A question to the worker would keep it looking for the next one, at full speed, for a second.
+        """
+        await self._engine.is_sleeping()
+
     async def device_programs(self) -> list[int]:
         """Returns the workers' ids of the programs in device slots, the last to come there last."""
         resident = (await self.call_workers("delta_resident"))[0]
@@ -126,11 +142,13 @@ class VLLMEngine:
         program: ProgramRef | None,
         program_id: int,
         request_id: str,
+        stream: bool,
     ) -> AsyncGenerator[GenerationChunk]:
         from vllm.inputs import TokensPrompt
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
+        from deltamux.engine.vllm.outputs import PacedCollector, outputs_of
         from deltamux.engine.vllm.prefixes import EXTRA_ARG, known_tokens
         from deltamux.engine.vllm.translate import chunk, sampling_params
 
@@ -139,12 +157,12 @@ class VLLMEngine:
         placeholder = token_ids[0] if sampling.repetition_penalty != 1.0 else PLACEHOLDER
         prompt = TokensPrompt(prompt_token_ids=[placeholder] * virtual + token_ids)
         request = LoRARequest(program.digest, program_id, str(program.path)) if program else None
-        parameters = sampling_params(sampling)
-        if virtual and self._writes_prefixes and program is not None:
-            parameters.extra_args = {EXTRA_ARG: await asyncio.to_thread(known_tokens, program, self.base)}
         try:
-            generated = self._engine.generate(prompt, parameters, request_id, lora_request=request)
-            async with aclosing(generated) as outputs:
+            parameters = sampling_params(sampling, stream=stream)
+            if virtual and self._writes_prefixes and program is not None:
+                parameters.extra_args = {EXTRA_ARG: await asyncio.to_thread(known_tokens, program, self.base)}
+            mailbox = await self._engine.add_request(request_id, prompt, parameters, lora_request=request)
+            async with aclosing(outputs_of(self._engine, PacedCollector.adopt(mailbox, self._pace))) as outputs:
                 async for output in outputs:
                     yield chunk(output, len(token_ids), virtual)
         except (EngineDeadError, EngineGenerateError) as error:

@@ -11,8 +11,12 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from deltamux.engine.base import GenerationChunk, GuidedDecoding, SamplingOptions, TokenLogprobs
 
 
-def sampling_params(options: SamplingOptions) -> SamplingParams:
-    """Returns vLLM's parameters; raises ValueError where vLLM finds a value out of range."""
+def sampling_params(options: SamplingOptions, *, stream: bool) -> SamplingParams:
+    """Returns vLLM's parameters; raises ValueError where vLLM finds a value out of range.
+
+    Args:
+        stream: hand tokens over as they come; otherwise all of them at the end.
+    """
     return SamplingParams(
         max_tokens=options.max_tokens,
         min_tokens=options.min_tokens,
@@ -32,7 +36,7 @@ def sampling_params(options: SamplingOptions) -> SamplingParams:
         skip_special_tokens=options.skip_special_tokens,
         logit_bias=dict(options.logit_bias) or None,
         structured_outputs=_guided(options.guided),
-        output_kind=RequestOutputKind.DELTA,
+        output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )
 
 
@@ -47,7 +51,7 @@ def _guided(guided: GuidedDecoding | None) -> StructuredOutputsParams | None:
 
 
 def chunk(output: RequestOutput, prompt_tokens: int, num_virtual_tokens: int) -> GenerationChunk:
-    """Returns what a DELTA output adds; virtual tokens count neither as prompt nor as cached."""
+    """Returns what an output adds to those before; virtual tokens count neither as prompt nor as cached."""
     completion: CompletionOutput = output.outputs[0]
     return GenerationChunk(
         text=completion.text,

@@ -1,0 +1,125 @@
+"""How a generation is cut into chunks: the first token at once; the others as the reader, or the pace, allows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+
+from deltamux.engine.base import GenerationChunk, SamplingOptions
+from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.outputs import LONGEST_INTERVAL, Pace
+
+NEW_TOKENS = 100
+GREEDY = SamplingOptions(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=1)
+PROMPT = (5, 17, 99)
+
+
+class NeverDue(Pace):
+    """So busy a machine that only what cannot wait is handed over."""
+
+    def interval(self) -> float:
+        return 3600.0
+
+
+@pytest.fixture
+def never_due(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_pace", NeverDue(lambda: 1, 1))
+
+
+def stream(engine: VLLMEngine, name: str, sampling: SamplingOptions = GREEDY) -> AsyncIterator[GenerationChunk]:
+    return engine.generate(PROMPT, sampling, None, request_id=name)
+
+
+async def chunks_of(engine: VLLMEngine, name: str, sampling: SamplingOptions = GREEDY) -> list[GenerationChunk]:
+    return [chunk async for chunk in stream(engine, name, sampling)]
+
+
+async def engine_is_done(engine: VLLMEngine) -> None:
+    for _ in range(500):
+        if (await engine.stats()).running == 0:
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("the request still runs after ten seconds")
+
+
+def assert_same_content(expected: list[GenerationChunk], actual: list[GenerationChunk]) -> None:
+    for chunks in (expected, actual):
+        assert all(len(chunk.logprobs) == len(chunk.token_ids) for chunk in chunks)
+        assert [chunk.finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+        assert {chunk.prompt_tokens for chunk in chunks} == {len(PROMPT)}
+    assert "".join(c.text for c in expected) == "".join(c.text for c in actual)
+    assert [t for c in expected for t in c.token_ids] == [t for c in actual for t in c.token_ids]
+    logprobs = [[p.logprob for c in chunks for p in c.logprobs] for chunks in (expected, actual)]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+
+
+async def test_a_reader_gets_the_first_token_before_there_is_a_second(engine: VLLMEngine, never_due: None) -> None:
+    async with aclosing(stream(engine, "first")) as chunks:  # type: ignore[type-var]  # a generator
+        assert len((await anext(chunks)).token_ids) == 1
+
+
+async def test_a_reader_that_is_away_finds_one_chunk_with_all_that_came_meanwhile(engine: VLLMEngine) -> None:
+    expected = await chunks_of(engine, "reads")
+    slow: list[GenerationChunk] = []
+    async for chunk in stream(engine, "away"):
+        slow.append(chunk)
+        await engine_is_done(engine)
+    assert [len(chunk.token_ids) for chunk in slow] == [1, NEW_TOKENS - 1]
+    assert_same_content(expected, slow)
+
+
+async def test_on_a_busy_machine_tokens_gather_and_nothing_else_changes(
+    engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await chunks_of(engine, "calm")
+    monkeypatch.setattr(engine, "_pace", NeverDue(lambda: 1, 1))
+    gathered = await chunks_of(engine, "busy")
+    assert [len(chunk.token_ids) for chunk in gathered] == [1, NEW_TOKENS - 1]
+    assert_same_content(expected, gathered)
+
+
+async def test_gathered_tokens_are_handed_over_in_time_though_no_other_comes(
+    engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "_pace", Pace(lambda: 10**9, 1))
+    chunks = await chunks_of(engine, "paced")
+    assert_same_content(await chunks_of(engine, "paced again"), chunks)
+    assert len(chunks) > 1
+
+
+async def test_a_stop_string_ends_a_gathered_stream_at_once(engine: VLLMEngine, never_due: None) -> None:
+    whole = "".join(chunk.text for chunk in await chunks_of(engine, "without stop"))
+    stop = whole[40:44]
+    sampling = SamplingOptions(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, stop=(stop,))
+    chunks = await chunks_of(engine, "with stop", sampling)
+    assert (chunks[-1].finish_reason, chunks[-1].stop_reason) == ("stop", stop)
+    assert "".join(chunk.text for chunk in chunks) == whole[: whole.index(stop)]
+
+
+async def test_closing_a_gathered_stream_aborts_it_in_the_engine(engine: VLLMEngine, never_due: None) -> None:
+    async with aclosing(stream(engine, "closed")) as chunks:  # type: ignore[type-var]  # a generator
+        await anext(chunks)
+        reading = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(0)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+    assert (await engine.stats()).running == 0
+
+
+async def test_a_request_that_nobody_streams_is_handed_over_whole(engine: VLLMEngine) -> None:
+    chunks = [chunk async for chunk in engine.generate(PROMPT, GREEDY, None, request_id="whole", stream=False)]
+    assert [len(chunk.token_ids) for chunk in chunks] == [NEW_TOKENS]
+    assert_same_content(await chunks_of(engine, "in parts"), chunks)
+
+
+def test_the_pace_slows_with_the_requests_and_never_beyond_the_longest_interval() -> None:
+    assert [Pace(lambda: running, 4).interval() for running in (1, 10, 50, 10_000)] == [  # noqa: B023 - called here
+        0.001,
+        0.01,
+        0.05,
+        LONGEST_INTERVAL,
+    ]
