@@ -24,6 +24,7 @@ from deltamux.engine.base import ProgramRef
 LONG = 256
 MANY, FEW = 2000, 5
 ZIPF_EXPONENT = 1.0
+SETTLE_SECONDS = 1.3
 COLD_ALLOWANCE_MS = 50.0
 COLD_STARTS = 8
 OTHERS = 8
@@ -71,7 +72,13 @@ class Bench:
 
     async def compare(self, part: str, reference: Contender, *contenders: Contender) -> list[Comparison]:
         with self.neighbours.watched():
-            return await interleave(reference, contenders, self.repeats, lambda text: self.say(f"{part}: {text}"))
+            return await interleave(
+                reference,
+                contenders,
+                self.repeats,
+                lambda text: self.say(f"{part}: {text}"),
+                settle_seconds=SETTLE_SECONDS if self.stage.is_shared else 0.0,
+            )
 
     async def against_base(self, part: str, loads: Mapping[str, Workload], *more: Contender) -> list[Row]:
         """Compares workloads of one prompt length with the base's on the same engine."""
@@ -121,16 +128,11 @@ async def plain(bench: Bench) -> list[Row]:
 
 
 async def vllm_lora(bench: Bench) -> list[Row]:
-    """16 LoRAs against vLLM's own multi-LoRA with the same files, prompts of 8 and of 256 tokens.
-
-    The long ones are 16 at once: vLLM's LoRA takes minutes for more of them on a base that is not tiny.
-    """
+    """16 LoRAs against vLLM's own multi-LoRA with the same files, prompts of 8 and of 256 tokens."""
     part, rows = "vllm-lora", []
     ours, theirs = await bench.stage.ours(), await bench.stage.vllm(loras=True)
     for prompt in (8, LONG):
         load = bench.load(*bench.world.loras(PEFT_LORAS), prompt=prompt)
-        if prompt == LONG:
-            load = replace(load, sequences=min(load.sequences, PEFT_LORAS))
         reference = bench.contender(part, "vLLM's LoRA", theirs, load)
         own = bench.settled(part, f"16 LoRAs, prompt {prompt}", ours, load)
         compared = await bench.compare(part, reference, own)

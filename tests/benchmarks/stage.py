@@ -47,6 +47,11 @@ class Stage:
     _alive: OrderedDict[str, Alive] = field(default_factory=OrderedDict)
     _resident: WeakKeyDictionary[Engine, frozenset[str]] = field(default_factory=WeakKeyDictionary)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether more than one engine is alive."""
+        return len(self._alive) > 1
+
     async def ours(self, slots: int = SLOTS, programs: dict[str, ProgramRef] | None = None) -> EngineSubject:
         """Returns our engine with so many device slots, and the world's adapters or the given ones."""
         subject = await self._get(f"deltamux with {slots} slots", lambda: self._start_ours(slots))
@@ -134,7 +139,7 @@ class Stage:
         }
         options = [str(part) for pair in given.items() for part in pair]
         store = self.world.folder / "store"
-        process = await asyncio.to_thread(ServerProcess, self.world.model, store, *options)
+        process = await asyncio.to_thread(ServerProcess, self.world.model, store, *options, eager=False)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, process.stop)
             client = await stack.enter_async_context(AsyncClient(process.address, timeout=600))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ async def interleave(
     contenders: Sequence[Contender],
     repeats: int,
     progress: Callable[[str], None] = lambda text: None,
+    *,
+    settle_seconds: float = 0.0,
 ) -> list[Comparison]:
     """Measures every contender right beside a run of the reference, `repeats` times, after one round that warms up.
 
@@ -65,6 +68,8 @@ async def interleave(
 
     Args:
         progress: told what runs next.
+        settle_seconds: pause before each run, where contender and reference are different engines of one machine: a
+            worker of vLLM looks for work at full speed for a second after its last, and would slow the next one down.
     """
     own: dict[str, list[Measurement]] = {c.name: [] for c in contenders}
     beside: dict[str, list[Measurement]] = {c.name: [] for c in contenders}
@@ -74,6 +79,7 @@ async def interleave(
             ran = dict[str, Measurement]()
             for contender in (pair[0], reference, *pair[1:]):
                 progress(f"round {repeat} of {repeats}: {contender.name}")
+                await asyncio.sleep(settle_seconds)
                 ran[contender.name] = await contender.run(f"{repeat} {contender.name} {pair[0].name}")
             if repeat:
                 for contender in pair:

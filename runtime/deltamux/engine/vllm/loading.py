@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -20,8 +21,11 @@ from deltamux.deltas.program import Placement
 THREADS = 2
 """So that one slow file does not hold up the others."""
 
-NICENESS = 10
-"""The loader threads': where one shares a core with the step loop, the step loop goes first."""
+SWITCH_SECONDS = 0.0005
+"""How long a thread keeps the interpreter from another: at Python's own 5 ms, steps wait for loads and loads for steps.
+
+The threads have the step loop's priority: one of a lower would be put off while it keeps the interpreter from it.
+"""
 
 READ_BYTES = 1 << 20
 
@@ -48,6 +52,7 @@ class ProgramLoader:
     """
 
     def __init__(self, read: Callable[[Path], Program]) -> None:
+        sys.setswitchinterval(SWITCH_SECONDS)
         self._read = read
         self._cores: frozenset[int] = frozenset()
         self._pool = ThreadPoolExecutor(max_workers=THREADS, thread_name_prefix="delta-loader")
@@ -86,12 +91,13 @@ class ProgramLoader:
             future.cancel()
 
     def use_cores(self, cores: Collection[int]) -> None:
-        """Lets the threads run on these cores from their next load on, behind whatever else runs there."""
+        """Lets the threads run on these cores from their next load on."""
         self._cores = frozenset(cores)
 
     def _load(self, program_id: int, path: Path) -> Loaded:
         if self._cores:
-            _step_aside(self._cores)
+            with contextlib.suppress(OSError):  # a container may forbid it: the thread then shares the step loop's core
+                os.sched_setaffinity(threading.get_native_id(), self._cores)
         started = time.perf_counter()
         program = self._read(path)
         with self._lock:
@@ -158,12 +164,3 @@ def _check_finite(program: Program, block: Tensor) -> None:
     values = [block, torch.tensor(attributes, dtype=torch.float64), *([torch.cat(products)] if products else [])]
     if not all(torch.isfinite(torch.stack(torch.aminmax(v))).all() for v in values if v.numel()):
         program.check_finite()
-
-
-def _step_aside(cores: frozenset[int]) -> None:
-    thread = threading.get_native_id()
-    # A container may forbid either; then the thread runs as the others do.
-    with contextlib.suppress(OSError):
-        os.sched_setaffinity(thread, cores)
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, thread, NICENESS)
