@@ -163,34 +163,11 @@ def _cpu(process: psutil.Process) -> float:
     return times.user + times.system
 
 
-def process_table(root: psutil.Process) -> list[dict[str, Any]]:
-    """Memory of a process and its children; what they share is counted once (PSS)."""
-    return [
-        {"process": _name(p), "memory_mib": round(p.memory_full_info().pss / 2**20), "cpu_s": round(_cpu(p), 1)}
-        for p in [root, *root.children(recursive=True)]
-    ]
-
-
-def _name(process: psutil.Process) -> str:
-    command = " ".join(process.cmdline())
-    known = {"VLLM::EngineCore": "EngineCore", "VLLM::Worker": "worker", "compiler_child": "compiler"}
-    return next((name for sign, name in known.items() if sign in command), command[-60:])
-
-
-async def idle_cpu(processes: list[psutil.Process], seconds: float = 3.0) -> float:
-    """Returns the share of a core that processes which wait for work use together."""
-    before = sum(map(_cpu, processes))
-    await asyncio.sleep(seconds)
-    return (sum(map(_cpu, processes)) - before) / seconds
-
-
 async def measure(size: str, streams: list[int], repeats: int, *, eager: bool) -> dict[str, Any]:
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         base = write_base(Path(folder) / "base", SIZES[size])
-        began = time.perf_counter()
         server = ServerProcess(base, Path(folder) / "store", *_flags(), eager=eager)
-        ready = time.perf_counter() - began
         stack.callback(server.stop)
         process = psutil.Process(server.pid)
         engine = VLLMEngine(EngineOptions(str(base), enforce_eager=eager, **LIMITS))
@@ -198,12 +175,9 @@ async def measure(size: str, streams: list[int], repeats: int, *, eager: bool) -
         await engine.start()
         load = LoadProcess(server.address)
         stack.callback(load.close)
-        idle = await idle_cpu([process, *process.children(recursive=True), *psutil.Process().children(recursive=True)])
         ways = {"AsyncLLM": vllm_alone(engine), "VLLMEngine": our_engine(engine), **over_grpc(load)}
         rows = [row for count in streams for row in await rounds(ways, count, repeats, process)]
-        about = {"size": size, "eager": eager, "cores": os.cpu_count(), "idle_cpu": round(idle, 2)}
-        started = {"ready_seconds": round(ready, 1), "processes": process_table(process)}
-        return {**about, "start": started, "rows": rows}
+        return {"size": size, "eager": eager, "cores": os.cpu_count(), "rows": rows}
 
 
 def _flags() -> list[str]:
@@ -211,10 +185,6 @@ def _flags() -> list[str]:
 
 
 def show(result: dict[str, Any]) -> None:
-    start = result["start"]
-    print(f"command to ready: {start['ready_seconds']} s; idle: {result['idle_cpu']:.0%} of a core")
-    for row in start["processes"]:
-        print(f"  {row['process']:60}  {row['memory_mib']:6} MiB  {row['cpu_s']:6} s")
     columns = list(result["rows"][0])
     print("  ".join(f"{name:>10}" for name in columns))
     for row in result["rows"]:
