@@ -52,9 +52,12 @@ class Stage:
         """Whether more than one engine is alive."""
         return len(self._alive) > 1
 
-    async def ours(self, slots: int = SLOTS, programs: dict[str, ProgramRef] | None = None) -> EngineSubject:
+    async def ours(
+        self, slots: int = SLOTS, programs: dict[str, ProgramRef] | None = None, *, fold_dominant: bool = True
+    ) -> EngineSubject:
         """Returns our engine with so many device slots, and the world's adapters or the given ones."""
-        subject = await self._get(f"deltamux with {slots} slots", lambda: self._start_ours(slots))
+        name = f"deltamux with {slots} slots" + ("" if fold_dominant else ", never folding")
+        subject = await self._get(name, lambda: self._start_ours(slots, fold_dominant))
         assert isinstance(subject, EngineSubject)
         return EngineSubject(subject.engine, programs or self.world.programs)
 
@@ -98,7 +101,7 @@ class Stage:
         self._alive.move_to_end(name)
         return self._alive[name].subject
 
-    async def _start_ours(self, slots: int) -> Alive:
+    async def _start_ours(self, slots: int, fold_dominant: bool) -> Alive:
         engine = VLLMEngine(
             EngineOptions(
                 str(self.world.model),
@@ -108,6 +111,7 @@ class Stage:
                 max_active_adapters=slots,
                 max_host_adapters=HOST_ADAPTERS,
                 kv_cache_gib=KV_CACHE_GIB,
+                fold_dominant=fold_dominant,
             )
         )
         await engine.start()

@@ -21,6 +21,7 @@ HELP = {
     "device": "auto, cpu or cuda",
     "kv_cache_gib": "size of the key-value cache on a CPU, in GiB",
     "enforce_eager": "leave the model uncompiled: ready sooner, slower at every token",
+    "fold_dominant": "never fold the adapter that carries most of the traffic into a second copy of the weights",
     "max_lora_rank": "widest inner dimension that an uploaded adapter may have",
     "max_virtual_tokens": "most virtual tokens that an uploaded adapter may have",
     "max_adapter_bytes": "largest upload, in bytes",
@@ -57,7 +58,10 @@ def add_commands(commands: Any) -> None:
 def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
     flag, text = f"--{field.name.replace('_', '-')}", HELP[field.name]
     if field.type == "bool":
-        parser.add_argument(flag, action="store_true", help=text)
+        # What is on by default has a flag that turns it off.
+        off = bool(field.default)
+        flag, action = (flag.replace("--", "--no-", 1), "store_false") if off else (flag, "store_true")
+        parser.add_argument(flag, dest=field.name, action=action, help=text)
         return
     required = field.default is dataclasses.MISSING
     shown = "" if required or field.default is None else f" (default: {field.default})"

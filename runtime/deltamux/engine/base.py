@@ -43,6 +43,8 @@ class EngineOptions:
         kv_cache_gib: size of the key-value cache on a CPU, in GiB.
         enforce_eager: leave the model uncompiled: starts sooner (the first start of a model compiles for some twenty
             seconds on a CPU), runs slower.
+        fold_dominant: fold the adapter that carries most of the traffic into a second copy of the weights that it
+            changes, where that is measured to be faster (on a CPU only).
         engine_arguments: further arguments of vLLM's AsyncEngineArgs, for operators who know them.
     """
 
@@ -55,6 +57,7 @@ class EngineOptions:
     max_host_adapters: int = 256
     kv_cache_gib: float = 2.0
     enforce_eager: bool = False
+    fold_dominant: bool = True
     seed: int = 0
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -165,12 +168,14 @@ class EngineStats:
         running: requests under way (in vLLM's queue or batch).
         host_programs: programs in host memory.
         device_programs: programs in device slots, of `device_slots`.
+        folded_program: digest of the program whose weights are folded at the moment, if any.
     """
 
     running: int
     host_programs: int
     device_programs: int
     device_slots: int
+    folded_program: str | None = None
 
 
 class Engine(Protocol):

@@ -30,6 +30,7 @@ class ServeOptions:
         device: auto, cpu or cuda.
         kv_cache_gib: size of the key-value cache on CPU.
         enforce_eager: leave the model uncompiled: ready sooner, slower at every token.
+        fold_dominant: fold the adapter that carries most of the traffic, where that is measured to be faster.
         engine_arguments: handed to vLLM's AsyncEngineArgs as they are.
         max_lora_rank: widest inner dimension that an uploaded adapter may have.
         max_virtual_tokens: most virtual tokens that an uploaded adapter may have.
@@ -58,6 +59,7 @@ class ServeOptions:
     kv_cache_gib: float = 2.0
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
     enforce_eager: bool = False
+    fold_dominant: bool = True
     max_lora_rank: int = 256
     max_virtual_tokens: int = 512
     max_adapter_bytes: int = 2048 * MIB
@@ -94,6 +96,7 @@ class ServeOptions:
             max_host_adapters=self.max_host_adapters,
             kv_cache_gib=self.kv_cache_gib,
             enforce_eager=self.enforce_eager,
+            fold_dominant=self.fold_dominant,
             engine_arguments=self.engine_arguments,
         )
 

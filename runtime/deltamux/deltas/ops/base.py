@@ -42,12 +42,18 @@ class Op:
     Never inherited: an op derived from another has mathematics of its own.
     """
     changes_input: ClassVar[bool] = False
+    changes_weight: ClassVar[bool] = False
+    """Whether the op changes a projection's weight and nothing else, so that an engine may fold it while it runs.
+
+    Never inherited either.
+    """
     packed: ClassVar[frozenset[str]] = frozenset()
     """Parameters that hold bits (uint8), which no cast may touch; all others are floats."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.has_kernel = cls.__dict__.get("has_kernel", False)
+        cls.changes_weight = cls.__dict__.get("changes_weight", False)
 
     @property
     def reads_residual(self) -> bool:

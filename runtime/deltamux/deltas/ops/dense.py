@@ -42,6 +42,7 @@ class Dense(Op):
     name: ClassVar[str] = "dense"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = DenseBatch
+    changes_weight: ClassVar[bool] = True
 
     def weighted(self, weight: float) -> Dense:
         return Dense(self.weight * weight)

@@ -84,6 +84,7 @@ class LowRank(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = LowRankBatch
     has_kernel: ClassVar[bool] = True
+    changes_weight: ClassVar[bool] = True
 
     @classmethod
     def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:

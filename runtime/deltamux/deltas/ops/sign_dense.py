@@ -55,6 +55,7 @@ class SignDense(Op):
     name: ClassVar[str] = "sign_dense"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = SignDenseBatch
+    changes_weight: ClassVar[bool] = True
     packed: ClassVar[frozenset[str]] = frozenset({"signs"})
 
     def weighted(self, weight: float) -> SignDense:

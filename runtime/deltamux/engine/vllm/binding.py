@@ -46,6 +46,7 @@ class Binding:
 
     Attributes:
         lanes: where the ops of each site go, by (kind, name of site).
+        linears: the ports of the projections, by path in vLLM's model.
         unbound: sites of the base that have no counterpart in the loaded model, with the reason.
         attentions: the ports of the attention layers, by site.
     """
@@ -65,7 +66,7 @@ class Binding:
         self._model = model
         self._modules = dict(model.named_modules())
         self._current = current
-        self._linears: dict[str, LinearPort] = {}
+        self.linears: dict[str, LinearPort] = {}
         self._norms: dict[str, NormPort] = {}
         self._columns = dict(_columns(self._modules, getattr(model, "packed_modules_mapping", {})))
         self._new_lanes: Callable[..., Lanes] = lambda *parts: Lanes(parts, num_slots, dtype, device)
@@ -112,12 +113,12 @@ class Binding:
                 self._bind(site, None)
         for path, parts in modules.items():
             lanes = self._new_lanes(*sorted(parts, key=lambda part: part.columns))
-            self._linears[path] = LinearPort(self._modules[path], self._current, lanes)
+            self.linears[path] = LinearPort(self._modules[path], self._current, lanes)
             for number, part in enumerate(lanes.parts):
                 self._bind(part.site, lanes, number)
 
     def _bind_block(self, site: BlockSite) -> Lanes | None:
-        ends = [self._linears.get(self._columns.get(m, ("",))[0]) for m in (site.input_module, site.output_module)]
+        ends = [self.linears.get(self._columns.get(m, ("",))[0]) for m in (site.input_module, site.output_module)]
         reader, writer = ends
         if reader is None or writer is None or writer.writes is not None:
             return None

@@ -119,6 +119,7 @@ class VLLMEngine:
             host_programs=len(resident["host"]),
             device_programs=len(resident["device"]),
             device_slots=self._options.max_active_adapters,
+            folded_program=self._host.digest_of(resident["folded"][0]) if resident["folded"] else None,
         )
 
     async def ping(self) -> None:
@@ -262,7 +263,7 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "worker_cls": f"deltamux.engine.vllm.{worker}",
         "disable_log_stats": True,
         # Part of the key under which compiled models are kept: a plain vLLM's has no ports.
-        "additional_config": {"deltamux": __version__},
+        "additional_config": {"deltamux": __version__, "fold_dominant": options.fold_dominant},
     }
     if options.max_model_len is not None:
         arguments["max_model_len"] = options.max_model_len

@@ -87,6 +87,10 @@ class HostTier:
     def digests(self) -> list[str]:
         return list(self._residents)
 
+    def digest_of(self, program_id: int) -> str | None:
+        """Returns the digest of the program that the workers know by an id; None once it is no longer resident."""
+        return next((digest for digest, r in self._residents.items() if r.program_id == program_id), None)
+
     async def _set_pin(self, digest: str, pinned: bool) -> None:
         if digest in self._residents:
             self._residency.pin(digest, pinned)

@@ -94,10 +94,14 @@ class ProgramLoader:
         """Lets the threads run on these cores from their next load on."""
         self._cores = frozenset(cores)
 
-    def _load(self, program_id: int, path: Path) -> Loaded:
+    def step_aside(self) -> None:
+        """Moves the calling thread to the cores that `use_cores` has named, out of the step loop's way."""
         if self._cores:
             with contextlib.suppress(OSError):  # a container may forbid it: the thread then shares the step loop's core
                 os.sched_setaffinity(threading.get_native_id(), self._cores)
+
+    def _load(self, program_id: int, path: Path) -> Loaded:
+        self.step_aside()
         started = time.perf_counter()
         program = self._read(path)
         with self._lock:

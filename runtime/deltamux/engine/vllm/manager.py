@@ -22,7 +22,9 @@ from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
 from deltamux.engine.vllm.binding import Binding
+from deltamux.engine.vllm.folding import Folding
 from deltamux.engine.vllm.loading import ProgramLoader, load_program, packed
+from deltamux.engine.vllm.merging import foldable
 from deltamux.engine.vllm.ports import IDLE, CurrentStep, Place
 from deltamux.engine.vllm.prefixes import cache_slots, known_prefix
 from deltamux.engine.vllm.residency import Residency
@@ -70,12 +72,18 @@ class DeltaManager:
         self._prefixes: dict[int, Mapping[str, KVPrefix]] = {}
         self._pinned: set[int] = set()
         self._last: tuple[list[int], StepIndex] | None = None
+        self._folding = self._new_folding(vllm_config)
 
     # The host tier, driven by the engine's front end.
 
     def unload(self, program_id: int) -> None:
-        """Drops a program from both tiers; its tensors are freed when this returns."""
+        """Drops a program from both tiers, unfolded first.
+
+        Its tensors are freed when this returns, or as soon as the merge of one module that is under way ends.
+        """
         self.loader.drop(program_id)
+        if self._folding is not None:
+            self._folding.drop_gone()
         self._pinned.discard(program_id)
         self._vacate(program_id)
 
@@ -86,8 +94,22 @@ class DeltaManager:
             self._residency.pin(program_id, pinned)
 
     def resident(self) -> dict[str, list[int]]:
-        """Returns the program ids in each tier; those in slots in the order in which they came there."""
-        return {"host": self.loader.ids(), "device": [p for p in self._slots if p in self.loader.ready]}
+        """Returns the program ids in each tier, those in slots in the order in which they came, and which is folded."""
+        folded = self._folding.folded if self._folding is not None else None
+        return {
+            "host": self.loader.ids(),
+            "device": [p for p in self._slots if p in self.loader.ready],
+            "folded": [] if folded is None else [folded],
+        }
+
+    def _new_folding(self, vllm_config: VllmConfig) -> Folding | None:
+        """Returns what folds dominant programs; None where it is not wanted, or no module here can be folded."""
+        given = vllm_config.additional_config
+        if not isinstance(given, dict) or not given.get("fold_dominant"):
+            return None
+        modules = foldable(self._binding.linears.values())
+        checkpoint = vllm_config.model_config.model
+        return Folding(modules, checkpoint, self._dtype, self.num_slots, self.loader, self._slots) if modules else None
 
     def _read(self, path: Path) -> Program:
         program = load_program(path)
@@ -114,6 +136,8 @@ class DeltaManager:
         for program_id, program in needed.items():
             self._activate(program_id, program, needed)
         self._current.index = self._cached_index(requests) if needed else IDLE
+        if self._folding is not None:
+            self._current.folded = self._folding.begin_step(_rows(requests), self._current.index)
 
     def write_prefixes(self, requests: Sequence[ScheduledRequest], table: BlockTable) -> None:
         """Writes the known prefix of every request that begins right behind it; see `prefixes`.
@@ -225,8 +249,18 @@ class DeltaManager:
         return False
 
     def set_active_adapters(self, requests: object, mapping: object) -> None:
-        self._current.index = IDLE
+        self._current.index, self._current.folded = IDLE, None
+        if self._folding is not None:
+            self._folding.idle()
 
     def remove_all_adapters(self) -> None:
         for program_id in list(self._slots):
             self._vacate(program_id)
+
+
+def _rows(requests: Sequence[ScheduledRequest]) -> dict[int, int]:
+    """Returns how many rows of a step each program has, 0 for the base's."""
+    rows: dict[int, int] = {}
+    for program_id, _, num_tokens in requests:
+        rows[program_id] = rows.get(program_id, 0) + num_tokens
+    return rows

@@ -22,11 +22,34 @@ IDLE = StepIndex((), 0, 0)
 """A step in which every row is the base's."""
 
 
+class FoldedStep(NamedTuple):
+    """A step in which modules run with the weights of one program; see `folding.Folding`.
+
+    Attributes:
+        others: rows of everybody else, which need the base's weights; None when there are none.
+        weights: the step without the program's rows: whose changes of weights are still to be applied.
+    """
+
+    others: slice | Tensor | None
+    weights: StepIndex
+
+    @classmethod
+    def of(cls, step: StepIndex, slot: int) -> FoldedStep:
+        weights = StepIndex((r for r in step.runs if r.slot != slot), step.num_rows, step.num_slots, device=step.device)
+        others = (step.slots != slot).nonzero().squeeze(1)
+        if not len(others):
+            return cls(None, weights)
+        first, last = int(others[0]), int(others[-1])
+        consecutive = last - first == len(others) - 1
+        return cls(slice(first, last + 1) if consecutive else others, weights)
+
+
 class CurrentStep:
     """The step that is running; one object shared by all ports of a model."""
 
     def __init__(self) -> None:
         self.index = IDLE
+        self.folded: FoldedStep | None = None
 
 
 class LaneKind(NamedTuple):
@@ -83,11 +106,17 @@ class Lanes:
         self.mask &= ~(1 << slot)
         self.input_mask &= ~(1 << slot)
 
-    def apply(self, x: Tensor, y: Tensor, step: StepIndex, residual: Tensor | None = None) -> None:
-        """Applies every op of the module to its own rows of `y`, in place; `residual` stands in for `x` where due."""
+    def apply(
+        self, x: Tensor, y: Tensor, step: StepIndex, residual: Tensor | None = None, weights: StepIndex | None = None
+    ) -> None:
+        """Applies every op of the module to its own rows of `y`, in place; `residual` stands in for `x` where due.
+
+        `weights` stands in for `step` at ops that change the module's weight: rows that it leaves out have it already.
+        """
         for kind, batch in self._lanes:
-            if batch.mask & step.mask and not kind.op.changes_input:
-                batch.apply(residual if kind.reads_residual and residual is not None else x, y, step)
+            rows = weights if weights is not None and kind.op.changes_weight else step
+            if batch.mask & rows.mask and not kind.op.changes_input:
+                batch.apply(residual if kind.reads_residual and residual is not None else x, y, rows)
 
     def change_input(self, x: Tensor, step: StepIndex) -> None:
         """Changes every slot's own rows of the module's input, in place."""
@@ -115,12 +144,13 @@ class Place(NamedTuple):
 
 
 class Port(opaque.Opaque):
-    """Base of the ports: holds the module's own forward and the lanes behind it."""
+    """Base of the ports: the module, its own forward, and the lanes behind it."""
 
     def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
+        self.module = module
+        self.lanes = lanes
         self._forward: Callable[..., Any] = module.forward
         self._current = current
-        self._lanes = lanes
         self._number = opaque.register(self)
         module.forward = self.forward
 
@@ -129,9 +159,9 @@ class Port(opaque.Opaque):
 
     def change_output(self, x: Tensor, y: Tensor) -> None:
         step = self._current.index
-        if step.mask & self._lanes.mask:
+        if step.mask & self.lanes.mask:
             rows = step.num_rows
-            self._lanes.apply(x[:rows], y[:rows], step)
+            self.lanes.apply(x[:rows], y[:rows], step)
 
 
 class BlockInput:
@@ -160,15 +190,17 @@ class LinearPort(Port):
     Attributes:
         reads: sub-layers whose input this module reads.
         writes: the sub-layer whose output it returns. Nobody else reads its input, which may then change in place.
+        base: projects rows with the base's own weight; None unless the module has a folded one beside it.
     """
 
     def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
         super().__init__(module, current, lanes)
         self.reads: list[BlockInput] = []
         self.writes: SubLayer | None = None
+        self.base: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        alone = len(self._lanes.parts) == 1
+        alone = len(self.lanes.parts) == 1
         if self.writes is not None and alone:
             opaque.change_input(x, self._number)
         output = self._forward(x, *args, **kwargs)
@@ -185,14 +217,22 @@ class LinearPort(Port):
 
     def change_input(self, x: Tensor) -> None:
         step = self._current.index
-        if step.mask & self._lanes.input_mask:
-            self._lanes.change_input(x[: step.num_rows], step)
+        if step.mask & self.lanes.input_mask:
+            self.lanes.change_input(x[: step.num_rows], step)
 
     def change_output(self, x: Tensor, y: Tensor) -> None:
         step = self._current.index
-        if step.mask & self._lanes.input_mask and self.writes is None:
+        if step.mask & self.lanes.input_mask and self.writes is None:
             x = self._with_changed_input(x, y, step)
-        super().change_output(x, y)
+        folded = self._current.folded
+        if folded is None or self.base is None:
+            super().change_output(x, y)
+            return
+        if folded.others is not None:
+            y[folded.others] = self.base(x[folded.others])
+        if step.mask & self.lanes.mask:
+            rows = step.num_rows
+            self.lanes.apply(x[:rows], y[:rows], step, weights=folded.weights)
 
     def change_sub_layer(self, x: Tensor, read: Tensor, residual: Tensor | None, y: Tensor) -> None:
         """The projection's own ops come first, then those of the sub-layer that it ends."""
@@ -206,7 +246,7 @@ class LinearPort(Port):
     def _with_changed_input(self, x: Tensor, y: Tensor, step: StepIndex) -> Tensor:
         """Projects once more, since others may read this input too; returns the copy that has changed."""
         x = x.clone()
-        self._lanes.change_input(x[: step.num_rows], step)
+        self.lanes.change_input(x[: step.num_rows], step)
         output = self._forward(x)
         y.copy_(output[0] if isinstance(output, tuple) else output)
         return x

@@ -1,0 +1,24 @@
+"""How much memory this process can still take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_memory(cgroup: Path = CGROUP) -> int:
+    """Returns bytes, by the kernel's account and the container's (`cgroup`, version 2), whichever is less."""
+    available = _fields(Path("/proc/meminfo"))["MemAvailable:"] << 10
+    limit = cgroup / "memory.max"
+    if not limit.is_file() or (most := limit.read_text().strip()) == "max":
+        return available
+    # Pages of files that were read count as used, though the kernel takes them back at need.
+    used = int((cgroup / "memory.current").read_text()) - _fields(cgroup / "memory.stat").get("inactive_file", 0)
+    return min(available, max(0, int(most) - used))
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Reads lines of a name and a number."""
+    lines = (line.split() for line in path.read_text().splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
