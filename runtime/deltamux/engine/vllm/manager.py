@@ -60,7 +60,7 @@ class DeltaManager:
         self._device = device
         self._current = CurrentStep()
         self.base = BaseModel.from_config(vllm_config.model_config.hf_config)
-        self._binding = Binding(model, self.base, self._current, self.num_slots, self._dtype, device)
+        self._binding = self._bind(model, vllm_config)
         self._has_kernels = available(dtype, device)  # compiles them, before the first step needs them
         self.loader = ProgramLoader(self._read)
         self._slots: dict[int, int] = {}
@@ -70,6 +70,9 @@ class DeltaManager:
         self._prefixes: dict[int, Mapping[str, KVPrefix]] = {}
         self._pinned: set[int] = set()
         self._last: tuple[list[int], StepIndex] | None = None
+
+    def _bind(self, model: nn.Module, vllm_config: VllmConfig) -> Binding:
+        return Binding(model, self.base, self._current, self.num_slots, self._dtype, self._device)
 
     # The host tier, driven by the engine's front end.
 
