@@ -127,7 +127,7 @@ class DeltaManager:
         for row, request in enumerate(requests):
             slot = self._slots.get(request.program, -1)
             if slot in self._prefixes and request.start == self._num_virtual_tokens[slot]:
-                where = cache_slots(table.block_table.np[row], table.block_size, request.start).to(self._device)
+                where = self._moved(cache_slots(table.block_table.np[row], table.block_size, request.start))
                 for site, prefix in self._prefixes[slot].items():
                     self._binding.attentions[site].write(prefix, where)
 
@@ -146,11 +146,11 @@ class DeltaManager:
         self._residency.charge(program_id, program.num_bytes())
         for site, op in program:
             place = self._binding.lanes[op.site_kind, site]
-            place.place(slot, op if self._device.type == "cpu" else op.to(self._dtype, self._device))
+            place.place(slot, self._on_device(op))
             self._placed[slot].append(place)
         self._num_virtual_tokens[slot] = program.num_virtual_tokens
         if (prefix := known_prefix(program, self.base)) is not None:
-            self._prefixes[slot] = {site: op.to(self._dtype, self._device) for site, op in prefix.items()}
+            self._prefixes[slot] = {site: self._on_device(op) for site, op in prefix.items()}
         self._last = None
 
     def _free_slot(self, needed: Collection[int]) -> int:
@@ -206,11 +206,19 @@ class DeltaManager:
     def _virtual(self, entries: list[tuple[int, int, int]]) -> VirtualRows | None:
         if not entries:
             return None
-        rows, slots, positions = torch.tensor(entries, device=self._device).unbind(1)
+        rows, slots, positions = self._moved(torch.tensor(entries)).unbind(1)
         mask = 0
         for _, slot, _ in entries:
             mask |= 1 << slot
         return VirtualRows(rows, slots, positions, mask)
+
+    # A step queues its copies to a GPU and never waits for one: programs lie in pinned memory, small tensors are pinned.
+
+    def _on_device[AnyOp: Op](self, op: AnyOp) -> AnyOp:
+        return op if self._device.type == "cpu" else op.to(self._dtype, self._device, non_blocking=True)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
     # What vLLM's runner asks of a LoRA manager while it profiles and captures: all of it runs as the base.
 

@@ -54,8 +54,9 @@ class BottleneckDeltas:
             matrices.inner_bias[slot, :width] = op.down_bias
         if op.up_bias is not None:
             matrices.bias[slot] = op.up_bias * op.scale
-        # Tensors of the host, so that describing a slot is one copy.
-        matrices.meta[slot, 0] = torch.tensor(_description(op), dtype=torch.int32)
+        # Number by number: each is a fill, where a copy of a tensor of the host would wait for the device.
+        for field, value in enumerate(_description(op)):
+            matrices.meta[slot, 0, field] = value
         self.mask |= 1 << slot
         return True
 
