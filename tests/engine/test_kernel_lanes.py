@@ -81,8 +81,8 @@ async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
         "bias": {"LINEAR"},
         "scale": {"ALL"},  # scales an input as well
         "bottleneck": {"ALL"},
-        "prefix": {"none", "BASE"},  # nothing to do once its keys and values are in the cache
-        "soft-prompt": {"none", "BASE"},
+        "prefix": {"BASE"},  # its keys and values are in the cache before the first step
+        "soft-prompt": {"none", "BASE"},  # nothing to do once its virtual tokens are in the cache
         "everything": {"none"},  # three bottlenecks at one place have no kernels
     }
     for name, profiles in expected.items():

@@ -124,7 +124,7 @@ async def deltas(material: Material, load: Load, *, graphs: bool) -> list[Measur
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=load.sequences,
             max_active_adapters=SLOTS,
-            enforce_eager=not graphs,
+            engine_arguments={"enforce_eager": not graphs},
         )
     )
     sampling = SamplingOptions(max_tokens=load.new_tokens, temperature=0.0, ignore_eos=True)

@@ -273,4 +273,6 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 1024**3)
     else:
         arguments["max_lora_rank"] = KERNEL_RANK
+        # Until compiled models and CUDA graphs with deltas have run on a GPU, who wants them says so (docs/gpu.md).
+        arguments["enforce_eager"] = True
     return {**arguments, **options.engine_arguments}

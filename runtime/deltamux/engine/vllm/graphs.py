@@ -89,7 +89,7 @@ def install(runner: Any) -> None:
         return
     if not triton.available(runner.device):
         raise FailedPreconditionError(
-            "CUDA graphs with deltas need Triton: install it, or start with enforce_eager=True"
+            "CUDA graphs with deltas need Triton: install it, or leave enforce_eager as it is"
         )
     runner.__class__ = type("DeltaGraphModelRunner", (GraphRunnerMixin, type(runner)), {})
     runner.cudagraph_dispatcher = ProfileDispatcher(config)

@@ -109,6 +109,10 @@ class KernelLanes(Lanes):
     def change_input(self, x: Tensor, step: StepIndex) -> None:
         self._rest.change_input(x, step)
 
+    def warm_up(self, step: StepIndex) -> None:
+        """Launches every kernel of this place once, on rows of its own, in a step that has no row of an adapter."""
+        raise NotImplementedError
+
     def profile(self, slot: int) -> Profile | None:
         """Returns what a CUDA graph must hold for a slot's ops here; None where no graph can."""
         return None if any(slot == spilled for spilled, _ in self._spilled) else self._needs(slot)
@@ -139,7 +143,13 @@ class WholeLanes(KernelLanes):
         self._fixed = fixed
         self._profile = profile
         self._capture = _capture_bit(profile, room.num_slots)
+        self._shape = (part.columns.size, room)
         self._update()
+
+    def warm_up(self, step: StepIndex) -> None:
+        features, room = self._shape
+        y = torch.zeros(step.num_rows, features, dtype=room.dtype, device=room.device)
+        self._fixed.apply(y.clone(), y, step.table, y.clone())
 
     def _fits(self, slot: int, part: int, op: Op) -> bool:
         return self._fixed.place(slot, op)
@@ -173,10 +183,21 @@ class LinearLanes(KernelLanes):
         self._end = parts[-1].columns.first + parts[-1].columns.size
         self._deltas = LinearDeltas(sites, *room)
         self._factors = FactorDeltas(sites[0].in_features, room.num_slots, room.dtype, room.device)
+        self._shape = (sites[0].in_features, room)
         self._capture = _capture_bit(Profile.LINEAR, room.num_slots)
         self._capture_input = _capture_bit(Profile.ALL, room.num_slots)
         self.owns_input = False
         self._update()
+
+    def warm_up(self, step: StepIndex) -> None:
+        features, room = self._shape
+        x, y = (
+            torch.zeros(step.num_rows, columns, dtype=room.dtype, device=room.device)
+            for columns in (features, self._end)
+        )
+        self._deltas.apply(x, y[:, self._first :], step.table)
+        if self.owns_input:
+            self._factors.apply(x, step.table)
 
     def own_input(self) -> None:
         """Says that nobody else reads the module's input."""
@@ -231,6 +252,12 @@ class KernelBinding(Binding):
             # As the port does it: what ends a sub-layer is the only reader of its input.
             if port.writes is not None and isinstance(port._lanes, LinearLanes) and len(port._lanes.parts) == 1:
                 port._lanes.own_input()
+
+    def warm_up(self, step: StepIndex) -> None:
+        """Launches every kernel of every place once; `step` has no row of an adapter."""
+        for lanes in {id(place.lanes): place.lanes for place in self.lanes.values()}.values():
+            if isinstance(lanes, KernelLanes):
+                lanes.warm_up(step)
 
     def profile(self, slot: int) -> Profile | None:
         """Returns what a CUDA graph must hold for the ops in a slot; None where no graph can."""

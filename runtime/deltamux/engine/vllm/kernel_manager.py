@@ -31,13 +31,20 @@ class KernelDeltaManager(DeltaManager):
         largest_graph = vllm_config.compilation_config.max_cudagraph_capture_size or 0
         self.table = StepTable(max_rows, self.num_slots, device, tall_from=max(512, largest_graph) + 1)
         self._profiles: dict[int, Profile | None] = {}
+        self._warm_up(max_rows)
 
     def _bind(self, model: nn.Module, vllm_config: VllmConfig) -> KernelBinding:
         assert vllm_config.lora_config is not None
         room = Room(self.num_slots, vllm_config.lora_config.max_lora_rank, self._dtype, self._device)
         binding = KernelBinding(model, self.base, self._current, room)
-        self._needed_by = binding.profile
+        self._kernels = binding
         return binding
+
+    def _warm_up(self, max_rows: int) -> None:
+        """Has Triton compile what a step may launch, for short tiles and for tall ones, before a request waits for it."""
+        for num_rows in {1, min(max_rows, self.table.tall_from)}:
+            with self.capturing(Profile.ALL, num_rows):
+                self._kernels.warm_up(self._current.index)
 
     @property
     def current(self) -> CurrentStep:
@@ -59,6 +66,7 @@ class KernelDeltaManager(DeltaManager):
     @contextmanager
     def capturing(self, profile: Profile, num_rows: int) -> Iterator[None]:
         """Makes a step active in which no row has an adapter, and yet all kernels of a profile are launched."""
+        self._last = None  # its table is overwritten
         if profile is Profile.BASE:
             self._current.index = IDLE
         else:
@@ -74,7 +82,7 @@ class KernelDeltaManager(DeltaManager):
         super()._activate(program_id, program, needed)
         if placed:
             slot = self._slots[program_id]
-            self._profiles[slot] = self._needed_by(slot)
+            self._profiles[slot] = self._kernels.profile(slot)
 
     def _index(self, requests: Sequence[ScheduledRequest]) -> StepIndex:
         index = super()._index(requests)

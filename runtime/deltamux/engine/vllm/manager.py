@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.worker.block_table import BlockTable
 
-from deltamux.deltas import BaseModel, KVPrefix, Program
+from deltamux.deltas import BaseModel, KVPrefix, Op, Program
 from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
 from deltamux.engine.vllm.binding import Binding
@@ -29,6 +29,8 @@ from deltamux.engine.vllm.residency import Residency
 from deltamux.errors import BaseMismatchError, FailedPreconditionError
 
 logger = init_logger(__name__)
+
+AnyOp = TypeVar("AnyOp", bound=Op)
 
 
 class ScheduledRequest(NamedTuple):
@@ -214,7 +216,7 @@ class DeltaManager:
 
     # A step queues its copies to a GPU and never waits for one: programs lie in pinned memory, small tensors are pinned.
 
-    def _on_device[AnyOp: Op](self, op: AnyOp) -> AnyOp:
+    def _on_device(self, op: AnyOp) -> AnyOp:
         return op if self._device.type == "cpu" else op.to(self._dtype, self._device, non_blocking=True)
 
     def _moved(self, tensor: Tensor) -> Tensor:

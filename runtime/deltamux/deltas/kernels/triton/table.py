@@ -71,7 +71,7 @@ class StepTable:
         self.device = torch.device(device)
         self.records = torch.full((max_rows, FIELDS), -1, dtype=torch.int32, device=self.device)
         self.tile_rows = SHORT_TILE
-        self._tall_from = tall_from
+        self.tall_from = tall_from
         self._extent = 0
         self._staging: Iterator[_Staging] = cycle([self._new_staging() for _ in range(2)])
 
@@ -83,7 +83,7 @@ class StepTable:
         staging = next(self._staging)
         if staging.copied is not None:
             staging.copied.synchronize()  # of the step before the last: it is over
-        self.tile_rows = TALL_TILE if num_rows >= self._tall_from else SHORT_TILE
+        self.tile_rows = TALL_TILE if num_rows >= self.tall_from else SHORT_TILE
         extent = max(num_rows, self._extent)  # records beyond are without owners already
         records = staging.records[:extent]
         records.fill(-1)
