@@ -42,7 +42,7 @@ class EngineOptions:
         max_host_adapters: programs kept in host memory.
         kv_cache_gib: size of the key-value cache on a CPU, in GiB.
         enforce_eager: leave the model uncompiled: starts sooner (the first start of a model compiles for some twenty
-            seconds on a CPU), runs slower.
+            seconds on a CPU), runs slower. On a GPU models are uncompiled unless `engine_arguments` say otherwise.
         fold_dominant: fold the adapter that carries most of the traffic into a second copy of the weights that it
             changes, where that is measured to be faster (on a CPU only).
         engine_arguments: further arguments of vLLM's AsyncEngineArgs, for operators who know them.

@@ -6,14 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from deltamux.deltas.kernels import triton
 from deltamux.deltas.kernels.tables import Columns, Segments, Table, available
 from deltamux.deltas.ops.base import Op
 from deltamux.deltas.sites import Site
+
+if TYPE_CHECKING:
+    from deltamux.deltas.kernels.triton.table import StepTable
 
 
 class Run(NamedTuple):
@@ -65,6 +69,7 @@ class StepIndex:
         num_slots: device slots of the engine.
         virtual: rows that hold virtual tokens, if any.
         last_rows: who owns the last row of each request, in order: the rows that the output head sees.
+        table: holds the same for Triton's kernels; without one, it is made when a kernel asks.
 
     ``mask`` has bit i set when slot i has a row here, so that a site without work decides it with one ``&``.
     """
@@ -78,6 +83,7 @@ class StepIndex:
         device: torch.device | str = "cpu",
         virtual: VirtualRows | None = None,
         last_rows: StepIndex | None = None,
+        table: StepTable | None = None,
     ) -> None:
         self.runs = tuple(runs)
         self.num_rows = num_rows
@@ -90,6 +96,8 @@ class StepIndex:
         for run in self.runs:
             self.mask |= 1 << run.slot
             self._by_slot.setdefault(run.slot, []).append(run)
+        if table is not None:
+            self.table = table
         self._rows: dict[int, slice | Tensor] = {}
         self._segments: dict[int, Segments] = {}
         self._virtual: dict[int, tuple[Tensor, Tensor]] = {}
@@ -102,6 +110,17 @@ class StepIndex:
         for slot, start, stop in self.runs:
             slots[start:stop] = slot
         return slots.to(self.device)
+
+    @cached_property
+    def table(self) -> StepTable:
+        """The same for Triton's kernels, on the step's device."""
+        from deltamux.deltas.kernels.triton.table import Owner, StepTable, VirtualToken
+
+        table = StepTable(self.num_rows, self.num_slots, self.device)
+        fields = self.virtual[:3] if self.virtual is not None else ()
+        virtual = [VirtualToken(*entry) for entry in zip(*(field.tolist() for field in fields), strict=True)]
+        table.fill([Owner(*run) for run in self.runs], self.num_rows, virtual)
+        return table
 
     def rows(self, slot: int) -> slice | Tensor:
         """Returns a slot's rows: a slice where they are consecutive, else int64 positions."""
@@ -293,4 +312,5 @@ def module_batch(
     if op.has_kernel and available(dtype, device):
         table = op.table(parts[0].site, [part.columns for part in parts], num_slots, dtype)
         return KernelBatch(parts, table)
-    return PerPart(parts, lambda site: op.batch(site, num_slots, dtype, device))
+    batch = triton.batch_class(op.batch, device)
+    return PerPart(parts, lambda site: batch(site, num_slots, dtype, device))

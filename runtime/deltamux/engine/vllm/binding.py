@@ -69,7 +69,7 @@ class Binding:
         self.linears: dict[str, LinearPort] = {}
         self._norms: dict[str, NormPort] = {}
         self._columns = dict(_columns(self._modules, getattr(model, "packed_modules_mapping", {})))
-        self._new_lanes: Callable[..., Lanes] = lambda *parts: Lanes(parts, num_slots, dtype, device)
+        self._kind = (num_slots, dtype, device)
         self._bind_linears([site for site in base.sites.values() if isinstance(site, LinearSite)])
         for kind, bind in self._binders().items():
             for site in base.sites.values():
@@ -86,6 +86,9 @@ class Binding:
         if op.changes_input and at is not None and len(self.lanes[op.site_kind, site].lanes.parts) > 1:
             return f"{site} is fused with other projections here, so that its input alone cannot be changed"
         return None
+
+    def _make_lanes(self, *parts: Part) -> Lanes:
+        return Lanes(parts, *self._kind)
 
     def _binders(self) -> Mapping[type[Site], Callable[..., Lanes | None]]:
         """Returns how each kind of site is bound, in an order in which what one needs is there before it."""
@@ -112,7 +115,7 @@ class Binding:
             else:
                 self._bind(site, None)
         for path, parts in modules.items():
-            lanes = self._new_lanes(*sorted(parts, key=lambda part: part.columns))
+            lanes = self._make_lanes(*sorted(parts, key=lambda part: part.columns))
             self.linears[path] = LinearPort(self._modules[path], self._current, lanes)
             for number, part in enumerate(lanes.parts):
                 self._bind(part.site, lanes, number)
@@ -165,7 +168,7 @@ class Binding:
 
     def _whole(self, site: Site, features: int) -> Lanes:
         """Returns the lanes of a module that belongs to one site alone."""
-        return self._new_lanes(Part(site, Columns(0, features)))
+        return self._make_lanes(Part(site, Columns(0, features)))
 
 
 def _columns(

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 PLACEHOLDER = 0
 """Token id that stands where virtual tokens are; what the model makes of it is replaced in every layer."""
 
+KERNEL_RANK = 64
+"""Rank, and width of bottlenecks, that the buffers of CUDA graphs have room for; wider ones take other buffers."""
+
 
 class VLLMEngine:
     """See `deltamux.engine.base.Engine`. One instance, one base model, one process of vLLM beside this one."""
@@ -269,4 +272,8 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         arguments["max_model_len"] = options.max_model_len
     if device == "cpu":
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 1024**3)
+    else:
+        arguments["max_lora_rank"] = KERNEL_RANK
+        # Until compiled models and CUDA graphs with deltas have run on a GPU, who wants them says so (docs/gpu.md).
+        arguments["enforce_eager"] = True
     return {**arguments, **options.engine_arguments}

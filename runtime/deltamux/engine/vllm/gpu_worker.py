@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from vllm.v1.worker.gpu_worker import Worker
 
+from deltamux.engine.vllm import graphs
 from deltamux.engine.vllm.worker import DeltaWorkerMixin
 
 
 class GPUDeltaWorker(DeltaWorkerMixin, Worker):
     """vLLM's CUDA worker, with deltas."""
+
+    def init_device(self) -> None:
+        super().init_device()
+        graphs.install(self.model_runner)

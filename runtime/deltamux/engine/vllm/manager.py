@@ -10,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.worker.block_table import BlockTable
 
-from deltamux.deltas import BaseModel, KVPrefix, Program
+from deltamux.deltas import BaseModel, KVPrefix, Op, Program
 from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
 from deltamux.engine.vllm.binding import Binding
@@ -31,6 +31,8 @@ from deltamux.engine.vllm.residency import Residency
 from deltamux.errors import BaseMismatchError, FailedPreconditionError
 
 logger = init_logger(__name__)
+
+AnyOp = TypeVar("AnyOp", bound=Op)
 
 
 class ScheduledRequest(NamedTuple):
@@ -62,7 +64,7 @@ class DeltaManager:
         self._device = device
         self._current = CurrentStep()
         self.base = BaseModel.from_config(vllm_config.model_config.hf_config)
-        self._binding = Binding(model, self.base, self._current, self.num_slots, self._dtype, device)
+        self._binding = self._bind(model, vllm_config)
         self._has_kernels = available(dtype, device)  # compiles them, before the first step needs them
         self.loader = ProgramLoader(self._read)
         self._slots: dict[int, int] = {}
@@ -73,6 +75,9 @@ class DeltaManager:
         self._pinned: set[int] = set()
         self._last: tuple[list[int], StepIndex] | None = None
         self._folding = self._new_folding(vllm_config)
+
+    def _bind(self, model: nn.Module, vllm_config: VllmConfig) -> Binding:
+        return Binding(model, self.base, self._current, self.num_slots, self._dtype, self._device)
 
     # The host tier, driven by the engine's front end.
 
@@ -148,7 +153,7 @@ class DeltaManager:
         for row, request in enumerate(requests):
             slot = self._slots.get(request.program, -1)
             if slot in self._prefixes and request.start == self._num_virtual_tokens[slot]:
-                where = cache_slots(table.block_table.np[row], table.block_size, request.start).to(self._device)
+                where = self._moved(cache_slots(table.block_table.np[row], table.block_size, request.start))
                 for site, prefix in self._prefixes[slot].items():
                     self._binding.attentions[site].write(prefix, where)
 
@@ -167,11 +172,11 @@ class DeltaManager:
         self._residency.charge(program_id, program.num_bytes())
         for site, op in program:
             place = self._binding.lanes[op.site_kind, site]
-            place.place(slot, op if self._device.type == "cpu" else op.to(self._dtype, self._device))
+            place.place(slot, self._on_device(op))
             self._placed[slot].append(place)
         self._num_virtual_tokens[slot] = program.num_virtual_tokens
         if (prefix := known_prefix(program, self.base)) is not None:
-            self._prefixes[slot] = {site: op.to(self._dtype, self._device) for site, op in prefix.items()}
+            self._prefixes[slot] = {site: self._on_device(op) for site, op in prefix.items()}
         self._last = None
 
     def _free_slot(self, needed: Collection[int]) -> int:
@@ -227,11 +232,19 @@ class DeltaManager:
     def _virtual(self, entries: list[tuple[int, int, int]]) -> VirtualRows | None:
         if not entries:
             return None
-        rows, slots, positions = torch.tensor(entries, device=self._device).unbind(1)
+        rows, slots, positions = self._moved(torch.tensor(entries)).unbind(1)
         mask = 0
         for _, slot, _ in entries:
             mask |= 1 << slot
         return VirtualRows(rows, slots, positions, mask)
+
+    # A step queues its copies to a GPU and never waits: programs lie in pinned memory, small tensors are pinned.
+
+    def _on_device(self, op: AnyOp) -> AnyOp:
+        return op if self._device.type == "cpu" else op.to(self._dtype, self._device, non_blocking=True)
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)
 
     # What vLLM's runner asks of a LoRA manager while it profiles and captures: all of it runs as the base.
 

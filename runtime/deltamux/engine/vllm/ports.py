@@ -333,8 +333,8 @@ class AttentionPort:
 
     @property
     def can_write(self) -> bool:
-        """Whether the backend writes the cache by a method of its own, which `write` needs."""
-        return self._update is not None
+        """Whether `write` works: the backend writes caches by a method of its own, and this layer has a cache."""
+        return self._update is not None and self._module.kv_sharing_target_layer_name is None
 
     def write(self, prefix: KVPrefix, slots: Tensor) -> None:
         """Writes keys and values into the layer's cache at `slots` [n] int64, outside a step's forward."""

@@ -10,8 +10,17 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 
+from deltamux.deltas.kernels import triton
 from deltamux.engine.vllm.loader_link import LoaderServer
 from deltamux.engine.vllm.manager import DeltaManager, ScheduledRequest
+
+
+def _manager_class(device: torch.device) -> type[DeltaManager]:
+    if not triton.available(device):
+        return DeltaManager
+    from deltamux.engine.vllm.kernel_manager import KernelDeltaManager  # imports Triton
+
+    return KernelDeltaManager
 
 
 class DeltaRunnerMixin:
@@ -20,7 +29,7 @@ class DeltaRunnerMixin:
     lora_manager: DeltaManager
 
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
-        self.lora_manager = DeltaManager(model, vllm_config, device)
+        self.lora_manager = _manager_class(device)(model, vllm_config, device)
         return model
 
     def set_active_loras(self, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> None:

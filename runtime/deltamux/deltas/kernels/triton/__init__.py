@@ -1,0 +1,49 @@
+"""The batched life of ops on a GPU: Triton kernels over buffers that never move, and the step's index on the device.
+
+Importing this package is cheap: Triton is imported when the first batch is made for a device that has kernels.
+``TRITON_INTERPRET=1`` runs the same kernels on a CPU, in Triton's interpreter: slow, and what the tests use.
+
+* `table`: who owns each row of a step, as fixed-shape records that one asynchronous copy refreshes.
+* `matrix`, `rows`: the kernels. All of them select and never mask by multiplication: a program works on rows of one
+  slot alone, loads nothing of another slot, and stores nothing outside its rows, so that a slot full of NaN is seen by
+  its own rows only. Sums are taken in a fixed order (no atomics).
+* `linear`, `bottleneck`, `norm`, `factors`, `virtual`: the parameters of all slots at one place, and what launches.
+* `batches`: the same as `OpBatch` classes, which stand in for the torch ones on a device with kernels.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from deltamux.deltas.ops.batched import OpBatch
+
+
+def available(device: torch.device | str) -> bool:
+    """Tells whether the kernels run on a device: one of CUDA's, or a CPU where Triton's interpreter is asked for."""
+    kind = torch.device(device).type
+    return _has_triton() and (kind == "cuda" or (kind == "cpu" and interpreted()))
+
+
+def interpreted() -> bool:
+    """Tells whether Triton's interpreter is asked for."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def batch_class(kind: type[OpBatch], device: torch.device | str) -> type[OpBatch]:
+    """Returns the class that does a batch's work on a device: `kind` itself, or its subclass that launches kernels."""
+    if not available(device):
+        return kind
+    from deltamux.deltas.kernels.triton.batches import KERNEL_BATCHES
+
+    return KERNEL_BATCHES.get(kind, kind)

@@ -1,0 +1,95 @@
+"""CUDA graphs with deltas: which graphs vLLM captures, and which of them a step replays.
+
+vLLM keys its graphs by the number of rows and by how many LoRAs are active. The kernels of deltas do not mind how many
+adapters there are; what matters is which places have kernels at all. So the number stands for a `Profile` here:
+
+* BASE (0): captured without deltas, for steps without adapters and for those whose adapters have nothing to do, as
+  prefix adapters have not once their prefix is in the cache. These are the graphs that the base alone replays.
+* LINEAR (1) and ALL (2): captured with every kernel of the profile launched and no row of any adapter. When they are
+  replayed, the step's table tells each launch what to do.
+* No profile: a step with an op that has no kernel, or with virtual tokens, runs without graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+
+from deltamux.deltas.kernels import triton
+from deltamux.engine.vllm.kernel_lanes import Profile
+from deltamux.engine.vllm.kernel_manager import KernelDeltaManager
+from deltamux.errors import FailedPreconditionError
+
+
+class ProfileDispatcher(CudagraphDispatcher):
+    """vLLM's dispatcher, with a profile in place of a number of LoRAs."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        super().__init__(vllm_config)
+        # Makes `dispatch` look for the number that it is given, instead of taking the largest for all.
+        self.specialize_lora_count = True
+
+    def _get_lora_cases(self) -> list[int]:
+        return [int(profile) for profile in Profile]
+
+
+class GraphRunnerMixin:
+    """Overrides the two places where vLLM's runner chooses a graph: for a step, and for what it captures."""
+
+    lora_manager: KernelDeltaManager
+
+    def _determine_batch_execution_and_padding(
+        self,
+        *args: Any,
+        force_eager: bool = False,
+        force_has_lora: bool | None = None,
+        force_num_active_loras: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if force_num_active_loras is None:  # a step of requests; vLLM forces the number for its dummy runs only
+            profile = self.lora_manager.profile()
+            force_eager = force_eager or profile is None
+            force_num_active_loras = int(profile or Profile.BASE)
+            force_has_lora = force_num_active_loras > 0
+        return super()._determine_batch_execution_and_padding(  # type: ignore[misc]  # vLLM's runner is behind the mixin
+            *args,
+            force_eager=force_eager,
+            force_has_lora=force_has_lora,
+            force_num_active_loras=force_num_active_loras,
+            **kwargs,
+        )
+
+    @contextmanager
+    def maybe_dummy_run_with_lora(
+        self,
+        lora_config: Any,
+        num_scheduled_tokens: Any,
+        num_sampled_tokens: Any,
+        remove_lora: bool = True,
+        num_active_loras: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Iterator[None]:
+        with self.lora_manager.capturing(Profile(num_active_loras), int(num_scheduled_tokens.sum())):
+            yield
+
+
+def install(runner: Any) -> None:
+    """Makes vLLM's model runner, which has loaded no model yet, capture and replay graphs by profile.
+
+    Raises:
+        FailedPreconditionError: graphs are asked for, and this device has no kernels that they could hold.
+    """
+    config: VllmConfig = runner.vllm_config
+    if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
+        return
+    if not triton.available(runner.device):
+        raise FailedPreconditionError(
+            "CUDA graphs with deltas need Triton: install it, or leave enforce_eager as it is"
+        )
+    runner.__class__ = type("DeltaGraphModelRunner", (GraphRunnerMixin, type(runner)), {})
+    runner.cudagraph_dispatcher = ProfileDispatcher(config)

@@ -1,0 +1,60 @@
+"""The GPU benchmark without a GPU: it says so, and what it would run on is written as vLLM and deltamux read it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from benchmarks.gpu.__main__ import parse, table
+from benchmarks.gpu.engines import ENGINES, Measured
+from benchmarks.gpu.material import LORAS, Material, Size
+from deltamux.deltas import Program
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def test_the_command_parses_what_it_documents() -> None:
+    given = parse(["--size", "8b", "--engines", "vllm", "deltas-graphs", "--repeats", "5", "--output", "x.json"])
+    assert (given.size, given.engines, given.repeats, given.output) == (
+        "8b",
+        ["vllm", "deltas-graphs"],
+        5,
+        Path("x.json"),
+    )
+    assert parse([]).engines == list(ENGINES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the command would run")
+def test_without_a_gpu_the_command_refuses_and_says_what_to_do() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu"], cwd=TESTS, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr
+    assert "make bench" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ratios_are_to_vllms_own_base() -> None:
+    rows = table([Measured("deltas graphs", "base", [5.0, 9.0, 7.0]), Measured("vllm", "base", [10.0, 14.0, 12.0])])
+    assert [(row["tokens_per_second"], row["of_base"]) for row in rows] == [(7.0, 0.583), (12.0, 1.0)]
+    assert table([Measured("deltas eager", "base", [5.0])])[0]["of_base"] is None
+
+
+def test_its_loras_are_the_same_in_pefts_files_and_as_programs(tmp_path: Path) -> None:
+    material = Material.write(tmp_path, Size(512, 1), rank=8)
+    assert len(material.peft) == LORAS
+    model = AutoModelForCausalLM.from_pretrained(material.base, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(model, material.peft[3])
+    query: Any = peft.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    ops = dict(Program.load(material.programs["lora-3"].path))
+    expected = ops["model.layers.0.self_attn.q_proj"].tensors()
+    torch.testing.assert_close(query.lora_B.default.weight.float(), expected["b"].float(), atol=1e-3, rtol=1e-2)
+    assert query.scaling["default"] == 1.0

@@ -1,0 +1,365 @@
+"""Cases of the kernels, which `test_triton.py` runs in a process where they run on a CPU or on a GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deltamux.deltas import (
+    Bias,
+    BlockRole,
+    Bottleneck,
+    Dense,
+    KVPrefix,
+    LinearSite,
+    LowRank,
+    Op,
+    Scale,
+    SoftPrompt,
+)
+from deltamux.deltas.kernels.triton import batch_class, table
+from deltamux.deltas.kernels.triton.batches import KERNEL_BATCHES
+from deltamux.deltas.kernels.triton.bottleneck import BottleneckDeltas
+from deltamux.deltas.kernels.triton.linear import LinearDeltas
+from deltamux.deltas.kernels.triton.table import Owner, StepTable, VirtualToken
+from deltamux.deltas.kernels.triton.virtual import VirtualRowDeltas
+from deltamux.deltas.ops.bottleneck import ACTIVATIONS
+from deltamux.deltas.sites import BlockSite
+from deltas.test_batched import BLOCK, FEATURES, MAKERS, SLOTS, draw, index_of, poisoned, steps
+
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 2e-2)}
+"""Absolute and relative; for bfloat16, against float32: what rounding inner products and the result makes of it."""
+
+
+def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    atol, rtol = TOLERANCE[dtype]
+    torch.testing.assert_close(actual.float().cpu(), expected, atol=atol, rtol=rtol)
+
+
+SIZES = (96, 40, 72)
+"""Columns of the parts of a fused module: no multiples of what a program finishes at once."""
+
+
+def owners(step: list[tuple[int, int]]) -> tuple[list[Owner], int]:
+    index = index_of(step)
+    return [Owner(*run) for run in index.runs], index.num_rows
+
+
+def filled(step: list[tuple[int, int]], **options: Any) -> StepTable:
+    made = StepTable(400, SLOTS, DEVICE, **options)
+    made.fill(*owners(step))
+    return made
+
+
+def parts(in_features: int) -> list[LinearSite]:
+    return [LinearSite(f"part{i}", in_features, n, True, False, 0, BlockRole.ATTENTION) for i, n in enumerate(SIZES)]
+
+
+def sequence(seed: int, site: LinearSite) -> list[Op]:
+    """Zero to three of a program's ops at one part, in any order, of any rank."""
+    generator = np.random.default_rng(seed)
+    out, width = site.out_features, site.in_features**-0.5
+
+    def one(kind: int, i: int) -> Op:
+        rank = int(generator.integers(1, 9))
+        if kind == 0:
+            return LowRank(draw(seed + i, rank, site.in_features) * width, draw(seed + i + 1, out, rank), scale=0.5)
+        return Scale(draw(seed + i, out)) if kind == 1 else Bias(draw(seed + i, out))
+
+    return [one(int(generator.integers(3)), 10 * i) for i in range(int(generator.integers(4)))]
+
+
+def moved(op: Op, dtype: torch.dtype) -> Op:
+    return op.to(dtype, DEVICE)
+
+
+def alone(ops: list[Op], x: Tensor, y: Tensor, site: Any) -> Tensor:
+    """One adapter's ops in float32, on a CPU, of the values that the kernels were given."""
+    x, y = x.float().cpu(), y.float().cpu()
+    for op in ops:
+        y = op.to(torch.float32, "cpu").apply(x, y, site)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tall", "in_features"),
+    [
+        pytest.param(torch.float32, False, 1100, id="float32, short tiles, two splits"),
+        pytest.param(torch.float32, True, 200, id="float32, tall tiles, one split"),
+        pytest.param(torch.bfloat16, False, 200, id="bfloat16, short tiles, one split"),
+        pytest.param(torch.bfloat16, True, 1100, id="bfloat16, tall tiles, one split of many columns"),
+    ],
+)
+@settings(max_examples=5, deadline=None)
+@given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000), padding=st.integers(0, 9))
+def test_a_fused_module_gives_each_row_its_own_adapters_ops_at_every_part(
+    dtype: torch.dtype, tall: bool, in_features: int, step: Any, present: set[int], seed: int, padding: int
+) -> None:
+    sites = parts(in_features)
+    deltas = LinearDeltas(sites, SLOTS, 24, dtype, DEVICE)
+    programs = {
+        slot: [[moved(op, dtype) for op in sequence(seed + 100 * slot + i, site)] for i, site in enumerate(sites)]
+        for slot in present
+    }
+    for slot, program in programs.items():
+        for part, ops in enumerate(program):
+            assert all(deltas.place(slot, part, op) for op in ops)
+    records = filled(step, tall_from=1 if tall else 1000)
+    rows = sum(count for _, count in step) + padding
+    x, before = (draw(seed + i, rows, n).to(DEVICE, dtype) for i, n in ((0, in_features), (1, sum(SIZES))))
+    after = before.clone()
+    deltas.apply(x, after, records)
+    row = 0
+    for slot, count in [*step, (-1, padding)]:
+        own, column = slice(row, row + count), 0
+        for part, site in enumerate(sites):
+            span = slice(column, column + site.out_features)
+            expected = alone(programs[slot][part] if slot in programs else [], x[own], before[own, span], site)
+            assert_close(after[own, span], expected, dtype)
+            column += site.out_features
+        row += count
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("in_step", [True, False], ids=["in the step", "resident only"])
+def test_a_fused_modules_slot_that_is_not_finite_spoils_no_row_but_its_own(value: float, in_step: bool) -> None:
+    sites = parts(64)
+    clean, spoilt = (LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE) for _ in range(2))
+    for slot in range(4):
+        for part, site in enumerate(sites):
+            for op in sequence(slot + 7 * part, site):
+                assert clean.place(slot, part, moved(op, torch.float32))
+                assert spoilt.place(slot, part, moved(poisoned(op, value) if slot == 2 else op, torch.float32))
+    records = filled([(3, 3), (0, 20), *([(2, 3)] if in_step else []), (-1, 3), (1, 3), (0, 2)])
+    rows = 34 if in_step else 31
+    x, y = draw(1, rows, 64).to(DEVICE), draw(2, rows, sum(SIZES)).to(DEVICE)
+    if in_step:
+        x[23:26] = value
+    expected, actual = y.clone(), y.clone()
+    clean.apply(x.nan_to_num(0, 0, 0), expected, records)
+    spoilt.apply(x, actual, records)
+    others = [row for row in range(rows) if not (in_step and 23 <= row < 26)]
+    torch.testing.assert_close(actual[others], expected[others])
+
+
+def test_a_slots_next_tenant_finds_nothing_of_the_one_before() -> None:
+    sites = parts(64)
+    deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)
+    for op in (LowRank(draw(1, 20, 64), draw(2, SIZES[0], 20)), Scale(draw(3, SIZES[0])), Bias(draw(4, SIZES[0]))):
+        assert deltas.place(1, 0, moved(poisoned(op, float("nan")), torch.float32))
+    deltas.clear(1)
+    small = moved(LowRank(draw(5, 3, 64), draw(6, SIZES[0], 3)), torch.float32)
+    assert deltas.place(1, 0, small)
+    x, before = draw(7, 5, 64).to(DEVICE), draw(8, 5, sum(SIZES)).to(DEVICE)
+    after = before.clone()
+    deltas.apply(x, after, filled([(1, 5)]))
+    torch.testing.assert_close(after[:, : SIZES[0]].cpu(), alone([small], x, before[:, : SIZES[0]], sites[0]))
+    assert torch.equal(after[:, SIZES[0] :], before[:, SIZES[0] :])
+
+
+def test_a_fused_module_refuses_what_it_has_no_room_or_no_formula_for() -> None:
+    site = parts(64)[0]
+    deltas = LinearDeltas([site], SLOTS, 4, torch.float32, DEVICE)
+    assert deltas.place(0, 0, moved(LowRank(draw(1, 3, 64), draw(2, SIZES[0], 3)), torch.float32))
+    assert not deltas.place(0, 0, moved(LowRank(draw(1, 2, 64), draw(2, SIZES[0], 2)), torch.float32))
+    assert not deltas.place(1, 0, Dense(draw(1, SIZES[0], 64)))
+    assert deltas.mask == 0b1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name in MAKERS if type(MAKERS[name](0)[1]).batch in KERNEL_BATCHES])
+@settings(max_examples=5, deadline=None)
+@given(step=steps, present=st.sets(st.integers(0, SLOTS - 1), min_size=1), seed=st.integers(0, 1000))
+def test_a_batch_of_kernels_gives_what_the_torch_batch_gives(
+    name: str, dtype: torch.dtype, step: Any, present: set[int], seed: int
+) -> None:
+    site = MAKERS[name](0)[0]
+    kind = type(MAKERS[name](0)[1]).batch
+    assert batch_class(kind, DEVICE) is KERNEL_BATCHES[kind]
+    kernels, oracle = KERNEL_BATCHES[kind](site, SLOTS, dtype, DEVICE), kind(site, SLOTS, torch.float32, "cpu")
+    for slot in present:
+        op = MAKERS[name](seed + slot)[1].to(dtype, DEVICE)
+        kernels.place(slot, op)
+        oracle.place(slot, op.to(torch.float32, "cpu"))
+    index = index_of(step)
+    x, y = (draw(seed + i, index.num_rows, FEATURES).to(DEVICE, dtype) for i in range(2))
+    expected = y.float().cpu()
+    kernels.apply(x, y, index_on_device(step))
+    oracle.apply(x.float().cpu(), expected, index)
+    assert_close(y, expected, dtype)
+
+
+def index_on_device(step: list[tuple[int, int]]) -> Any:
+    index = index_of(step)
+    return type(index)(index.runs, index.num_rows, SLOTS, device=DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_is_torchs(activation: str, dtype: torch.dtype) -> None:
+    deltas = BottleneckDeltas(BLOCK, SLOTS, 16, dtype, DEVICE)
+    op = Bottleneck(draw(1, 12, FEATURES), draw(2, FEATURES, 12), draw(3, 12), draw(4, FEATURES), activation)
+    assert deltas.place(3, moved(op, dtype))
+    x, before = (draw(seed, 9, FEATURES).to(DEVICE, dtype) for seed in (5, 6))
+    after = before.clone()
+    deltas.apply(x, after, filled([(3, 9)]))
+    expected = alone([moved(op, dtype)], x, before, BLOCK)
+    assert_close(after, expected, dtype)
+
+
+@pytest.mark.parametrize(("dtype", "features"), [(torch.float32, 1100), (torch.bfloat16, 8)], ids=str)
+@settings(max_examples=5, deadline=None)
+@given(step=steps, seed=st.integers(0, 1000))
+def test_sequential_parallel_and_residual_bottlenecks_share_one_launch(
+    dtype: torch.dtype, features: int, step: Any, seed: int
+) -> None:
+    """Each reads its own stream; what another slot reads is not finite in its rows, and must not be seen."""
+    site = BlockSite("layers.0.attention", features, BlockRole.ATTENTION, "q", "o", 0, "norm")
+    deltas = BottleneckDeltas(site, SLOTS, 8, dtype, DEVICE)
+    ops: dict[int, Bottleneck] = {}
+    for slot in range(SLOTS - 1):
+        width, small = 1 + (seed + slot) % 8, features**-0.5
+        weights = (draw(seed + slot, width, features) * small, draw(seed + slot + 1, features, width))
+        made = Bottleneck(*weights, activation="gelu", scale=0.5, parallel=slot % 2 == 0, residual=slot >= 2)
+        ops[slot] = made.to(dtype, DEVICE)
+        assert deltas.place(slot, ops[slot])
+    rows = sum(count for _, count in step)
+    x, stream, before = (draw(seed + i, rows, features).to(DEVICE, dtype) for i in range(3))
+    row = 0
+    for slot, count in step:
+        unread = x if slot in ops and (ops[slot].residual or not ops[slot].parallel) else stream
+        unread[row : row + count] = float("nan")
+        row += count
+    after = before.clone()
+    deltas.apply(x, after, filled(step), residual=stream)
+    row = 0
+    for slot, count in step:
+        own = slice(row, row + count)
+        read = stream if slot in ops and ops[slot].residual else x
+        expected = alone([ops[slot]] if slot in ops else [], read[own], before[own], site)
+        assert_close(after[own], expected, dtype)
+        row += count
+
+
+def test_a_bottleneck_that_is_too_wide_or_the_second_is_refused() -> None:
+    deltas = BottleneckDeltas(BLOCK, SLOTS, 4, torch.float32, DEVICE)
+    narrow, wide = (Bottleneck(draw(1, width, FEATURES), draw(2, FEATURES, width)) for width in (4, 5))
+    assert not deltas.place(0, moved(wide, torch.float32))
+    assert deltas.place(0, moved(narrow, torch.float32))
+    assert not deltas.place(0, moved(narrow, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_longer_prefixes_make_room_and_keep_the_shorter_ones(dtype: torch.dtype) -> None:
+    deltas = VirtualRowDeltas(FEATURES, 2, SLOTS, dtype, DEVICE)
+    values = {slot: [draw(slot + i, n, FEATURES).to(DEVICE, dtype) for i in range(2)] for slot, n in ((0, 2), (2, 5))}
+    for slot, pair in values.items():
+        deltas.place(slot, *pair)
+    records = StepTable(8, SLOTS, DEVICE)
+    tokens = [VirtualToken(0, 0, 0), VirtualToken(1, 0, 1), VirtualToken(5, 2, 3), VirtualToken(6, 2, 4)]
+    records.fill([Owner(0, 0, 3), Owner(2, 5, 8)], 8, tokens)
+    before = [draw(20 + i, 8, FEATURES).to(DEVICE, dtype) for i in range(2)]
+    after = [tensor.clone() for tensor in before]
+    deltas.apply((after[0], after[1]), records)
+    replaced = {token.row: values[token.slot] for token in tokens}
+    for i in range(2):
+        for token in tokens:
+            assert torch.equal(after[i][token.row], replaced[token.row][i][token.position])
+        others = [row for row in range(8) if row not in replaced]
+        assert torch.equal(after[i][others], before[i][others])
+
+
+def test_prefixes_and_prompts_of_batches_take_the_kernels() -> None:
+    assert {KVPrefix.batch, SoftPrompt.batch} <= set(KERNEL_BATCHES)
+
+
+many_steps = st.lists(st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 30)), max_size=9), min_size=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(many=many_steps.filter(lambda many: len(many) < 8), tall_from=st.sampled_from([1, 60, 1000]))
+def test_a_table_says_of_every_step_who_owns_each_row_and_nothing_of_the_steps_before(
+    many: Any, tall_from: int
+) -> None:
+    made = StepTable(300, SLOTS, DEVICE, tall_from=tall_from)
+    address = made.records.data_ptr()
+    for step in many:
+        runs, num_rows = owners(step)
+        made.fill(runs, num_rows)
+        assert made.records.data_ptr() == address
+        records = made.records.cpu().numpy()
+        expected = np.full(300, -1)
+        for slot, start, stop in runs:
+            expected[start:stop] = slot
+        assert np.array_equal(records[:, table.SLOT], expected)
+        tiles = [record for record in records if record[table.TILE_SLOT] >= 0]
+        assert len(tiles) <= made.max_tiles(num_rows)
+        assert (records[len(tiles) :, table.TILE_SLOT] == -1).all()
+        seen: list[int] = []
+        for record in tiles:
+            start, count = record[table.TILE_START], record[table.TILE_COUNT]
+            assert 0 < count <= made.tile_rows
+            rows = records[start : start + count, table.ROW].tolist()
+            assert (expected[rows] == record[table.TILE_SLOT]).all()
+            seen += rows
+        assert sorted(seen) == np.flatnonzero(expected >= 0).tolist()
+
+
+def test_what_was_launched_for_many_rows_serves_a_step_of_few() -> None:
+    """As a CUDA graph does: the launch is the same, and the table says which programs have work."""
+    sites = parts(64)
+    deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)
+    ops = {slot: [moved(op, torch.float32) for op in sequence(slot + 3, sites[0])] for slot in range(SLOTS)}
+    for slot, program in ops.items():
+        assert all(deltas.place(slot, 0, op) for op in program)
+    records = StepTable(64, SLOTS, DEVICE)
+    for step in ([(0, 20), (1, 20)], [(5, 1), (-1, 2), (1, 1)], []):
+        records.fill(*owners(step))
+        x, before = draw(1, 64, 64).to(DEVICE), draw(2, 64, sum(SIZES)).to(DEVICE)
+        after = before.clone()
+        deltas.apply(x, after, records)
+        row = 0
+        for slot, count in [*step, (-1, 64 - sum(count for _, count in step))]:
+            own = slice(row, row + count)
+            expected = alone(ops.get(slot, []), x[own], before[own, : SIZES[0]], sites[0])
+            assert_close(after[own, : SIZES[0]], expected, torch.float32)
+            row += count
+
+
+if DEVICE == "cuda":
+
+    def test_one_captured_graph_serves_other_steps_other_adapters_and_none() -> None:
+        sites = parts(64)
+        deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)
+        records = StepTable(64, SLOTS, DEVICE)
+        x, y = (torch.zeros(64, n, device=DEVICE) for n in (64, sum(SIZES)))
+        deltas.apply(x, y, records)  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            deltas.apply(x, y, records)
+        for turn, step in enumerate(([(0, 20), (1, 20)], [(2, 1), (-1, 2), (1, 1)], [])):
+            deltas.clear(1)
+            ops = [moved(op, torch.float32) for op in sequence(turn + 3, sites[0])]
+            assert all(deltas.place(1, 0, op) for op in ops)
+            records.fill(*owners(step))
+            x.copy_(draw(turn, 64, 64))
+            before = draw(turn + 1, 64, sum(SIZES)).to(DEVICE)
+            y.copy_(before)
+            graph.replay()
+            row = 0
+            for slot, count in step:
+                own = slice(row, row + count)
+                expected = alone(ops if slot == 1 else [], x[own], before[own, : SIZES[0]], sites[0])
+                assert_close(y[own, : SIZES[0]], expected, torch.float32)
+                row += count
+            assert torch.equal(y[row:], before[row:])

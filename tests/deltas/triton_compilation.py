@@ -1,0 +1,104 @@
+"""Compiles every kernel to machine code, with the types and constants of a model of 8 billion parameters.
+
+`test_triton.py` runs this in a process of its own. It shows that Triton takes the kernels and that they fit a
+multiprocessor; what they compute is for the other cases.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from deltamux.deltas.kernels.triton import matrix, rows, table
+
+SHARED_BYTES = 99 * 1024
+"""Shared memory that a program may use on the smallest of today's GPUs (compute capability 8.6 and 8.9)."""
+
+VALUES = {
+    torch.float32: ("fp32", tl.float32),
+    torch.float16: ("fp16", tl.float16),
+    torch.bfloat16: ("bf16", tl.bfloat16),
+}
+INDICES = {"meta", "columns", "records", "changes", "present", "lengths"}
+SCALARS = {"x_stride", "residual_stride", "y_stride", "more_y_stride", "split_stride", "slot_stride"}
+
+
+class Target(NamedTuple):
+    capability: int
+    tile_rows: int
+
+
+BUILDS = [
+    pytest.param(torch.bfloat16, Target(80, table.SHORT_TILE), id="bfloat16, 8.0, short tiles"),
+    pytest.param(torch.bfloat16, Target(90, table.TALL_TILE), id="bfloat16, 9.0, tall tiles"),
+    pytest.param(torch.float16, Target(89, table.TALL_TILE), id="float16, 8.9, tall tiles"),
+    pytest.param(torch.float32, Target(89, table.TALL_TILE), id="float32, 8.9, tall tiles"),
+]
+"""Each type and each target once; float32 in tall tiles takes the most shared memory."""
+
+
+def compiled(kernel: Any, dtype: torch.dtype, target: Target, **constants: Any) -> Any:
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in SCALARS:
+            return "i32"
+        return {"products": "*fp32", "eps": "fp32"}.get(name) or ("*i32" if name in INDICES else f"*{VALUES[dtype][0]}")
+
+    signature = {name: type_of(name) for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    made = triton.compile(source, target=GPUTarget("cuda", target.capability, 32))
+    assert made.metadata.shared <= SHARED_BYTES
+    assert made.asm["cubin"]
+    return made
+
+
+@pytest.mark.parametrize(("dtype", "target"), BUILDS)
+@pytest.mark.parametrize("bottleneck", [False, True], ids=["fused linear", "bottleneck"])
+def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: Target, bottleneck: bool) -> None:
+    parts, dot = 1 if bottleneck else 3, VALUES[dtype][1]
+    common = {"PARTS": parts, "MAX_RANK": 64, "DOT": dot, "BLOCK_ROWS": target.tile_rows}
+    inner = matrix.inner_columns(target.tile_rows, dtype)
+    made = [
+        compiled(
+            matrix._shrink_kernel,
+            dtype,
+            target,
+            **common,
+            IN=4096,
+            CHUNK=512,
+            MIXED=bottleneck,
+            BLOCK_RANK=64,
+            BLOCK_IN=inner,
+        ),
+        compiled(
+            matrix._expand_kernel,
+            dtype,
+            target,
+            **common,
+            OUT=6144,
+            SPLITS=8,
+            SCALES=not bottleneck,
+            ACTIVATES=bottleneck,
+            BLOCK_RANK=32,
+            BLOCK_OUT=matrix.COLUMNS,
+        ),
+    ]
+    if dtype is not torch.float32:
+        assert all("mma" in one.asm["ptx"] for one in made)
+
+
+@pytest.mark.parametrize(("dtype", "target"), BUILDS[::3])
+def test_the_kernels_of_rows_compile(dtype: torch.dtype, target: Target) -> None:
+    for centres in (False, True):
+        compiled(rows._norm_kernel, dtype, target, FEATURES=4096, CENTRES=centres, BLOCK=4096)
+    compiled(rows._scale_kernel, dtype, target, FEATURES=4096, BLOCK=1024)
+    for pair in (False, True):
+        compiled(rows._gather_kernel, dtype, target, FEATURES=1024, PAIR=pair, BLOCK=1024)
