@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from adapters import write_own
 
 from acceptance.process import ServerProcess
 from deltamux.client import Client
@@ -22,7 +25,8 @@ def test_what_was_acknowledged_survives_kill_dash_nine(
     store = tmp_path / "store"
     server = ServerProcess(base_directory, store)
     uploaded: list[str] = []
-    server_kill(server, 0.7, lambda client: keep_uploading(client, base_directory, tmp_path / "made", uploaded))
+    made = write_loras(base_directory, tmp_path / "made")
+    server_kill(server, 0.7, uploaded, lambda client: keep_uploading(client, made, uploaded))
 
     server = ServerProcess(base_directory, store)
     with server.client() as client:
@@ -34,7 +38,7 @@ def test_what_was_acknowledged_survives_kill_dash_nine(
             for v in (first, second)
         }
     promoted: list[int] = []
-    server_kill(server, 0.3, lambda client: keep_promoting(client, [first.version, second.version], promoted))
+    server_kill(server, 0.3, promoted, lambda client: keep_promoting(client, [first.version, second.version], promoted))
 
     server = ServerProcess(base_directory, store)
     with server.client() as client:
@@ -50,26 +54,31 @@ def answer(client: Client, name: str) -> tuple[int, ...]:
     return client.generate([5, 6], adapter=name, max_tokens=8, temperature=0).token_ids
 
 
-def server_kill(server: ServerProcess, seconds: float, work: object) -> None:
+def server_kill(
+    server: ServerProcess, seconds: float, results: Sequence[object], work: Callable[[Client], None]
+) -> None:
     """Runs work against a server and kills the server `seconds` after its first result."""
 
     def run() -> None:
         with server.client() as client:
-            work(client)  # type: ignore[operator]  # a function of the client
+            work(client)
 
     thread = threading.Thread(target=run)
     thread.start()
-    time.sleep(1.0 + seconds)
+    while not results and thread.is_alive():
+        time.sleep(0.01)
+    time.sleep(seconds)
     server.kill()
     thread.join(timeout=60)
     assert not thread.is_alive()
 
 
-def keep_uploading(client: Client, base_directory: Path, directory: Path, uploaded: list[str]) -> None:
-    from adapters import write_own
-
+def write_loras(base_directory: Path, directory: Path) -> list[Path]:
     base = BaseModel.from_pretrained(base_directory)
-    made = [write_own("lora", base, directory / str(seed), seed=seed, r=16) for seed in range(40)]
+    return [write_own("lora", base, directory / str(seed), seed=seed, r=16) for seed in range(40)]
+
+
+def keep_uploading(client: Client, made: Sequence[Path], uploaded: list[str]) -> None:
     with suppress(UnavailableError):
         for number in itertools.count():
             name = f"tenants/acme/adapters/a{number}"
