@@ -337,6 +337,28 @@ def test_what_was_launched_for_many_rows_serves_a_step_of_few() -> None:
 
 if DEVICE == "cuda":
 
+    def test_neither_a_step_nor_an_arrival_waits_for_the_device() -> None:
+        site = parts(64)[0]
+        deltas = LinearDeltas([site], SLOTS, 24, torch.float32, DEVICE)
+        bottlenecks = BottleneckDeltas(BLOCK, SLOTS, 16, torch.float32, DEVICE)
+        records = StepTable(64, SLOTS, DEVICE)
+        ops = [moved(op, torch.float32) for op in (Scale(draw(1, SIZES[0])), Bias(draw(2, SIZES[0])))]
+        wide = moved(Bottleneck(draw(3, 12, FEATURES), draw(4, FEATURES, 12), draw(5, 12)), torch.float32)
+        x, y, z = (torch.zeros(20, n, device=DEVICE) for n in (64, SIZES[0], FEATURES))
+        deltas.apply(x, y, records)  # compiles
+        bottlenecks.apply(z, z.clone(), records)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert all(deltas.place(1, 0, op) for op in ops)
+            assert bottlenecks.place(1, wide)
+            records.fill(*owners([(1, 20)]))
+            deltas.apply(x, y, records)
+            bottlenecks.apply(z, z.clone(), records)
+            deltas.clear(1)
+            bottlenecks.clear(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
     def test_one_captured_graph_serves_other_steps_other_adapters_and_none() -> None:
         sites = parts(64)
         deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from deltamux.engine.base import EngineOptions
+from deltamux.engine.vllm.engine import _engine_arguments
 from deltamux.engine.vllm.graphs import ProfileDispatcher
 from deltamux.engine.vllm.kernel_lanes import Profile
 
@@ -45,6 +48,14 @@ def test_a_step_replays_the_graph_of_its_profile(dispatcher: ProfileDispatcher, 
     mode, found = dispatcher.dispatch(3, uniform_decode=decode, has_lora=profile > 0, num_active_loras=int(profile))
     assert mode is (CUDAGraphMode.FULL if decode else CUDAGraphMode.PIECEWISE)
     assert (found.num_tokens, found.num_active_loras) == (4, int(profile))
+
+
+def test_on_a_gpu_graphs_and_compilation_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not _engine_arguments(EngineOptions("m"))["enforce_eager"]
+    monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
+    assert _engine_arguments(EngineOptions("m"))["enforce_eager"]
+    asked = EngineOptions("m", engine_arguments={"enforce_eager": False})
+    assert not _engine_arguments(asked)["enforce_eager"]
 
 
 def test_a_step_that_no_graph_serves_runs_without(dispatcher: ProfileDispatcher) -> None:
