@@ -40,7 +40,7 @@ def _draw(axes: Any, title: str, rows: Sequence[Row]) -> None:
     axes.barh(places, values, height=0.6, color=BAR, xerr=spread, error_kw={"ecolor": "#1f3350", "lw": 1})
     _marks(axes, "floor (bytes)", FLOOR, [(i, r.floor_bytes) for i, r in enumerate(rows)])
     _marks(axes, "target", TARGET, [(i, r.target) for i, r in enumerate(rows)])
-    axes.set_yticks(places, [f"{row.name}  ·  {row.against}" for row in rows])
+    axes.set_yticks(places, [f"{row.part}: {row.name}  ·  {row.against}" for row in rows])
     axes.invert_yaxis()
     axes.axvline(1.0, color="#333333", lw=0.8)
     axes.set_xlim(0, max(1.1, 1.1 * max(row.high for row in rows)))
@@ -50,7 +50,7 @@ def _draw(axes: Any, title: str, rows: Sequence[Row]) -> None:
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
     if any(row.floor_bytes or row.target for row in rows):
-        axes.legend(loc="lower right", frameon=False, fontsize=8)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize=8)
 
 
 def _marks(axes: Any, label: str, colour: str, points: Sequence[tuple[int, float | None]]) -> None:
