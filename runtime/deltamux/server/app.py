@@ -68,17 +68,12 @@ async def _serve(options: ServeOptions) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running(options) as server:
-        _collect_garbage_from_here_on()
+        # What start-up has made stays: a walk through it, even one, would hold every stream up for half a second.
+        gc.freeze()
+        gc.enable()
         print(f"ready on {server.address}", flush=True)
         await stop.wait()
         print("draining", flush=True)
-
-
-def _collect_garbage_from_here_on() -> None:
-    """Leaves out what start-up has made, which stays: a walk through it would hold every stream up for long."""
-    gc.collect()
-    gc.freeze()
-    gc.enable()
 
 
 def vllm_engine(options: EngineOptions) -> Engine:

@@ -22,12 +22,10 @@ if TYPE_CHECKING:
 
 CHUNKS_PER_SECOND_AND_CORE = 250
 """All requests together. A chunk over gRPC takes server and client 0.15 ms of a core: so 4 % of the machine."""
+MOST_CHUNKS_PER_SECOND = 2000
+"""However many cores there are: one event loop sends them all, and this is a sixth of its time."""
 LONGEST_INTERVAL = 0.1
 """Seconds that a request's tokens gather at most while more of them come, and once more if none does."""
-STEP_AHEAD = 0.004
-"""Seconds after a step's outputs in which the scheduler prepares the next step, and may need this very core."""
-CALM = 0.01
-"""An interval in seconds below which there is nothing to spare."""
 
 
 class Pace:
@@ -40,8 +38,7 @@ class Pace:
 
     def __init__(self, running: Callable[[], int], cores: int) -> None:
         self._running = running
-        self._chunks_per_second = CHUNKS_PER_SECOND_AND_CORE * cores
-        self._to_wake: list[PacedCollector] = []
+        self._chunks_per_second = min(CHUNKS_PER_SECOND_AND_CORE * cores, MOST_CHUNKS_PER_SECOND)
 
     @classmethod
     def of(cls, llm: AsyncLLM) -> Pace:
@@ -51,20 +48,6 @@ class Pace:
     def interval(self) -> float:
         """Returns the seconds from one chunk of a request to its next, at least."""
         return min(self._running() / self._chunks_per_second, LONGEST_INTERVAL)
-
-    def wake(self, collector: PacedCollector) -> None:
-        """Wakes a reader whose time has come; on a loaded machine once the next step runs, with all the others."""
-        if self.interval() < CALM:
-            collector.wake()
-            return
-        if not self._to_wake:
-            asyncio.get_running_loop().call_later(STEP_AHEAD, self._wake_all)
-        self._to_wake.append(collector)
-
-    def _wake_all(self) -> None:
-        collectors, self._to_wake = self._to_wake, []
-        for collector in collectors:
-            collector.wake()
 
 
 class PacedCollector(RequestOutputCollector):
@@ -93,18 +76,10 @@ class PacedCollector(RequestOutputCollector):
             self.output = output
         else:
             super().put(output)  # merges, and wakes nobody
-        if isinstance(output, Exception) or output.finished or not self._due:
-            self.wake()
-        elif self._loop.time() >= self._due:
-            self._pace.wake(self)
+        if isinstance(output, Exception) or output.finished or self._loop.time() >= self._due:
+            self._wake()
         elif self._timer is None:
-            self._timer = self._loop.call_at(self._due + LONGEST_INTERVAL, self.wake)
-
-    def wake(self) -> None:
-        """Lets the reader have what has gathered, if it has not taken it already."""
-        self._forget_timer()
-        if self.output is not None:
-            self.ready.set()
+            self._timer = self._loop.call_at(self._due + LONGEST_INTERVAL, self._wake)
 
     async def take(self) -> RequestOutput:
         """Waits for the next output and returns it.
@@ -126,6 +101,11 @@ class PacedCollector(RequestOutputCollector):
     def close(self) -> None:
         self._forget_timer()
         super().close()  # type: ignore[no-untyped-call]  # vLLM
+
+    def _wake(self) -> None:
+        self._forget_timer()
+        if self.output is not None:  # the reader may have taken it since the timer was set
+            self.ready.set()
 
     def _forget_timer(self) -> None:
         if self._timer is not None:
