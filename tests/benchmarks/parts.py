@@ -128,14 +128,18 @@ async def plain(bench: Bench) -> list[Row]:
 
 
 async def vllm_lora(bench: Bench) -> list[Row]:
-    """16 LoRAs against vLLM's own multi-LoRA with the same files, prompts of 8 and of 256 tokens."""
+    """16 LoRAs against vLLM's own multi-LoRA with the same files, prompts of 8 and of 256 tokens.
+
+    The base against it is the bound: what a server would reach whose adapters cost nothing.
+    """
     part, rows = "vllm-lora", []
     ours, theirs = await bench.stage.ours(), await bench.stage.vllm(loras=True)
     for prompt in (8, LONG):
         load = bench.load(*bench.world.loras(PEFT_LORAS), prompt=prompt)
         reference = bench.contender(part, "vLLM's LoRA", theirs, load)
         own = bench.settled(part, f"16 LoRAs, prompt {prompt}", ours, load)
-        compared = await bench.compare(part, reference, own)
+        bound = bench.contender(part, f"base, prompt {prompt}", ours, replace(load, adapters=(None,)))
+        compared = await bench.compare(part, reference, own, bound)
         rows += [rate_row(part, c, "vLLM's LoRA", None, bench.size) for c in compared]
     return rows
 

@@ -30,12 +30,16 @@ def base(base_directory: Path) -> BaseModel:
 
 @pytest.fixture(scope="session")
 async def engine(base_directory: Path) -> AsyncIterator[VLLMEngine]:
-    """An engine that splits prompts of more than 24 tokens over several steps, and caches prefixes."""
+    """An engine that splits prompts of more than 24 tokens, caches prefixes, and is told what another plugin needs."""
     options = EngineOptions(
         str(base_directory),
         max_active_adapters=SLOTS,
         max_host_adapters=6,
-        engine_arguments={"max_num_batched_tokens": 24, "block_size": 32},
+        engine_arguments={
+            "max_num_batched_tokens": 24,
+            "block_size": 32,
+            "additional_config": {"a plugin": "of vLLM's"},
+        },
         **OPTIONS,  # type: ignore[arg-type]  # a plain dict of the common ones
     )
     engine = VLLMEngine(options)

@@ -265,8 +265,6 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "scheduler_cls": "deltamux.engine.vllm.scheduler.turn_scheduler",
         "worker_cls": f"deltamux.engine.vllm.{worker}",
         "disable_log_stats": True,
-        # Part of the key under which compiled models are kept: a plain vLLM's has no ports.
-        "additional_config": {"deltamux": __version__, "fold_dominant": options.fold_dominant},
     }
     if options.max_model_len is not None:
         arguments["max_model_len"] = options.max_model_len
@@ -276,4 +274,7 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         arguments["max_lora_rank"] = KERNEL_RANK
         # Until compiled models and CUDA graphs with deltas have run on a GPU, who wants them says so (docs/gpu.md).
         arguments["enforce_eager"] = True
-    return {**arguments, **options.engine_arguments}
+    given = dict(options.engine_arguments)
+    # Part of the key under which compiled models are kept: a plain vLLM's has no ports.
+    own = {"deltamux": __version__, "fold_dominant": options.fold_dominant}
+    return {**arguments, **given, "additional_config": {**given.get("additional_config", {}), **own}}
