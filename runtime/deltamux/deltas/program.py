@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from deltamux.deltas.base_model import BaseModel
 from deltamux.deltas.ops import Op, op_class
+from deltamux.deltas.reading import read_tensors
 from deltamux.deltas.sites import Site
 from deltamux.errors import InvalidAdapterError
 
@@ -112,9 +113,12 @@ class Program:
 
     def lay_out(self) -> None:
         """Lays the parameters out as the CPU kernels read them, ahead of time; only for dtypes that they know."""
+        alike: dict[type[Op], list[Op]] = {}
         for _, op in self.placements:
             if op.has_kernel:
-                _ = op.entry
+                alike.setdefault(type(op), []).append(op)
+        for kind, ops in alike.items():
+            kind.lay_out(ops)
 
     def save(self, path: Path) -> None:
         """Writes the compiled file: tensors ``<row>.<parameter>`` and the rows as JSON in the header."""
@@ -140,18 +144,17 @@ class Program:
 
     @classmethod
     def load(cls, path: Path) -> Program:
-        """Reads a compiled file.
+        """Reads a compiled file into memory, whole; the tensors share it.
 
         Raises:
             InvalidAdapterError: the file is missing, damaged, of another format, or names an unknown op.
         """
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:
                 metadata: dict[str, str] = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise InvalidAdapterError(f"{path} is no compiled program of format {FORMAT}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-            return cls(_placements(metadata, tensors), int(metadata["num_virtual_tokens"]))
+            if metadata.get("format") != FORMAT:
+                raise InvalidAdapterError(f"{path} is no compiled program of format {FORMAT}")
+            return cls(_placements(metadata, read_tensors(path)), int(metadata["num_virtual_tokens"]))
         except (OSError, SafetensorError) as error:
             raise InvalidAdapterError(f"compiled program {path} cannot be read: {error}") from error
         except (KeyError, TypeError, ValueError) as error:

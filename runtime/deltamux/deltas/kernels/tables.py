@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.kernels.library import Rows, load
@@ -82,17 +83,17 @@ class Factors:
 
 
 def pack(up: Tensor) -> Tensor:
-    """Returns the expansion [out, rank] in the kernels' order.
+    """Returns one expansion [out, rank], or many [..., out, rank], in the kernels' order.
 
-    float32: [rank, out]. bfloat16: [out / 16, rank / 2, 16, 2], both rounded up and filled with zeros: 16 columns by
-    pairs of ranks, as the processor's dot products of bfloat16 pairs read them.
+    float32: [..., rank, out]. bfloat16: [..., out / 16, rank / 2, 16, 2], both rounded up and filled with zeros: 16
+    columns by pairs of ranks, as the processor's dot products of bfloat16 pairs read them.
     """
     if up.dtype is torch.float32:
-        return up.t().contiguous()
-    out, rank = up.shape
-    padded = up.new_zeros(-(-out // LANES) * LANES, -(-rank // 2) * 2)
-    padded[:out, :rank] = up
-    return padded.view(-1, LANES, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+        return up.transpose(-1, -2).contiguous()
+    *many, out, rank = up.shape
+    if out % LANES or rank % 2:
+        up = F.pad(up, (0, rank % 2, 0, -out % LANES))
+    return up.reshape(*many, -(-out // LANES), LANES, -(-rank // 2), 2).transpose(-2, -3).contiguous()
 
 
 @dataclass(frozen=True, eq=False)

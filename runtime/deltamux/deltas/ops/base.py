@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -62,13 +62,15 @@ class Op:
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the parameters by field name; absent optional ones are left out."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: value for name, value in values if isinstance(value, Tensor)}
+        return {name: value for name, value in self._values() if isinstance(value, Tensor)}
 
     def attributes(self) -> dict[str, Attribute]:
         """Returns the fields that are no tensors, as JSON values."""
-        values = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return {name: value for name, value in values if value is not None and not isinstance(value, Tensor)}
+        return {name: v for name, v in self._values() if v is not None and not isinstance(v, Tensor)}
+
+    def _values(self) -> list[tuple[str, Any]]:
+        names = _field_names(type(self))  # type: ignore[arg-type]  # to mypy a class hashes like its instances
+        return [(name, getattr(self, name)) for name in names]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> Self:
@@ -100,6 +102,12 @@ class Op:
     def entry(self) -> Entry:
         """The parameters as the kernel reads them; made once, off the step loop, so that placing is cheap."""
         raise NotImplementedError(f"{self.name} has no kernel")
+
+    @classmethod
+    def lay_out(cls, ops: Sequence[Self]) -> None:
+        """Makes the entries of all ops of one program that are of this kind; together where that is faster."""
+        for op in ops:
+            _ = op.entry
 
     def products(self) -> dict[str, Tensor]:
         """Returns what the op multiplies ahead of time, by name: finite factors may have a product that is not."""
@@ -170,3 +178,9 @@ class Op:
             NotMergeableError: with the reason.
         """
         raise NotMergeableError(f"{self.name} at {site.name} cannot be folded into weights")
+
+
+@cache
+def _field_names(kind: type[Op]) -> tuple[str, ...]:
+    """Asked several times for each of an adapter's hundreds of ops."""
+    return tuple(field.name for field in fields(kind))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltamux.deltas.kernels.tables import Columns, Entry, Factors, ShrinkExpand, Table
+from deltamux.deltas.kernels.tables import Columns, Entry, Factors, ShrinkExpand, Table, pack
 from deltamux.deltas.ops.base import Op, ReadTensor
 from deltamux.deltas.ops.batched import OpBatch, StackedColumns, StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
@@ -94,6 +94,16 @@ class LowRank(Op):
     @cached_property
     def entry(self) -> Entry:
         return Factors.of(self.a, self.scale * self.b)
+
+    @classmethod
+    def lay_out(cls, ops: Sequence[LowRank]) -> None:
+        alike: dict[tuple[torch.Size, float], list[LowRank]] = {}
+        for op in ops:
+            alike.setdefault((op.b.shape, op.scale), []).append(op)
+        for (_, scale), same in alike.items():
+            ups = pack(scale * torch.stack([op.b for op in same])).unbind()
+            for op, up in zip(same, ups, strict=True):
+                vars(op)["entry"] = Factors(op.a.contiguous(), up)
 
     def rank(self) -> int:
         return self.a.shape[0]

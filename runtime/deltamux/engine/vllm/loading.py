@@ -27,8 +27,6 @@ SWITCH_SECONDS = 0.0005
 The threads have the step loop's priority: one of a lower would be put off while it keeps the interpreter from it.
 """
 
-READ_BYTES = 1 << 20
-
 ALIGNMENT = 64
 """Bytes at whose multiples a packed tensor begins: a cache line."""
 
@@ -118,18 +116,6 @@ def outcome(future: Future[Loaded]) -> str:
     return "ready" if error is None else f"failed: {error}"
 
 
-def load_program(path: Path) -> Program:
-    """Reads a compiled program; see `Program.load`.
-
-    The file is read from front to back first: so a disk is at its fastest, and nothing else waits for it.
-    """
-    chunk = bytearray(READ_BYTES)
-    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-        while file.readinto(chunk):
-            pass
-    return Program.load(path)
-
-
 def packed(program: Program, dtype: torch.dtype, *, pinned: bool = False) -> Program:
     """Returns the program in one block of memory of its own, floats cast to `dtype`.
 
@@ -141,19 +127,15 @@ def packed(program: Program, dtype: torch.dtype, *, pinned: bool = False) -> Pro
     """
     step = max(1, ALIGNMENT // dtype.itemsize)
     floats = [t for _, op in program for field, t in op.tensors().items() if field not in op.packed]
-    room = sum(-(-t.numel() // step) * step for t in floats)
-    block, end = torch.zeros(room, dtype=dtype, pin_memory=pinned), 0
+    sizes = [(t.numel(), -t.numel() % step) for t in floats]
+    block = torch.zeros(sum(map(sum, sizes)), dtype=dtype, pin_memory=pinned)
+    parts = torch.split(block, [size for pair in sizes for size in pair])[::2]
+    if parts:
+        torch._foreach_copy_(parts, [t.reshape(-1) for t in floats])
+    cast = iter([part.view(t.shape) for part, t in zip(parts, floats, strict=True)])
 
     def move(op: Op) -> Op:
-        nonlocal end
-        tensors: dict[str, Tensor] = {}
-        for field, tensor in op.tensors().items():
-            if field in op.packed:
-                tensors[field] = tensor.clone()
-                continue
-            tensors[field] = block[end : end + tensor.numel()].view(tensor.shape)
-            tensors[field].copy_(tensor)
-            end += -(-tensor.numel() // step) * step
+        tensors = {f: t.clone() if f in op.packed else next(cast) for f, t in op.tensors().items()}
         return op.of(tensors, op.attributes())
 
     moved = Program(tuple(Placement(site, move(op)) for site, op in program), program.num_virtual_tokens)

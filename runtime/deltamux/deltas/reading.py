@@ -1,0 +1,76 @@
+"""Many small tensors from one file by few calls: an adapter has hundreds of them, and loads beside the traffic."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+LENGTH_BYTES = 8
+"""In front of the header: its length, little-endian."""
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class _Entry(NamedTuple):
+    """One tensor, as the header tells it; `begin` and `end` count from behind the header."""
+
+    begin: int
+    end: int
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, told: dict[str, Any]) -> Self:
+        begin, end = told["data_offsets"]
+        return cls(begin, end, name, DTYPES[told["dtype"]], tuple(told["shape"]))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Returns all tensors of a file that `safe_open` has found sound, as views of one copy of it in memory.
+
+    The file is read from front to back: so a disk is at its fastest, and the interpreter is free meanwhile.
+
+    Raises:
+        OSError: the file cannot be read.
+        KeyError, ValueError: it holds a dtype that is not known here, or is shorter than it says.
+    """
+    whole = _read(path)
+    start = LENGTH_BYTES + int.from_bytes(whole[:LENGTH_BYTES].numpy().tobytes(), "little")
+    header = json.loads(whole[LENGTH_BYTES:start].numpy().tobytes())
+    entries = sorted(_Entry.of(name, told) for name, told in header.items() if name != "__metadata__")
+    tensors: dict[str, Tensor] = {}
+    for dtype, run in groupby(entries, key=lambda entry: entry.dtype):
+        same = list(run)
+        block = whole[start + same[0].begin : start + same[-1].end].view(dtype)
+        parts = torch.split(block, [math.prod(entry.shape) for entry in same])
+        tensors.update((entry.name, part.view(entry.shape)) for entry, part in zip(same, parts, strict=True))
+    return tensors
+
+
+def _read(path: Path) -> Tensor:
+    with path.open("rb", buffering=0) as file:
+        whole = torch.empty(path.stat().st_size, dtype=torch.uint8)
+        room = whole.numpy().data
+        while room and (count := file.readinto(room)):
+            room = room[count:]
+    if room:
+        raise ValueError(f"{len(room)} bytes are missing")
+    return whole
