@@ -45,6 +45,7 @@ TARGETS = {
     "peft/16 LoRAs, 1 thread": Target(3.0),
     "peft/16 LoRAs, all threads": Target(3.0),
     "zipf/2000 adapters, 8 slots": Target(0.95),
+    "zipf/2000 adapters, 32 slots": Target(0.95),
     "slots/16 LoRAs, 8 slots": Target(2.0),
     "grpc/base": Target(0.95),
     "grpc/16 LoRAs": Target(0.95),

@@ -13,7 +13,7 @@ HELP = {
     "model": "directory or Hugging Face id of the base model",
     "store": "directory of adapters and tenants; made where there is none",
     "listen": "host:port (port 0 picks a free one) or unix:path",
-    "max_active_adapters": "adapters that one batch may mix",
+    "max_active_adapters": "adapters that one batch may mix (default: 32 on a CPU, 8 on a GPU)",
     "max_host_adapters": "compiled adapters kept ready in host memory",
     "max_model_len": "longest context in tokens (default: the model's)",
     "max_num_seqs": "most sequences in one batch",

@@ -38,7 +38,8 @@ class EngineOptions:
         device: ``auto``, ``cpu`` or ``cuda``.
         max_model_len: longest sequence in tokens, virtual tokens included; None takes the model's.
         max_num_seqs: sequences in one batch at most.
-        max_active_adapters: adapters in one batch at most (device slots).
+        max_active_adapters: adapters in one batch at most (device slots); None: 32 on a CPU, where most ops are served
+            from host memory and a slot costs nothing, and 8 on a GPU.
         max_host_adapters: programs kept in host memory.
         kv_cache_gib: size of the key-value cache on a CPU, in GiB.
         enforce_eager: leave the model uncompiled: starts sooner (the first start of a model compiles for some twenty
@@ -53,7 +54,7 @@ class EngineOptions:
     device: str = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_active_adapters: int = 8
+    max_active_adapters: int | None = None
     max_host_adapters: int = 256
     kv_cache_gib: float = 2.0
     enforce_eager: bool = False

@@ -22,7 +22,7 @@ class ServeOptions:
         model: directory or Hugging Face id of the base model.
         store: directory of adapters, versions and tenants; made where it does not exist.
         listen: ``host:port`` (port 0 picks a free one) or ``unix:path``.
-        max_active_adapters: adapters that one batch may mix (device slots).
+        max_active_adapters: adapters that one batch may mix (device slots); None: 32 on a CPU, 8 on a GPU.
         max_host_adapters: compiled adapters kept ready in host memory.
         max_model_len: longest context in tokens; None takes the model's own.
         max_num_seqs: most sequences in one batch.
@@ -50,7 +50,7 @@ class ServeOptions:
     model: str
     store: Path
     listen: str = "127.0.0.1:8470"
-    max_active_adapters: int = 8
+    max_active_adapters: int | None = None
     max_host_adapters: int = 256
     max_model_len: int | None = None
     max_num_seqs: int = 64
@@ -82,8 +82,8 @@ class ServeOptions:
         if not self.plugin_timeout_seconds > 0:
             raise _invalid("plugin_timeout_seconds", f"must be more than 0, not {self.plugin_timeout_seconds}")
         for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise _invalid(name, f"must be at least 1, not {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise _invalid(name, f"must be at least 1, not {value}")
 
     def engine_options(self) -> EngineOptions:
         return EngineOptions(

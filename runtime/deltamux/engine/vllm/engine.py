@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 PLACEHOLDER = 0
 """Token id that stands where virtual tokens are; what the model makes of it is replaced in every layer."""
 
+SLOTS = {"cpu": 32, "cuda": 8}
+"""Device slots where nobody says how many. On a CPU nearly all ops are served from where the host tier has them."""
+
 KERNEL_RANK = 64
 """Rank, and width of bottlenecks, that the buffers of CUDA graphs have room for; wider ones take other buffers."""
 
@@ -54,6 +57,8 @@ class VLLMEngine:
         from deltamux.engine.vllm.outputs import Pace
 
         config = await asyncio.to_thread(_engine_config, AsyncEngineArgs(**_engine_arguments(self._options)))
+        assert config.lora_config is not None
+        self._num_slots = config.lora_config.max_loras
         self._llm = await asyncio.to_thread(
             AsyncLLM.from_vllm_config, config, usage_context=UsageContext.ENGINE_CONTEXT, disable_log_stats=True
         )
@@ -121,7 +126,7 @@ class VLLMEngine:
             running=self._engine.output_processor.get_num_unfinished_requests(),  # type: ignore[no-untyped-call]  # vLLM
             host_programs=len(resident["host"]),
             device_programs=len(resident["device"]),
-            device_slots=self._options.max_active_adapters,
+            device_slots=self._num_slots,
             folded_program=self._host.digest_of(resident["folded"][0]) if resident["folded"] else None,
         )
 
@@ -259,7 +264,7 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "seed": options.seed,
         "max_num_seqs": options.max_num_seqs,
         "enable_lora": True,
-        "max_loras": options.max_active_adapters,
+        "max_loras": options.max_active_adapters or SLOTS[device],
         "enable_prefix_caching": True,
         "enforce_eager": options.enforce_eager,
         "scheduler_cls": "deltamux.engine.vllm.scheduler.turn_scheduler",
