@@ -27,7 +27,7 @@ from deltamux.deltas import (
     ScaleInput,
 )
 from deltamux.deltas.kernels import library
-from deltamux.deltas.kernels.tables import Columns, pack
+from deltamux.deltas.kernels.tables import Columns, Factors, pack
 from deltamux.deltas.ops import Run, StepIndex
 from deltamux.deltas.ops.batched import KernelBatch, ModuleBatch, Part, PerPart, module_batch
 from deltamux.deltas.sites import NormForm
@@ -255,3 +255,15 @@ def test_without_kernels_the_ops_run_in_torch_and_it_is_said_once(
     )
     assert ran.stdout.strip() == "[False, False]"
     assert ran.stderr.count("delta ops run in torch") == (1 if words else 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ops_laid_out_together_have_the_entries_that_each_makes_for_itself(dtype: torch.dtype) -> None:
+    shapes = [(4, 48, 1.5), (4, 48, 1.5), (3, 48, 1.5), (4, 21, 1.5), (4, 48, 0.3)]
+    ops = [LowRank(draw(i, r, WIDTH), draw(i + 9, out, r), scale).to(dtype) for i, (r, out, scale) in enumerate(shapes)]
+    LowRank.lay_out(ops)
+    for op in ops:
+        alone, together = LowRank(op.a, op.b, op.scale).entry, vars(op)["entry"]
+        assert isinstance(alone, Factors)
+        assert torch.equal(alone.up, together.up)
+        assert torch.equal(alone.down, together.down)

@@ -147,6 +147,15 @@ def test_a_damaged_compiled_file_is_refused_by_name(
         Program.load(tmp_path / "program")
 
 
+def test_a_compiled_file_whose_tensors_are_not_aligned_is_refused_by_name(base: BaseModel, tmp_path: Path) -> None:
+    worlds.random_low_rank(base, 1).save(path := tmp_path / "program")
+    written = path.read_bytes()
+    header = written[8 : (end := 8 + int.from_bytes(written[:8], "little"))] + b" "
+    path.write_bytes(len(header).to_bytes(8, "little") + header + written[end:])
+    with pytest.raises(InvalidAdapterError, match=r"damaged.* at a multiple of 4 bytes"):
+        Program.load(path)
+
+
 def test_a_program_for_another_base_is_refused_by_its_first_wrong_shape(base: BaseModel) -> None:
     with pytest.raises(BaseMismatchError, match=r"low_rank\.a at model\.layers\.0.* has shape \[4, 128\]"):
         worlds.for_another_base(base).placed(base)

@@ -50,7 +50,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         OSError: the file cannot be read.
-        KeyError, ValueError: it holds a dtype that is not known here, or is shorter than it says.
+        KeyError, ValueError: it holds a dtype that is not known here, is shorter than it says, or its tensors do not
+            begin at multiples of their dtype's size.
     """
     whole = _read(path)
     start = LENGTH_BYTES + int.from_bytes(whole[:LENGTH_BYTES].numpy().tobytes(), "little")
@@ -59,6 +60,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for dtype, run in groupby(entries, key=lambda entry: entry.dtype):
         same = list(run)
+        if (start + same[0].begin) % dtype.itemsize:
+            raise ValueError(f"{same[0].name} does not begin at a multiple of {dtype.itemsize} bytes")
         block = whole[start + same[0].begin : start + same[-1].end].view(dtype)
         parts = torch.split(block, [math.prod(entry.shape) for entry in same])
         tensors.update((entry.name, part.view(entry.shape)) for entry, part in zip(same, parts, strict=True))

@@ -97,6 +97,8 @@ class LowRank(Op):
 
     @classmethod
     def lay_out(cls, ops: Sequence[LowRank]) -> None:
+        if cls is not LowRank:  # an op derived from this one may have an entry of its own
+            return super().lay_out(ops)
         alike: dict[tuple[torch.Size, float], list[LowRank]] = {}
         for op in ops:
             alike.setdefault((op.b.shape, op.scale), []).append(op)
