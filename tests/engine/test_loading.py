@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deltamux.deltas import BaseModel, LowRank, Program, SignDense
-from deltamux.engine.vllm.loading import Loaded, ProgramLoader, outcome, packed
+from deltamux.engine.vllm.loading import Loaded, ProgramLoader, load_program, outcome, packed
 from deltamux.errors import InvalidAdapterError
 from engine import worlds
 
@@ -18,7 +18,7 @@ from engine import worlds
 def test_a_packed_program_is_the_program_in_memory_of_its_own(base: BaseModel, tmp_path: Path) -> None:
     program = worlds.random_everything(base, 1)
     ref = worlds.saved(program, tmp_path, "everything")
-    moved = packed(Program.load(ref.path), torch.float32)
+    moved = packed(load_program(ref.path), torch.float32)
     # Nothing may be left in the file, not even a page of it.
     ref.path.write_bytes(bytes(ref.path.stat().st_size))
     assert moved.num_virtual_tokens == program.num_virtual_tokens

@@ -46,8 +46,6 @@ class _Entry(NamedTuple):
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Returns all tensors of a file that `safe_open` has found sound, as views of one copy of it in memory.
 
-    The file is read from front to back: so a disk is at its fastest, and the interpreter is free meanwhile.
-
     Raises:
         OSError: the file cannot be read.
         KeyError, ValueError: it holds a dtype that is not known here, is shorter than it says, or its tensors do not

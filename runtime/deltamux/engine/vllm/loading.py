@@ -27,6 +27,8 @@ SWITCH_SECONDS = 0.0005
 The threads have the step loop's priority: one of a lower would be put off while it keeps the interpreter from it.
 """
 
+READ_BYTES = 1 << 20
+
 ALIGNMENT = 64
 """Bytes at whose multiples a packed tensor begins: a cache line."""
 
@@ -114,6 +116,19 @@ def outcome(future: Future[Loaded]) -> str:
         return "failed: dropped"
     error = future.exception()
     return "ready" if error is None else f"failed: {error}"
+
+
+def load_program(path: Path) -> Program:
+    """Reads a compiled program; see `Program.load`.
+
+    The file is read once before, by calls that leave the interpreter to the step loop: safetensors keeps it while it
+    waits for a disk that is slow, or that never answers.
+    """
+    chunk = bytearray(READ_BYTES)
+    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+        while file.readinto(chunk):
+            pass
+    return Program.load(path)
 
 
 def packed(program: Program, dtype: torch.dtype, *, pinned: bool = False) -> Program:

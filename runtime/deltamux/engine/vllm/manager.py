@@ -23,7 +23,7 @@ from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
 from deltamux.engine.vllm.binding import Binding
 from deltamux.engine.vllm.folding import Folding
-from deltamux.engine.vllm.loading import ProgramLoader, packed
+from deltamux.engine.vllm.loading import ProgramLoader, load_program, packed
 from deltamux.engine.vllm.merging import foldable
 from deltamux.engine.vllm.ports import IDLE, CurrentStep, Place
 from deltamux.engine.vllm.prefixes import cache_slots, known_prefix
@@ -117,7 +117,7 @@ class DeltaManager:
         return Folding(modules, checkpoint, self._dtype, self.num_slots, self.loader, self._slots) if modules else None
 
     def _read(self, path: Path) -> Program:
-        program = Program.load(path)
+        program = load_program(path)
         for site, op in program:
             if (problem := self._binding.refusal(site, op)) is not None:
                 raise BaseMismatchError(problem, metadata={"site": site})
