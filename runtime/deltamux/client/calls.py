@@ -148,7 +148,8 @@ def _prompt(prompt: Prompt) -> dict[str, Any]:
     if all(isinstance(item, int) for item in prompt):
         return {"token_ids": inference_pb2.TokenIds(values=prompt)}  # type: ignore[arg-type]  # all are int
     try:
-        messages = [inference_pb2.ChatMessage(role=m["role"], content=m["content"]) for m in prompt]  # type: ignore[index]
+        given: Any = prompt  # what it holds shows here
+        messages = [inference_pb2.ChatMessage(role=m["role"], content=m["content"]) for m in given]
     except (TypeError, KeyError):
         raise InvalidArgumentError(
             "a prompt is text, a list of token ids, or a list of messages with role and content",

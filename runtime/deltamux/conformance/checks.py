@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def files_that_lack_a_tensor_or_have_one_too_many_are_refused(case: Case) -> Non
     config, tensors = case.method.parse(checkpoint.config), dict(checkpoint.tensors)
     for name in tensors:
         rest = {other: tensor for other, tensor in tensors.items() if other != name}
-        _refuses(lambda r=rest: case.method.program(config, case.base, r), DeltamuxError, f"files without {name}")  # type: ignore[misc]
+        _refuses(partial(case.method.program, config, case.base, rest), DeltamuxError, f"files without {name}")
     stray = {**tensors, "stray": torch.zeros(1)}
     _refuses(
         lambda: case.method.program(config, case.base, stray), InvalidAdapterError, "a tensor that is none of its own"
@@ -147,11 +148,11 @@ def values_that_are_not_finite_are_found(case: Case) -> None:
         if not checkpoint.tensors[name].is_floating_point():
             continue
         spoilt = {**checkpoint.tensors, name: torch.full_like(checkpoint.tensors[name], float("nan"))}
-        _refuses(
-            lambda s=spoilt: case.method.program(config, case.base, s).check_finite(),  # type: ignore[misc]
-            DeltamuxError,
-            f"{name} full of NaN",
-        )
+        _refuses(partial(_gate, case, config, spoilt), DeltamuxError, f"{name} full of NaN")
+
+
+def _gate(case: Case, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    case.method.program(config, case.base, tensors).check_finite()
 
 
 def costs_are_declared(case: Case) -> None:

@@ -140,7 +140,8 @@ def pretrain(recipe: Recipe) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
     rng = Random(f"{recipe.seed} tokenizer")
     spoken = (message["content"] for _ in range(4000) for message in dialogue(rng))
     tokenizer = train_tokenizer([*paragraphs(), *spoken], recipe.vocab_size)
-    model: LlamaForCausalLM = LlamaForCausalLM(config(recipe, tokenizer))  # type: ignore[no-untyped-call]
+    made = LlamaForCausalLM(config(recipe, tokenizer))  # type: ignore[no-untyped-call]  # transformers leaves it so
+    model: LlamaForCausalLM = made
     used = optimizers(model, recipe)
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, lambda step: rate(step, recipe)) for each in used]
     progress = tqdm(islice(batches(recipe, tokenizer), recipe.steps), total=recipe.steps, desc="pre-training")
