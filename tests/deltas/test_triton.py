@@ -1,7 +1,8 @@
 """The Triton kernels, in Triton's interpreter and compiled for GPUs; on a machine with a GPU, run there as well.
 
 Triton decides how kernels run when it is imported, so each way is a process of its own. What it runs are the cases of
-`triton_cases.py`, and those of `test_batched.py` once more: whatever holds for the torch batches holds for the kernels.
+`triton_cases.py` and `triton_life.py`, and those of `test_batched.py` once more: whatever holds for the torch batches
+holds for the kernels.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is
 
 @needs_triton
 @pytest.mark.parametrize("way", WAYS)
-def test_the_kernels_pass_every_case(way: str) -> None:
-    _run("triton_cases.py", TRITON_INTERPRET=WAYS[way])
+@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_life.py"])
+def test_the_kernels_pass_every_case(cases: str, way: str) -> None:
+    _run(cases, TRITON_INTERPRET=WAYS[way])
 
 
 @needs_triton

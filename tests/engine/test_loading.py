@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from crossings import Crossings
 
 from deltamux.deltas import BaseModel, LowRank, Program, SignDense
-from deltamux.engine.vllm.loading import Loaded, ProgramLoader, load_program, outcome, packed
+from deltamux.engine.vllm.loading import Loaded, ProgramLoader, on_device, outcome, packed
 from deltamux.errors import InvalidAdapterError
 from engine import worlds
 
@@ -18,7 +19,7 @@ from engine import worlds
 def test_a_packed_program_is_the_program_in_memory_of_its_own(base: BaseModel, tmp_path: Path) -> None:
     program = worlds.random_everything(base, 1)
     ref = worlds.saved(program, tmp_path, "everything")
-    moved = packed(load_program(ref.path), torch.float32)
+    moved = packed(Program.load(ref.path), torch.float32)
     # Nothing may be left in the file, not even a page of it.
     ref.path.write_bytes(bytes(ref.path.stat().st_size))
     assert moved.num_virtual_tokens == program.num_virtual_tokens
@@ -50,6 +51,26 @@ def test_bits_are_not_cast() -> None:
     [(_, moved)] = packed(Program.of([("somewhere", SignDense(signs, 0.5))]), torch.bfloat16)
     assert torch.equal(moved.tensors()["signs"], signs)
     assert moved.attributes() == {"scale": 0.5}
+
+
+def test_a_packed_program_moves_to_a_device_by_one_copy_for_its_floats_and_one_for_each_tensor_of_bits(
+    base: BaseModel,
+) -> None:
+    bits = ("bits", SignDense(torch.randint(256, (64, 8), dtype=torch.uint8), 0.5))
+    program = packed(Program.of([*worlds.random_everything(base, 1), bits]), torch.bfloat16)
+    assert len(list(program)) > 10
+    with Crossings() as crossings:
+        on_meta = on_device(program, torch.device("meta"))
+    assert len(crossings.ops) == 2
+    moved = on_device(program, torch.device("cpu"))
+    assert on_meta.num_virtual_tokens == moved.num_virtual_tokens == program.num_virtual_tokens
+    for (site, op), (_, there), (moved_site, same) in zip(program, on_meta, moved, strict=True):
+        assert (site, op.name, op.attributes()) == (moved_site, same.name, same.attributes())
+        for field, tensor in op.tensors().items():
+            assert torch.equal(tensor, same.tensors()[field])
+            assert there.tensors()[field].shape == tensor.shape
+            assert there.tensors()[field].dtype == tensor.dtype
+            assert there.tensors()[field].is_contiguous()
 
 
 class Gate:

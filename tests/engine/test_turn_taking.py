@@ -101,8 +101,10 @@ class SlowFile:
     def end(self, content: bytes = b"") -> None:
         self.ref.path.unlink()
         self.ref.path.write_bytes(content)
-        # Whoever waits at the pipe finds its end there, and then the file.
-        os.close(os.open(self._pipe, os.O_RDWR | os.O_NONBLOCK))
+        # Whoever waits at the pipe reads it there, as far as a pipe holds it, and then finds the file.
+        writer = os.open(self._pipe, os.O_RDWR | os.O_NONBLOCK)
+        assert not content or os.write(writer, content) == len(content)
+        os.close(writer)
 
 
 async def settled(engine: VLLMEngine, programs: int) -> None:

@@ -150,11 +150,10 @@ class Program:
             InvalidAdapterError: the file is missing, damaged, of another format, or names an unknown op.
         """
         try:
-            with safe_open(path, framework="np") as file:
-                metadata: dict[str, str] = file.metadata() or {}
+            tensors, metadata = read_tensors(path)
             if metadata.get("format") != FORMAT:
                 raise InvalidAdapterError(f"{path} is no compiled program of format {FORMAT}")
-            return cls(_placements(metadata, read_tensors(path)), int(metadata["num_virtual_tokens"]))
+            return cls(_placements(metadata, tensors), int(metadata["num_virtual_tokens"]))
         except (OSError, SafetensorError) as error:
             raise InvalidAdapterError(f"compiled program {path} cannot be read: {error}") from error
         except (KeyError, TypeError, ValueError) as error:

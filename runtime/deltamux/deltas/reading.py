@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 LENGTH_BYTES = 8
@@ -43,15 +44,21 @@ class _Entry(NamedTuple):
         return cls(begin, end, name, DTYPES[told["dtype"]], tuple(told["shape"]))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a file that `safe_open` has found sound, as views of one copy of it in memory.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns all tensors of a safetensors file, as views of one copy of it in memory, and its metadata.
+
+    The file is read before it is looked at: reading leaves the interpreter to other threads, while `safe_open` keeps it
+    as long as a disk takes that is slow, or that never answers.
 
     Raises:
         OSError: the file cannot be read.
-        KeyError, ValueError: it holds a dtype that is not known here, is shorter than it says, or its tensors do not
-            begin at multiples of their dtype's size.
+        SafetensorError: it is damaged.
+        KeyError, ValueError: it holds a dtype that is not known here, its tensors do not begin at multiples of their
+            dtype's size, or it shrank while it was read.
     """
     whole = _read(path)
+    with safe_open(path, framework="np") as file:
+        metadata: dict[str, str] = file.metadata() or {}
     start = LENGTH_BYTES + int.from_bytes(whole[:LENGTH_BYTES].numpy().tobytes(), "little")
     header = json.loads(whole[LENGTH_BYTES:start].numpy().tobytes())
     entries = sorted(_Entry.of(name, told) for name, told in header.items() if name != "__metadata__")
@@ -63,7 +70,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         block = whole[start + same[0].begin : start + same[-1].end].view(dtype)
         parts = torch.split(block, [math.prod(entry.shape) for entry in same])
         tensors.update((entry.name, part.view(entry.shape)) for entry, part in zip(same, parts, strict=True))
-    return tensors
+    return tensors, metadata
 
 
 def _read(path: Path) -> Tensor:

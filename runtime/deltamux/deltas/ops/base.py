@@ -76,16 +76,12 @@ class Op:
     def of(cls, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any]) -> Self:
         return cls(**tensors, **attributes)
 
-    def to(self, dtype: torch.dtype, device: torch.device | str | None = None, *, non_blocking: bool = False) -> Self:
-        """Returns the op with its parameters cast and moved, detached and contiguous; itself where they are already.
-
-        Args:
-            non_blocking: do not wait for copies from pinned memory to a GPU; the stream that is current then does.
-        """
+    def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Self:
+        """Returns the op with its parameters cast and moved, detached and contiguous; itself where they are already."""
         tensors = self.tensors()
         cast = {
             field: (tensor.detach() if tensor.requires_grad else tensor)
-            .to(device=device, dtype=None if field in self.packed else dtype, non_blocking=non_blocking)
+            .to(device=device, dtype=None if field in self.packed else dtype)
             .contiguous()
             for field, tensor in tensors.items()
         }

@@ -27,8 +27,6 @@ SWITCH_SECONDS = 0.0005
 The threads have the step loop's priority: one of a lower would be put off while it keeps the interpreter from it.
 """
 
-READ_BYTES = 1 << 20
-
 ALIGNMENT = 64
 """Bytes at whose multiples a packed tensor begins: a cache line."""
 
@@ -118,19 +116,6 @@ def outcome(future: Future[Loaded]) -> str:
     return "ready" if error is None else f"failed: {error}"
 
 
-def load_program(path: Path) -> Program:
-    """Reads a compiled program; see `Program.load`.
-
-    The file is read once before, by calls that leave the interpreter to the step loop: safetensors keeps it while it
-    waits for a disk that is slow, or that never answers.
-    """
-    chunk = bytearray(READ_BYTES)
-    with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
-        while file.readinto(chunk):
-            pass
-    return Program.load(path)
-
-
 def packed(program: Program, dtype: torch.dtype, *, pinned: bool = False) -> Program:
     """Returns the program in one block of memory of its own, floats cast to `dtype`.
 
@@ -150,12 +135,37 @@ def packed(program: Program, dtype: torch.dtype, *, pinned: bool = False) -> Pro
     cast = iter([part.view(t.shape) for part, t in zip(parts, floats, strict=True)])
 
     def move(op: Op) -> Op:
-        tensors = {f: t.clone() if f in op.packed else next(cast) for f, t in op.tensors().items()}
+        tensors = {f: _copied(t, pinned) if f in op.packed else next(cast) for f, t in op.tensors().items()}
         return op.of(tensors, op.attributes())
 
     moved = Program(tuple(Placement(site, move(op)) for site, op in program), program.num_virtual_tokens)
     _check_finite(moved, block)
     return moved
+
+
+def on_device(program: Program, device: torch.device) -> Program:
+    """Returns a packed program on a device: one copy a block of memory, however many tensors lie in it.
+
+    Copies from pinned memory are queued on the current stream, and nothing waits for them.
+    """
+    blocks: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def moved(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        key = (storage.data_ptr(), tensor.dtype)
+        if key not in blocks:
+            whole = tensor.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+            blocks[key] = whole.to(device, non_blocking=True)
+        return blocks[key].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def move(op: Op) -> Op:
+        return op.of({field: moved(tensor) for field, tensor in op.tensors().items()}, op.attributes())
+
+    return Program(tuple(Placement(site, move(op)) for site, op in program), program.num_virtual_tokens)
+
+
+def _copied(tensor: Tensor, pinned: bool) -> Tensor:
+    return torch.empty_like(tensor, pin_memory=pinned).copy_(tensor)
 
 
 def _check_finite(program: Program, block: Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 from vllm.v1.worker.block_table import BlockTable
 
-from deltamux.deltas import BaseModel, KVPrefix, Op, Program
+from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
 from deltamux.engine.vllm.binding import Binding
 from deltamux.engine.vllm.folding import Folding
-from deltamux.engine.vllm.loading import ProgramLoader, load_program, packed
+from deltamux.engine.vllm.loading import ProgramLoader, on_device, packed
 from deltamux.engine.vllm.merging import foldable
 from deltamux.engine.vllm.ports import IDLE, CurrentStep, Place
 from deltamux.engine.vllm.prefixes import cache_slots, known_prefix
@@ -31,8 +31,6 @@ from deltamux.engine.vllm.residency import Residency
 from deltamux.errors import BaseMismatchError, FailedPreconditionError
 
 logger = init_logger(__name__)
-
-AnyOp = TypeVar("AnyOp", bound=Op)
 
 
 class ScheduledRequest(NamedTuple):
@@ -117,7 +115,7 @@ class DeltaManager:
         return Folding(modules, checkpoint, self._dtype, self.num_slots, self.loader, self._slots) if modules else None
 
     def _read(self, path: Path) -> Program:
-        program = load_program(path)
+        program = Program.load(path)
         for site, op in program:
             if (problem := self._binding.refusal(site, op)) is not None:
                 raise BaseMismatchError(problem, metadata={"site": site})
@@ -170,13 +168,15 @@ class DeltaManager:
         self._slots[program_id] = slot
         self._residency.pin(program_id, program_id in self._pinned)
         self._residency.charge(program_id, program.num_bytes())
+        if self._device.type != "cpu":
+            program = on_device(program, self._device)
         for site, op in program:
             place = self._binding.lanes[op.site_kind, site]
-            place.place(slot, self._on_device(op))
+            place.place(slot, op)
             self._placed[slot].append(place)
         self._num_virtual_tokens[slot] = program.num_virtual_tokens
         if (prefix := known_prefix(program, self.base)) is not None:
-            self._prefixes[slot] = {site: self._on_device(op) for site, op in prefix.items()}
+            self._prefixes[slot] = prefix
         self._last = None
 
     def _free_slot(self, needed: Collection[int]) -> int:
@@ -239,9 +239,6 @@ class DeltaManager:
         return VirtualRows(rows, slots, positions, mask)
 
     # A step queues its copies to a GPU and never waits: programs lie in pinned memory, small tensors are pinned.
-
-    def _on_device(self, op: AnyOp) -> AnyOp:
-        return op if self._device.type == "cpu" else op.to(self._dtype, self._device, non_blocking=True)
 
     def _moved(self, tensor: Tensor) -> Tensor:
         return tensor if self._device.type == "cpu" else tensor.pin_memory().to(self._device, non_blocking=True)

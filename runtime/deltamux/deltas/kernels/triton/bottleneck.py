@@ -49,11 +49,11 @@ class BottleneckDeltas:
         matrices, width = self._matrices, op.rank()
         assert matrices.inner_bias is not None
         matrices.a[slot, 0, :width] = op.down_weight
-        matrices.b[slot, :, :width] = op.up_weight * op.scale
+        torch.mul(op.up_weight, op.scale, out=matrices.b[slot, :, :width])
         if op.down_bias is not None:
             matrices.inner_bias[slot, :width] = op.down_bias
         if op.up_bias is not None:
-            matrices.bias[slot] = op.up_bias * op.scale
+            torch.mul(op.up_bias, op.scale, out=matrices.bias[slot])
         # Number by number: each is a fill, where a copy of a tensor of the host would wait for the device.
         for field, value in enumerate(_description(op)):
             matrices.meta[slot, 0, field] = value

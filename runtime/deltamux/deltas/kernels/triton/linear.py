@@ -98,7 +98,7 @@ class LinearDeltas:
         if after > self._matrices.max_rank:
             return False
         self._matrices.a[slot, part, before:after] = op.a
-        self._matrices.b[slot, self._spans[part], before:after] = op.b * op.scale
+        torch.mul(op.b, op.scale, out=self._matrices.b[slot, self._spans[part], before:after])
         self._ranks[slot, part] = after
         self._matrices.meta[slot, part, Meta.RANK] = after
         if after:

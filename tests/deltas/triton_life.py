@@ -1,0 +1,155 @@
+"""Cases of a device's life: steps by one table, adapters that come and go while it works, and graphs.
+
+`test_triton.py` runs them where it runs those of `triton_cases.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from crossings import Crossings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltamux.deltas import Bias, Bottleneck, Scale
+from deltamux.deltas.kernels.triton import table
+from deltamux.deltas.kernels.triton.batches import KERNEL_BATCHES
+from deltamux.deltas.kernels.triton.bottleneck import BottleneckDeltas
+from deltamux.deltas.kernels.triton.linear import LinearDeltas
+from deltamux.deltas.kernels.triton.table import StepTable
+from deltas.test_batched import BLOCK, FEATURES, MAKERS, SLOTS, draw
+from deltas.triton_cases import DEVICE, SIZES, alone, assert_close, moved, owners, parts, sequence
+
+many_steps = st.lists(st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 30)), max_size=9), min_size=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(many=many_steps.filter(lambda many: len(many) < 8), tall_from=st.sampled_from([1, 60, 1000]))
+def test_a_table_says_of_every_step_who_owns_each_row_and_nothing_of_the_steps_before(
+    many: Any, tall_from: int
+) -> None:
+    made = StepTable(300, SLOTS, DEVICE, tall_from=tall_from)
+    address = made.records.data_ptr()
+    for step in many:
+        runs, num_rows = owners(step)
+        made.fill(runs, num_rows)
+        assert made.records.data_ptr() == address
+        records = made.records.cpu().numpy()
+        expected = np.full(300, -1)
+        for slot, start, stop in runs:
+            expected[start:stop] = slot
+        assert np.array_equal(records[:, table.SLOT], expected)
+        tiles = [record for record in records if record[table.TILE_SLOT] >= 0]
+        assert len(tiles) <= made.max_tiles(num_rows)
+        assert (records[len(tiles) :, table.TILE_SLOT] == -1).all()
+        seen: list[int] = []
+        for record in tiles:
+            start, count = record[table.TILE_START], record[table.TILE_COUNT]
+            assert 0 < count <= made.tile_rows
+            rows = records[start : start + count, table.ROW].tolist()
+            assert (expected[rows] == record[table.TILE_SLOT]).all()
+            seen += rows
+        assert sorted(seen) == np.flatnonzero(expected >= 0).tolist()
+
+
+def test_what_was_launched_for_many_rows_serves_a_step_of_few() -> None:
+    """As a CUDA graph does: the launch is the same, and the table says which programs have work."""
+    sites = parts(64)
+    deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)
+    ops = {slot: [moved(op, torch.float32) for op in sequence(slot + 3, sites[0])] for slot in range(SLOTS)}
+    for slot, program in ops.items():
+        assert all(deltas.place(slot, 0, op) for op in program)
+    records = StepTable(64, SLOTS, DEVICE)
+    for step in ([(0, 20), (1, 20)], [(5, 1), (-1, 2), (1, 1)], []):
+        records.fill(*owners(step))
+        x, before = draw(1, 64, 64).to(DEVICE), draw(2, 64, sum(SIZES)).to(DEVICE)
+        after = before.clone()
+        deltas.apply(x, after, records)
+        row = 0
+        for slot, count in [*step, (-1, 64 - sum(count for _, count in step))]:
+            own = slice(row, row + count)
+            expected = alone(ops.get(slot, []), x[own], before[own, : SIZES[0]], sites[0])
+            assert_close(after[own, : SIZES[0]], expected, torch.float32)
+            row += count
+
+
+@pytest.mark.parametrize("name", [name for name in MAKERS if type(MAKERS[name](0)[1]).batch in KERNEL_BATCHES])
+def test_arriving_and_leaving_read_nothing_of_the_device_and_write_nothing_from_the_host(name: str) -> None:
+    site, op = MAKERS[name](0)
+    made = KERNEL_BATCHES[type(op).batch](site, SLOTS, torch.bfloat16, "meta")
+    ops = [MAKERS[name](seed)[1].to(torch.bfloat16, "meta") for seed in range(SLOTS)]
+    with Crossings() as crossings:
+        for slot, one in enumerate(ops):
+            made.place(slot, one)
+        for slot in range(SLOTS):
+            made.clear(slot)
+    assert not crossings.ops
+
+
+def test_any_sequence_of_ops_arrives_at_a_fused_module_without_asking_the_device() -> None:
+    sites = parts(64)
+    deltas = LinearDeltas(sites, SLOTS, 24, torch.bfloat16, "meta")
+    programs = [
+        [[op.to(torch.bfloat16, "meta") for op in sequence(seed + i, site)] for i, site in enumerate(sites)]
+        for seed in range(SLOTS)
+    ]
+    with Crossings() as crossings:
+        for slot, program in enumerate(programs):
+            assert all(deltas.place(slot, part, op) for part, ops in enumerate(program) for op in ops)
+            deltas.clear(slot)
+    assert not crossings.ops
+
+
+if DEVICE == "cuda":
+
+    def test_neither_a_step_nor_an_arrival_waits_for_the_device() -> None:
+        site = parts(64)[0]
+        deltas = LinearDeltas([site], SLOTS, 24, torch.float32, DEVICE)
+        bottlenecks = BottleneckDeltas(BLOCK, SLOTS, 16, torch.float32, DEVICE)
+        records = StepTable(64, SLOTS, DEVICE)
+        ops = [moved(op, torch.float32) for op in (Scale(draw(1, SIZES[0])), Bias(draw(2, SIZES[0])))]
+        wide = moved(Bottleneck(draw(3, 12, FEATURES), draw(4, FEATURES, 12), draw(5, 12)), torch.float32)
+        x, y, z = (torch.zeros(20, n, device=DEVICE) for n in (64, SIZES[0], FEATURES))
+        deltas.apply(x, y, records)  # compiles
+        bottlenecks.apply(z, z.clone(), records)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert all(deltas.place(1, 0, op) for op in ops)
+            assert bottlenecks.place(1, wide)
+            records.fill(*owners([(1, 20)]))
+            deltas.apply(x, y, records)
+            bottlenecks.apply(z, z.clone(), records)
+            deltas.clear(1)
+            bottlenecks.clear(1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_one_captured_graph_serves_other_steps_other_adapters_and_none() -> None:
+        sites = parts(64)
+        deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)
+        records = StepTable(64, SLOTS, DEVICE)
+        x, y = (torch.zeros(64, n, device=DEVICE) for n in (64, sum(SIZES)))
+        deltas.apply(x, y, records)  # compiles
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            deltas.apply(x, y, records)
+        for turn, step in enumerate(([(0, 20), (1, 20)], [(2, 1), (-1, 2), (1, 1)], [])):
+            deltas.clear(1)
+            ops = [moved(op, torch.float32) for op in sequence(turn + 3, sites[0])]
+            assert all(deltas.place(1, 0, op) for op in ops)
+            records.fill(*owners(step))
+            x.copy_(draw(turn, 64, 64))
+            before = draw(turn + 1, 64, sum(SIZES)).to(DEVICE)
+            y.copy_(before)
+            graph.replay()
+            row = 0
+            for slot, count in step:
+                own = slice(row, row + count)
+                expected = alone(ops if slot == 1 else [], x[own], before[own, : SIZES[0]], sites[0])
+                assert_close(y[own, : SIZES[0]], expected, torch.float32)
+                row += count
+            assert torch.equal(y[row:], before[row:])
