@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import signal
 import subprocess
@@ -53,6 +54,7 @@ BAD_HOOKS = {
     ),
     "babbles": ("[os.write(f, b'rubbish\\n') for f in range(3, 1024) if babble(f)]", "PLUGIN_CRASHED", "'babbles': "),
 }
+LEAKS = method("leaks", "globals().setdefault('kept', []).append(b'x' * (1200 << 20))")
 STARTS = method("starts", "subprocess.Popen(['sleep', '1000']); time.sleep(1); os._exit(0)")
 BABBLE = "\nimport stat\ndef babble(f):\n    try: return stat.S_ISSOCK(os.fstat(f).st_mode)\n    except OSError: pass\n"
 BAD_IMPORTS = {
@@ -75,7 +77,7 @@ def _third_party(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """All the bad plugins, and a good one, are installed at once."""
     plugins = {name: source for name, (source, _) in BAD_IMPORTS.items()}
     plugins |= {name: method(name, body) + BABBLE for name, (body, _, _) in BAD_HOOKS.items()}
-    plugins |= {"starts": STARTS, "good": method("good", "print('hello')")}
+    plugins |= {"starts": STARTS, "leaks": LEAKS, "good": method("good", "print('hello')")}
     directory = install(tmp_path_factory.mktemp("third-party"), plugins)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(directory)
@@ -162,6 +164,33 @@ async def test_what_a_plugin_started_ends_with_its_process(compiler: Compiler, j
     with pytest.raises(PluginError, match="'starts': deltamux_program ended its process with exit status 0"):
         await doomed
     assert psutil.wait_procs(started, timeout=10)[1] == []
+
+
+async def test_a_process_whose_memory_a_plugin_keeps_is_replaced_and_its_job_is_done(
+    compiler: Compiler, job: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await compiler.started()
+    before = compiler.pid
+    assert (await compiler.compile(job(write_adapter(tmp_path / "good", "good")))).method == "good"
+    assert compiler.pid == before
+    assert (await compiler.compile(job(write_adapter(tmp_path / "leaks", "leaks")))).method == "leaks"
+    assert "some plugin keeps the memory of its jobs" in caplog.text
+    await compiler.started()
+    assert compiler.pid not in (before, None)
+    assert before is not None
+    assert not psutil.pid_exists(before)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's way to choose whom to end when memory is short")
+async def test_when_memory_is_short_it_is_the_process_of_plugins_that_ends(compiler: Compiler) -> None:
+    await compiler.started()
+    assert compiler.pid is not None
+    assert _willingness(compiler.pid) == 1000 > _willingness(os.getpid())
+
+
+def _willingness(pid: int) -> int:
+    """How gladly Linux ends a process when memory is short, at most 1000."""
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
 async def test_an_error_of_the_files_is_no_error_of_a_plugin(

@@ -80,13 +80,20 @@ class Compiler:
         async with self._one_at_a_time:
             link = await self._ready()
             try:
-                return _result(await link.ask(job.message(), self._timeout))
+                answer = await link.ask(job.message(), self._timeout)
+                if answer.get("worn"):
+                    log.warning("some plugin keeps the memory of its jobs: starting another compiler process")
+                    await self._replace()
+                return _result(answer)
             except (LinkFailedError, ValueError) as error:
                 refused = self._refusal(error, job)
                 log.error("%s: starting another compiler process", refused.message)
-                await self._drop()
-                self._spawn(self._warm())
+                await self._replace()
                 raise refused from None
+
+    async def _replace(self) -> None:
+        await self._drop()
+        self._spawn(self._warm())
 
     async def _warm(self) -> None:
         with suppress(UnavailableError):  # it is in the log, and the next job tries again

@@ -13,6 +13,8 @@ import signal
 import socket
 import sys
 import traceback
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -32,6 +34,9 @@ from deltamux.server.compile_job import MAX_TEXT, Budgets, Compiled, Job, error_
 from deltamux.store import PROGRAM_FILE
 
 PR_SET_PDEATHSIG = 1
+
+MAX_GROWTH = 1 << 30
+"""Bytes of memory, beyond those after the start, at which the process asks to be replaced: some plugin leaks."""
 
 
 def main() -> None:
@@ -55,8 +60,10 @@ class Child:
         manager = create_plugin_manager(skip=start["skip"], announce=self._announce)
         self._registry = Registry(manager, announce=self._announce)
         self._say({"methods": self._registry.names(), "broken": self._registry.broken})
+        before = _resident_bytes()
         while line := self._channel.readline():
-            self._say(self._answer(Job.of(json.loads(line))))
+            answer = self._answer(Job.of(json.loads(line)))
+            self._say(answer | {"worn": _resident_bytes() - before > MAX_GROWTH})
 
     def _answer(self, job: Job) -> dict[str, Any]:
         try:
@@ -156,8 +163,17 @@ def _live_and_die_with(parent: int) -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        # Should a plugin take all the memory there is, the kernel is to end this process, and not the engine's.
+        with suppress(OSError):  # /proc may be read-only
+            Path("/proc/self/oom_score_adj").write_text("1000")
     if os.getppid() != parent:
         sys.exit("the server has gone")
+
+
+def _resident_bytes() -> int:
+    if sys.platform != "linux":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":
