@@ -26,10 +26,11 @@ from deltamux.deltas import (
     Scale,
     ScaleInput,
 )
+from deltamux.deltas.batches import module_batch
 from deltamux.deltas.kernels import library
 from deltamux.deltas.kernels.tables import Columns, Factors, pack
 from deltamux.deltas.ops import Run, StepIndex
-from deltamux.deltas.ops.batched import KernelBatch, ModuleBatch, Part, PerPart, module_batch
+from deltamux.deltas.ops.batched import KernelBatch, ModuleBatch, Part, PerPart
 from deltamux.deltas.sites import NormForm
 
 SLOTS = 5

@@ -53,7 +53,8 @@ def test_importing_the_deltas_and_making_a_batch_loads_no_triton() -> None:
     program = (
         "import sys, torch; before = set(sys.modules)\n"
         "from deltamux.deltas import BlockRole, LinearSite, LowRank\n"
-        "from deltamux.deltas.ops.batched import Part, module_batch\n"
+        "from deltamux.deltas.batches import module_batch\n"
+        "from deltamux.deltas.ops.batched import Part\n"
         "site = LinearSite('l', 8, 8, True, False, 0, BlockRole.ATTENTION)\n"
         "batch = module_batch(LowRank, [Part(site, (0, 8))], 2, torch.float16, 'cpu')\n"
         "batch.place(0, 0, LowRank(*torch.ones(2, 8, 8)))\n"

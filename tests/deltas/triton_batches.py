@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deltamux.deltas.kernels.triton import batch_class
+from deltamux.deltas.batches import batch_class
 from deltamux.deltas.ops import OPS
 
 TORCH = {op.batch for op in OPS.values()}

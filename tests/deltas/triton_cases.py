@@ -24,7 +24,7 @@ from deltamux.deltas import (
     Scale,
     SoftPrompt,
 )
-from deltamux.deltas.kernels.triton import batch_class
+from deltamux.deltas.batches import batch_class
 from deltamux.deltas.kernels.triton.batches import KERNEL_BATCHES
 from deltamux.deltas.kernels.triton.bottleneck import BottleneckDeltas
 from deltamux.deltas.kernels.triton.linear import LinearDeltas

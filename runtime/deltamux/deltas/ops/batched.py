@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from deltamux.deltas.kernels import triton
-from deltamux.deltas.kernels.tables import Columns, Segments, Table, available
+from deltamux.deltas.kernels.tables import Columns, Segments, Table
 from deltamux.deltas.ops.base import Op
 from deltamux.deltas.sites import Site
 
@@ -303,14 +302,3 @@ class KernelBatch(ModuleBatch):
 
     def _clear(self, slot: int) -> None:
         self._table.drop(slot)
-
-
-def module_batch(
-    op: type[Op], parts: Sequence[Part], num_slots: int, dtype: torch.dtype, device: torch.device | str
-) -> ModuleBatch:
-    """Returns the fastest batch of an op that can run here."""
-    if op.has_kernel and available(dtype, device):
-        table = op.table(parts[0].site, [part.columns for part in parts], num_slots, dtype)
-        return KernelBatch(parts, table)
-    batch = triton.batch_class(op.batch, device)
-    return PerPart(parts, lambda site: batch(site, num_slots, dtype, device))

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deltamux.deltas.batches import module_batch
 from deltamux.deltas.ops import KVPrefix, Op, StepIndex
-from deltamux.deltas.ops.batched import ModuleBatch, Part, module_batch
+from deltamux.deltas.ops.batched import ModuleBatch, Part
 from deltamux.deltas.sites import HeadSite, Site
 from deltamux.engine.vllm import opaque
 

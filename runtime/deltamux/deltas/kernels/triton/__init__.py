@@ -16,12 +16,8 @@ from __future__ import annotations
 import os
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from deltamux.deltas.ops.batched import OpBatch
 
 
 def available(device: torch.device | str) -> bool:
@@ -38,12 +34,3 @@ def interpreted() -> bool:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
-
-
-def batch_class(kind: type[OpBatch], device: torch.device | str) -> type[OpBatch]:
-    """Returns the class that does a batch's work on a device: `kind` itself, or its subclass that launches kernels."""
-    if not available(device):
-        return kind
-    from deltamux.deltas.kernels.triton.batches import KERNEL_BATCHES
-
-    return KERNEL_BATCHES.get(kind, kind)
