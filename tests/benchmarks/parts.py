@@ -8,18 +8,20 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.neighbours import Neighbours
-from benchmarks.results import BEYOND_WARM, Row, first_token_row, rate_row
+from benchmarks.results import BEYOND_WARM, Row, first_token_row, gap_row, rate_row
 from benchmarks.stage import PEFT_LORAS, Stage, served_name
 from benchmarks.worlds import METHODS, NUM_LORAS, World
 from deltamux.bench import Comparison, Contender, EngineSubject, Measurement, Subject, Workload, drive, interleave
 from deltamux.bench.floor import Floor
+from deltamux.client import AsyncClient
 from deltamux.engine.base import ProgramRef
 
 LONG = 256
@@ -28,6 +30,7 @@ ZIPF_EXPONENT = 1.0
 SETTLE_SECONDS = 1.3
 COLD_ALLOWANCE_MS = 50.0
 COLD_STARTS = 8
+CHANGE_SECONDS = 0.5
 OTHERS = 8
 """Requests that decode while a cold adapter is asked for."""
 
@@ -226,6 +229,36 @@ async def grpc(bench: Bench) -> list[Row]:
     return rows
 
 
+async def swap(bench: Bench) -> list[Row]:
+    """16 LoRAs over gRPC while others are uploaded, made live and deleted, against the same traffic left alone."""
+    part, server = "swap", await bench.stage.server()
+    load = bench.load(*map(served_name, bench.world.loras(PEFT_LORAS)))
+    load = replace(load, requests=4 * load.sequences)
+    others = [bench.world.directories[name] for name in bench.world.loras(NUM_LORAS)[PEFT_LORAS:]]
+
+    async def beside_changes(seed: str) -> Measurement:
+        async with _changing(server.client, others):
+            return await drive(server, load, f"{part} {seed}")
+
+    reference = bench.contender(part, "left alone", server, load)
+    [compared] = await bench.compare(part, reference, Contender("16 LoRAs beside uploads", beside_changes))
+    return [row(part, compared, reference.name, None, bench.size) for row in (rate_row, gap_row)]
+
+
+@asynccontextmanager
+async def _changing(client: AsyncClient, directories: Sequence[Path]) -> AsyncIterator[None]:
+    """Uploads adapters one after the other, each as the live version of one name, and deletes each after a while."""
+
+    async def again_and_again() -> None:
+        for directory in itertools.cycle(directories):
+            await client.upload_adapter(served_name("moving"), directory, promote=True)
+            await asyncio.sleep(CHANGE_SECONDS)
+            await client.delete_adapter(served_name("moving"))
+
+    async with _until_left(again_and_again()):
+        yield
+
+
 async def cold(bench: Bench) -> list[Row]:
     """The first token of an adapter never asked for, its file out of the page cache, beyond a warm one's.
 
@@ -262,13 +295,23 @@ async def _decoding(ours: EngineSubject, others: int) -> AsyncIterator[None]:
         for turn in itertools.count():
             await drive(ours, Workload(sequences=1), f"other {number} {turn}")
 
-    tasks = [asyncio.create_task(again_and_again(number)) for number in range(others)]
+    async with _until_left(*(again_and_again(number) for number in range(others))):
+        yield
+
+
+@asynccontextmanager
+async def _until_left(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Does work beside the block, and ends it with it; what fails before fails the block."""
+    tasks = [asyncio.create_task(each) for each in work]
     try:
         yield
     finally:
+        done = [task for task in tasks if task.done()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 def _cold_row(name: str, file: Path, cold_ms: Sequence[float], warm_ms: Sequence[float]) -> Row:
@@ -326,6 +369,7 @@ PARTS: dict[str, Part] = {
     "vllm-lora": vllm_lora,
     "peft": peft,
     "grpc": grpc,
+    "swap": swap,
     "slots": slots,
     "zipf": zipf,
 }

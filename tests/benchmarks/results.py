@@ -5,20 +5,29 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
-from deltamux.bench import Comparison, Measurement
+from deltamux.bench import Comparison
+from deltamux.bench.compare import Figure
 from deltamux.bench.floor import Floor
+from deltamux.bench.measure import percentile
 
 BASELINE = Path(__file__).with_name("baseline.json")
 NOISE = 0.05
 """A ratio that moved by less is called neither better nor worse."""
 
-RATE, FIRST_TOKEN, BEYOND_WARM = "tokens/s", "first token, ms", "beyond warm, ms"
+RATE, FIRST_TOKEN, GAP = "tokens/s", "first token, ms", "99 % of gaps, ms"
+BEYOND_WARM = "beyond warm, ms"
+FIGURES: dict[str, Figure] = {
+    RATE: lambda m: m.tokens_per_second,
+    FIRST_TOKEN: lambda m: 1000 * m.median_first_token,
+    GAP: lambda m: 1000 * percentile(m.gaps, 99),
+}
+"""What is compared, by metric."""
 
 
 class Target(NamedTuple):
@@ -112,10 +121,13 @@ def first_token_row(part: str, compared: Comparison, against: str, size: str) ->
     return _row(part, compared, against, FIRST_TOKEN, None, size)
 
 
-def _row(part: str, compared: Comparison, against: str, metric: str, floor: Floor | None, size: str) -> Row:
-    def figure(m: Measurement) -> float:
-        return m.tokens_per_second if metric == RATE else 1000 * m.median_first_token
+def gap_row(part: str, compared: Comparison, against: str, floor: Floor | None, size: str) -> Row:
+    """Returns the row of a comparison of the times between tokens that one in a hundred exceeds."""
+    return replace(_row(part, compared, against, GAP, floor, size), name=f"{compared.name}, gaps")
 
+
+def _row(part: str, compared: Comparison, against: str, metric: str, floor: Floor | None, size: str) -> Row:
+    figure = FIGURES[metric]
     ratios = compared.ratios(figure)
     target = TARGETS.get(f"{part}/{compared.name}")
     return Row(
