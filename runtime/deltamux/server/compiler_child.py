@@ -60,10 +60,10 @@ class Child:
         manager = create_plugin_manager(skip=start["skip"], announce=self._announce)
         self._registry = Registry(manager, announce=self._announce)
         self._say({"methods": self._registry.names(), "broken": self._registry.broken})
-        before = _resident_bytes()
+        before = _own_bytes()
         while line := self._channel.readline():
             answer = self._answer(Job.of(json.loads(line)))
-            self._say(answer | {"worn": _resident_bytes() - before > MAX_GROWTH})
+            self._say(answer | {"worn": _own_bytes() - before > MAX_GROWTH})
 
     def _answer(self, job: Job) -> dict[str, Any]:
         try:
@@ -170,10 +170,12 @@ def _live_and_die_with(parent: int) -> None:
         sys.exit("the server has gone")
 
 
-def _resident_bytes() -> int:
+def _own_bytes() -> int:
+    """Returns how much memory this process holds; pages of mapped files, such as the base's weights, do not count."""
     if sys.platform != "linux":
         return 0
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":
