@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,9 @@ def _compose(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    # What libraries say of themselves, some as soon as they are imported, would drown what the demo has to show.
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
     from deltamux_trainers.demo.run import main
 
     given = {"--model": arguments.model, "--output": arguments.output, "--steps-scale": arguments.steps_scale}

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import shlex
 import shutil
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("deltamux-demo"), help="folder for everything made here")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="trains so many times as long")
     options = parser.parse_args(arguments)
-    # What libraries say of themselves would drown what the demo has to show; the server's log is in its own file.
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it so
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
