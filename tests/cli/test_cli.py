@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from adapters import write_own
 from engine import worlds
 
 from deltamux.cli import main, parser
+from deltamux.cli.output import show, show_one
 from deltamux.client import AsyncClient, Client
 from deltamux.deltas import BaseModel
 
@@ -62,6 +64,19 @@ def test_help_takes_well_under_half_a_second_of_cpu() -> None:
     )
     runs = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3))
     assert min(float(run.stdout) for run in runs) < 0.5
+
+
+def test_people_read_four_digits_of_a_figure_and_programs_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    @dataclass
+    class Result:
+        steps: int = 123456
+        loss: float = 9.972919464111328
+
+    show_one(Result(), as_json=False)
+    show([Result()], ["loss"], as_json=False)
+    assert capsys.readouterr().out == "steps  123456\nloss   9.973\nLOSS\n9.973\n"
+    show_one(Result(), as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"steps": 123456, "loss": 9.972919464111328}
 
 
 def test_methods_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> None:

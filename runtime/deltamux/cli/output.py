@@ -43,7 +43,7 @@ def show_one(record: Any, *, as_json: bool) -> None:
     width = max(map(len, values))
     for name, value in values.items():
         if value not in (None, {}, ""):
-            print(f"{name:{width}}  {value}")
+            print(f"{name:{width}}  {_figure(value) if isinstance(value, float) else value}")
 
 
 def plain(record: Any) -> dict[str, Any]:
@@ -57,9 +57,15 @@ def _plain(value: Any) -> Any:
     return str(value) if not isinstance(value, str | int | float | bool | dict | list | tuple | None) else value
 
 
+def _figure(value: float) -> str:
+    return f"{value:.4g}"
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
+    if isinstance(value, float):
+        return _figure(value)
     if isinstance(value, datetime):
         return value.strftime("%Y-%m-%d %H:%M:%S")
     if isinstance(value, bool):
