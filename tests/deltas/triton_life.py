@@ -18,8 +18,10 @@ from deltamux.deltas import Bias, Bottleneck, Scale
 from deltamux.deltas.kernels.triton import table
 from deltamux.deltas.kernels.triton.batches import KERNEL_BATCHES
 from deltamux.deltas.kernels.triton.bottleneck import BottleneckDeltas
+from deltamux.deltas.kernels.triton.factors import FactorDeltas
 from deltamux.deltas.kernels.triton.linear import LinearDeltas
 from deltamux.deltas.kernels.triton.table import StepTable
+from deltamux.deltas.kernels.triton.virtual import VirtualRowDeltas
 from deltas.test_batched import BLOCK, FEATURES, MAKERS, SLOTS, draw
 from deltas.triton_cases import DEVICE, SIZES, alone, assert_close, moved, owners, parts, sequence
 
@@ -86,6 +88,21 @@ def test_arriving_and_leaving_read_nothing_of_the_device_and_write_nothing_from_
             made.place(slot, one)
         for slot in range(SLOTS):
             made.clear(slot)
+    assert not crossings.ops
+
+
+def test_prefixes_prompts_and_factors_of_inputs_arrive_and_leave_without_asking_the_device() -> None:
+    short, long, factor = (draw(1, n, FEATURES).to("meta", torch.bfloat16) for n in (2, 5, 1))
+    prefixes = VirtualRowDeltas(FEATURES, 2, SLOTS, torch.bfloat16, "meta")
+    factors = FactorDeltas(FEATURES, SLOTS, torch.bfloat16, "meta")
+    with Crossings() as crossings:
+        for slot, values in enumerate((short, long)):
+            prefixes.place(slot, values, values)
+            factors.place(slot, factor[0])
+            factors.place(slot, factor[0])
+        for slot in range(2):
+            prefixes.clear(slot)
+            factors.clear(slot)
     assert not crossings.ops
 
 

@@ -182,7 +182,7 @@ async def test_a_process_whose_memory_a_plugin_keeps_is_replaced_and_its_job_is_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's way to choose whom to end when memory is short")
-async def test_when_memory_is_short_it_is_the_process_of_plugins_that_ends(compiler: Compiler) -> None:
+async def test_the_process_asks_linux_to_be_the_first_to_end_when_memory_is_short(compiler: Compiler) -> None:
     await compiler.started()
     assert compiler.pid is not None
     assert _willingness(compiler.pid) == 1000 > _willingness(os.getpid())

@@ -54,9 +54,9 @@ class BottleneckDeltas:
             matrices.inner_bias[slot, :width] = op.down_bias
         if op.up_bias is not None:
             torch.mul(op.up_bias, op.scale, out=matrices.bias[slot])
-        # Number by number: each is a fill, where a copy of a tensor of the host would wait for the device.
+        # Number by number: a fill is one launch, where a copy of a tensor of the host would wait for the device.
         for field, value in enumerate(_description(op)):
-            matrices.meta[slot, 0, field] = value
+            matrices.meta[slot, 0, field].fill_(value)
         self.mask |= 1 << slot
         return True
 

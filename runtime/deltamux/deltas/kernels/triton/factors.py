@@ -25,12 +25,12 @@ class FactorDeltas:
         """Multiplies a slot's factors by `factor` [features]."""
         own = self._factors[slot]
         own.copy_(own.float() * factor if self.mask & (1 << slot) else factor)
-        self._present[slot] = 1
+        self._present[slot].fill_(1)
         self.mask |= 1 << slot
 
     def clear(self, slot: int) -> None:
         """Empties a slot; what its buffer holds is not read again."""
-        self._present[slot] = 0
+        self._present[slot].fill_(0)
         self.mask &= ~(1 << slot)
 
     def apply(self, x: Tensor, step: StepTable) -> None:

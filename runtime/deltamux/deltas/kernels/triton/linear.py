@@ -100,7 +100,7 @@ class LinearDeltas:
         self._matrices.a[slot, part, before:after] = op.a
         torch.mul(op.b, op.scale, out=self._matrices.b[slot, self._spans[part], before:after])
         self._ranks[slot, part] = after
-        self._matrices.meta[slot, part, Meta.RANK] = after
+        self._matrices.meta[slot, part, Meta.RANK].fill_(after)
         if after:
             self._ranked |= 1 << slot
         return True
@@ -123,7 +123,7 @@ class LinearDeltas:
 
     def _flag(self, slot: int, part: int, flag: int) -> None:
         flags = self._flags[slot, part] = self._flags.get((slot, part), 0) | flag
-        self._matrices.meta[slot, part, Meta.FLAGS] = flags
+        self._matrices.meta[slot, part, Meta.FLAGS].fill_(flags)
 
 
 def column_blocks(spans: Sequence[slice], device: torch.device | str) -> Tensor:

@@ -32,13 +32,13 @@ class NormDeltas:
         for buffer, change in ((self._weight, op.weight), (self._bias, op.bias)):
             if change is not None:
                 buffer[slot] = change
-        self._changes[slot] = WEIGHT * (op.weight is not None) + BIAS * (op.bias is not None)
+        self._changes[slot].fill_(WEIGHT * (op.weight is not None) + BIAS * (op.bias is not None))
         self.mask |= 1 << slot
         return True
 
     def clear(self, slot: int) -> None:
         """Empties a slot; what its buffers hold is not read again."""
-        self._changes[slot] = 0
+        self._changes[slot].fill_(0)
         self.mask &= ~(1 << slot)
 
     def apply(self, x: Tensor, y: Tensor, step: StepTable, residual: Tensor | None = None) -> None:

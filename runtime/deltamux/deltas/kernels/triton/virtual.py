@@ -35,12 +35,12 @@ class VirtualRowDeltas:
         self._grow(length)
         for buffer, value in zip(self._values, values, strict=True):
             buffer[slot, :length] = value
-        self._lengths[slot] = length
+        self._lengths[slot].fill_(length)
         self.mask |= 1 << slot
 
     def clear(self, slot: int) -> None:
         """Empties a slot; what its buffers hold is not read again."""
-        self._lengths[slot] = 0
+        self._lengths[slot].fill_(0)
         self.mask &= ~(1 << slot)
 
     def apply(self, ys: tuple[Tensor, ...], step: StepTable) -> None:
