@@ -60,15 +60,15 @@ class Modules(NamedTuple):
     ports: list[LinearPort]
 
     @classmethod
-    def of(cls, base: BaseModel, directory: Path, dtype: torch.dtype = torch.float32) -> Modules:
+    def of(cls, base: BaseModel, directory: Path) -> Modules:
         linears = {site.name: site for site in base.linears}
         weights, current, ports = load_file(directory / "model.safetensors"), CurrentStep(), []
         for names in (SINGLE, FUSED):
             sites = [linears[LAYER + name] for name in names]
             starts = [sum(s.out_features for s in sites[:i]) for i in range(len(sites))]
             parts = [Part(s, Columns(start, s.out_features)) for s, start in zip(sites, starts, strict=True)]
-            module = Projection(torch.cat([weights[f"{site.name}.weight"] for site in sites]).to(dtype))
-            ports.append(LinearPort(module, current, Lanes(parts, SLOTS, dtype, torch.device("cpu"))))
+            module = Projection(torch.cat([weights[f"{site.name}.weight"] for site in sites]))
+            ports.append(LinearPort(module, current, Lanes(parts, SLOTS, torch.float32, torch.device("cpu"))))
         return cls(current, ports)
 
     def place(self, slot: int, program: Program) -> None:
@@ -228,7 +228,7 @@ def test_nothing_is_folded_over_a_checkpoint_that_is_not_what_the_engine_has_loa
 
 def test_a_change_that_rounding_would_lose_is_not_merged(base: BaseModel, base_directory: Path) -> None:
     weights = load_file(base_directory / "model.safetensors")
-    modules = foldable(Modules.of(base, base_directory, torch.bfloat16).ports)
+    modules = foldable(Modules.of(base, base_directory).ports)
     visible, faint = (changes_of(modules, full(base, 1, scale))[0] for scale in (1e-1, 1e-4))
     assert merged(visible, weights.__getitem__, torch.bfloat16).weight.dtype is torch.bfloat16
     with pytest.raises(FailedPreconditionError, match="too coarse"):

@@ -129,7 +129,7 @@ class Binding:
         if site.norm in self._norms:
             self._norms[site.norm].feeds = read
         reader.reads.append(read)
-        writer.writes = SubLayer(lanes, read)
+        writer.end(SubLayer(lanes, read))
         return lanes
 
     def _bind_norm(self, site: NormSite) -> Lanes | None:

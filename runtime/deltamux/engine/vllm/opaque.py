@@ -2,14 +2,34 @@
 
 A traced graph is made once and serves every step, whatever adapters it has. So what depends on the step stands behind
 an op that the compiler cannot look into: the graph holds the port's number, and the op asks the port what to do now.
+
+A step asks every port, and most have nothing to do. What that costs is not computing but memory: between two ports the
+weights of a projection have passed through the caches, and all that an op touches comes from RAM. So an op looks at the
+masks before it touches the port; and where torch would only find its way back to this file, it is passed by.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Masked(Protocol):
+    """Whatever has a mask of slots: bit i stands for slot i."""
+
+    @property
+    def mask(self) -> int: ...
+
+
+class Running(Protocol):
+    """Whatever knows the step that is running."""
+
+    @property
+    def index(self) -> Masked: ...
 
 
 class Opaque:
@@ -28,41 +48,80 @@ class Opaque:
         raise NotImplementedError
 
 
-_PORTS: list[Opaque] = []
+@dataclass(slots=True)
+class _Door:
+    """A port, and what is looked at before it is asked: slots of the step, of its own lanes and of a sub-layer's."""
+
+    step: Running
+    own: Masked
+    sub_layer: Masked
+    port: Opaque
+
+
+_DOORS: list[_Door] = []
 # One fragment for the life of the process: torch forgets the ops when it goes.
 _LIBRARY = torch.library.Library("deltamux", "DEF")  # type: ignore[no-untyped-call]  # torch leaves it so
+_FUNCTIONS: dict[str, Callable[..., None]] = {}
+_OVERLOADS: dict[str, Callable[..., None]] = {}
 
 
-def register(port: Opaque) -> int:
-    """Returns the number under which the ops find a port."""
-    _PORTS.append(port)
-    return len(_PORTS) - 1
+def register(port: Opaque, step: Running, lanes: Masked) -> int:
+    """Returns the number under which the ops find a port; they ask it when the step has a slot that the lanes have."""
+    _DOORS.append(_Door(step, lanes, lanes, port))
+    return len(_DOORS) - 1
 
 
-def _define(schema: str, run: Callable[..., None]) -> None:
+def open_for(number: int, sub_layer: Masked) -> None:
+    """Has a port asked for the slots of a sub-layer as well as for its own."""
+    _DOORS[number].sub_layer = sub_layer
+
+
+def call_directly(directly: bool) -> None:
+    """Makes compiled graphs call the functions of this file without torch's dispatch, or with it, as while they load.
+
+    Inductor's code calls an op by its full name, which it looks up in every call: what stands there is called. Torch
+    itself reads the name when it loads a compiled model, and must find the op.
+    """
+    for name, function in _FUNCTIONS.items():
+        getattr(torch.ops.deltamux, name).default = function if directly else _OVERLOADS[name]
+
+
+def _define(schema: str, function: Callable[..., None]) -> Callable[..., None]:
+    """Defines an op; returns what a port calls: the op while a graph is traced, and else the function."""
     name = schema.partition("(")[0]
     _LIBRARY.define(f"{schema} -> ()")  # type: ignore[no-untyped-call]  # torch leaves it so
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, run, device)  # type: ignore[no-untyped-call]  # torch leaves it so
+        _LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]  # torch leaves it so
     torch.library.register_fake(f"deltamux::{name}", lambda *args: None, lib=_LIBRARY)
+    op = getattr(torch.ops.deltamux, name).default
+    _FUNCTIONS[name], _OVERLOADS[name] = function, op
+
+    def call(*args: object) -> None:
+        (op if torch.compiler.is_compiling() else function)(*args)
+
+    return call
 
 
-def _change_input(x: Tensor, port: int) -> None:
-    _PORTS[port].change_input(x)
+def _change_input(x: Tensor, number: int) -> None:
+    door = _DOORS[number]
+    if door.step.index.mask & door.own.mask:
+        door.port.change_input(x)
 
 
-def _change_output(x: Tensor, y: Tensor, port: int) -> None:
-    _PORTS[port].change_output(x, y)
+def _change_output(x: Tensor, y: Tensor, number: int) -> None:
+    door = _DOORS[number]
+    if door.step.index.mask & door.own.mask:
+        door.port.change_output(x, y)
 
 
-def _change_sub_layer(x: Tensor, read: Tensor, residual: Tensor | None, y: Tensor, port: int) -> None:
-    _PORTS[port].change_sub_layer(x, read, residual, y)
+def _change_sub_layer(x: Tensor, read: Tensor, residual: Tensor | None, y: Tensor, number: int) -> None:
+    door = _DOORS[number]
+    if door.step.index.mask & (door.own.mask | door.sub_layer.mask):
+        door.port.change_sub_layer(x, read, residual, y)
 
 
-_define("change_input(Tensor(a!) x, int port)", _change_input)
-_define("change_output(Tensor x, Tensor(a!) y, int port)", _change_output)
-_define("change_sub_layer(Tensor x, Tensor read, Tensor? residual, Tensor(a!) y, int port)", _change_sub_layer)
-
-change_input = torch.ops.deltamux.change_input.default
-change_output = torch.ops.deltamux.change_output.default
-change_sub_layer = torch.ops.deltamux.change_sub_layer.default
+change_input = _define("change_input(Tensor(a!) x, int number)", _change_input)
+change_output = _define("change_output(Tensor x, Tensor(a!) y, int number)", _change_output)
+change_sub_layer = _define(
+    "change_sub_layer(Tensor x, Tensor read, Tensor? residual, Tensor(a!) y, int number)", _change_sub_layer
+)

@@ -152,7 +152,7 @@ class Port(opaque.Opaque):
         self.lanes = lanes
         self._forward: Callable[..., Any] = module.forward
         self._current = current
-        self._number = opaque.register(self)
+        self._number = opaque.register(self, current, lanes)
         module.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -190,7 +190,7 @@ class LinearPort(Port):
 
     Attributes:
         reads: sub-layers whose input this module reads.
-        writes: the sub-layer whose output it returns. Nobody else reads its input, which may then change in place.
+        writes: the sub-layer whose output it returns, see `end`.
         base: projects rows with the base's own weight; None unless the module has a folded one beside it.
     """
 
@@ -199,6 +199,11 @@ class LinearPort(Port):
         self.reads: list[BlockInput] = []
         self.writes: SubLayer | None = None
         self.base: Callable[[Tensor], Tensor] | None = None
+
+    def end(self, sub_layer: SubLayer) -> None:
+        """Makes this the projection that ends a sub-layer: nobody else reads its input, which may then change."""
+        self.writes = sub_layer
+        opaque.open_for(self._number, sub_layer.lanes)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         alone = len(self.lanes.parts) == 1

@@ -11,6 +11,7 @@ from torch import nn
 from vllm.config import VllmConfig
 
 from deltamux.deltas.kernels import triton
+from deltamux.engine.vllm import opaque
 from deltamux.engine.vllm.loader_link import LoaderServer
 from deltamux.engine.vllm.manager import DeltaManager, ScheduledRequest
 
@@ -52,6 +53,13 @@ class DeltaWorkerMixin:
         super().init_device()  # type: ignore[misc]  # vLLM's worker stands behind the mixin
         runner = self.model_runner
         runner.__class__ = type("DeltaModelRunner", (DeltaRunnerMixin, type(runner)), {})
+        opaque.call_directly(False)
+
+    def compile_or_warm_up_model(self) -> Any:
+        """Ends what vLLM compiles and loads of compiled models; what comes next are steps."""
+        times = super().compile_or_warm_up_model()  # type: ignore[misc]  # as above
+        opaque.call_directly(True)
+        return times
 
     def delta_listen(self, directory: str, cores: list[int]) -> str | None:
         """Opens a way to the loader thread beside the step loop (see `loader_link`).

@@ -1,0 +1,107 @@
+"""What a model asks its ports: in a step that has nothing for them, no more than two masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from deltamux.deltas.ops import Run, StepIndex
+from deltamux.engine.vllm import opaque
+from deltamux.engine.vllm.ports import IDLE, CurrentStep
+
+SLOTS, ROWS = 4, 3
+OWN, OF_SUB_LAYER, FOREIGN = 0, 1, 2
+"""Slots with ops at the port itself, at the sub-layer that it ends, and elsewhere alone."""
+
+
+@dataclass
+class Held:
+    mask: int
+
+
+class Counting(opaque.Opaque):
+    """A port that doubles what it may change, and counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def change_input(self, x: Tensor) -> None:
+        self.asked += 1
+        x.mul_(2)
+
+    def change_output(self, x: Tensor, y: Tensor) -> None:
+        self.asked += 1
+        y.mul_(2)
+
+    def change_sub_layer(self, x: Tensor, read: Tensor, residual: Tensor | None, y: Tensor) -> None:
+        self.asked += 1
+        y.mul_(2)
+
+
+class Model:
+    """Two modules with ports, the second of which ends a sub-layer."""
+
+    def __init__(self) -> None:
+        self.step = CurrentStep()
+        self.ports = [Counting(), Counting()]
+        own = Held(1 << OWN)
+        first, last = (opaque.register(port, self.step, own) for port in self.ports)
+        opaque.open_for(last, Held(1 << OF_SUB_LAYER))
+
+        def forward(x: Tensor) -> Tensor:
+            y = x + 1
+            opaque.change_output(x, y, first)
+            z = y * 1
+            opaque.change_input(z, last)
+            out = z + 1
+            opaque.change_sub_layer(z, y, None, out, last)
+            return out
+
+        self.eager: Callable[[Tensor], Tensor] = forward
+        self.compiled: Callable[[Tensor], Tensor] = torch.compile(forward, fullgraph=True)
+
+    def run(self, forward: Callable[[Tensor], Tensor], slot: int | None) -> tuple[float, list[int]]:
+        """Returns what one row of zeros becomes, and how often each port was asked."""
+        for port in self.ports:
+            port.asked = 0
+        self.step.index = IDLE if slot is None else StepIndex((Run(slot, 0, ROWS),), ROWS, SLOTS)
+        with torch.inference_mode():
+            out = forward(torch.zeros(ROWS, 2))
+        assert bool((out == out[0, 0]).all())
+        return float(out[0, 0]), [port.asked for port in self.ports]
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[Model]:
+    yield Model()
+    opaque.call_directly(False)
+
+
+@pytest.mark.parametrize("way", ["eager", "compiled", "compiled, called directly"])
+def test_a_port_is_asked_in_steps_that_have_a_slot_of_its_own(model: Model, way: str) -> None:
+    opaque.call_directly(way.endswith("directly"))
+    forward = model.eager if way == "eager" else model.compiled
+    assert model.run(forward, OWN) == (10.0, [1, 2])
+    assert model.run(forward, FOREIGN) == (2.0, [0, 0])
+    assert model.run(forward, None) == (2.0, [0, 0])
+
+
+@pytest.mark.parametrize("directly", [False, True])
+def test_a_port_that_ends_a_sub_layer_is_asked_for_the_sub_layers_slots_too(model: Model, directly: bool) -> None:
+    opaque.call_directly(directly)
+    assert model.run(model.compiled, OF_SUB_LAYER) == (4.0, [0, 1])
+
+
+def test_a_compiled_model_that_calls_directly_passes_torchs_dispatch_by(model: Model) -> None:
+    dispatched = {}
+    for directly in (False, True, False):
+        opaque.call_directly(directly)
+        model.run(model.compiled, OWN)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            model.run(model.compiled, OWN)
+        dispatched[directly] = sum(e.count for e in profile.key_averages() if e.key.startswith("deltamux::"))
+    assert dispatched == {False: 3, True: 0}
