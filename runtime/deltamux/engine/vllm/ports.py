@@ -23,6 +23,11 @@ IDLE = StepIndex((), 0, 0)
 """A step in which every row is the base's."""
 
 
+def of_step(x: Tensor, step: StepIndex) -> Tensor:
+    """Returns the rows of `x` that are the step's: all but those that CUDA graphs pad it with."""
+    return x if x.shape[0] == step.num_rows else x[: step.num_rows]
+
+
 class FoldedStep(NamedTuple):
     """A step in which modules run with the weights of one program; see `folding.Folding`.
 
@@ -161,8 +166,7 @@ class Port(opaque.Opaque):
     def change_output(self, x: Tensor, y: Tensor) -> None:
         step = self._current.index
         if step.mask & self.lanes.mask:
-            rows = step.num_rows
-            self.lanes.apply(x[:rows], y[:rows], step)
+            self.lanes.apply(of_step(x, step), of_step(y, step), step)
 
 
 class BlockInput:
@@ -224,7 +228,7 @@ class LinearPort(Port):
     def change_input(self, x: Tensor) -> None:
         step = self._current.index
         if step.mask & self.lanes.input_mask:
-            self.lanes.change_input(x[: step.num_rows], step)
+            self.lanes.change_input(of_step(x, step), step)
 
     def change_output(self, x: Tensor, y: Tensor) -> None:
         step = self._current.index
@@ -237,8 +241,7 @@ class LinearPort(Port):
         if folded.others is not None:
             y[folded.others] = self.base(x[folded.others])
         if step.mask & self.lanes.mask:
-            rows = step.num_rows
-            self.lanes.apply(x[:rows], y[:rows], step, weights=folded.weights)
+            self.lanes.apply(of_step(x, step), of_step(y, step), step, weights=folded.weights)
 
     def change_sub_layer(self, x: Tensor, read: Tensor, residual: Tensor | None, y: Tensor) -> None:
         """The projection's own ops come first, then those of the sub-layer that it ends."""
@@ -246,13 +249,13 @@ class LinearPort(Port):
         step, sub_layer = self._current.index, self.writes
         assert sub_layer is not None
         if step.mask & sub_layer.lanes.mask:
-            rows = step.num_rows
-            sub_layer.lanes.apply(read[:rows], y[:rows], step, None if residual is None else residual[:rows])
+            stream = None if residual is None else of_step(residual, step)
+            sub_layer.lanes.apply(of_step(read, step), of_step(y, step), step, stream)
 
     def _with_changed_input(self, x: Tensor, y: Tensor, step: StepIndex) -> Tensor:
         """Projects once more, since others may read this input too; returns the copy that has changed."""
         x = x.clone()
-        self.lanes.change_input(x[: step.num_rows], step)
+        self.lanes.change_input(of_step(x, step), step)
         output = self._forward(x)
         y.copy_(output[0] if isinstance(output, tuple) else output)
         return x
@@ -352,5 +355,4 @@ class AttentionPort:
         step = self._current.index
         if step.virtual is None or not step.virtual.mask & self._lanes.mask or key is None or value is None:
             return
-        rows = step.num_rows
-        self._lanes.apply(key[:rows].flatten(1), value[:rows].flatten(1), step)
+        self._lanes.apply(of_step(key, step).flatten(1), of_step(value, step).flatten(1), step)
