@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,34 +19,42 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-WAYS = {"interpreter": "1", **({"gpu": "0"} if torch.cuda.is_available() else {})}
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-
-
-@needs_triton
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("cases", ["triton_cases.py", "triton_life.py"])
-def test_the_kernels_pass_every_case(cases: str, way: str) -> None:
-    _run(cases, TRITON_INTERPRET=WAYS[way])
-
-
-@needs_triton
-def test_the_kernels_pass_every_case_of_the_torch_batches() -> None:
-    _run("test_batched.py", "-p", "deltas.triton_batches", TRITON_INTERPRET="1")
+COMPILED = {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"}
+WAYS = {
+    "interpreter": {"TRITON_INTERPRET": "1"},
+    **({"gpu": {"TRITON_INTERPRET": "0"}} if torch.cuda.is_available() else {}),
+}
+RUNS = {
+    **{f"{cases} by {way}": (f"triton_{cases}.py", (), way) for cases in ("cases", "life") for way in WAYS},
+    "every case of the torch batches": ("test_batched.py", ("-p", "deltas.triton_batches"), "interpreter"),
+    # Without a GPU: Triton's compiler and NVIDIA's assembler come with Triton.
+    "compiled for GPUs": ("triton_compilation.py", (), "compiler"),
+}
+"""What the kernels pass: a file of cases, options of pytest, and a way."""
 
 
-@needs_triton
-def test_the_kernels_compile_for_gpus(tmp_path: Path) -> None:
-    """Without one: Triton's compiler and NVIDIA's assembler come with Triton."""
-    _run("triton_compilation.py", TRITON_INTERPRET="0", TRITON_DEFAULT_FP_FUSION="1", TRITON_CACHE_DIR=str(tmp_path))
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
+    """All runs that were asked for, two at a time on a CPU: each is one process that computes in one thread."""
+    asked = {item.name for item in request.session.items}
+    cache = tmp_path_factory.mktemp("triton")
+    with ThreadPoolExecutor(1 if "gpu" in WAYS else 2) as pool:
+        chosen = {name: run for name, run in RUNS.items() if f"test_the_kernels_pass[{name}]" in asked}
+        yield {name: pool.submit(_run, *run, cache) for name, run in chosen.items()}
 
 
-def _run(cases: str, *options: str, **variables: str) -> None:
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize("name", RUNS)
+def test_the_kernels_pass(runs: dict[str, Future[None]], name: str) -> None:
+    runs[name].result()
+
+
+def _run(cases: str, options: Sequence[str], way: str, cache: Path) -> None:
     # The interpreter's numpy warns of the very NaN that the cases put in.
     command = [sys.executable, "-m", "pytest", str(HERE / cases), "-q", "-W", "ignore::RuntimeWarning", *options]
     path = os.pathsep.join([str(HERE.parent), str(HERE.parents[1] / "runtime")])
-    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **WAYS.get(way, COMPILED)}
+    environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

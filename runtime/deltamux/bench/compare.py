@@ -64,7 +64,8 @@ async def interleave(
     """Measures every contender right beside a run of the reference, `repeats` times, after one round that warms up.
 
     A run of the reference stands between two contenders and serves both: A R B, C R D, and so on. Every second round
-    goes backwards, so that what drifts does not favour those that come first.
+    goes backwards, so that what drifts does not favour those that come first; one that is left over comes before the
+    reference in one round and behind it in the next.
 
     Args:
         progress: told what runs next.
@@ -77,7 +78,8 @@ async def interleave(
         order = contenders if repeat % 2 else contenders[::-1]
         for pair in (order[i : i + 2] for i in range(0, len(order), 2)):
             ran = dict[str, Measurement]()
-            for contender in (pair[0], reference, *pair[1:]):
+            turns = (pair[0], reference, *pair[1:])
+            for contender in turns if len(pair) > 1 or repeat % 2 else turns[::-1]:
                 progress(f"round {repeat} of {repeats}: {contender.name}")
                 await asyncio.sleep(settle_seconds)
                 ran[contender.name] = await contender.run(f"{repeat} {contender.name} {pair[0].name}")
