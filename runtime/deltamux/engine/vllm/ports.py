@@ -238,6 +238,8 @@ class LinearPort(Port):
         if folded is None or self.base is None:
             super().change_output(x, y)
             return
+        # Every module with folded weights gets here: a step is folded only if it has rows of the folded program, whose
+        # slot has ops in these lanes.
         if folded.others is not None:
             y[folded.others] = self.base(x[folded.others])
         if step.mask & self.lanes.mask:
