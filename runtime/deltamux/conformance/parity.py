@@ -61,12 +61,12 @@ async def served(
     return Greedy(tokens, logprobs, margins)
 
 
-def assert_same(expected: Greedy, actual: Greedy) -> None:
+def assert_same(expected: Greedy, actual: Greedy, tolerance: float = TOLERANCE) -> None:
     """Compares up to the first tie: past it, both may go on with another token and be right."""
     assert len(actual.token_ids) == len(expected.token_ids)
     for position, (token, logprob, margin) in enumerate(zip(*expected, strict=True)):
         difference = abs(actual.logprobs[position] - logprob)
-        assert difference < TOLERANCE, f"log-probability at {position} differs by {difference}"
+        assert difference < tolerance, f"log-probability at {position} differs by {difference}"
         if actual.token_ids[position] != token:
-            assert margin <= TOLERANCE, f"token {position} is {actual.token_ids[position]}, not {token}"
+            assert margin <= tolerance, f"token {position} is {actual.token_ids[position]}, not {token}"
             return

@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=3, help="after one round that warms up; the figure is the median"
     )
+    parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="memory of every engine's KV cache")
     parser.add_argument("--skip-tests", action="store_true", help="measure without running the kernels' tests first")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args(arguments)
@@ -72,7 +73,7 @@ def table(rows: list[Measured]) -> list[dict[str, Any]]:
 
 
 async def measure(given: argparse.Namespace) -> list[Measured]:
-    load = Load(given.sequences, given.prompt_tokens, given.new_tokens, given.repeats)
+    load = Load(given.sequences, given.prompt_tokens, given.new_tokens, given.repeats, given.kv_cache_gib)
     with tempfile.TemporaryDirectory() as folder:
         material = Material.write(Path(folder), SIZES[given.size], given.rank)
         return [row for name in given.engines for row in await ENGINES[name](material, load)]

@@ -24,6 +24,11 @@ class Load(NamedTuple):
     prompt_tokens: int
     new_tokens: int
     repeats: int
+    kv_cache_gib: float
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        return int(self.kv_cache_gib * 2**30)
 
 
 class Measured(NamedTuple):
@@ -100,6 +105,7 @@ async def _started_vllm(material: Material, load: Load, options: Mapping[str, An
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=load.sequences,
         disable_log_stats=True,
+        kv_cache_memory_bytes=load.kv_cache_bytes,
         **options,
     )
     llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
@@ -124,7 +130,7 @@ async def deltas(material: Material, load: Load, *, graphs: bool) -> list[Measur
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=load.sequences,
             max_active_adapters=SLOTS,
-            engine_arguments={"enforce_eager": not graphs},
+            engine_arguments={"enforce_eager": not graphs, "kv_cache_memory_bytes": load.kv_cache_bytes},
         )
     )
     sampling = SamplingOptions(max_tokens=load.new_tokens, temperature=0.0, ignore_eos=True)

@@ -1,0 +1,139 @@
+"""The real engine on a GPU: eagerly, and compiled with CUDA graphs. Skipped where there is none.
+
+Slots are fewer than adapters, so that they change hands between the steps that replay one graph.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from transformers import AutoModelForCausalLM
+
+from deltamux.conformance.parity import TOLERANCE, Greedy, assert_same, reference, served
+from deltamux.deltas import BaseModel, Program, attached
+from deltamux.engine.base import EngineOptions, ProgramRef
+from deltamux.engine.vllm.engine import VLLMEngine
+from engine.conftest import OPTIONS
+from engine.test_mixed_batch import NAMES, Request, requests, run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+
+SLOTS = 5
+TOKENS = 12
+
+
+class Way(NamedTuple):
+    """How an engine runs; what of it may differ from the reference executor in float32, in log-probability."""
+
+    eager: bool
+    dtype: str
+    tolerance: float
+    backend: str
+
+
+WAYS = {
+    "eager, float32": Way(True, "float32", TOLERANCE, "TRITON_ATTN"),
+    "graphs, float32": Way(False, "float32", TOLERANCE, "TRITON_ATTN"),
+    "graphs, bfloat16": Way(False, "bfloat16", 0.3, "FLASH_ATTN"),
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+async def on_gpu(request: pytest.FixtureRequest, base_directory: Path) -> AsyncIterator[tuple[Way, VLLMEngine]]:
+    way = WAYS[request.param]
+    arguments: dict[str, Any] = {
+        "enforce_eager": way.eager,
+        "attention_backend": way.backend,
+        "kv_cache_memory_bytes": 1 << 28,
+        "worker_cls": "engine.graph_worker.CountingWorker",
+    }
+    options = {**OPTIONS, "dtype": way.dtype}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_F32_DEFAULT", "ieee")  # vLLM's attention multiplies float32 as TF32 otherwise
+        engine = VLLMEngine(
+            EngineOptions(
+                str(base_directory),
+                device="cuda",
+                max_active_adapters=SLOTS,
+                engine_arguments=arguments,
+                **options,  # type: ignore[arg-type]  # a plain dict of the common ones
+            )
+        )
+        await engine.start()
+        yield way, engine
+        await engine.stop()
+
+
+@pytest.fixture(scope="module")
+def expected(base: BaseModel, base_directory: Path, programs: dict[str, ProgramRef]) -> dict[str | None, Greedy]:
+    """What the reference executor generates behind one prompt, by each adapter and by none."""
+    model = AutoModelForCausalLM.from_pretrained(base_directory)
+    made: dict[str | None, Greedy] = {None: reference(model, PROMPT, TOKENS)}
+    for name in NAMES:
+        with attached(model, base, Program.load(programs[name].path)):
+            made[name] = reference(model, PROMPT, TOKENS)
+    return made
+
+
+PROMPT = (5, 17, 99, 200, 3, 42)
+
+
+async def test_a_mixed_batch_is_what_the_reference_executor_computes(
+    on_gpu: tuple[Way, VLLMEngine], programs: dict[str, ProgramRef], expected: dict[str | None, Greedy]
+) -> None:
+    way, engine = on_gpu
+    together = await asyncio.gather(
+        *(served(engine, PROMPT, programs[name] if name else None, TOKENS, f"{way}-{name}") for name in (None, *NAMES))
+    )
+    for name, mixed in zip((None, *NAMES), together, strict=True):
+        assert_same(expected[name], mixed, way.tolerance)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batch=requests)
+async def test_a_mixed_batch_gives_each_request_what_it_gets_alone(
+    batch: list[Request], on_gpu: tuple[Way, VLLMEngine], programs: dict[str, ProgramRef]
+) -> None:
+    way, engine = on_gpu
+    together = await asyncio.gather(*(run(engine, programs, request) for request in batch))
+    for request, mixed in zip(batch, together, strict=True):
+        assert_same(await run(engine, programs, request), mixed, way.tolerance)
+
+
+async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
+    on_gpu: tuple[Way, VLLMEngine], programs: dict[str, ProgramRef]
+) -> None:
+    way, engine = on_gpu
+    wanted = {
+        None: {"BASE"},
+        "low-rank": {"LINEAR"},
+        "bias": {"LINEAR"},
+        "scale": {"ALL"},  # scales an input as well
+        "bottleneck": {"ALL"},
+        "prefix": {"BASE"},  # its keys and values are in the cache before the first step
+        "soft-prompt": {"none", "BASE"},  # nothing to do once its virtual tokens are in the cache
+        "everything": {"none"},  # three bottlenecks at one place have no kernels
+    }
+    for name, profiles in wanted.items():
+        before = await _replayed(engine)
+        await served(engine, (9, 8, 7), programs[name] if name else None, 4, f"profile-{way}-{name}")
+        after = await _replayed(engine)
+        new = {key for key, count in after.items() if count != before.get(key)}
+        if way.eager:
+            assert new == {"none"}, name
+            continue
+        assert {key.split()[-1] for key in new} == profiles, name
+        # Prompts run by pieces, what is generated behind them by whole graphs.
+        assert profiles == {"none"} or any(key.startswith("FULL") for key in new), name
+
+
+async def _replayed(engine: VLLMEngine) -> dict[str, int]:
+    (counts,) = await engine.call_workers("replayed")
+    assert isinstance(counts, dict)
+    return counts
