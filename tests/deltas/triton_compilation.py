@@ -43,7 +43,7 @@ BUILDS = [
 """Each type and each target once; float32 in tall tiles takes the most shared memory."""
 
 
-def compiled(kernel: Any, dtype: torch.dtype, target: Target, **constants: Any) -> Any:
+def compiled(kernel: Any, dtype: torch.dtype, target: Target, num_stages: int = 3, **constants: Any) -> Any:
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -54,7 +54,7 @@ def compiled(kernel: Any, dtype: torch.dtype, target: Target, **constants: Any) 
     signature = {name: type_of(name) for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    made = triton.compile(source, target=GPUTarget("cuda", target.capability, 32))
+    made = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options={"num_stages": num_stages})
     assert made.metadata.shared <= SHARED_BYTES
     assert made.asm["cubin"]
     return made
@@ -65,6 +65,7 @@ def compiled(kernel: Any, dtype: torch.dtype, target: Target, **constants: Any) 
 def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: Target, bottleneck: bool) -> None:
     parts, dot = 1 if bottleneck else 3, VALUES[dtype][1]
     common = {"PARTS": parts, "MAX_RANK": 64, "DOT": dot, "BLOCK_ROWS": target.tile_rows}
+    common["OVERLAPS"] = target.capability >= 90
     inner = matrix.inner_columns(target.tile_rows, dtype)
     made = [
         compiled(
@@ -89,6 +90,7 @@ def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: T
             ACTIVATES=bottleneck,
             BLOCK_RANK=32,
             BLOCK_OUT=matrix.COLUMNS,
+            num_stages=1,
         ),
     ]
     if dtype is not torch.float32:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -84,6 +85,8 @@ def main() -> int:
     if (problem := refusal()) is not None:
         print(f"benchmarks.gpu: {problem}", file=sys.stderr)
         return 2
+    # Asking for the device, above, leaves no process that can be forked.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if not given.skip_tests:
         subprocess.run([sys.executable, "-m", "pytest", str(KERNEL_TESTS), "-q"], check=True)
     rows = table(asyncio.run(measure(given)))

@@ -234,6 +234,11 @@ def _set_environment() -> None:
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():
+        # A process that has as much as asked torch for a CUDA device can fork none that uses one, and plugins may ask.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
 def _engine_config(arguments: AsyncEngineArgs) -> VllmConfig:

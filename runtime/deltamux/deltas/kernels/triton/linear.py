@@ -86,11 +86,8 @@ class LinearDeltas:
         Args:
             active: slots with rows in this step; None launches every kernel, as a graph that is captured needs.
         """
-        if active is None or active & self._ranked:
-            products = shrink(self._matrices, x, step, y)
-        else:
-            products = x.new_empty((1, 1, 1), dtype=torch.float32)  # no active slot has a rank: nothing reads it
-        expand(self._matrices, products, y, step)
+        ranked = active is None or active & self._ranked
+        expand(self._matrices, shrink(self._matrices, x, step, y) if ranked else None, y, step)
 
     def _add_ranks(self, slot: int, part: int, op: LowRank) -> bool:
         before = self._ranks.get((slot, part), 0)

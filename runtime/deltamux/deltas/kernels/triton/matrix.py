@@ -7,6 +7,7 @@ bias and an activation in front of the second product.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -149,11 +150,14 @@ def _shrink_kernel(
     CHUNK: tl.constexpr,
     MIXED: tl.constexpr,
     DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
     """Grid: (tiles, parts x blocks of ranks, splits of the input's columns)."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
     record = records + tl.program_id(0) * _FIELDS
     slot = tl.load(record + _TILE_SLOT)
     if slot < 0:
@@ -219,6 +223,7 @@ def _expand_kernel(
     SCALES: tl.constexpr,
     ACTIVATES: tl.constexpr,
     DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -242,23 +247,25 @@ def _expand_kernel(
     n = tl.load(block + 1) + tl.arange(0, BLOCK_OUT)
     inside = n < tl.load(block + 2)
     vectors = slot.to(tl.int64) * OUT + n
+    # What does not depend on shrink is asked for first, so that its latency passes while shrink still works.
+    at_y = y + rows[:, None] * y_stride + n[None, :]
+    result = tl.load(at_y, mask=own[:, None] & inside[None, :], other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
     for r0 in range(0, rank, BLOCK_RANK):
         r = r0 + tl.arange(0, BLOCK_RANK)
         ranked = r < rank
+        w = tl.load(b + vectors[None, :] * MAX_RANK + r[:, None], mask=ranked[:, None] & inside[None, :], other=0.0)
+        if OVERLAPS:
+            tl.extra.cuda.gdc_wait()
         at = products + (start + m)[:, None].to(tl.int64) * (PARTS * MAX_RANK) + part * MAX_RANK + r[None, :]
         h = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
-        for split in range(SPLITS):
-            partial = at + split * split_stride
-            h += tl.load(partial, mask=own[:, None] & ranked[None, :], other=0.0)
+        for split in tl.static_range(SPLITS):
+            h += tl.load(at + split * split_stride, mask=own[:, None] & ranked[None, :], other=0.0)
         if ACTIVATES:
             if (flags & _INNER_BIAS) != 0:
                 h += tl.load(inner_bias + slot * MAX_RANK + r, mask=ranked, other=0.0).to(tl.float32)[None, :]
             h = _activated(h, tl.load(described + 3))
-        w = tl.load(b + vectors[None, :] * MAX_RANK + r[:, None], mask=ranked[:, None] & inside[None, :], other=0.0)
         total += tl.dot(h.to(DOT), w.to(DOT), input_precision="ieee")
-    at_y = y + rows[:, None] * y_stride + n[None, :]
-    result = tl.load(at_y, mask=own[:, None] & inside[None, :], other=0.0).to(tl.float32)
     if SCALES:
         if (flags & _SCALE) != 0:
             result *= tl.load(scale + vectors, mask=inside, other=1.0).to(tl.float32)[None, :]
@@ -300,6 +307,7 @@ def shrink(matrices: Matrices, x: Tensor, step: StepTable, y: Tensor, residual: 
         CHUNK=chunk,
         MIXED=matrices.inner_bias is not None,
         DOT=_dot_type(matrices.a.dtype),
+        OVERLAPS=overlaps(x.device),
         BLOCK_ROWS=step.tile_rows,
         BLOCK_RANK=block_rank,
         BLOCK_IN=inner_columns(step.tile_rows, matrices.a.dtype),
@@ -307,9 +315,17 @@ def shrink(matrices: Matrices, x: Tensor, step: StepTable, y: Tensor, residual: 
     return products
 
 
-def expand(matrices: Matrices, products: Tensor, y: Tensor, step: StepTable) -> None:
-    """Finishes the output in place: y = y * scale + products times the second matrices + bias, each row its slot's."""
+def expand(matrices: Matrices, products: Tensor | None, y: Tensor, step: StepTable) -> None:
+    """Finishes the output in place: y = y * scale + products times the second matrices + bias, each row its slot's.
+
+    Args:
+        products: what `shrink` returned, launched just before; None where no slot with rows in this step has a rank.
+    """
     max_rank = matrices.max_rank
+    # Behind another kernel than shrink, it would read an output that is not yet written.
+    early = {"launch_pdl": True} if products is not None and overlaps(y.device) else {}
+    if products is None:
+        products = y.new_empty((1, 1, 1), dtype=torch.float32)  # never read
     grid = (step.max_tiles(y.shape[0]), matrices.columns.shape[0])
     _expand_kernel[grid](
         products,
@@ -330,10 +346,23 @@ def expand(matrices: Matrices, products: Tensor, y: Tensor, step: StepTable) -> 
         SCALES=matrices.scale is not None,
         ACTIVATES=matrices.inner_bias is not None,
         DOT=_dot_type(matrices.b.dtype),
+        OVERLAPS=bool(early),
         BLOCK_ROWS=step.tile_rows,
         BLOCK_RANK=max(16, min(32, triton.next_power_of_2(max_rank))),
         BLOCK_OUT=COLUMNS,
+        num_stages=1,  # most loops have one turn, and a pipeline would keep every split's products in shared memory
+        **early,
     )
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Tells whether expand's programs start while shrink's still work (programmatic dependent launch, from Hopper on).
+
+    They ask for all that shrink does not write, and wait for it in front of its products. Shrink itself starts when all
+    before it is over, so that the output which both find is complete.
+    """
+    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def inner_columns(tile_rows: int, dtype: torch.dtype) -> int:
