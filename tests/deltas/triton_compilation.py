@@ -43,7 +43,9 @@ BUILDS = [
 """Each type and each target once; float32 in tall tiles takes the most shared memory."""
 
 
-def compiled(kernel: Any, dtype: torch.dtype, target: Target, num_stages: int = 3, **constants: Any) -> Any:
+def compiled(
+    kernel: Any, dtype: torch.dtype, target: Target, num_warps: int = 4, num_stages: int = 3, **constants: Any
+) -> Any:
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
@@ -54,7 +56,8 @@ def compiled(kernel: Any, dtype: torch.dtype, target: Target, num_stages: int = 
     signature = {name: type_of(name) for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values)
-    made = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options={"num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
     assert made.metadata.shared <= SHARED_BYTES
     assert made.asm["cubin"]
     return made
@@ -66,7 +69,7 @@ def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: T
     parts, dot = 1 if bottleneck else 3, VALUES[dtype][1]
     common = {"PARTS": parts, "MAX_RANK": 64, "DOT": dot, "BLOCK_ROWS": target.tile_rows}
     common["OVERLAPS"] = target.capability >= 90
-    inner = matrix.inner_columns(target.tile_rows, dtype)
+    cut = matrix.SHORT if target.tile_rows == table.SHORT_TILE else matrix.TALL
     made = [
         compiled(
             matrix._shrink_kernel,
@@ -74,10 +77,11 @@ def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: T
             target,
             **common,
             IN=4096,
-            CHUNK=512,
+            CHUNK=4096 // cut.splits(4096),
             MIXED=bottleneck,
-            BLOCK_RANK=64,
-            BLOCK_IN=inner,
+            BLOCK_RANK=cut.ranks,
+            BLOCK_IN=cut.inner_columns(dtype),
+            num_warps=cut.shrink_warps,
         ),
         compiled(
             matrix._expand_kernel,
@@ -85,11 +89,12 @@ def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: T
             target,
             **common,
             OUT=6144,
-            SPLITS=8,
+            SPLITS=cut.splits(4096),
             SCALES=not bottleneck,
             ACTIVATES=bottleneck,
-            BLOCK_RANK=32,
+            BLOCK_RANK=matrix.EXPAND_RANKS,
             BLOCK_OUT=matrix.COLUMNS,
+            num_warps=cut.expand_warps,
             num_stages=1,
         ),
     ]

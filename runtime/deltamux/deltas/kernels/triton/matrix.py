@@ -102,13 +102,39 @@ class Matrices(NamedTuple):
         return self.a.shape[2]
 
 
-COLUMNS = 64
+COLUMNS = 128
 """Columns of the output that one program of expand finishes."""
-_INNER = 128
-"""Columns of the input that shrink multiplies at once, at most."""
-_SPLIT_FEATURES = 512
-"""Columns of the input that one program of shrink works through in small steps, where programs are few."""
-_MAX_SPLITS = 8
+EXPAND_RANKS = 16
+"""Ranks that expand multiplies at once; the least that a tensor core does."""
+
+
+class Cut(NamedTuple):
+    """Into which programs a launch is cut: what an H200 was fastest with (`benchmarks.gpu.kernels`, ranks of 16).
+
+    Attributes:
+        ranks: of a slot, per program of shrink.
+        inner: columns of the input that shrink multiplies at once, in 16 bits; in 32, a quarter fits into shared memory.
+        split: columns of the input, at least, for each program of shrink: few tiles leave a GPU idle, many do not.
+        max_splits: programs that share the input's columns, at most; their products are added up by expand.
+        shrink_warps: of a program of shrink; expand_warps: of expand.
+    """
+
+    ranks: int
+    inner: int
+    split: int
+    max_splits: int
+    shrink_warps: int
+    expand_warps: int
+
+    def inner_columns(self, dtype: torch.dtype) -> int:
+        return self.inner if dtype.itemsize == 2 else self.inner // 4
+
+    def splits(self, features: int) -> int:
+        return max(1, min(self.max_splits, features // self.split))
+
+
+SHORT = Cut(ranks=16, inner=128, split=512, max_splits=8, shrink_warps=2, expand_warps=4)
+TALL = Cut(ranks=32, inner=128, split=1024, max_splits=2, shrink_warps=4, expand_warps=8)
 
 
 @triton.jit
@@ -282,13 +308,12 @@ def shrink(matrices: Matrices, x: Tensor, step: StepTable, y: Tensor, residual: 
     activations, each slot reads what its description says of `x`, `residual` and `y`.
     """
     rows, features = x.shape
-    splits = _splits(features, step)
-    chunk = -(-features // (splits * _INNER)) * _INNER
-    max_rank, parts = matrices.max_rank, matrices.parts
+    max_rank, parts, cut = matrices.max_rank, matrices.parts, cut_of(step)
+    splits, inner = cut.splits(features), cut.inner_columns(x.dtype)
+    chunk = -(-features // (splits * inner)) * inner
     products = torch.empty(splits, rows, parts * max_rank, dtype=torch.float32, device=x.device)
-    block_rank = max(16, min(64, triton.next_power_of_2(max_rank)))
     stream = x if residual is None else residual
-    grid = (step.max_tiles(rows), parts * triton.cdiv(max_rank, block_rank), splits)
+    grid = (step.max_tiles(rows), parts * triton.cdiv(max_rank, cut.ranks), splits)
     _shrink_kernel[grid](
         x,
         stream,
@@ -309,8 +334,9 @@ def shrink(matrices: Matrices, x: Tensor, step: StepTable, y: Tensor, residual: 
         DOT=_dot_type(matrices.a.dtype),
         OVERLAPS=overlaps(x.device),
         BLOCK_ROWS=step.tile_rows,
-        BLOCK_RANK=block_rank,
-        BLOCK_IN=inner_columns(step.tile_rows, matrices.a.dtype),
+        BLOCK_RANK=cut.ranks,
+        BLOCK_IN=inner,
+        num_warps=cut.shrink_warps,
     )
     return products
 
@@ -348,8 +374,9 @@ def expand(matrices: Matrices, products: Tensor | None, y: Tensor, step: StepTab
         DOT=_dot_type(matrices.b.dtype),
         OVERLAPS=bool(early),
         BLOCK_ROWS=step.tile_rows,
-        BLOCK_RANK=max(16, min(32, triton.next_power_of_2(max_rank))),
+        BLOCK_RANK=EXPAND_RANKS,
         BLOCK_OUT=COLUMNS,
+        num_warps=cut_of(step).expand_warps,
         num_stages=1,  # most loops have one turn, and a pipeline would keep every split's products in shared memory
         **early,
     )
@@ -365,16 +392,9 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def inner_columns(tile_rows: int, dtype: torch.dtype) -> int:
-    """Returns how many columns of the input shrink multiplies at once: shared memory holds some of each operand."""
-    return _INNER // (1 if tile_rows == table.SHORT_TILE else 2) // (dtype.itemsize // 2)
-
-
-def _splits(features: int, step: StepTable) -> int:
-    """Returns into how many programs shrink splits the input's columns: few tiles leave a GPU idle, many do not."""
-    if step.tile_rows != table.SHORT_TILE:
-        return 1
-    return max(1, min(_MAX_SPLITS, features // _SPLIT_FEATURES))
+def cut_of(step: StepTable) -> Cut:
+    """Returns how launches of a step are cut, by the height of its tiles."""
+    return SHORT if step.tile_rows == table.SHORT_TILE else TALL
 
 
 def _dot_type(dtype: torch.dtype) -> tl.dtype:
