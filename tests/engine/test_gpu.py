@@ -51,6 +51,7 @@ async def on_gpu(request: pytest.FixtureRequest, base_directory: Path) -> AsyncI
         "enforce_eager": way.eager,
         "attention_backend": way.backend,
         "kv_cache_memory_bytes": 1 << 28,
+        "gpu_memory_utilization": 0.1,  # others may use the device as well
         "worker_cls": "engine.graph_worker.CountingWorker",
     }
     options = {**OPTIONS, "dtype": way.dtype}

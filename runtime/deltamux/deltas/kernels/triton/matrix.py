@@ -113,7 +113,8 @@ class Cut(NamedTuple):
 
     Attributes:
         ranks: of a slot, per program of shrink.
-        inner: columns of the input that shrink multiplies at once, in 16 bits; in 32, a quarter fits into shared memory.
+        inner: columns of the input that shrink multiplies at once, in 16 bits; in 32, shared memory has room for a
+            quarter.
         split: columns of the input, at least, for each program of shrink: few tiles leave a GPU idle, many do not.
         max_splits: programs that share the input's columns, at most; their products are added up by expand.
         shrink_warps: of a program of shrink; expand_warps: of expand.
