@@ -3,7 +3,7 @@
     cd tests && ../.venv/bin/python -m benchmarks.gpu --size 1b --output gpu.json
 
 Everything it needs it writes itself: a random Llama in bfloat16, its adapters as PEFT's files (for vLLM's LoRA) and as
-programs (for deltas). First it runs the kernels' tests on the GPU, since a wrong kernel has no speed. Then come four
+programs (for deltas). First it runs the tests of the kernels and of the engine on the GPU. Then come four
 engines, one after the other: vLLM as it comes; vLLM with its LoRA; deltas eagerly; deltas with CUDA graphs.
 """
 
@@ -25,7 +25,8 @@ import torch
 from benchmarks.gpu.engines import ENGINES, Load, Measured
 from benchmarks.gpu.material import SIZES, Material
 
-KERNEL_TESTS = Path(__file__).resolve().parents[2] / "deltas" / "test_triton.py"
+TESTS = [Path(__file__).resolve().parents[2] / path for path in ("deltas/test_triton.py", "engine/test_gpu.py")]
+"""What is run first: a wrong kernel has no speed."""
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -40,7 +41,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--repeats", type=int, default=3, help="after one round that warms up; the figure is the median"
     )
     parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="memory of every engine's KV cache")
-    parser.add_argument("--skip-tests", action="store_true", help="measure without running the kernels' tests first")
+    parser.add_argument("--skip-tests", action="store_true", help="measure without running the tests first")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args(arguments)
 
@@ -73,11 +74,23 @@ def table(rows: list[Measured]) -> list[dict[str, Any]]:
     ]
 
 
-async def measure(given: argparse.Namespace) -> list[Measured]:
+async def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs one engine after the other, and prints the rows of each as soon as it has them."""
     load = Load(given.sequences, given.prompt_tokens, given.new_tokens, given.repeats, given.kv_cache_gib)
+    print(f"{torch.cuda.get_device_name()}, {given.size}, {given.sequences} sequences of {given.new_tokens} tokens")
+    print(f"{'engine':14}  {'workload':10}  {'tokens/s':>10}  {'of base':>7}", flush=True)
+    measured: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
         material = Material.write(Path(folder), SIZES[given.size], given.rank)
-        return [row for name in given.engines for row in await ENGINES[name](material, load)]
+        for name in given.engines:
+            before = len(measured)
+            measured += await ENGINES[name](material, load)
+            for row in table(measured)[before:]:
+                ratio = "" if row["of_base"] is None else f"{row['of_base']:7.3f}"
+                print(
+                    f"{row['engine']:14}  {row['workload']:10}  {row['tokens_per_second']:10}  {ratio:>7}", flush=True
+                )
+    return table(measured)
 
 
 def main() -> int:
@@ -88,13 +101,8 @@ def main() -> int:
     # Asking for the device, above, leaves no process that can be forked.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if not given.skip_tests:
-        subprocess.run([sys.executable, "-m", "pytest", str(KERNEL_TESTS), "-q"], check=True)
-    rows = table(asyncio.run(measure(given)))
-    print(f"{torch.cuda.get_device_name()}, {given.size}, {given.sequences} sequences of {given.new_tokens} tokens")
-    print(f"{'engine':14}  {'workload':10}  {'tokens/s':>10}  {'of base':>7}")
-    for row in rows:
-        ratio = "" if row["of_base"] is None else f"{row['of_base']:7.3f}"
-        print(f"{row['engine']:14}  {row['workload']:10}  {row['tokens_per_second']:10}  {ratio:>7}")
+        subprocess.run([sys.executable, "-m", "pytest", *map(str, TESTS), "-q"], check=True)
+    rows = asyncio.run(measure(given))
     if given.output:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
         result = {"device": torch.cuda.get_device_name(), "settings": settings, "rows": rows}

@@ -9,10 +9,13 @@ engine is needed, so that this is the place to try block sizes.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +27,8 @@ from deltamux.deltas.kernels.triton.table import Owner, StepTable
 
 LAYERS = 4
 SLOTS = 20
-MAX_RANK = 64
-Run = Callable[[], None]
+MAX_RANK: Literal[64] = 64
+"""Ranks that both servers' buffers have room for; vLLM multiplies all of them."""
 
 
 class Module(NamedTuple):
@@ -99,7 +102,7 @@ def vllm_wrapper(rows: int, slots: Sequence[int]) -> Any:
     return wrapper
 
 
-def captured(run: Run) -> torch.cuda.CUDAGraph:
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     for _ in range(2):
         run()
     torch.cuda.synchronize()
@@ -135,35 +138,43 @@ def steps(rows: int, adapters: int) -> tuple[StepTable, list[int]]:
 
 
 def measure(size: Size, rows: int, adapters: Sequence[int], rank: int, *, peer: bool) -> list[dict[str, Any]]:
+    """Returns a row a number of adapters, with the microseconds of a layer by each way."""
     layers = [Layer(size, rows, rank) for _ in range(LAYERS)]
+
+    def over_layers(run: Callable[[Layer], None]) -> torch.cuda.CUDAGraph:
+        def every() -> None:
+            for layer in layers:
+                run(layer)
+
+        return captured(every)
+
     results = []
     for count in adapters:
         table, slots = steps(rows, count)
-        runs: dict[str, Run] = {
-            "base": lambda: [layer.base() for layer in layers] and None,
-            "ours": lambda table=table: [layer.ours(table) for layer in layers] and None,  # type: ignore[misc]
-        }
+        graphs = {"base": over_layers(Layer.base), "ours": over_layers(partial(Layer.ours, step=table))}
         if peer:
-            wrapper = vllm_wrapper(rows, slots)
-            runs["vllm"] = lambda wrapper=wrapper: [layer.vllm(wrapper) for layer in layers] and None  # type: ignore[misc]
-        times = microseconds({name: captured(run) for name, run in runs.items()})
-        results.append({"rows": rows, "adapters": count, "rank": rank, **times})
+            graphs["vllm"] = over_layers(partial(Layer.vllm, wrapper=vllm_wrapper(rows, slots)))
+        results.append({"rows": rows, "adapters": count, "rank": rank, **microseconds(graphs)})
     return results
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu.kernels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu.kernels", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--size", choices=SIZES, default="8b")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 2048])
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--no-peer", action="store_true", help="leave vLLM's kernels out")
+    parser.add_argument("--output", type=Path, help="JSON file")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.gpu.kernels: no CUDA device", file=sys.stderr)
         return 2
     print(f"{torch.cuda.get_device_name()}, a layer of {given.size}, rank {given.rank}; microseconds a layer")
     print(f"{'rows':>5} {'adapters':>8} {'base':>8} {'ours':>8} {'vllm':>8}   of base: ours  vllm")
+    results = []
     for rows in given.rows:
         counts = [count for count in given.adapters if count <= rows]
         for row in measure(SIZES[given.size], rows, counts, given.rank, peer=not given.no_peer):
@@ -173,6 +184,10 @@ def main() -> int:
                 f"{base / vllm:5.2f}",
                 flush=True,
             )
+            results.append(row)
+    if given.output:
+        result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_a_layer": results}
+        given.output.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 
