@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deltamux.deltas.kernels.triton import matrix, rows, table
+from deltamux.deltas.kernels.triton import launches, matrix, rows, table
 
 SHARED_BYTES = 99 * 1024
 """Shared memory that a program may use on the smallest of today's GPUs (compute capability 8.6 and 8.9)."""
@@ -69,10 +69,10 @@ def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: T
     parts, dot = 1 if bottleneck else 3, VALUES[dtype][1]
     common = {"PARTS": parts, "MAX_RANK": 64, "DOT": dot, "BLOCK_ROWS": target.tile_rows}
     common["OVERLAPS"] = target.capability >= 90
-    cut = matrix.SHORT if target.tile_rows == table.SHORT_TILE else matrix.TALL
+    cut = launches.SHORT if target.tile_rows == table.SHORT_TILE else launches.TALL
     made = [
         compiled(
-            matrix._shrink_kernel,
+            matrix.shrink_kernel,
             dtype,
             target,
             **common,
@@ -84,7 +84,7 @@ def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: T
             num_warps=cut.shrink_warps,
         ),
         compiled(
-            matrix._expand_kernel,
+            matrix.expand_kernel,
             dtype,
             target,
             **common,
@@ -92,8 +92,8 @@ def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: T
             SPLITS=cut.splits(4096),
             SCALES=not bottleneck,
             ACTIVATES=bottleneck,
-            BLOCK_RANK=matrix.EXPAND_RANKS,
-            BLOCK_OUT=matrix.COLUMNS,
+            BLOCK_RANK=launches.EXPAND_RANKS,
+            BLOCK_OUT=launches.COLUMNS,
             num_warps=cut.expand_warps,
             num_stages=1,
         ),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from deltamux.deltas.kernels.triton.launches import Matrices, expand, shrink
 from deltamux.deltas.kernels.triton.linear import column_blocks
-from deltamux.deltas.kernels.triton.matrix import ACTIVATION_CODES, Flag, Matrices, Meta, Source, expand, shrink
+from deltamux.deltas.kernels.triton.matrix import ACTIVATION_CODES, Flag, Meta, Source
 from deltamux.deltas.kernels.triton.table import StepTable
 from deltamux.deltas.ops.base import Op
 from deltamux.deltas.ops.bottleneck import Bottleneck

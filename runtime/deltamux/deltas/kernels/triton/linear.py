@@ -12,7 +12,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from deltamux.deltas.kernels.triton.matrix import COLUMNS, Flag, Matrices, Meta, expand, shrink
+from deltamux.deltas.kernels.triton.launches import COLUMNS, Matrices, expand, shrink
+from deltamux.deltas.kernels.triton.matrix import Flag, Meta
 from deltamux.deltas.kernels.triton.table import StepTable
 from deltamux.deltas.ops.base import Op
 from deltamux.deltas.ops.bias import Bias
