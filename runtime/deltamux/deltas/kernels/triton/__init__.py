@@ -4,9 +4,10 @@ Importing this package is cheap: Triton is imported when the first batch is made
 ``TRITON_INTERPRET=1`` runs the same kernels on a CPU, in Triton's interpreter: slow, and what the tests use.
 
 * `table`: who owns each row of a step, as fixed-shape records that one asynchronous copy refreshes.
-* `matrix`, `rows`: the kernels; `launches` has those of `matrix`. All of them select and never mask by multiplication: a
-  program works on rows of one slot alone, loads nothing of another slot, and stores nothing outside its rows, so that a
-  slot full of NaN is seen by its own rows only. Sums are taken in a fixed order (no atomics).
+* `matrix`, `rows`: the kernels. All of them select and never mask by multiplication: a program works on rows of one
+  slot alone, loads nothing of another slot, and stores nothing outside its rows, so that a slot full of NaN is seen by
+  its own rows only. Sums are taken in a fixed order (no atomics).
+* `launches`: how those of `matrix` are launched.
 * `linear`, `bottleneck`, `norm`, `factors`, `virtual`: the parameters of all slots at one place, and what launches.
 * `batches`: the same as `OpBatch` classes, which stand in for the torch ones on a device with kernels.
 """
