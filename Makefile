@@ -8,6 +8,8 @@ PYTHON ?= python3.11
 DEVICE ?= cpu
 TESTS  ?= tests
 ARGS   ?=
+# All tests run in two processes, of which one has the engines (tests/conftest.py); a few are faster in one.
+WORKERS ?= $(if $(filter tests,$(TESTS)),2,0)
 
 VENV    := .venv
 BIN     := $(VENV)/bin
@@ -51,7 +53,7 @@ demo: install
 	$(BIN)/deltamux demo $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) --numprocesses $(WORKERS) $(ARGS)
 
 # Speed, as ratios to the base and to others. ARGS="--size mid --only loras methods --targets" and the like; --help tells.
 bench: install

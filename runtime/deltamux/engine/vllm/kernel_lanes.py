@@ -200,6 +200,7 @@ class LinearLanes(KernelLanes):
             for columns in (features, self._end)
         )
         self._deltas.apply(x, y[:, self._first :], step.table)
+        self._deltas.apply(x, y[:, self._first :], step.table, active=0)  # as where no slot of a step has a rank
         if self.owns_input:
             self._factors.apply(x, step.table)
 

@@ -1,0 +1,33 @@
+"""How the tests are shared out, where several processes run them (pytest-xdist)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+ENGINES = ("tests/acceptance/", "tests/benchmarks/", "tests/engine/")
+"""Folders whose tests run real engines: one after the other, since each takes all cores."""
+ASIDE = ("tests/engine/test_architectures.py", "tests/engine/test_kernel_lanes.py")
+"""Engines that answer one batch and have nothing to do with time: they may share the cores with another."""
+
+
+def pytest_configure() -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the other process computes as well
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keeps all engines in one process, and each other file in one, as its fixtures are made for."""
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # xdist has no marker
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # so to mypy it is Any
+        def _split_scope(self, nodeid: str) -> str:
+            alone = nodeid.startswith(ENGINES) and not nodeid.startswith(ASIDE)
+            return "engines" if alone else nodeid.split("::")[0]
+
+    config.option.loadscopereorder = False  # the engines take longest: they go first, as they are collected
+    return Scheduling(config, log)
