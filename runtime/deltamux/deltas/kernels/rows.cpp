@@ -43,6 +43,7 @@ constexpr int kRowTile = 4;       // rows that share one pass over a slot's fact
 constexpr int kColumnChunk = 512; // output columns of one task
 constexpr int kLanes = 16;        // columns of one block of packed expand factors
 constexpr int64_t kParallelWork = 1 << 18;  // multiply-adds below which threads cost more than they save
+constexpr int64_t kParallelTouch = 1 << 16; // the same, in elements that are read, changed and written
 
 struct Tile {
     int slot;
@@ -362,7 +363,7 @@ void shrink_expand(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t
 template <typename T>
 void affine(T* y, int64_t y_stride, const Rows& rows, const int64_t* table, const Part* parts, int count) {
     const int64_t total = rows.start[rows.segments];
-#pragma omp parallel for schedule(static) if (total * y_stride > kParallelWork)
+#pragma omp parallel for schedule(static) if (total * y_stride >= kParallelTouch)
     for (int64_t at = 0; at < total; ++at) {
         int s = 0;
         while (rows.start[s + 1] <= at) ++s;
