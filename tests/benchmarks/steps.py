@@ -144,8 +144,8 @@ def row(workload: str, pairs: list[tuple[float, float]], floor: str) -> Row:
     drawn = np.random.default_rng(0).choice(differences, (1000, len(differences)))
     low, high = np.quantile(np.median(drawn, axis=1), [0.975, 0.025])
     middle = statistics.median(differences.tolist())
-    ratios = [base / (base + float(difference)) for difference in (middle, low, high)]
-    return Row(workload, base * 1e3, middle * 1e3, *ratios, floor)
+    ratio, least, most = (base / (base + float(difference)) for difference in (middle, low, high))
+    return Row(workload, base * 1e3, middle * 1e3, ratio, least, most, floor)
 
 
 def measure(world: World, tokens: int, repeats: int) -> list[Row]:
