@@ -10,8 +10,6 @@ import torch
 
 ENGINES = ("tests/acceptance/", "tests/benchmarks/", "tests/engine/")
 """Folders whose tests run real engines: one after the other, since each takes all cores."""
-ASIDE = ("tests/engine/test_architectures.py", "tests/engine/test_kernel_lanes.py")
-"""Engines that answer one batch and have nothing to do with time: they may share the cores with another."""
 
 
 def pytest_configure() -> None:
@@ -26,8 +24,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # so to mypy it is Any
         def _split_scope(self, nodeid: str) -> str:
-            alone = nodeid.startswith(ENGINES) and not nodeid.startswith(ASIDE)
-            return "engines" if alone else nodeid.split("::")[0]
+            return "engines" if nodeid.startswith(ENGINES) else nodeid.split("::")[0]
 
     config.option.loadscopereorder = False  # the engines take longest: they go first, as they are collected
     return Scheduling(config, log)

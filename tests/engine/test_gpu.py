@@ -20,6 +20,7 @@ from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.engine import VLLMEngine
 from engine.conftest import OPTIONS
+from engine.test_kernel_lanes import PROFILES
 from engine.test_mixed_batch import NAMES, Request, requests, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
@@ -111,16 +112,7 @@ async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
     on_gpu: tuple[Way, VLLMEngine], programs: dict[str, ProgramRef]
 ) -> None:
     way, engine = on_gpu
-    wanted = {
-        None: {"BASE"},
-        "low-rank": {"LINEAR"},
-        "bias": {"LINEAR"},
-        "scale": {"ALL"},  # scales an input as well
-        "bottleneck": {"ALL"},
-        "prefix": {"BASE"},  # its keys and values are in the cache before the first step
-        "soft-prompt": {"none", "BASE"},  # nothing to do once its virtual tokens are in the cache
-        "everything": {"none"},  # three bottlenecks at one place have no kernels
-    }
+    wanted: dict[str | None, set[str]] = {None: {"BASE"}, **PROFILES}
     for name, profiles in wanted.items():
         before = await _replayed(engine)
         await served(engine, (9, 8, 7), programs[name] if name else None, 4, f"profile-{way}-{name}")

@@ -34,6 +34,16 @@ NAMES = (
     "everything",
 )
 TOKENS = 4
+PROFILES = {
+    "low-rank": {"LINEAR"},
+    "bias": {"LINEAR"},
+    "scale": {"ALL"},  # scales an input as well
+    "bottleneck": {"ALL"},
+    "prefix": {"BASE"},  # its keys and values are in the cache before the first step
+    "soft-prompt": {"none", "BASE"},  # nothing to do once its virtual tokens are in the cache
+    "everything": {"none"},  # three bottlenecks at one place have no kernels
+}
+"""The graphs that the steps of a request need, by its adapter."""
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +86,7 @@ async def test_a_mixed_batch_by_kernels_is_what_the_reference_executor_computes(
 async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
     replaying: VLLMEngine, programs: dict[str, ProgramRef]
 ) -> None:
-    expected = {
-        "low-rank": {"LINEAR"},
-        "bias": {"LINEAR"},
-        "scale": {"ALL"},  # scales an input as well
-        "bottleneck": {"ALL"},
-        "prefix": {"BASE"},  # its keys and values are in the cache before the first step
-        "soft-prompt": {"none", "BASE"},  # nothing to do once its virtual tokens are in the cache
-        "everything": {"none"},  # three bottlenecks at one place have no kernels
-    }
-    for name, profiles in expected.items():
+    for name, profiles in PROFILES.items():
         before = await _replayed(replaying)
         await served(replaying, (9, 8, 7), programs[name], 3, f"profile-{name}")
         after = await _replayed(replaying)
