@@ -112,8 +112,8 @@ async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
     on_gpu: tuple[Way, VLLMEngine], programs: dict[str, ProgramRef]
 ) -> None:
     way, engine = on_gpu
-    wanted: dict[str | None, set[str]] = {None: {"BASE"}, **PROFILES}
-    for name, profiles in wanted.items():
+    wanted: list[tuple[str | None, set[str]]] = [(None, {"BASE"}), *PROFILES.items()]
+    for name, profiles in wanted:
         before = await _replayed(engine)
         await served(engine, (9, 8, 7), programs[name] if name else None, 4, f"profile-{way}-{name}")
         after = await _replayed(engine)
