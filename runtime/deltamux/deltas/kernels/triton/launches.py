@@ -51,7 +51,7 @@ EXPAND_RANKS = 16
 
 
 class Cut(NamedTuple):
-    """Into which programs a launch is cut: what an H200 was fastest with (`benchmarks.gpu.kernels`, ranks of 16).
+    """Into which programs a launch is cut, by a search on an H200 in bfloat16 with ranks of 16 (docs/gpu.md).
 
     Attributes:
         ranks: of a slot, per program of shrink.
