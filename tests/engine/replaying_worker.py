@@ -22,7 +22,7 @@ class _ReplayingRunnerMixin:
         if profile:
             rows = int(num_scheduled_tokens.sum())
             last_rows = manager.current.index.last_rows
-            manager.current.index = CapturedStep(profile, rows, manager.table, last_rows)
+            manager.current.begin(CapturedStep(profile, rows, manager.table, last_rows))
 
 
 class ReplayingWorker(CPUDeltaWorker):

@@ -84,10 +84,10 @@ class Modules(NamedTuple):
         return self.outputs(index, None if folded is None else FoldedStep.of(index, folded))
 
     def outputs(self, index: StepIndex, folded: FoldedStep | None) -> list[Tensor]:
-        self.current.index, self.current.folded = index, folded
+        self.current.begin(index, folded)
         generator = torch.Generator().manual_seed(3)
         found = [port.module(torch.randn(ROWS, _inputs(port), generator=generator)) for port in self.ports]
-        self.current.index, self.current.folded = IDLE, None
+        self.current.begin(IDLE)
         return found
 
 

@@ -21,6 +21,7 @@ OWN, OF_SUB_LAYER, FOREIGN = 0, 1, 2
 @dataclass
 class Held:
     mask: int
+    door: None = None
 
 
 class Counting(opaque.Opaque):
@@ -68,7 +69,7 @@ class Model:
         """Returns what one row of zeros becomes, and how often each port was asked."""
         for port in self.ports:
             port.asked = 0
-        self.step.index = IDLE if slot is None else StepIndex((Run(slot, 0, ROWS),), ROWS, SLOTS)
+        self.step.begin(IDLE if slot is None else StepIndex((Run(slot, 0, ROWS),), ROWS, SLOTS))
         with torch.inference_mode():
             out = forward(torch.zeros(ROWS, 2))
         assert bool((out == out[0, 0]).all())

@@ -1,4 +1,4 @@
-"""The CPU kernels (`rows.cpp`) as a shared library: compiled for this machine when first needed, and kept.
+"""The CPU kernels (`rows.cpp`, `doors.cpp`) as a shared library: compiled for this machine when first needed, and kept.
 
 The compiler gets the machine's own instruction set, which no wheel could know. The library lies in the user's cache
 under a name made of its source, the compiler and the processor, so that another machine's is never taken. Where there
@@ -14,11 +14,19 @@ import os
 import platform
 import shutil
 import subprocess
+import sysconfig
 import tempfile
 from functools import cache
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("rows.cpp")
+import torch
+
+FOLDER = Path(__file__).parent
+SOURCES = (FOLDER / "rows.cpp", FOLDER / "doors.cpp")
+READ = (*SOURCES, FOLDER / "rows.h")
+INCLUDES = (Path(sysconfig.get_path("include")), Path(torch.__file__).parent / "include")
+"""Python's own headers, which a system may lack, and torch's, for DLPack; the doors alone need them."""
+
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
 SWITCH = "DELTAMUX_KERNELS"
 """Environment variable; ``torch`` keeps the ops in torch."""
@@ -28,14 +36,51 @@ COMPILE_SECONDS = 120
 logger = logging.getLogger(__name__)
 
 
+class Mask(ctypes.Structure):
+    """A set of slots where the library can read it; see ``Mask`` in rows.h."""
+
+    _fields_ = (("words", ctypes.c_void_p), ("count", ctypes.c_int64))
+    count: int
+
+    def __init__(self, value: int = 0) -> None:
+        """Takes the set as an int: bit i stands for slot i."""
+        super().__init__()
+        self.set(value)
+
+    def set(self, value: int) -> None:
+        words = (value.bit_length() + 63) // 64
+        if words > self.count:
+            self._array = (ctypes.c_uint64 * words)()
+            self.words, self.count = ctypes.addressof(self._array), words
+        if self.count:
+            size = 8 * self.count
+            ctypes.memmove(self._array, value.to_bytes(size, "little"), size)
+
+
 class Rows(ctypes.Structure):
-    """See ``Rows`` in rows.cpp."""
+    """See ``Rows`` in rows.h."""
 
     _fields_ = (
         ("segments", ctypes.c_int32),
         ("slot", ctypes.c_void_p),
         ("start", ctypes.c_void_p),
         ("row", ctypes.c_void_p),
+    )
+
+
+class Table(ctypes.Structure):
+    """See ``Table`` in rows.h."""
+
+    _fields_ = (
+        ("kernel", ctypes.c_int64),
+        ("bfloat", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("centred", ctypes.c_int64),
+        ("eps", ctypes.c_double),
+        ("held", ctypes.POINTER(Mask)),
+        ("entries", ctypes.c_void_p),
+        ("parts", ctypes.c_void_p),
+        ("num_parts", ctypes.c_int64),
     )
 
 
@@ -68,7 +113,8 @@ def build(folder: Path | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             fresh = Path(scratch) / path.name
-            command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(fresh)]
+            includes = [f"-I{folder}" for folder in INCLUDES]
+            command = [*compiler.split(), *FLAGS, *includes, *map(str, SOURCES), "-o", str(fresh)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILE_SECONDS)
             fresh.replace(path)  # at once, so that two processes never read each other's half
     return path
@@ -76,7 +122,9 @@ def build(folder: Path | None = None) -> Path:
 
 def _fingerprint(compiler: str) -> str:
     version = subprocess.run([*compiler.split(), "--version"], check=True, capture_output=True, text=True).stdout
-    parts = (SOURCE.read_text(), *FLAGS, compiler, version, platform.machine(), _processor())
+    sources = (path.read_text() for path in READ)
+    python = (sysconfig.get_config_var("SOABI") or "", torch.__version__)
+    parts = (*sources, *FLAGS, compiler, version, *python, platform.machine(), _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -90,13 +138,7 @@ def _processor() -> str:
 
 
 def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    flag, integer, pointer, real = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
-    rows, matrix = ctypes.POINTER(Rows), (pointer, integer)
-    for name, arguments in {
-        "deltamux_shrink_expand": (flag, *matrix, *matrix, integer, rows, pointer, pointer, flag),
-        "deltamux_affine": (flag, *matrix, rows, pointer, pointer, flag),
-        "deltamux_norm_affine": (flag, *matrix, *matrix, integer, rows, pointer, real, flag),
-    }.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+    matrix = (ctypes.c_void_p, ctypes.c_int64)
+    library.deltamux_apply.argtypes = (ctypes.POINTER(Table), ctypes.POINTER(Rows), *matrix, *matrix)
+    library.deltamux_apply.restype = None
     return library

@@ -1,6 +1,6 @@
 // Delta ops over the rows of a mixed batch, on a CPU: each adapter's rows, and no others, are read and written.
 //
-// A call serves one module and all adapters of the step. `Rows` says which rows belong to which slot; a table of int64
+// A call serves one module and all adapters of the step. `Rows` says which rows belong to which slot; a `Table` of int64
 // (pointers and sizes, one entry a slot) says what the slot holds. A row's result depends on that row alone, and every sum
 // is taken in one order whatever the batch looks like, so that a mixed batch equals each request alone, bit for bit.
 //
@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#include "rows.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define HAVE_BF16_DOT 1
@@ -50,27 +52,6 @@ struct Tile {
     int count;
     int rows[kRowTile];
 };
-
-}  // namespace
-
-extern "C" {
-
-// Rows of a step by slot: segment i holds rows row[start[i]] .. row[start[i + 1] - 1] of slot slot[i].
-struct Rows {
-    int32_t segments;
-    const int32_t* slot;
-    const int32_t* start;
-    const int32_t* row;
-};
-
-// One part of a module: its columns of y. Every part of a slot has an entry of kEntry int64 in the table.
-struct Part {
-    int32_t first;  // column of y
-    int32_t size;   // columns
-};
-}
-
-namespace {
 
 // Entry of the table, by slot and part. Pointers are 0 where the slot has nothing.
 enum Field : int { kDown, kUp, kRank, kDownBias, kUpBias, kActivation, kInput, kEntry };
@@ -254,10 +235,23 @@ void expand(T* const* y, int count, const float* h, int64_t stride, const T* b, 
     }
 }
 
-std::vector<Tile>& tiles_of(const Rows& rows) {
+// Rows by their distance in memory, in elements.
+template <typename T> struct Matrix {
+    T* data;
+    int64_t stride;
+    T* row(int64_t at) const { return data + at * stride; }
+};
+
+// The entries of one slot, one a part.
+const int64_t* entries_of(const Table& table, int slot, int entry_size) {
+    return table.entries + slot * table.num_parts * entry_size;
+}
+
+const std::vector<Tile>& tiles_of(const Table& table, const Rows& rows) {
     thread_local std::vector<Tile> tiles;
     tiles.clear();
-    for (int s = 0; s < rows.segments; ++s)
+    for (int s = 0; s < rows.segments; ++s) {
+        if (!has(*table.held, rows.slot[s])) continue;
         for (int at = rows.start[s]; at < rows.start[s + 1]; at += kRowTile) {
             Tile tile{rows.slot[s], 0, {}};
             while (tile.count < kRowTile && at + tile.count < rows.start[s + 1]) {
@@ -266,72 +260,70 @@ std::vector<Tile>& tiles_of(const Rows& rows) {
             }
             tiles.push_back(tile);
         }
+    }
     return tiles;
 }
 
 // The hidden values of one tile: h[row][offset of part + k]. What the input code names is read from x, y or their sum.
 template <typename T>
-void shrink_tile(const Tile& tile, const T* x, int64_t x_stride, const T* y, int64_t y_stride, int64_t width,
-                 const int64_t* entries, int parts, float* h, int64_t stride) {
+void shrink_tile(const Table& table, const Tile& tile, Matrix<const T> x, Matrix<T> y, float* h, int64_t stride) {
     thread_local std::vector<T> sums;
-    int64_t offset = 0;
-    for (int p = 0; p < parts; ++p) {
-        const int64_t* entry = entries + p * kEntry;
+    const int64_t* entry = entries_of(table, tile.slot, kEntry);
+    for (int64_t p = 0; p < table.num_parts; ++p, entry += kEntry) {
         const int64_t rank = entry[kRank];
-        if (rank) {
-            const T* from[kRowTile];
-            if (entry[kInput] == kFromSum) sums.resize(kRowTile * width);
-            for (int r = 0; r < tile.count; ++r) {
-                const T *row_x = x + tile.rows[r] * x_stride, *row_y = y + tile.rows[r] * y_stride;
-                from[r] = entry[kInput] == kFromY ? row_y : row_x;
-                if (entry[kInput] == kFromSum) {
-                    T* sum = sums.data() + r * width;
-                    for (int64_t i = 0; i < width; ++i) sum[i] = narrow<T>(widen(row_x[i]) + widen(row_y[i]));
-                    from[r] = sum;
-                }
-            }
-            shrink(from, tile.count, reinterpret_cast<const T*>(entry[kDown]), rank, width, h + offset, stride);
-            const float* bias = reinterpret_cast<const float*>(entry[kDownBias]);
-            for (int r = 0; r < tile.count; ++r) {
-                float* own = h + r * stride + offset;
-                if (bias || entry[kActivation])
-                    for (int64_t k = 0; k < rank; ++k)
-                        own[k] = activate(entry[kActivation], own[k] + (bias ? bias[k] : 0.0f));
-                if (rank & 1) own[rank] = 0;
+        if (!rank) continue;
+        const T* from[kRowTile];
+        if (entry[kInput] == kFromSum) sums.resize(kRowTile * table.width);
+        for (int r = 0; r < tile.count; ++r) {
+            const T *row_x = x.row(tile.rows[r]), *row_y = y.row(tile.rows[r]);
+            from[r] = entry[kInput] == kFromY ? row_y : row_x;
+            if (entry[kInput] == kFromSum) {
+                T* sum = sums.data() + r * table.width;
+                for (int64_t i = 0; i < table.width; ++i) sum[i] = narrow<T>(widen(row_x[i]) + widen(row_y[i]));
+                from[r] = sum;
             }
         }
-        offset += even(rank);
+        shrink(from, tile.count, reinterpret_cast<const T*>(entry[kDown]), rank, table.width, h, stride);
+        const float* bias = reinterpret_cast<const float*>(entry[kDownBias]);
+        for (int r = 0; r < tile.count; ++r) {
+            float* own = h + r * stride;
+            if (bias || entry[kActivation])
+                for (int64_t k = 0; k < rank; ++k)
+                    own[k] = activate(entry[kActivation], own[k] + (bias ? bias[k] : 0.0f));
+            if (rank & 1) own[rank] = 0;
+        }
+        h += even(rank);
     }
 }
 
+// Columns [from, to) of one part, of one tile; h as `shrink_tile` leaves it.
 template <typename T>
-void expand_tile(const Tile& tile, T* y, int64_t y_stride, const int64_t* entries, const Part* parts, int count,
-                 const float* h, int64_t stride, int part, int64_t from, int64_t to) {
-    int64_t offset = 0;
-    for (int p = 0; p < part; ++p) offset += even(entries[p * kEntry + kRank]);
-    const int64_t* entry = entries + part * kEntry;
+void expand_tile(const Table& table, const Tile& tile, Matrix<T> y, const float* h, int64_t stride, int part, int64_t from,
+                 int64_t to) {
+    const int64_t* entry = entries_of(table, tile.slot, kEntry);
+    for (int p = 0; p < part; ++p, entry += kEntry) h += even(entry[kRank]);
     if (!entry[kRank]) return;
     T* rows[kRowTile];
-    for (int r = 0; r < tile.count; ++r) rows[r] = y + tile.rows[r] * y_stride + parts[part].first;
-    expand(rows, tile.count, h + offset, stride, reinterpret_cast<const T*>(entry[kUp]), entry[kRank],
-           int64_t(parts[part].size), reinterpret_cast<const float*>(entry[kUpBias]), from, to);
+    for (int r = 0; r < tile.count; ++r) rows[r] = y.row(tile.rows[r]) + table.parts[part].first;
+    expand(rows, tile.count, h, stride, reinterpret_cast<const T*>(entry[kUp]), entry[kRank],
+           int64_t(table.parts[part].size), reinterpret_cast<const float*>(entry[kUpBias]), from, to);
 }
 
-template <typename T>
-void shrink_expand(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t width, const Rows& rows,
-                   const int64_t* table, const Part* parts, int count) {
-    const std::vector<Tile>& tiles = tiles_of(rows);
-    int64_t stride = 0, work = 0, columns = 0;
+inline int64_t chunks_of(const Part& part) { return (part.size + kColumnChunk - 1) / kColumnChunk; }
+
+template <typename T> void shrink_expand(const Table& table, const Rows& rows, Matrix<const T> x, Matrix<T> y) {
+    const std::vector<Tile>& tiles = tiles_of(table, rows);
+    int64_t stride = 0, work = 0, chunks = 0;
     for (const Tile& tile : tiles) {
+        const int64_t* entry = entries_of(table, tile.slot, kEntry);
         int64_t ranks = 0;
-        for (int p = 0; p < count; ++p) {
-            const int64_t rank = even(table[(tile.slot * count + p) * kEntry + kRank]);
-            ranks += rank;
-            work += rank * (width + parts[p].size) * tile.count;
+        for (int64_t p = 0; p < table.num_parts; ++p, entry += kEntry) {
+            ranks += even(entry[kRank]);
+            work += even(entry[kRank]) * (table.width + table.parts[p].size) * tile.count;
         }
         stride = ranks > stride ? ranks : stride;
     }
-    for (int p = 0; p < count; ++p) columns += (parts[p].size + kColumnChunk - 1) / kColumnChunk;
+    for (int64_t p = 0; p < table.num_parts; ++p) chunks += chunks_of(table.parts[p]);
     thread_local std::vector<float> scratch;
     scratch.resize(tiles.size() * kRowTile * stride);
     float* hidden = scratch.data();
@@ -342,71 +334,79 @@ void shrink_expand(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t
     {
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < num_tiles; ++t)
-            shrink_tile(tile[t], x, x_stride, y, y_stride, width, table + tile[t].slot * count * kEntry, count,
-                        hidden + t * kRowTile * stride, stride);
+            shrink_tile(table, tile[t], x, y, hidden + t * kRowTile * stride, stride);
 #pragma omp for schedule(static)
-        for (int64_t task = 0; task < num_tiles * columns; ++task) {
-            const int64_t t = task / columns;
-            int64_t chunk = task % columns;
+        for (int64_t task = 0; task < num_tiles * chunks; ++task) {
+            const int64_t t = task / chunks;
+            int64_t chunk = task % chunks;
             int part = 0;
-            for (; chunk * kColumnChunk >= parts[part].size; ++part)
-                chunk -= (parts[part].size + kColumnChunk - 1) / kColumnChunk;
-            const int64_t from = chunk * kColumnChunk, end = from + kColumnChunk;
-            expand_tile(tile[t], y, y_stride, table + tile[t].slot * count * kEntry, parts, count,
-                        hidden + t * kRowTile * stride, stride, part, from,
-                        end < parts[part].size ? end : int64_t(parts[part].size));
+            for (; chunk >= chunks_of(table.parts[part]); ++part) chunk -= chunks_of(table.parts[part]);
+            const int64_t from = chunk * kColumnChunk, end = from + kColumnChunk, size = table.parts[part].size;
+            expand_tile(table, tile[t], y, hidden + t * kRowTile * stride, stride, part, from, end < size ? end : size);
         }
     }
 }
 
+struct Row {
+    int slot;
+    int row;
+};
+
+const std::vector<Row>& rows_of(const Table& table, const Rows& rows) {
+    thread_local std::vector<Row> own;
+    own.clear();
+    for (int s = 0; s < rows.segments; ++s) {
+        if (!has(*table.held, rows.slot[s])) continue;
+        for (int at = rows.start[s]; at < rows.start[s + 1]; ++at) own.push_back({rows.slot[s], rows.row[at]});
+    }
+    return own;
+}
+
 // y[row] = y[row] * factor + bias, either of them absent; vectors are float [columns of the part].
-template <typename T>
-void affine(T* y, int64_t y_stride, const Rows& rows, const int64_t* table, const Part* parts, int count) {
-    const int64_t total = rows.start[rows.segments];
-#pragma omp parallel for schedule(static) if (total * y_stride >= kParallelTouch)
-    for (int64_t at = 0; at < total; ++at) {
-        int s = 0;
-        while (rows.start[s + 1] <= at) ++s;
-        for (int p = 0; p < count; ++p) {
-            const int64_t* entry = table + (rows.slot[s] * count + p) * 2;
+template <typename T> void affine(const Table& table, const Rows& rows, Matrix<T> y) {
+    const std::vector<Row>& own = rows_of(table, rows);
+    const Row* const first = own.data();
+    const int64_t count = int64_t(own.size());
+#pragma omp parallel for schedule(static) if (count * y.stride >= kParallelTouch)
+    for (int64_t at = 0; at < count; ++at) {
+        const int64_t* entry = entries_of(table, first[at].slot, 2);
+        for (int64_t p = 0; p < table.num_parts; ++p, entry += 2) {
             const float *factor = reinterpret_cast<const float*>(entry[0]), *bias = reinterpret_cast<const float*>(entry[1]);
-            T* own = y + rows.row[at] * y_stride + parts[p].first;
-            const int64_t size = parts[p].size;
+            T* out = y.row(first[at].row) + table.parts[p].first;
+            const int64_t size = table.parts[p].size;
             if (factor && bias)
 #pragma omp simd
-                for (int64_t c = 0; c < size; ++c) own[c] = narrow<T>(widen(own[c]) * factor[c] + bias[c]);
+                for (int64_t c = 0; c < size; ++c) out[c] = narrow<T>(widen(out[c]) * factor[c] + bias[c]);
             else if (factor)
 #pragma omp simd
-                for (int64_t c = 0; c < size; ++c) own[c] = narrow<T>(widen(own[c]) * factor[c]);
+                for (int64_t c = 0; c < size; ++c) out[c] = narrow<T>(widen(out[c]) * factor[c]);
             else if (bias)
 #pragma omp simd
-                for (int64_t c = 0; c < size; ++c) own[c] = narrow<T>(widen(own[c]) + bias[c]);
+                for (int64_t c = 0; c < size; ++c) out[c] = narrow<T>(widen(out[c]) + bias[c]);
         }
     }
 }
 
 // y[row] += normalise(x[row]) * weight + bias, either of them absent; a layer norm centres first.
-template <typename T>
-void norm_affine(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t width, const Rows& rows,
-                 const int64_t* table, float eps, bool centred) {
-    const int64_t total = rows.start[rows.segments];
-#pragma omp parallel for schedule(static) if (total * width > kParallelWork)
-    for (int64_t at = 0; at < total; ++at) {
-        int s = 0;
-        while (rows.start[s + 1] <= at) ++s;
-        const int64_t* entry = table + rows.slot[s] * 2;
+template <typename T> void norm_affine(const Table& table, const Rows& rows, Matrix<const T> x, Matrix<T> y) {
+    const std::vector<Row>& own = rows_of(table, rows);
+    const Row* const first = own.data();
+    const int64_t count = int64_t(own.size()), width = table.width;
+#pragma omp parallel for schedule(static) if (count * width > kParallelWork)
+    for (int64_t at = 0; at < count; ++at) {
+        const int64_t* entry = entries_of(table, first[at].slot, 2);
         const float *weight = reinterpret_cast<const float*>(entry[0]), *bias = reinterpret_cast<const float*>(entry[1]);
-        const T* in = x + rows.row[at] * x_stride;
-        T* out = y + rows.row[at] * y_stride;
+        const T* in = x.row(first[at].row);
+        T* out = y.row(first[at].row);
         float mean = 0, square = 0;
-        if (centred) {
+        if (table.centred) {
 #pragma omp simd reduction(+ : mean)
             for (int64_t i = 0; i < width; ++i) mean += widen(in[i]);
             mean /= float(width);
         }
 #pragma omp simd reduction(+ : square)
         for (int64_t i = 0; i < width; ++i) square += (widen(in[i]) - mean) * (widen(in[i]) - mean);
-        const float rate = 1.0f / std::sqrt(square / float(width) + eps);
+        const float rate = 1.0f / std::sqrt(square / float(width) + float(table.eps));
         for (int64_t i = 0; i < width; ++i) {
             const float change = (weight ? (widen(in[i]) - mean) * rate * weight[i] : 0.0f) + (bias ? bias[i] : 0.0f);
             // The change is rounded before it is added, as a tensor of the base's dtype would be.
@@ -415,35 +415,22 @@ void norm_affine(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t w
     }
 }
 
+template <typename T> void apply(const Table& table, const Rows& rows, Matrix<const T> x, Matrix<T> y) {
+    switch (table.kernel) {
+        case kShrinkExpand: return shrink_expand(table, rows, x, y);
+        case kAffine: return affine(table, rows, y);
+        case kNormAffine: return norm_affine(table, rows, x, y);
+    }
+}
+
+template <typename T>
+void apply_as(const Table& table, const Rows& rows, const void* x, int64_t x_stride, void* y, int64_t y_stride) {
+    apply<T>(table, rows, {static_cast<const T*>(x), x_stride}, {static_cast<T*>(y), y_stride});
+}
+
 }  // namespace
 
-#define FOR_TYPE(bfloat, call)              \
-    do {                                    \
-        if (bfloat) {                       \
-            using T = bf16;                 \
-            call;                           \
-        } else {                            \
-            using T = float;                \
-            call;                           \
-        }                                   \
-    } while (0)
-
-extern "C" {
-
-void deltamux_shrink_expand(int bfloat, const void* x, int64_t x_stride, void* y, int64_t y_stride, int64_t width,
-                            const Rows* rows, const int64_t* table, const Part* parts, int count) {
-    FOR_TYPE(bfloat, shrink_expand(static_cast<const T*>(x), x_stride, static_cast<T*>(y), y_stride, width, *rows, table,
-                                   parts, count));
-}
-
-void deltamux_affine(int bfloat, void* y, int64_t y_stride, const Rows* rows, const int64_t* table, const Part* parts,
-                     int count) {
-    FOR_TYPE(bfloat, affine(static_cast<T*>(y), y_stride, *rows, table, parts, count));
-}
-
-void deltamux_norm_affine(int bfloat, const void* x, int64_t x_stride, void* y, int64_t y_stride, int64_t width,
-                          const Rows* rows, const int64_t* table, float eps, int centred) {
-    FOR_TYPE(bfloat, norm_affine(static_cast<const T*>(x), x_stride, static_cast<T*>(y), y_stride, width, *rows, table,
-                                 eps, centred != 0));
-}
+extern "C" void deltamux_apply(const Table* table, const Rows* rows, const void* x, int64_t x_stride, void* y,
+                               int64_t y_stride) {
+    (table->bfloat ? apply_as<bf16> : apply_as<float>)(*table, *rows, x, x_stride, y, y_stride);
 }

@@ -6,7 +6,6 @@ A table owns no arithmetic. It keeps the tensors that its entries point to, so t
 from __future__ import annotations
 
 import ctypes
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltamux.deltas.kernels.library import Rows, load
+from deltamux.deltas.kernels import library
+from deltamux.deltas.kernels.library import Mask, Rows, load
 
 DTYPES = (torch.float32, torch.bfloat16)
 LANES = 16
@@ -111,97 +111,79 @@ Entry = Factors | Vectors
 """What a table holds of one slot at one part."""
 
 
-class Table(ABC):
-    """int64 entries of one size, by slot and part, and the tensors behind them."""
+class Table:
+    """int64 entries of one size, by slot and part, and the tensors behind them.
 
+    Attributes:
+        struct: the table as the kernels read it; it stays where it is, and holds what this object keeps alive.
+    """
+
+    kernel: ClassVar[int]
     entry_size: ClassVar[int]
 
-    def __init__(self, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> None:
-        library = load()
-        assert library is not None
-        self._library = library
-        self._bfloat = int(dtype is torch.bfloat16)
-        self._num_parts = len(parts)
+    def __init__(self, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype, **fields: Any) -> None:
+        loaded = load()
+        assert loaded is not None
+        self._library = loaded
         self._entries = (ctypes.c_int64 * (num_slots * len(parts) * self.entry_size))()
         flat = [number for columns in parts for number in columns]
         self._parts = (ctypes.c_int32 * len(flat))(*flat)
         self._held: dict[tuple[int, int], Entry] = {}
+        self._mask, self._slots = 0, Mask()
+        self.struct = library.Table(
+            kernel=self.kernel,
+            bfloat=dtype is torch.bfloat16,
+            held=ctypes.pointer(self._slots),
+            entries=ctypes.addressof(self._entries),
+            parts=ctypes.addressof(self._parts),
+            num_parts=len(parts),
+            **fields,
+        )
 
     def put(self, slot: int, part: int, value: Entry) -> None:
         self._held[slot, part] = value
         self._write(slot, part, value.entry())
+        self._mask |= 1 << slot
+        self._slots.set(self._mask)
 
     def drop(self, slot: int) -> None:
         """Forgets what a slot holds, and frees it."""
-        for part in range(self._num_parts):
+        for part in range(self.struct.num_parts):
             if self._held.pop((slot, part), None) is not None:
                 self._write(slot, part, (0,) * self.entry_size)
+        self._mask &= ~(1 << slot)
+        self._slots.set(self._mask)
 
-    def _write(self, slot: int, part: int, entry: tuple[int, ...]) -> None:
-        start = (slot * self._num_parts + part) * self.entry_size
-        self._entries[start : start + self.entry_size] = entry  # type: ignore[call-overload]  # ctypes takes any sequence
-
-    @abstractmethod
     def run(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Changes `y` [rows, features] in place, of input `x` [rows, width]; rows of both are contiguous."""
+        self._library.deltamux_apply(self.struct, segments.struct, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0))
+
+    def _write(self, slot: int, part: int, entry: tuple[int, ...]) -> None:
+        start = (slot * self.struct.num_parts + part) * self.entry_size
+        self._entries[start : start + self.entry_size] = entry  # type: ignore[call-overload]  # ctypes takes any sequence
 
 
 class ShrinkExpand(Table):
     """y[:, columns of a part] += up . f(down . z + bias) + bias for every slot's own rows; holds `Factors`."""
 
-    entry_size = 7
+    kernel, entry_size = 0, 7
 
     def __init__(self, width: int, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> None:
-        super().__init__(parts, num_slots, dtype)
-        self._width = width
-
-    def run(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        self._library.deltamux_shrink_expand(
-            self._bfloat,
-            x.data_ptr(),
-            x.stride(0),
-            y.data_ptr(),
-            y.stride(0),
-            self._width,
-            segments.struct,
-            self._entries,
-            self._parts,
-            self._num_parts,
-        )
+        super().__init__(parts, num_slots, dtype, width=width)
 
 
 class Affine(Table):
     """y[:, columns of a part] = y * factor + bias for every slot's own rows; holds `Vectors`."""
 
-    entry_size = 2
-
-    def run(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        self._library.deltamux_affine(
-            self._bfloat, y.data_ptr(), y.stride(0), segments.struct, self._entries, self._parts, self._num_parts
-        )
+    kernel, entry_size = 1, 2
 
 
 class NormChange(Table):
     """y += normalise(x) * factor + bias for every slot's own rows; holds `Vectors`."""
 
-    entry_size = 2
+    kernel, entry_size = 2, 2
 
     def __init__(
         self, width: int, eps: float, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype, *, centred: bool
     ) -> None:
-        super().__init__(parts, num_slots, dtype)
-        self._width, self._eps, self._centred = width, eps, int(centred)
-
-    def run(self, x: Tensor, y: Tensor, segments: Segments) -> None:
-        self._library.deltamux_norm_affine(
-            self._bfloat,
-            x.data_ptr(),
-            x.stride(0),
-            y.data_ptr(),
-            y.stride(0),
-            self._width,
-            segments.struct,
-            self._entries,
-            self._eps,
-            self._centred,
-        )
+        super().__init__(parts, num_slots, dtype, width=width, eps=eps, centred=centred)

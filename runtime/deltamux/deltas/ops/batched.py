@@ -98,7 +98,6 @@ class StepIndex:
         if table is not None:
             self.table = table
         self._rows: dict[int, slice | Tensor] = {}
-        self._segments: dict[int, Segments] = {}
         self._virtual: dict[int, tuple[Tensor, Tensor]] = {}
         self._foreign: dict[tuple[tuple[int, int], ...], Tensor] = {}
 
@@ -150,13 +149,11 @@ class StepIndex:
             self._virtual[slot] = (self.virtual.rows[own], self.virtual.positions[own])
         return self._virtual[slot]
 
-    def segments(self, active: int) -> Segments:
-        """Returns the rows of the slots in a mask, for the CPU kernels; sites with the same slots share them."""
-        segments = self._segments.get(active)
-        if segments is None:
-            rows = [(slot, [row for run in self._by_slot[slot] for row in range(*run[1:])]) for slot in bits(active)]
-            segments = self._segments[active] = Segments(rows)
-        return segments
+    @cached_property
+    def segments(self) -> Segments:
+        """The adapters' rows, for the CPU kernels."""
+        rows = {slot: [row for run in runs for row in range(*run[1:])] for slot, runs in self._by_slot.items()}
+        return Segments(sorted(rows.items()))
 
     def count(self, slot: int) -> int:
         """Returns how many rows a slot has in this step."""
@@ -291,14 +288,14 @@ class KernelBatch(ModuleBatch):
 
     def __init__(self, parts: Sequence[Part], table: Table) -> None:
         super().__init__(parts)
-        self._table = table
+        self.table = table
 
     def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
-        if active := self.mask & step.mask:
-            self._table.run(x, y, step.segments(active))
+        if self.mask & step.mask:
+            self.table.run(x, y, step.segments)
 
     def _place(self, slot: int, part: int, op: Op) -> None:
-        self._table.put(slot, part, op.entry)
+        self.table.put(slot, part, op.entry)
 
     def _clear(self, slot: int) -> None:
-        self._table.drop(slot)
+        self.table.drop(slot)

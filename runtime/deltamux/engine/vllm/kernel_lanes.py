@@ -87,6 +87,7 @@ class KernelLanes(Lanes, ABC):
 
     def __init__(self, parts: Sequence[Part], room: Room) -> None:
         super().__init__(parts, room.num_slots, room.dtype, room.device)
+        self.door = None  # doors lead to the CPU's kernels
         self._rest = Lanes(parts, room.num_slots, room.dtype, room.device)
         self._spilled: set[tuple[int, int]] = set()  # (slot, part)
 

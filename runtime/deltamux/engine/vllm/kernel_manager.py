@@ -71,14 +71,14 @@ class KernelDeltaManager(DeltaManager):
         """Makes a step active in which no row has an adapter, and yet all kernels of a profile are launched."""
         self._last = None  # its table is overwritten
         if profile is Profile.BASE:
-            self._current.index = IDLE
+            self._current.begin(IDLE)
         else:
             self.table.fill((), num_rows)
-            self._current.index = CapturedStep(profile, num_rows, self.table)
+            self._current.begin(CapturedStep(profile, num_rows, self.table))
         try:
             yield
         finally:
-            self._current.index = IDLE
+            self._current.begin(IDLE)
 
     def _activate(self, program_id: int, program: Program, needed: Collection[int]) -> None:
         placed = program_id not in self._slots

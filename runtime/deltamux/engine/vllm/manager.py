@@ -138,9 +138,9 @@ class DeltaManager:
         needed = {p: program for p in {r.program for r in requests} if (program := ready.get(p)) is not None}
         for program_id, program in needed.items():
             self._activate(program_id, program, needed)
-        self._current.index = self._cached_index(requests) if needed else IDLE
-        if self._folding is not None:
-            self._current.folded = self._folding.begin_step(_rows(requests), self._current.index)
+        index = self._cached_index(requests) if needed else IDLE
+        folded = None if self._folding is None else self._folding.begin_step(_rows(requests), index)
+        self._current.begin(index, folded)
 
     def write_prefixes(self, requests: Sequence[ScheduledRequest], table: BlockTable) -> None:
         """Writes the known prefix of every request that begins right behind it; see `prefixes`.
@@ -259,7 +259,7 @@ class DeltaManager:
         return False
 
     def set_active_adapters(self, requests: object, mapping: object) -> None:
-        self._current.index, self._current.folded = IDLE, None
+        self._current.begin(IDLE)
         if self._folding is not None:
             self._folding.idle()
 

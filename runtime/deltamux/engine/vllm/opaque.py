@@ -5,21 +5,36 @@ an op that the compiler cannot look into: the graph holds the port's number, and
 
 A step asks every port, and most have nothing to do. What that costs is not computing but memory: between two ports the
 weights of a projection have passed through the caches, and all that an op touches comes from RAM. So an op looks at the
-masks before it touches the port; and where torch would only find its way back to this file, it is passed by.
+masks before it touches the port; and where torch would only find its way back to this file, it is passed by. Where the
+CPU kernels run, their doors stand in for the functions of this file (`kernels/doors.cpp`): they do the same without
+Python, and leave to it what has no kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from deltamux.deltas.kernels import doors
+
+
+class Deltas(Protocol):
+    """Whatever has a mask of slots, bit i for slot i, and may have a door for them."""
+
+    @property
+    def mask(self) -> int: ...
+    @property
+    def door(self) -> doors.ModuleLanes | None: ...
+
 
 class Masked(Protocol):
-    """Whatever has a mask of slots: bit i stands for slot i."""
+    """Whatever has a mask of slots."""
 
     @property
     def mask(self) -> int: ...
@@ -30,6 +45,8 @@ class Running(Protocol):
 
     @property
     def index(self) -> Masked: ...
+    @property
+    def door(self) -> doors.RunningStep: ...
 
 
 class Opaque:
@@ -53,8 +70,8 @@ class _Door:
     """A port, and what is looked at before it is asked: slots of the step, of its own lanes and of a sub-layer's."""
 
     step: Running
-    own: Masked
-    sub_layer: Masked
+    own: Deltas
+    sub_layer: Deltas
     port: Opaque
 
 
@@ -65,15 +82,36 @@ _FUNCTIONS: dict[str, Callable[..., None]] = {}
 _OVERLOADS: dict[str, Callable[..., None]] = {}
 
 
-def register(port: Opaque, step: Running, lanes: Masked) -> int:
-    """Returns the number under which the ops find a port; they ask it when the step has a slot that the lanes have."""
-    _DOORS.append(_Door(step, lanes, lanes, port))
-    return len(_DOORS) - 1
+def register(port: Opaque, step: Running, deltas: Deltas) -> int:
+    """Returns the number under which the ops find a port; they ask it when the step has a slot that `deltas` has."""
+    _DOORS.append(_Door(step, deltas, deltas, port))
+    number = len(_DOORS) - 1
+    _open(number)
+    return number
 
 
-def open_for(number: int, sub_layer: Masked) -> None:
+def open_for(number: int, sub_layer: Deltas) -> None:
     """Has a port asked for the slots of a sub-layer as well as for its own."""
     _DOORS[number].sub_layer = sub_layer
+    _open(number)
+
+
+def _open(number: int) -> None:
+    """Opens the door of the CPU kernels, where there is one."""
+    door = _DOORS[number]
+    if door.own.door is None or door.sub_layer.door is None or (compiled := _compiled_doors()) is None:
+        return
+    compiled.open(number, door.step.door.address, door.own.door.address, door.sub_layer.door.address)
+
+
+@cache
+def _compiled_doors() -> ModuleType | None:
+    """Returns the doors, which stand in for this file's functions from now on."""
+    compiled = doors.load()
+    if compiled is not None:
+        compiled.stand_in(torch.Tensor.__dlpack_c_exchange_api__, *_FUNCTIONS.values())
+        _FUNCTIONS.update({name: getattr(compiled, name) for name in _FUNCTIONS})
+    return compiled
 
 
 def call_directly(directly: bool) -> None:
@@ -90,14 +128,15 @@ def _define(schema: str, function: Callable[..., None]) -> Callable[..., None]:
     """Defines an op; returns what a port calls: the op while a graph is traced, and else the function."""
     name = schema.partition("(")[0]
     _LIBRARY.define(f"{schema} -> ()")  # type: ignore[no-untyped-call]  # torch leaves it so
+    _FUNCTIONS[name] = function
     for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]  # torch leaves it so
+        _LIBRARY.impl(name, lambda *args: _FUNCTIONS[name](*args), device)  # type: ignore[no-untyped-call]  # torch leaves it so
     torch.library.register_fake(f"deltamux::{name}", lambda *args: None, lib=_LIBRARY)
     op = getattr(torch.ops.deltamux, name).default
-    _FUNCTIONS[name], _OVERLOADS[name] = function, op
+    _OVERLOADS[name] = op
 
     def call(*args: object) -> None:
-        (op if torch.compiler.is_compiling() else function)(*args)
+        (op if torch.compiler.is_compiling() else _FUNCTIONS[name])(*args)
 
     return call
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from deltamux.deltas.batches import module_batch
+from deltamux.deltas.kernels import doors
+from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import KVPrefix, Op, StepIndex
-from deltamux.deltas.ops.batched import ModuleBatch, Part
+from deltamux.deltas.ops.batched import KernelBatch, ModuleBatch, Part
 from deltamux.deltas.sites import HeadSite, Site
 from deltamux.engine.vllm import opaque
 
@@ -51,11 +53,21 @@ class FoldedStep(NamedTuple):
 
 
 class CurrentStep:
-    """The step that is running; one object shared by all ports of a model."""
+    """The step that is running; one object shared by all ports of a model.
+
+    Attributes:
+        door: the same for the doors of the CPU kernels.
+    """
 
     def __init__(self) -> None:
-        self.index = IDLE
-        self.folded: FoldedStep | None = None
+        self.door = doors.RunningStep()
+        self.begin(IDLE)
+
+    def begin(self, index: StepIndex, folded: FoldedStep | None = None) -> None:
+        """Makes a step the one that is running."""
+        self.index, self.folded = index, folded
+        if index.device.type == "cpu":
+            self.door.set(index.mask, index.segments, in_python=folded is not None)
 
 
 class LaneKind(NamedTuple):
@@ -78,12 +90,15 @@ class Lanes:
     Attributes:
         parts: the sites that the module fuses.
         mask: bit i set when slot i has an op here; input_mask: when it has one that changes the input.
+        door: the same for the doors of the CPU kernels; None where these do not run.
     """
 
     def __init__(self, parts: Sequence[Part], num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self.parts = tuple(parts)
         self.mask = 0
         self.input_mask = 0
+        self.door = doors.ModuleLanes() if available(dtype, device) else None
+        self._python_mask = 0
         self._make: Callable[[type[Op]], ModuleBatch] = lambda op: module_batch(op, parts, num_slots, dtype, device)
         self._lanes: list[Lane] = []
         self._last: dict[int, dict[int, int]] = {}
@@ -94,12 +109,16 @@ class Lanes:
         start = last.get(part, -1) + 1
         index = next((i for i in range(start, len(self._lanes)) if self._lanes[i].kind == kind), len(self._lanes))
         if index == len(self._lanes):
-            self._lanes.append(Lane(kind, self._make(kind.op)))
-        self._lanes[index].batch.place(slot, part, op)
+            self._add(Lane(kind, self._make(kind.op)))
+        batch = self._lanes[index].batch
+        batch.place(slot, part, op)
         last[part] = index
+        self.mask |= 1 << slot
         if op.changes_input:
             self.input_mask |= 1 << slot
-        self.mask |= 1 << slot
+        if not isinstance(batch, KernelBatch):
+            self._python_mask |= 1 << slot
+        self._tell_door()
 
     def clear(self, slot: int) -> None:
         """Empties a slot at every part; an empty slot may be cleared again."""
@@ -107,10 +126,13 @@ class Lanes:
             return
         for lane in self._lanes:
             lane.batch.clear(slot)
-        if not self._last:
-            self._lanes.clear()
         self.mask &= ~(1 << slot)
         self.input_mask &= ~(1 << slot)
+        self._python_mask &= ~(1 << slot)
+        self._tell_door()
+        if not self._last:
+            self._lanes.clear()
+            self._tell_door_lanes()
 
     def apply(
         self, x: Tensor, y: Tensor, step: StepIndex, residual: Tensor | None = None, weights: StepIndex | None = None
@@ -129,6 +151,24 @@ class Lanes:
         for kind, batch in self._lanes:
             if batch.mask & step.mask and kind.op.changes_input:
                 batch.apply(x, x, step)
+
+    def _add(self, lane: Lane) -> None:
+        self._lanes.append(lane)
+        self._tell_door_lanes()
+
+    def _tell_door_lanes(self) -> None:
+        if self.door is not None:
+            self.door.set_tables(
+                [
+                    doors.LaneTable(batch.table, kind.reads_residual, kind.op.changes_input)
+                    for kind, batch in self._lanes
+                    if isinstance(batch, KernelBatch)
+                ]
+            )
+
+    def _tell_door(self) -> None:
+        if self.door is not None:
+            self.door.set_slots(self.mask, self.input_mask, self._python_mask)
 
 
 class Place(NamedTuple):

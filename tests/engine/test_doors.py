@@ -1,0 +1,290 @@
+"""The doors of the CPU kernels: they do what the ports do in Python, and leave to Python what has no kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from deltamux.deltas import (
+    Bias,
+    BlockRole,
+    BlockSite,
+    Bottleneck,
+    GatedLowRank,
+    LinearSite,
+    LowRank,
+    NormAffine,
+    NormSite,
+    Op,
+    Scale,
+    ScaleInput,
+    Site,
+)
+from deltamux.deltas.kernels import doors, library
+from deltamux.deltas.kernels.tables import Columns
+from deltamux.deltas.ops import Run, StepIndex
+from deltamux.deltas.ops.batched import Part
+from deltamux.deltas.sites import NormForm
+from deltamux.engine.vllm import opaque
+from deltamux.engine.vllm.ports import BlockInput, CurrentStep, FoldedStep, Lanes, LinearPort, NormPort, SubLayer
+
+WIDTH = 24
+QUERY, KEY = 20, 12
+SLOTS = 70
+"""More than the bits of a word."""
+
+PLACED = (0, 3, 63, 64, 69)
+CPU = torch.device("cpu")
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def linear(name: str, columns: int, width: int = WIDTH) -> LinearSite:
+    return LinearSite(name, width, columns, True, False, 0, BlockRole.ATTENTION)
+
+
+def low_rank(seed: int, columns: int, width: int = WIDTH) -> Op:
+    return LowRank(draw(seed, 1 + seed % 5, width), draw(seed + 1, columns, 1 + seed % 5))
+
+
+def bottleneck(seed: int, **attributes: bool) -> Op:
+    return Bottleneck(draw(seed, 3, WIDTH), draw(seed, WIDTH, 3), None, None, activation="relu", **attributes)
+
+
+class Place(NamedTuple):
+    lanes: str
+    part: int
+
+
+OPS: dict[str, tuple[Place, Op]] = {
+    "low_rank at the query": (Place("read", 0), low_rank(1, QUERY)),
+    "low_rank at the key": (Place("read", 1), low_rank(2, KEY)),
+    "bias": (Place("read", 1), Bias(draw(3, KEY))),
+    "scale": (Place("read", 0), Scale(draw(4, QUERY))),
+    "without a kernel": (
+        Place("read", 0),
+        GatedLowRank(draw(5, 2, WIDTH), draw(6, QUERY, 2), gate_weight=draw(7, WIDTH), gate_bias=draw(8, 1)),
+    ),
+    "scaled input": (Place("end", 0), ScaleInput(draw(9, QUERY))),
+    "low_rank at the end": (Place("end", 0), low_rank(10, WIDTH, QUERY)),
+    "bottleneck": (Place("sub_layer", 0), bottleneck(11)),
+    "bottleneck of the residual stream": (Place("sub_layer", 0), bottleneck(12, parallel=True, residual=True)),
+    "norm": (Place("norm", 0), NormAffine(draw(13, WIDTH), draw(14, WIDTH))),
+}
+
+
+class Projection(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+class Norm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 0.5
+
+
+class Attention:
+    """A norm, a fused projection that reads its output, and one that ends the sub-layer, with ports at each."""
+
+    def __init__(self, dtype: torch.dtype, *, with_doors: bool = True) -> None:
+        self.step = CurrentStep()
+        self.lanes = {
+            "norm": self._lanes(dtype, [NormSite("norm", WIDTH, NormForm.RMS, 1e-5, False, 0)]),
+            "read": self._lanes(dtype, [linear("query", QUERY), linear("key", KEY)]),
+            "end": self._lanes(dtype, [linear("end", WIDTH, QUERY)]),
+            "sub_layer": self._lanes(
+                dtype, [BlockSite("block", WIDTH, BlockRole.ATTENTION, "query", "end", 0, "norm")]
+            ),
+        }
+        for lanes in self.lanes.values():
+            assert lanes.door is not None, "these tests need a C++ compiler and Python's headers, as the engine does"
+            if not with_doors:
+                lanes.door = None
+        read = BlockInput()
+        self.norm = NormPort(Norm(), self.step, self.lanes["norm"])
+        self.norm.feeds = read
+        self.read = LinearPort(Projection(draw(20, QUERY + KEY, WIDTH).to(dtype)), self.step, self.lanes["read"])
+        self.read.reads.append(read)
+        self.end = LinearPort(Projection(draw(21, WIDTH, QUERY).to(dtype)), self.step, self.lanes["end"])
+        self.end.end(SubLayer(self.lanes["sub_layer"], read))
+
+    def _lanes(self, dtype: torch.dtype, sites: list[Site]) -> Lanes:
+        sizes = [site.out_features if isinstance(site, LinearSite) else WIDTH for site in sites]
+        parts = [Part(site, Columns(sum(sizes[:i]), sizes[i])) for i, site in enumerate(sites)]
+        return Lanes(parts, SLOTS, dtype, CPU)
+
+    def place(self, slot: int, names: list[str], dtype: torch.dtype) -> None:
+        for name in names:
+            (lanes, part), op = OPS[name]
+            self.lanes[lanes].place(slot, part, op.to(dtype))
+
+    def clear(self, slot: int) -> None:
+        for lanes in self.lanes.values():
+            lanes.clear(slot)
+
+    def run(self, x: Tensor, index: StepIndex, folded: FoldedStep | None = None) -> Tensor:
+        self.step.begin(index, folded)
+        with torch.inference_mode():
+            hidden = self.read.module(self.norm.module(x))
+            return torch.cat([hidden, self.end.module(hidden[:, :QUERY].contiguous())], 1)
+
+
+@pytest.fixture
+def in_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the ports' methods that were called, in order."""
+    called: list[str] = []
+    for name in ("change_input", "change_output", "change_sub_layer"):
+        for kind in (LinearPort, NormPort):
+            method = getattr(kind, name)
+
+            def counted(self: object, *args: object, _name: str = name, _method: object = method) -> object:
+                called.append(_name)
+                return _method(self, *args)  # type: ignore[operator]  # a method of the port
+
+            monkeypatch.setattr(kind, name, counted)
+    return called
+
+
+def index_of(step: list[tuple[int, int]]) -> StepIndex:
+    runs, row = [], 0
+    for slot, rows in step:
+        if slot >= 0:
+            runs.append(Run(slot, row, row + rows))
+        row += rows
+    return StepIndex(runs, row, SLOTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@settings(max_examples=60, deadline=None)
+@given(
+    programs=st.dictionaries(
+        st.sampled_from(PLACED), st.lists(st.sampled_from(list(OPS)), unique=True, max_size=5), min_size=1
+    ),
+    cleared=st.sets(st.sampled_from(PLACED)),
+    step=st.lists(st.tuples(st.sampled_from((-1, *PLACED)), st.integers(1, 6)), min_size=1, max_size=6),
+)
+def test_a_door_does_bit_for_bit_what_its_port_does_in_python(
+    dtype: torch.dtype, programs: dict[int, list[str]], cleared: set[int], step: list[tuple[int, int]]
+) -> None:
+    through_doors, python = Attention(dtype), Attention(dtype, with_doors=False)
+    for model in (through_doors, python):
+        for slot, names in programs.items():
+            model.place(slot, names, dtype)
+        for slot in cleared:
+            model.clear(slot)
+    index = index_of(step)
+    x = draw(30, index.num_rows, WIDTH).to(dtype)
+    assert torch.equal(through_doors.run(x, index), python.run(x, index))
+
+
+WITH_KERNELS = [name for name in OPS if name != "without a kernel"]
+
+
+def test_no_python_runs_where_every_op_has_a_kernel(in_python: list[str]) -> None:
+    model = Attention(torch.bfloat16)
+    model.place(69, WITH_KERNELS, torch.bfloat16)
+    x, index = draw(1, 4, WIDTH).bfloat16(), index_of([(-1, 1), (69, 3)])
+    changed = model.run(x, index)
+    assert in_python == []
+    untouched = model.run(x, index_of([(-1, 4)]))
+    assert torch.equal(changed[0], untouched[0])
+    assert not torch.isclose(changed[1:], untouched[1:]).all(1).any()
+
+
+def test_an_op_without_a_kernel_takes_its_module_to_python_in_its_own_steps_alone(in_python: list[str]) -> None:
+    model = Attention(torch.float32)
+    model.place(3, ["low_rank at the query", "without a kernel"], torch.float32)
+    model.place(5, WITH_KERNELS, torch.float32)
+    x = draw(1, 2, WIDTH)
+    model.run(x, index_of([(5, 2)]))
+    assert in_python == []
+    model.run(x, index_of([(5, 1), (3, 1)]))
+    assert in_python == ["change_output"]
+    model.clear(3)
+    model.run(x, index_of([(5, 1), (3, 1)]))
+    assert in_python == ["change_output"]
+
+
+def test_a_step_with_folded_weights_is_pythons(in_python: list[str]) -> None:
+    model = Attention(torch.float32)
+    model.place(3, ["low_rank at the query"], torch.float32)
+    index = index_of([(3, 2)])
+    model.run(draw(1, 2, WIDTH), index, FoldedStep.of(index, 3))
+    assert in_python == ["change_output"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.double(), "float32 or bfloat16"),
+        (lambda x: x.bfloat16(), "not of the dtype"),
+        (lambda x: x.T.contiguous().T, "contiguous rows"),
+        (lambda x: x[0], "matrices"),
+    ],
+    ids=["other dtype", "other dtype than the deltas", "scattered rows", "vector"],
+)
+def test_what_no_kernel_can_read_is_refused_and_nothing_is_changed(change: object, words: str) -> None:
+    model = Attention(torch.float32)
+    model.place(3, ["bias", "low_rank at the key"], torch.float32)
+    model.step.begin(index_of([(3, 4)]))
+    x, y = draw(1, 4, WIDTH), draw(2, 4, QUERY + KEY)
+    before = y.clone()
+    with torch.inference_mode(), pytest.raises(ValueError, match=words):
+        opaque.change_output(change(x), y, model.read._number)  # type: ignore[operator]  # what the case does to x
+    assert torch.equal(y, before)
+
+
+def test_a_door_wants_as_many_arguments_as_its_function() -> None:
+    compiled = doors.load()
+    assert compiled is not None
+    with pytest.raises(TypeError, match="3 arguments, not 1"):
+        compiled.change_output(0)
+    with pytest.raises(TypeError, match="int"):
+        compiled.change_output(draw(1, 1, 1), draw(1, 1, 1), "first")
+
+
+WITHOUT_HEADERS = """
+import logging, sys
+from pathlib import Path
+logging.basicConfig()
+from deltamux.deltas.kernels import doors, library
+library.INCLUDES = ()
+library.load.cache_clear()
+print([doors.load() for _ in range(2)], library.load() is not None)
+"""
+
+
+def test_without_pythons_headers_the_kernels_run_from_python_and_it_is_said_once(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_HEADERS],
+        env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout.strip() == "[None, None] True"
+    assert ran.stderr.count("Python's headers are missing") == 1
+    assert str(tmp_path) in ran.stderr
+
+
+def test_a_mask_holds_any_slots() -> None:
+    mask = library.Mask(1 << 3)
+    for value in (0, 1, 1 << 63, 1 << 64, (1 << 130) | 5, 1):
+        mask.set(value)
+        words = (ctypes.c_uint64 * mask.count).from_address(mask.words)
+        assert sum(word << 64 * i for i, word in enumerate(words)) == value
