@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -225,6 +227,23 @@ def test_packing_puts_pairs_of_ranks_behind_each_other_and_zeros_where_nothing_i
     for column in range(21):
         assert torch.equal(packed[column // 16, :, column % 16].flatten()[:5], up[column])
     assert packed.count_nonzero() == up.count_nonzero()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64 compilers")
+@pytest.mark.parametrize("without", ["-mno-amx-bf16", "-mno-avx512bf16"])
+def test_processors_with_fewer_instructions_compute_the_same(without: str, tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "(twin or same_bits) and not affine and not scale", __file__],
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
+            "CXX": f"{os.environ.get('CXX', 'g++')} {without}",
+            "XDG_CACHE_HOME": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout
+    assert list(tmp_path.rglob("rows-*.so")), "compiled for those processors"
 
 
 def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 
 FOLDER = Path(__file__).parent
 SOURCES = (FOLDER / "rows.cpp", FOLDER / "doors.cpp")
-READ = (*SOURCES, FOLDER / "rows.h")
+READ = (*SOURCES, FOLDER / "rows.h", FOLDER / "products.h")
 INCLUDES = (Path(sysconfig.get_path("include")), Path(torch.__file__).parent / "include")
 """Python's own headers, which a system may lack, and torch's, for DLPack; the doors alone need them."""
 

@@ -19,7 +19,7 @@ from deltamux.deltas.kernels.library import Mask, Rows, load
 
 DTYPES = (torch.float32, torch.bfloat16)
 LANES = 16
-"""Columns of one block of packed factors; see ``kLanes`` in rows.cpp."""
+"""Columns of one block of packed factors; see ``kLanes`` in products.h."""
 
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", "leaky_relu")
 """Activations that the kernels know, by their code."""
