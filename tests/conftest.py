@@ -11,6 +11,9 @@ import torch
 ENGINES = ("tests/acceptance/", "tests/benchmarks/", "tests/engine/")
 """Folders whose tests run real engines: one after the other, since each takes all cores."""
 
+PARTS = ("dominance", "doors", "graphs", "loading", "opaque", "outputs", "residency_policy", "turns")
+"""Files of tests/engine/ that look at parts of an engine and start none."""
+
 
 def pytest_configure() -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -24,7 +27,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # so to mypy it is Any
         def _split_scope(self, nodeid: str) -> str:
-            return "engines" if nodeid.startswith(ENGINES) else nodeid.split("::")[0]
+            file = nodeid.split("::")[0]
+            part = file in {f"tests/engine/test_{name}.py" for name in PARTS}
+            return "engines" if file.startswith(ENGINES) and not part else file
 
     config.option.loadscopereorder = False  # the engines take longest: they go first, as they are collected
     return Scheduling(config, log)

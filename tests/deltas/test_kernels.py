@@ -165,6 +165,45 @@ def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(step: list[tuple
             assert torch.equal(alone, mixed[row : row + 1])
 
 
+WIDE = 2048
+"""Columns enough for a kernel to give work to several threads."""
+
+WIDE_PARTS = [Part(linear(WIDE), Columns(0, WIDE)), Part(linear(96), Columns(WIDE, 96))]
+WIDE_OPS: dict[str, tuple[list[Part], Any]] = {
+    "low_rank": (WIDE_PARTS, lambda seed, size: LowRank(draw(seed, 160, WIDTH), draw(seed + 1, size, 160))),
+    "bias": (WIDE_PARTS, lambda seed, size: Bias(draw(seed, size))),
+    "norm_affine": (
+        [Part(NormSite("norm", WIDE, NormForm.RMS, 1e-5, True, 0), Columns(0, WIDE))],
+        lambda seed, size: NormAffine(draw(seed, size), draw(seed + 1, size)),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [2, 40, 3000], ids=["columns", "tiles", "groups of tiles"])
+@pytest.mark.parametrize(("parts", "make"), WIDE_OPS.values(), ids=WIDE_OPS.keys())
+def test_however_threads_share_a_step_each_row_gets_what_it_gets_alone(
+    parts: list[Part], make: Any, rows: int, dtype: torch.dtype
+) -> None:
+    kernel, twin = twins(parts, make(0, columns_of(parts[0])), dtype)
+    for slot in range(2):
+        for number, part in enumerate(parts):
+            for batch in (kernel, twin):
+                batch.place(slot, number, make(7 * slot + number, columns_of(part)).to(dtype))
+    index = index_of([(0, rows // 2), (1, rows - rows // 2)])
+    width = WIDE if isinstance(parts[0].site, NormSite) else WIDTH
+    x, before = draw(1, rows, width).to(dtype), draw(2, rows, sum(map(columns_of, parts))).to(dtype)
+    together, expected = before.clone(), before.clone()
+    kernel.apply(x, together, index)
+    twin.apply(x, expected, index)
+    tolerance = 1e-4 if dtype is torch.float32 else 4e-2
+    torch.testing.assert_close(together, expected, atol=tolerance, rtol=tolerance)
+    for row in {0, rows // 2, rows - 1}:
+        alone = before[row : row + 1].clone()
+        kernel.apply(x[row : row + 1], alone, index_of([(int(index.slots[row]), 1)]))
+        assert torch.equal(alone, together[row : row + 1])
+
+
 @pytest.mark.parametrize(("parts", "make"), CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_slot_that_is_not_finite_spoils_no_row_but_its_own(parts: list[Part], make: Any, value: float) -> None:

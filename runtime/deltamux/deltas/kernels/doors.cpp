@@ -3,7 +3,8 @@
 // A model asks the doors of all its modules in every step. What that costs is not computing but memory: between two doors
 // the weights of a projection have passed through the caches, and whatever a door touches comes from RAM. So a door is a
 // few words in one place: the slots of the step, those that have something here, and the tables that hold it. What the
-// kernels cannot do goes to the functions in Python that the doors stand in for.
+// kernels cannot do goes to the functions in Python that the doors stand in for. The interpreter's lock is kept: a kernel
+// takes microseconds in a step of decoding, and whoever took the lock meanwhile might keep it for milliseconds.
 //
 // Everything that a door points to is Python's (doors.py), which keeps it alive.
 

@@ -48,7 +48,7 @@ constexpr int kLanes = 16;   // columns of one block of packed expand factors
 
 inline int64_t even(int64_t n) { return (n + 1) & ~int64_t(1); }
 
-// Dot products of `NR` rows with `NK` rows of `a` [rank, width]: h[row][k] += x[row] . a[k].
+// Dot products of `NR` rows with `NK` rows of `a` [rank, width]: h[row][k] = x[row] . a[k].
 template <int NR, int NK> void dots(const float* const* x, const float* a, int64_t width, float* h, int64_t stride) {
     for (int r = 0; r < NR; ++r)
         for (int k = 0; k < NK; ++k) {

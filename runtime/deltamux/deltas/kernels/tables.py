@@ -119,6 +119,8 @@ class Table:
     """
 
     kernel: ClassVar[int]
+    """See ``Kernel`` in rows.h."""
+
     entry_size: ClassVar[int]
 
     def __init__(self, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype, **fields: Any) -> None:

@@ -56,6 +56,8 @@ class CurrentStep:
     """The step that is running; one object shared by all ports of a model.
 
     Attributes:
+        index: who owns each of its rows.
+        folded: what else there is to know where modules run with a program's weights; None where they do not.
         door: the same for the doors of the CPU kernels.
     """
 
@@ -90,7 +92,7 @@ class Lanes:
     Attributes:
         parts: the sites that the module fuses.
         mask: bit i set when slot i has an op here; input_mask: when it has one that changes the input.
-        door: the same for the doors of the CPU kernels; None where these do not run.
+        door: its ops for the doors of the CPU kernels; None where these do not run.
     """
 
     def __init__(self, parts: Sequence[Part], num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
