@@ -38,6 +38,7 @@ from deltamux.deltas.ops import Run, StepIndex, VirtualRows, low_rank
 from deltamux.deltas.ops import bottleneck as bottlenecks
 from deltamux.deltas.ops.sign_dense import pack_signs
 from deltamux.deltas.sites import EmbeddingSite, NormForm
+from deltas.steps import step_of
 
 SLOTS = 6
 FEATURES = 8
@@ -102,12 +103,7 @@ steps = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 20)), min_
 
 
 def index_of(step: list[tuple[int, int]]) -> StepIndex:
-    runs, row = [], 0
-    for slot, rows in step:
-        if slot >= 0:
-            runs.append(Run(slot, row, row + rows))
-        row += rows
-    return StepIndex(runs, row, SLOTS)
+    return step_of(step, SLOTS)
 
 
 def poisoned(op: Op, value: float) -> Op:

@@ -31,9 +31,10 @@ from deltamux.deltas import (
 from deltamux.deltas.batches import module_batch
 from deltamux.deltas.kernels import library
 from deltamux.deltas.kernels.tables import Columns, Factors, pack
-from deltamux.deltas.ops import Run, StepIndex
+from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.ops.batched import KernelBatch, ModuleBatch, Part, PerPart
 from deltamux.deltas.sites import NormForm
+from deltas.steps import step_of
 
 SLOTS = 5
 WIDTH = 40
@@ -103,12 +104,7 @@ steps = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 9)), min_s
 
 
 def index_of(step: list[tuple[int, int]]) -> StepIndex:
-    runs, row = [], 0
-    for slot, rows in step:
-        if slot >= 0:
-            runs.append(Run(slot, row, row + rows))
-        row += rows
-    return StepIndex(runs, row, SLOTS)
+    return step_of(step, SLOTS)
 
 
 def twins(parts: list[Part], op: Op, dtype: torch.dtype) -> tuple[ModuleBatch, ModuleBatch]:

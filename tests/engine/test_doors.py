@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from deltas.steps import step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from deltamux.deltas import (
 )
 from deltamux.deltas.kernels import doors, library
 from deltamux.deltas.kernels.tables import Columns
-from deltamux.deltas.ops import Run, StepIndex
+from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.ops.batched import Part
 from deltamux.deltas.sites import NormForm
 from deltamux.engine.vllm import opaque
@@ -161,12 +162,7 @@ def in_python(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def index_of(step: list[tuple[int, int]]) -> StepIndex:
-    runs, row = [], 0
-    for slot, rows in step:
-        if slot >= 0:
-            runs.append(Run(slot, row, row + rows))
-        row += rows
-    return StepIndex(runs, row, SLOTS)
+    return step_of(step, SLOTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
