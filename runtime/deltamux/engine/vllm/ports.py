@@ -111,7 +111,8 @@ class Lanes:
         start = last.get(part, -1) + 1
         index = next((i for i in range(start, len(self._lanes)) if self._lanes[i].kind == kind), len(self._lanes))
         if index == len(self._lanes):
-            self._add(Lane(kind, self._make(kind.op)))
+            self._lanes.append(Lane(kind, self._make(kind.op)))
+            self._tell_door_lanes()
         batch = self._lanes[index].batch
         batch.place(slot, part, op)
         last[part] = index
@@ -153,10 +154,6 @@ class Lanes:
         for kind, batch in self._lanes:
             if batch.mask & step.mask and kind.op.changes_input:
                 batch.apply(x, x, step)
-
-    def _add(self, lane: Lane) -> None:
-        self._lanes.append(lane)
-        self._tell_door_lanes()
 
     def _tell_door_lanes(self) -> None:
         if self.door is not None:
