@@ -36,7 +36,8 @@ from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.ops.batched import Part
 from deltamux.deltas.sites import NormForm
 from deltamux.engine.vllm import opaque
-from deltamux.engine.vllm.ports import BlockInput, CurrentStep, FoldedStep, Lanes, LinearPort, NormPort, SubLayer
+from deltamux.engine.vllm.lanes import Lanes
+from deltamux.engine.vllm.ports import BlockInput, CurrentStep, FoldedStep, LinearPort, NormPort, SubLayer
 
 WIDTH = 24
 QUERY, KEY = 20, 12

@@ -23,11 +23,12 @@ from deltamux.deltas.ops.batched import Part
 from deltamux.engine.base import ProgramRef
 from deltamux.engine.vllm.engine import VLLMEngine
 from deltamux.engine.vllm.folding import Folding
+from deltamux.engine.vllm.lanes import Lanes
 from deltamux.engine.vllm.loading import ProgramLoader
 from deltamux.engine.vllm.memory import available_memory
 from deltamux.engine.vllm.merging import changes_of, foldable, merged
 from deltamux.engine.vllm.onednn import SwitchedLinear
-from deltamux.engine.vllm.ports import IDLE, CurrentStep, FoldedStep, Lanes, LinearPort
+from deltamux.engine.vllm.ports import IDLE, CurrentStep, FoldedStep, LinearPort
 from deltamux.errors import FailedPreconditionError
 from engine import worlds
 

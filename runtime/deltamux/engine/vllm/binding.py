@@ -27,16 +27,15 @@ from deltamux.deltas import (
 )
 from deltamux.deltas.kernels.tables import Columns
 from deltamux.deltas.ops.batched import Part
+from deltamux.engine.vllm.lanes import Lanes, Place
 from deltamux.engine.vllm.ports import (
     AttentionPort,
     BlockInput,
     CurrentStep,
     EmbeddingPort,
     HeadPort,
-    Lanes,
     LinearPort,
     NormPort,
-    Place,
     SubLayer,
 )
 

@@ -35,7 +35,8 @@ from deltamux.deltas.kernels.triton.virtual import SoftPromptDeltas
 from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.ops.batched import Part
 from deltamux.engine.vllm.binding import Binding
-from deltamux.engine.vllm.ports import CurrentStep, Lanes
+from deltamux.engine.vllm.lanes import Lanes
+from deltamux.engine.vllm.ports import CurrentStep
 
 
 class Profile(IntEnum):

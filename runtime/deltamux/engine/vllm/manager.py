@@ -23,9 +23,10 @@ from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
 from deltamux.engine.vllm.binding import Binding
 from deltamux.engine.vllm.folding import Folding
+from deltamux.engine.vllm.lanes import Place
 from deltamux.engine.vllm.loading import ProgramLoader, on_device, packed
 from deltamux.engine.vllm.merging import foldable
-from deltamux.engine.vllm.ports import IDLE, CurrentStep, Place
+from deltamux.engine.vllm.ports import IDLE, CurrentStep
 from deltamux.engine.vllm.prefixes import cache_slots, known_prefix
 from deltamux.engine.vllm.residency import Residency
 from deltamux.errors import BaseMismatchError, FailedPreconditionError
