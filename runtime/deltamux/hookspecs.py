@@ -114,7 +114,7 @@ def deltamux_method() -> MethodInfo:  # type: ignore[empty-body]  # a specificat
 
 
 @hookspec
-def deltamux_parameters(config: Any, base: BaseModel) -> Mapping[str, ParameterSpec]:  # type: ignore[empty-body]
+def deltamux_parameters(config: Any, base: BaseModel) -> Mapping[str, ParameterSpec]:  # type: ignore[empty-body]  # a specification
     """Train hook: declares the trainable parameters, by name.
 
     A fresh adapter (every parameter as initialised) must leave the base's output unchanged, unless the method's paper
@@ -129,7 +129,7 @@ def deltamux_parameters(config: Any, base: BaseModel) -> Mapping[str, ParameterS
 
 
 @hookspec
-def deltamux_export(config: Any, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # type: ignore[empty-body]
+def deltamux_export(config: Any, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:  # type: ignore[empty-body]  # a specification
     """Train hook: computes the checkpoint's tensors (names as in the file) from the trainable parameters.
 
     Differentiable: training runs `deltamux_program` on its result in every step, so a reparameterisation (prefix
@@ -139,7 +139,7 @@ def deltamux_export(config: Any, base: BaseModel, parameters: Mapping[str, Tenso
 
 
 @hookspec
-def deltamux_program(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:  # type: ignore[empty-body]
+def deltamux_program(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:  # type: ignore[empty-body]  # a specification
     """Inference hook: turns a checkpoint's tensors into ops at sites. Differentiable in the tensors. Required.
 
     Ask for tensors by name: ``tensors[name]`` raises the right error for a missing one, and tensors never asked for are
@@ -183,7 +183,7 @@ def deltamux_merge(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) 
 
 
 @hookspec
-def deltamux_config(config: Any, base: BaseModel) -> Mapping[str, Any]:  # type: ignore[empty-body]
+def deltamux_config(config: Any, base: BaseModel) -> Mapping[str, Any]:  # type: ignore[empty-body]  # a specification
     """Train hook: returns what adapter_config.json must hold for others to load it (PEFT's bookkeeping keys).
 
     Not implemented, or None: the config's own fields and ``peft_type``.

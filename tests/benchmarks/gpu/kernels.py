@@ -117,7 +117,7 @@ def microseconds(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int = 15, repl
     times: dict[str, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch leaves it so
             start.record()
             for _ in range(replays):
                 graph.replay()
