@@ -12,9 +12,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu.__main__ import parse, table
-from benchmarks.gpu.engines import ENGINES, Measured
+from benchmarks.gpu.__main__ import Measured, parse, table
+from benchmarks.gpu.engines import ENGINES, Load
 from benchmarks.gpu.material import LORAS, Material, Size
+from benchmarks.gpu.seats import Seat, SeatError
 from deltamux.deltas import Program
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -42,10 +43,19 @@ def test_without_a_gpu_the_command_refuses_and_says_what_to_do() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_ratios_are_to_vllms_own_base() -> None:
-    rows = table([Measured("deltas graphs", "base", [5.0, 9.0, 7.0]), Measured("vllm", "base", [10.0, 14.0, 12.0])])
-    assert [(row["tokens_per_second"], row["of_base"]) for row in rows] == [(7.0, 0.583), (12.0, 1.0)]
-    assert table([Measured("deltas eager", "base", [5.0])])[0]["of_base"] is None
+def test_ratios_are_to_vllms_own_base_in_the_same_turn() -> None:
+    rows = table([Measured("deltas-graphs", "base", [5.0, 9.0, 6.0]), Measured("vllm", "base", [10.0, 36.0, 8.0])])
+    assert [(row["tokens_per_second"], row["of_base"]) for row in rows] == [(6.0, 0.5), (10.0, 1.0)]
+    assert table([Measured("deltas-eager", "base", [5.0])])[0]["of_base"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the engine would start")
+def test_an_engine_that_does_not_start_ends_the_comparison(tmp_path: Path) -> None:
+    material = Material.write(tmp_path, Size(512, 1), rank=8)
+    seat = Seat("deltas-eager", material, Load(4, 8, 8, 0.1, 0.2))
+    with pytest.raises(SeatError, match="deltas-eager"):
+        seat.workloads()
+    seat.close()
 
 
 def test_its_loras_are_the_same_in_pefts_files_and_as_programs(tmp_path: Path) -> None:

@@ -3,27 +3,27 @@
     cd tests && ../.venv/bin/python -m benchmarks.gpu --size 1b --output gpu.json
 
 Everything it needs it writes itself: a random Llama in bfloat16, its adapters as PEFT's files (for vLLM's LoRA) and as
-programs (for deltas). First it runs the tests of the kernels and of the engine on the GPU. Then come four
-engines, one after the other: vLLM as it comes; vLLM with its LoRA; deltas eagerly; deltas with CUDA graphs.
+programs (for deltas). First it runs the tests of the kernels and of the engine on the GPU. Then four engines are up at
+once and take turns: vLLM as it comes; vLLM with its LoRA; deltas eagerly; deltas with CUDA graphs.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.engines import ENGINES, Load, Measured
+from benchmarks.gpu.engines import ENGINES, Load
 from benchmarks.gpu.material import SIZES, Material
+from benchmarks.gpu.seats import Seat, SeatError
 
 TESTS = [Path(__file__).resolve().parents[2] / path for path in ("deltas/test_triton.py", "engine/test_gpu.py")]
 """What is run first: a wrong kernel has no speed."""
@@ -37,9 +37,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16, help="of every LoRA")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="after one round that warms up; the figure is the median"
-    )
+    parser.add_argument("--repeats", type=int, default=3, help="turns, behind one that warms up; figures are medians")
     parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="memory of every engine's KV cache")
     parser.add_argument("--skip-tests", action="store_true", help="measure without running the tests first")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -60,37 +58,64 @@ def refusal() -> str | None:
     return None
 
 
+class Measured(NamedTuple):
+    """Generated tokens a second of one workload by one engine, one figure a turn."""
+
+    engine: str
+    workload: str
+    figures: list[float]
+
+
 def table(rows: list[Measured]) -> list[dict[str, Any]]:
-    """Returns a row a workload, with its median and its ratio to the base under vLLM's defaults, where that was run."""
-    base = next((statistics.median(row.figures) for row in rows if row.engine == "vllm"), None)
+    """Returns a row a workload: its median, and the median of its ratios to the base under vLLM's defaults in the same
+    turn, where that was run.
+    """
+    base = next((row.figures for row in rows if row.engine == "vllm" and row.workload == "base"), None)
     return [
         {
             "engine": row.engine,
             "workload": row.workload,
             "tokens_per_second": round(statistics.median(row.figures), 1),
-            "of_base": None if base is None else round(statistics.median(row.figures) / base, 3),
+            "of_base": base and round(statistics.median(f / b for f, b in zip(row.figures, base, strict=True)), 3),
         }
         for row in rows
     ]
 
 
-async def measure(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs one engine after the other, and prints the rows of each as soon as it has them."""
-    load = Load(given.sequences, given.prompt_tokens, given.new_tokens, given.repeats, given.kv_cache_gib)
-    print(f"{torch.cuda.get_device_name()}, {given.size}, {given.sequences} sequences of {given.new_tokens} tokens")
-    print(f"{'engine':14}  {'workload':10}  {'tokens/s':>10}  {'of base':>7}", flush=True)
-    measured: list[Measured] = []
-    with tempfile.TemporaryDirectory() as folder:
+def measure(seats: list[Seat], turns: int) -> list[Measured]:
+    """Runs every workload of every engine once a turn, one at a time, behind a turn that warms up."""
+    measured = [Measured(seat.name, workload, []) for seat in seats for workload in seat.workloads()]
+    by_name = {seat.name: seat for seat in seats}
+    for turn in range(turns + 1):
+        for row in measured:
+            figure = by_name[row.engine].tokens_per_second(row.workload, turn)
+            if turn:
+                row.figures.append(figure)
+    return measured
+
+
+def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Starts all engines, measures them in turns, and prints the table."""
+    share = 0.9 / len(given.engines)
+    load = Load(given.sequences, given.prompt_tokens, given.new_tokens, given.kv_cache_gib, share)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         material = Material.write(Path(folder), SIZES[given.size], given.rank)
-        for name in given.engines:
-            before = len(measured)
-            measured += await ENGINES[name](material, load)
-            for row in table(measured)[before:]:
-                ratio = "" if row["of_base"] is None else f"{row['of_base']:7.3f}"
-                print(
-                    f"{row['engine']:14}  {row['workload']:10}  {row['tokens_per_second']:10}  {ratio:>7}", flush=True
-                )
-    return table(measured)
+        seats = [Seat(name, material, load) for name in given.engines]
+        for seat in seats:
+            stack.callback(seat.close)
+        rows = table(measure(seats, given.repeats))
+    print(f"{device_name()}, {given.size}, {given.sequences} sequences of {given.new_tokens} tokens")
+    print(f"{'engine':14}  {'workload':10}  {'tokens/s':>10}  {'of base':>7}")
+    for row in rows:
+        ratio = "" if row["of_base"] is None else f"{row['of_base']:7.3f}"
+        print(f"{row['engine']:14}  {row['workload']:10}  {row['tokens_per_second']:10}  {ratio:>7}")
+    return rows
+
+
+def device_name() -> str:
+    from vllm.platforms import current_platform
+
+    return str(current_platform.get_device_name())
 
 
 def main() -> int:
@@ -98,14 +123,16 @@ def main() -> int:
     if (problem := refusal()) is not None:
         print(f"benchmarks.gpu: {problem}", file=sys.stderr)
         return 2
-    # Asking for the device, above, leaves no process that can be forked.
-    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     if not given.skip_tests:
         subprocess.run([sys.executable, "-m", "pytest", *map(str, TESTS), "-q"], check=True)
-    rows = asyncio.run(measure(given))
+    try:
+        rows = compare(given)
+    except SeatError as error:
+        print(f"benchmarks.gpu: {error}", file=sys.stderr)
+        return 1
     if given.output:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        result = {"device": torch.cuda.get_device_name(), "settings": settings, "rows": rows}
+        result = {"device": device_name(), "settings": settings, "rows": rows}
         given.output.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 

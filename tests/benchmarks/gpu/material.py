@@ -32,9 +32,11 @@ class Material(NamedTuple):
 
     Attributes:
         peft: LoRAs as PEFT's directories; programs: the same LoRAs, and one adapter of each other mechanism.
+        rank: of every LoRA.
     """
 
     base: Path
+    rank: int
     peft: list[Path]
     programs: dict[str, ProgramRef]
 
@@ -45,7 +47,7 @@ class Material(NamedTuple):
         loras = [_low_rank(base, rank) for _ in range(LORAS)]
         peft = [_write_peft(folder / f"peft-{i}", lora, rank) for i, lora in enumerate(loras)]
         made = {f"lora-{i}": Program.of(lora) for i, lora in enumerate(loras)} | _others(base)
-        return cls(directory, peft, {name: saved(program, folder, name) for name, program in made.items()})
+        return cls(directory, rank, peft, {name: saved(program, folder, name) for name, program in made.items()})
 
 
 def _write_base(directory: Path, size: Size) -> Path:
