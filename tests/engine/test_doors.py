@@ -242,7 +242,7 @@ def test_what_no_kernel_can_read_is_refused_and_nothing_is_changed(change: objec
     x, y = draw(1, 4, WIDTH), draw(2, 4, QUERY + KEY)
     before = y.clone()
     with torch.inference_mode(), pytest.raises(ValueError, match=words):
-        opaque.change_output(change(x), y, model.read._number)  # type: ignore[operator]  # what the case does to x
+        opaque.change_output(change(x), y, model.read._ticket)  # type: ignore[operator]  # what the case does to x
     assert torch.equal(y, before)
 
 

@@ -50,12 +50,10 @@ def test_a_step_replays_the_graph_of_its_profile(dispatcher: ProfileDispatcher, 
     assert (found.num_tokens, found.num_active_loras) == (4, int(profile))
 
 
-def test_on_a_gpu_graphs_and_compilation_are_for_those_who_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not _engine_arguments(EngineOptions("m"))["enforce_eager"]
+def test_on_a_gpu_models_are_compiled_and_captured_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
-    assert _engine_arguments(EngineOptions("m"))["enforce_eager"]
-    asked = EngineOptions("m", engine_arguments={"enforce_eager": False})
-    assert not _engine_arguments(asked)["enforce_eager"]
+    assert not _engine_arguments(EngineOptions("m"))["enforce_eager"]
+    assert _engine_arguments(EngineOptions("m", enforce_eager=True))["enforce_eager"]
 
 
 def test_a_step_that_no_graph_serves_runs_without(dispatcher: ProfileDispatcher) -> None:

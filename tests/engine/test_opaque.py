@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -76,10 +77,12 @@ class Model:
         return float(out[0, 0]), [port.asked for port in self.ports]
 
 
-@pytest.fixture(scope="module")
-def model() -> Iterator[Model]:
+@pytest.fixture(scope="module", params=["by number", "by name"])
+def model(request: pytest.FixtureRequest) -> Iterator[Model]:
+    opaque.trace_by_name(request.param == "by name")
     yield Model()
     opaque.call_directly(False)
+    opaque.trace_by_name(False)
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "compiled, called directly"])
@@ -106,3 +109,18 @@ def test_a_compiled_model_that_calls_directly_passes_torchs_dispatch_by(model: M
             model.run(model.compiled, OWN)
         dispatched[directly] = sum(e.count for e in profile.key_averages() if e.key.startswith("deltamux::"))
     assert dispatched == {False: 3, True: 0}
+
+
+def test_one_graph_serves_equal_modules_if_their_ports_are_told_by_name() -> None:
+    codes: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        codes.append(graph.code)
+        return graph
+
+    opaque.trace_by_name(True)
+    for _ in range(2):
+        model = Model()
+        assert model.run(torch.compile(model.eager, fullgraph=True, backend=backend), OWN) == (10.0, [1, 2])
+    opaque.trace_by_name(False)
+    assert len(codes) == 1

@@ -42,8 +42,8 @@ class EngineOptions:
             from host memory and a slot costs nothing, and 8 on a GPU.
         max_host_adapters: programs kept in host memory.
         kv_cache_gib: size of the key-value cache on a CPU, in GiB.
-        enforce_eager: leave the model uncompiled: starts sooner (the first start of a model compiles for some twenty
-            seconds on a CPU), runs slower. On a GPU models are uncompiled unless `engine_arguments` say otherwise.
+        enforce_eager: leave the model uncompiled, and on a GPU without CUDA graphs: starts sooner (the first start of a
+            model compiles for some twenty seconds on a CPU), runs slower.
         fold_dominant: fold the adapter that carries most of the traffic into a second copy of the weights that it
             changes, where that is measured to be faster (on a CPU only).
         engine_arguments: further arguments of vLLM's AsyncEngineArgs, for operators who know them.

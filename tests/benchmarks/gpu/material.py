@@ -63,7 +63,8 @@ def _write_base(directory: Path, size: Size) -> Path:
         max_position_embeddings=4096,
         dtype=torch.bfloat16,
     )
-    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it so
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # random numbers take a CPU a minute and more
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it so
     model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory

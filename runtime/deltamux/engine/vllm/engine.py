@@ -282,8 +282,6 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 1024**3)
     else:
         arguments["max_lora_rank"] = KERNEL_RANK
-        # Until compiled models and CUDA graphs with deltas have run on a GPU, who wants them says so (docs/gpu.md).
-        arguments["enforce_eager"] = True
     given = dict(options.engine_arguments)
     # Part of the key under which compiled models are kept: a plain vLLM's has no ports.
     own = {"deltamux": __version__, "fold_dominant": options.fold_dominant}

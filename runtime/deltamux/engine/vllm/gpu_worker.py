@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from deltamux.engine.vllm import graphs
+from deltamux.engine.vllm import graphs, opaque
 from deltamux.engine.vllm.worker import DeltaWorkerMixin
 
 
@@ -13,4 +13,5 @@ class GPUDeltaWorker(DeltaWorkerMixin, Worker):
 
     def init_device(self) -> None:
         super().init_device()
+        opaque.trace_by_name(True)
         graphs.install(self.model_runner)

@@ -88,8 +88,6 @@ def install(runner: Any) -> None:
     if config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE:
         return
     if not triton.available(runner.device):
-        raise FailedPreconditionError(
-            "CUDA graphs with deltas need Triton: install it, or leave enforce_eager as it is"
-        )
+        raise FailedPreconditionError("CUDA graphs with deltas need Triton: install it, or start with enforce_eager")
     runner.__class__ = type("DeltaGraphModelRunner", (GraphRunnerMixin, type(runner)), {})
     runner.cudagraph_dispatcher = ProfileDispatcher(config)

@@ -8,6 +8,10 @@ weights of a projection have passed through the caches, and all that an op touch
 masks before it touches the port; and where torch would only find its way back to this file, it is passed by. Where the
 CPU kernels run, their doors stand in for the functions of this file (`kernels/doors.cpp`): they do the same without
 Python, and leave to it what has no kernel.
+
+vLLM's CUDA build compiles a model in pieces, a layer each, and a piece that equals one before takes what that became.
+A port's number in the graph would make every piece another one. So there each op has a second form, that is told the
+port by one of vLLM's layer names: those are inputs of the pieces, and not part of them.
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from vllm.utils.torch_utils import LayerNameType, _encode_layer_name, _resolve_layer_name
 
 from deltamux.deltas.kernels import doors
 
@@ -82,18 +87,25 @@ _FUNCTIONS: dict[str, Callable[..., None]] = {}
 _OVERLOADS: dict[str, Callable[..., None]] = {}
 
 
-def register(port: Opaque, step: Running, deltas: Deltas) -> int:
-    """Returns the number under which the ops find a port; they ask it when the step has a slot that `deltas` has."""
+class Ticket(NamedTuple):
+    """What the ops find a port by: a number; or, in graphs that are to be alike, a name."""
+
+    number: int
+    name: str
+
+
+def register(port: Opaque, step: Running, deltas: Deltas) -> Ticket:
+    """Returns a port's ticket for the ops, which ask it when the step has a slot that `deltas` has."""
     _DOORS.append(_Door(step, deltas, deltas, port))
     number = len(_DOORS) - 1
     _open(number)
-    return number
+    return Ticket(number, str(number))
 
 
-def open_for(number: int, sub_layer: Deltas) -> None:
+def open_for(ticket: Ticket, sub_layer: Deltas) -> None:
     """Has a port asked for the slots of a sub-layer as well as for its own."""
-    _DOORS[number].sub_layer = sub_layer
-    _open(number)
+    _DOORS[ticket.number].sub_layer = sub_layer
+    _open(ticket.number)
 
 
 def _open(number: int) -> None:
@@ -121,24 +133,67 @@ def call_directly(directly: bool) -> None:
     itself reads the name when it loads a compiled model, and must find the op.
     """
     for name, function in _FUNCTIONS.items():
-        getattr(torch.ops.deltamux, name).default = function if directly else _OVERLOADS[name]
+        for form, called in ((name, function), (name + _BY_NAME, _told_by_name(name))):
+            getattr(torch.ops.deltamux, form).default = called if directly else _OVERLOADS[form]
+
+
+@dataclass(slots=True)
+class _Tracing:
+    """What graphs hold that are traced from now on: ports' names, as inputs, or their numbers."""
+
+    by_name: bool = False
+
+
+_TRACING = _Tracing()
+_BY_NAME = "_by_name"
+
+
+def trace_by_name(by_name: bool) -> None:
+    """Has graphs that are traced from now on tell ops their port by name, so that equal layers have equal graphs."""
+    _TRACING.by_name = by_name
+
+
+def _told_by_name(name: str) -> Callable[..., None]:
+    return lambda *args: _FUNCTIONS[name](*args[:-1], int(_resolve_layer_name(args[-1])))
+
+
+def _type_of_names() -> str:
+    """Returns what a schema calls vLLM's layer names."""
+
+    def takes(name: LayerNameType) -> None: ...
+
+    return torch.library.infer_schema(takes, mutates_args=()).removeprefix("(").partition(" ")[0]
 
 
 def _define(schema: str, function: Callable[..., None]) -> Callable[..., None]:
-    """Defines an op; returns what a port calls: the op while a graph is traced, and else the function."""
+    """Defines an op in both forms; returns what a port calls: the op while a graph is traced, else the function."""
     name = schema.partition("(")[0]
-    _LIBRARY.define(f"{schema} -> ()")  # type: ignore[no-untyped-call]  # torch leaves it so
     _FUNCTIONS[name] = function
-    for device in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, lambda *args: _FUNCTIONS[name](*args), device)  # type: ignore[no-untyped-call]  # torch leaves it so
-    torch.library.register_fake(f"deltamux::{name}", lambda *args: None, lib=_LIBRARY)
-    op = getattr(torch.ops.deltamux, name).default
-    _OVERLOADS[name] = op
+    by_name = schema.replace(name, name + _BY_NAME).replace("int number", f"{_type_of_names()} name")
+    numbered = _define_form(schema, lambda *args: _FUNCTIONS[name](*args))
+    named = _define_form(by_name, _told_by_name(name))
 
-    def call(*args: object) -> None:
-        (op if torch.compiler.is_compiling() else _FUNCTIONS[name])(*args)
+    def call(*args: Any) -> None:
+        *tensors, ticket = args
+        if not torch.compiler.is_compiling():
+            _FUNCTIONS[name](*tensors, ticket.number)
+        elif _TRACING.by_name:
+            named(*tensors, _encode_layer_name(ticket.name))
+        else:
+            numbered(*tensors, ticket.number)
 
     return call
+
+
+def _define_form(schema: str, function: Callable[..., None]) -> Callable[..., None]:
+    name = schema.partition("(")[0]
+    _LIBRARY.define(f"{schema} -> ()")  # type: ignore[no-untyped-call]  # torch leaves it so
+    for device in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, function, device)  # type: ignore[no-untyped-call]  # torch leaves it so
+    torch.library.register_fake(f"deltamux::{name}", lambda *args: None, lib=_LIBRARY)
+    op: Callable[..., None] = getattr(torch.ops.deltamux, name).default
+    _OVERLOADS[name] = op
+    return op
 
 
 def _change_input(x: Tensor, number: int) -> None:

@@ -77,7 +77,7 @@ class Port(opaque.Opaque):
         self.lanes = lanes
         self._forward: Callable[..., Any] = module.forward
         self._current = current
-        self._number = opaque.register(self, current, lanes)
+        self._ticket = opaque.register(self, current, lanes)
         module.forward = self.forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,21 +127,21 @@ class LinearPort(Port):
     def end(self, sub_layer: SubLayer) -> None:
         """Makes this the projection that ends a sub-layer: nobody else reads its input, which may then change."""
         self.writes = sub_layer
-        opaque.open_for(self._number, sub_layer.lanes)
+        opaque.open_for(self._ticket, sub_layer.lanes)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         alone = len(self.lanes.parts) == 1
         if self.writes is not None and alone:
-            opaque.change_input(x, self._number)
+            opaque.change_input(x, self._ticket)
         output = self._forward(x, *args, **kwargs)
         y = output[0] if isinstance(output, tuple) else output
         for block in self.reads:
             block.x = x
         if self.writes is None:
-            opaque.change_output(x, y, self._number)
+            opaque.change_output(x, y, self._ticket)
         else:
             read = self.writes.read
-            opaque.change_sub_layer(x, x if read.x is None else read.x, read.residual, y, self._number)
+            opaque.change_sub_layer(x, x if read.x is None else read.x, read.residual, y, self._ticket)
             read.x = read.residual = None
         return output
 
@@ -199,7 +199,7 @@ class NormPort(Port):
         y, normalised = output if isinstance(output, tuple) else (output, x)
         if self.feeds is not None:
             self.feeds.residual = normalised
-        opaque.change_output(normalised, y, self._number)
+        opaque.change_output(normalised, y, self._ticket)
         return output
 
 
@@ -208,7 +208,7 @@ class EmbeddingPort(Port):
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._forward(ids, *args, **kwargs)
-        opaque.change_output(ids, output, self._number)
+        opaque.change_output(ids, output, self._ticket)
         return output
 
 
