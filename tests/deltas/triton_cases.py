@@ -129,6 +129,28 @@ def test_a_fused_module_gives_each_row_its_own_adapters_ops_at_every_part(
         row += count
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 16, 17, 64, 65, 100])
+@pytest.mark.parametrize("features", [40, 1100], ids=["narrow", "several spans"])
+def test_low_ranks_of_any_rank_and_width_are_multiplied(dtype: torch.dtype, rank: int, features: int) -> None:
+    site = LinearSite("part", 48, features, True, False, 0, BlockRole.ATTENTION)
+    deltas = LinearDeltas([site], SLOTS, 104, dtype, DEVICE)
+    ops: dict[int, list[Op]] = {
+        0: [LowRank(draw(1, rank, 48) * 0.1, draw(2, features, rank))],
+        1: [Bias(draw(3, features))],
+        2: [LowRank(draw(4, 3, 48) * 0.1, draw(5, features, 3))],
+    }
+    moved_ops = {slot: [moved(op, dtype) for op in own] for slot, own in ops.items()}
+    for slot, own in moved_ops.items():
+        assert all(deltas.place(slot, 0, op) for op in own)
+    for tall in (False, True):
+        x, before = draw(6, 9, 48).to(DEVICE, dtype), draw(7, 9, features).to(DEVICE, dtype)
+        after = before.clone()
+        deltas.apply(x, after, filled([(0, 3), (1, 2), (2, 4)], tall_from=1 if tall else 1000))
+        for slot, rows in ((0, slice(0, 3)), (1, slice(3, 5)), (2, slice(5, 9))):
+            assert_close(after[rows], alone(moved_ops[slot], x[rows], before[rows], site), dtype)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("in_step", [True, False], ids=["in the step", "resident only"])
 def test_a_fused_modules_slot_that_is_not_finite_spoils_no_row_but_its_own(value: float, in_step: bool) -> None:

@@ -27,6 +27,7 @@ VALUES = {
 }
 INDICES = {"meta", "columns", "records", "changes", "present", "lengths"}
 SCALARS = {"x_stride", "residual_stride", "y_stride", "more_y_stride", "split_stride", "slot_stride"}
+SCALARS |= {"features", "chunk", "parts", "max_rank", "out_features"}
 
 
 class Target(NamedTuple):
@@ -55,7 +56,9 @@ def compiled(
 
     signature = {name: type_of(name) for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values)
+    # As Triton finds a large model's pointers and strides at run time, which makes loads as wide as they can be.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
     assert made.metadata.shared <= SHARED_BYTES
@@ -66,21 +69,17 @@ def compiled(
 @pytest.mark.parametrize(("dtype", "target"), BUILDS)
 @pytest.mark.parametrize("bottleneck", [False, True], ids=["fused linear", "bottleneck"])
 def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: Target, bottleneck: bool) -> None:
-    parts, dot = 1 if bottleneck else 3, VALUES[dtype][1]
-    common = {"PARTS": parts, "MAX_RANK": 64, "DOT": dot, "BLOCK_ROWS": target.tile_rows}
-    common["OVERLAPS"] = target.capability >= 90
     cut = launches.SHORT if target.tile_rows == table.SHORT_TILE else launches.TALL
+    common = {"DOT": VALUES[dtype][1], "OVERLAPS": target.capability >= 90, "BLOCK_ROWS": target.tile_rows}
     made = [
         compiled(
             matrix.shrink_kernel,
             dtype,
             target,
             **common,
-            IN=4096,
-            CHUNK=4096 // cut.splits(4096),
             MIXED=bottleneck,
             BLOCK_RANK=cut.ranks,
-            BLOCK_IN=cut.inner_columns(dtype),
+            BLOCK_IN=cut.inner_columns(dtype, mixed=bottleneck),
             num_warps=cut.shrink_warps,
         ),
         compiled(
@@ -88,14 +87,14 @@ def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: T
             dtype,
             target,
             **common,
-            OUT=6144,
             SPLITS=cut.splits(4096),
             SCALES=not bottleneck,
             ACTIVATES=bottleneck,
-            BLOCK_RANK=launches.EXPAND_RANKS,
-            BLOCK_OUT=launches.COLUMNS,
+            WIDE=True,
+            ALIGNED=16,
+            BLOCK_OUT=cut.out_columns(dtype),
+            STAGES=cut.stages,
             num_warps=cut.expand_warps,
-            num_stages=1,
         ),
     ]
     if dtype is not torch.float32:

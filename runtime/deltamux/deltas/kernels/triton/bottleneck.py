@@ -6,11 +6,13 @@ the features and by the columns they use all of them. The activation, both biase
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from torch import Tensor
 
 from deltamux.deltas.kernels.triton.launches import Matrices, expand, shrink
-from deltamux.deltas.kernels.triton.linear import column_blocks
+from deltamux.deltas.kernels.triton.linear import column_spans
 from deltamux.deltas.kernels.triton.matrix import ACTIVATION_CODES, Flag, Meta, Source
 from deltamux.deltas.kernels.triton.table import StepTable
 from deltamux.deltas.ops.base import Op
@@ -34,12 +36,13 @@ class BottleneckDeltas:
         features = site.features
         self._matrices = Matrices(
             a=torch.zeros(num_slots, 1, max_width, features, dtype=dtype, device=device),
-            b=torch.zeros(num_slots, features, max_width, dtype=dtype, device=device),
+            b=torch.zeros(num_slots, max_width, features, dtype=dtype, device=device),
             scale=None,
             bias=torch.zeros(num_slots, features, dtype=dtype, device=device),
             inner_bias=torch.zeros(num_slots, max_width, dtype=dtype, device=device),
             meta=torch.zeros(num_slots, 1, Meta.VALUES, dtype=torch.int32, device=device),
-            columns=column_blocks([slice(0, features)], device),
+            columns=column_spans([slice(0, features)], device),
+            aligned=gcd(16, features),
         )
         self.mask = 0
 
@@ -50,7 +53,7 @@ class BottleneckDeltas:
         matrices, width = self._matrices, op.rank()
         assert matrices.inner_bias is not None
         matrices.a[slot, 0, :width] = op.down_weight
-        torch.mul(op.up_weight, op.scale, out=matrices.b[slot, :, :width])
+        torch.mul(op.up_weight.T, op.scale, out=matrices.b[slot, :width])
         if op.down_bias is not None:
             matrices.inner_bias[slot, :width] = op.down_bias
         if op.up_bias is not None:

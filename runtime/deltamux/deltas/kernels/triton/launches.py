@@ -20,11 +20,12 @@ class Matrices(NamedTuple):
 
     Attributes:
         a: [slots, parts, max_rank, in].
-        b: [slots, out, max_rank]; the parts' columns one after the other.
+        b: [slots, max_rank, out]; the parts' columns one after the other.
         scale: [slots, out] or None; bias: [slots, out].
         inner_bias: [slots, max_rank] or None: the module has activations, and one part.
         meta: [slots, parts, Meta.VALUES] int32.
-        columns: [blocks, 3] int32: part, first column and end column of each block of columns.
+        columns: by the width of spans, [spans, 3] int32: part, first and end column of each span of columns.
+        aligned: what divides all columns where a part begins or ends, 16 at most.
     """
 
     a: Tensor
@@ -33,7 +34,8 @@ class Matrices(NamedTuple):
     bias: Tensor
     inner_bias: Tensor | None
     meta: Tensor
-    columns: Tensor
+    columns: dict[int, Tensor]
+    aligned: int
 
     @property
     def parts(self) -> int:
@@ -44,22 +46,17 @@ class Matrices(NamedTuple):
         return self.a.shape[2]
 
 
-COLUMNS = 128
-"""Columns of the output that one program of expand finishes."""
-EXPAND_RANKS = 16
-"""Ranks that expand multiplies at once; the least that a tensor core does."""
-
-
 class Cut(NamedTuple):
     """Into which programs a launch is cut, by a search on an H200 in bfloat16 with ranks of 16 (docs/gpu.md).
 
     Attributes:
         ranks: of a slot, per program of shrink.
-        inner: columns of the input that shrink multiplies at once, in 16 bits; in 32, shared memory has room for a
-            quarter.
+        inner: columns of the input that shrink multiplies at once, see `inner_columns`.
         split: columns of the input, at least, for each program of shrink: few tiles leave a GPU idle, many do not.
         max_splits: programs that share the input's columns, at most; their products are added up by expand.
-        shrink_warps: of a program of shrink; expand_warps: of expand.
+        shrink_warps: of a program of shrink.
+        span: columns of the output that one program of expand finishes, `columns` of them at a time.
+        expand_warps: of a program of expand; stages: blocks of columns that are on their way to it.
     """
 
     ranks: int
@@ -67,17 +64,27 @@ class Cut(NamedTuple):
     split: int
     max_splits: int
     shrink_warps: int
+    columns: int
+    span: int
     expand_warps: int
+    stages: int
 
-    def inner_columns(self, dtype: torch.dtype) -> int:
-        return self.inner if dtype.itemsize == 2 else self.inner // 4
+    def inner_columns(self, dtype: torch.dtype, *, mixed: bool) -> int:
+        """Returns how many columns shrink multiplies at once: fewer of 32 bits, or of three inputs, have room."""
+        return self.inner // (1 if dtype.itemsize == 2 else 4) // (2 if mixed else 1)
+
+    def out_columns(self, dtype: torch.dtype) -> int:
+        return self.columns if dtype.itemsize == 2 else self.columns // 2
 
     def splits(self, features: int) -> int:
         return max(1, min(self.max_splits, features // self.split))
 
 
-SHORT = Cut(ranks=16, inner=128, split=512, max_splits=8, shrink_warps=2, expand_warps=4)
-TALL = Cut(ranks=32, inner=128, split=1024, max_splits=2, shrink_warps=4, expand_warps=8)
+AT_ONCE = 64
+"""Ranks that expand multiplies at once; a slot that has more reads the columns of its second matrix in turns."""
+SHORT = Cut(16, 128, split=512, max_splits=8, shrink_warps=2, columns=128, span=512, expand_warps=4, stages=2)
+TALL = Cut(32, 128, split=1024, max_splits=4, shrink_warps=4, columns=64, span=512, expand_warps=4, stages=2)
+SPANS = {SHORT.span, TALL.span}
 
 
 def shrink(matrices: Matrices, x: Tensor, step: StepTable, y: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -88,11 +95,13 @@ def shrink(matrices: Matrices, x: Tensor, step: StepTable, y: Tensor, residual: 
     """
     rows, features = x.shape
     max_rank, parts, cut = matrices.max_rank, matrices.parts, cut_of(step)
-    splits, inner = cut.splits(features), cut.inner_columns(x.dtype)
+    mixed = matrices.inner_bias is not None
+    splits, inner = cut.splits(features), cut.inner_columns(x.dtype, mixed=mixed)
     chunk = -(-features // (splits * inner)) * inner
     products = torch.empty(splits, rows, parts * max_rank, dtype=torch.float32, device=x.device)
     stream = x if residual is None else residual
     grid = (step.max_tiles(rows), parts * triton.cdiv(max_rank, cut.ranks), splits)
+    early = {"launch_pdl": True} if overlaps(x.device) else {}
     shrink_kernel[grid](
         x,
         stream,
@@ -105,17 +114,18 @@ def shrink(matrices: Matrices, x: Tensor, step: StepTable, y: Tensor, residual: 
         stream.stride(0),
         y.stride(0),
         products.stride(0),
-        IN=features,
-        PARTS=parts,
-        MAX_RANK=max_rank,
-        CHUNK=chunk,
-        MIXED=matrices.inner_bias is not None,
+        features,
+        chunk,
+        parts,
+        max_rank,
+        MIXED=mixed,
         DOT=_dot_type(matrices.a.dtype),
-        OVERLAPS=overlaps(x.device),
+        OVERLAPS=bool(early),
         BLOCK_ROWS=step.tile_rows,
         BLOCK_RANK=cut.ranks,
         BLOCK_IN=inner,
         num_warps=cut.shrink_warps,
+        **early,
     )
     return products
 
@@ -126,47 +136,49 @@ def expand(matrices: Matrices, products: Tensor | None, y: Tensor, step: StepTab
     Args:
         products: what `shrink` returned, launched just before; None where no slot with rows in this step has a rank.
     """
-    max_rank = matrices.max_rank
+    cut = cut_of(step)
+    columns = matrices.columns[cut.span]
     # Behind another kernel than shrink, it would read an output that is not yet written.
     early = {"launch_pdl": True} if products is not None and overlaps(y.device) else {}
     if products is None:
         products = y.new_empty((1, 1, 1), dtype=torch.float32)  # never read
-    grid = (step.max_tiles(y.shape[0]), matrices.columns.shape[0])
-    expand_kernel[grid](
+    expand_kernel[step.max_tiles(y.shape[0]), columns.shape[0]](
         products,
         matrices.b,
         matrices.bias if matrices.scale is None else matrices.scale,
         matrices.bias,
         matrices.bias if matrices.inner_bias is None else matrices.inner_bias,
         matrices.meta,
-        matrices.columns,
+        columns,
         step.records,
         y,
         y.stride(0),
         products.stride(0),
-        OUT=matrices.b.shape[1],
-        PARTS=matrices.parts,
-        MAX_RANK=max_rank,
+        matrices.b.shape[2],
+        matrices.parts,
+        matrices.max_rank,
         SPLITS=products.shape[0],
         SCALES=matrices.scale is not None,
         ACTIVATES=matrices.inner_bias is not None,
         DOT=_dot_type(matrices.b.dtype),
         OVERLAPS=bool(early),
+        WIDE=matrices.max_rank > AT_ONCE,
+        ALIGNED=matrices.aligned,
         BLOCK_ROWS=step.tile_rows,
-        BLOCK_RANK=EXPAND_RANKS,
-        BLOCK_OUT=COLUMNS,
-        num_warps=cut_of(step).expand_warps,
-        num_stages=1,  # most loops have one turn, and a pipeline would keep every split's products in shared memory
+        BLOCK_OUT=cut.out_columns(y.dtype),
+        STAGES=cut.stages,
+        num_warps=cut.expand_warps,
         **early,
     )
 
 
 @cache
 def overlaps(device: torch.device) -> bool:
-    """Tells whether expand's programs start while shrink's still work (programmatic dependent launch, from Hopper on).
+    """Tells whether programs start while those of the launch before still work (programmatic dependent launch, from
+    Hopper on).
 
-    They ask for all that shrink does not write, and wait for it in front of its products. Shrink itself starts when all
-    before it is over, so that the output which both find is complete.
+    Shrink's wait for all that was launched before, and only then let expand's start: the output which both find is
+    complete. Expand's wait for shrink in front of its products.
     """
     return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from math import gcd
 
 import torch
 from torch import Tensor
 
-from deltamux.deltas.kernels.triton.launches import COLUMNS, Matrices, expand, shrink
+from deltamux.deltas.kernels.triton.launches import SPANS, Matrices, expand, shrink
 from deltamux.deltas.kernels.triton.matrix import Flag, Meta
 from deltamux.deltas.kernels.triton.table import StepTable
 from deltamux.deltas.ops.base import Op
@@ -46,12 +47,13 @@ class LinearDeltas:
         in_features = parts[0].in_features
         self._matrices = Matrices(
             a=torch.zeros(num_slots, len(parts), max_rank, in_features, dtype=dtype, device=device),
-            b=torch.zeros(num_slots, ends[-1], max_rank, dtype=dtype, device=device),
+            b=torch.zeros(num_slots, max_rank, ends[-1], dtype=dtype, device=device),
             scale=torch.ones(num_slots, ends[-1], dtype=dtype, device=device),
             bias=torch.zeros(num_slots, ends[-1], dtype=dtype, device=device),
             inner_bias=None,
             meta=torch.zeros(num_slots, len(parts), Meta.VALUES, dtype=torch.int32, device=device),
-            columns=column_blocks(self._spans, device),
+            columns=column_spans(self._spans, device),
+            aligned=gcd(16, *ends),
         )
         self.mask = 0
         self._ranked = 0
@@ -96,7 +98,7 @@ class LinearDeltas:
         if after > self._matrices.max_rank:
             return False
         self._matrices.a[slot, part, before:after] = op.a
-        torch.mul(op.b, op.scale, out=self._matrices.b[slot, self._spans[part], before:after])
+        torch.mul(op.b.T, op.scale, out=self._matrices.b[slot, before:after, self._spans[part]])
         self._ranks[slot, part] = after
         self._matrices.meta[slot, part, Meta.RANK].fill_(after)
         if after:
@@ -110,8 +112,8 @@ class LinearDeltas:
         scale.copy_(scale.float() * factor if flags & Flag.SCALE else factor)
         if flags & Flag.BIAS:
             bias.copy_(bias.float() * factor)
-        products = self._matrices.b[slot, columns, : self._ranks.get((slot, part), 0)]
-        products.copy_(products.float() * factor.unsqueeze(1))
+        second = self._matrices.b[slot, : self._ranks.get((slot, part), 0), columns]
+        second.copy_(second.float() * factor)
         self._flag(slot, part, Flag.SCALE)
 
     def _add_bias(self, slot: int, part: int, change: Tensor) -> None:
@@ -124,9 +126,14 @@ class LinearDeltas:
         self._matrices.meta[slot, part, Meta.FLAGS].fill_(flags)
 
 
-def column_blocks(spans: Sequence[slice], device: torch.device | str) -> Tensor:
-    """Returns [blocks, 3] int32: part, first column and end column of blocks of which each lies in one part."""
-    blocks = [
-        (part, first, span.stop) for part, span in enumerate(spans) for first in range(span.start, span.stop, COLUMNS)
+def column_spans(parts: Sequence[slice], device: torch.device | str) -> dict[int, Tensor]:
+    """Returns, by each width that launches have, [spans, 3] int32: part, first and end column of each span."""
+    return {width: torch.tensor(_spans(parts, width), dtype=torch.int32, device=device) for width in SPANS}
+
+
+def _spans(parts: Sequence[slice], width: int) -> list[tuple[int, int, int]]:
+    return [
+        (part, first, min(first + width, columns.stop))
+        for part, columns in enumerate(parts)
+        for first in range(columns.start, columns.stop, width)
     ]
-    return torch.tensor(blocks, dtype=torch.int32, device=device)

@@ -87,7 +87,7 @@ def _activated(h, code):
     return h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def shrink_kernel(
     x,
     residual,
@@ -100,10 +100,10 @@ def shrink_kernel(
     residual_stride,
     y_stride,
     split_stride,
-    IN: tl.constexpr,
-    PARTS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
-    CHUNK: tl.constexpr,
+    features,
+    chunk,
+    parts,
+    max_rank,
     MIXED: tl.constexpr,
     DOT: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -113,14 +113,16 @@ def shrink_kernel(
 ):
     """Grid: (tiles, parts x blocks of ranks, splits of the input's columns)."""
     if OVERLAPS:
+        # All that was launched before is over now, and expand, which may start, finds the output complete.
+        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     record = records + tl.program_id(0) * _FIELDS
     slot = tl.load(record + _TILE_SLOT)
     if slot < 0:
         return
-    part = tl.program_id(1) % PARTS
-    first_rank = tl.program_id(1) // PARTS * BLOCK_RANK
-    described = meta + (slot * PARTS + part) * _META
+    part = tl.program_id(1) % parts
+    first_rank = tl.program_id(1) // parts * BLOCK_RANK
+    described = meta + (slot * parts + part) * _META
     rank = tl.load(described)
     if first_rank >= rank:
         return
@@ -131,7 +133,7 @@ def shrink_kernel(
     rows = tl.load(records + (start + m) * _FIELDS + _ROW, mask=own, other=0).to(tl.int64)
     n = first_rank + tl.arange(0, BLOCK_RANK)
     ranked = n < rank
-    weights = a + ((slot * PARTS + part).to(tl.int64) * MAX_RANK + n[None, :]) * IN
+    weights = a + ((slot * parts + part).to(tl.int64) * max_rank + n[None, :]) * features
     if MIXED:
         # A slot reads none of the rows of what its source leaves out: they may not be finite.
         source = tl.load(described + 2)
@@ -139,10 +141,10 @@ def shrink_kernel(
         of_residual = m < tl.where((source & _RESIDUAL) > 0, count, 0)
         of_y = m < tl.where((source & _OUTPUT) > 0, count, 0)
     total = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
-    begin = tl.program_id(2) * CHUNK
-    for k0 in range(begin, min(begin + CHUNK, IN), BLOCK_IN):
+    begin = tl.program_id(2) * chunk
+    for k0 in range(begin, min(begin + chunk, features), BLOCK_IN):
         k = k0 + tl.arange(0, BLOCK_IN)
-        inside = (k < IN)[None, :]
+        inside = (k < features)[None, :]
         at_x = x + rows[:, None] * x_stride + k[None, :]
         if MIXED:
             at_residual = residual + rows[:, None] * residual_stride + k[None, :]
@@ -152,14 +154,105 @@ def shrink_kernel(
             z += tl.load(at_y, mask=of_y[:, None] & inside, other=0.0).to(tl.float32)
         else:
             z = tl.load(at_x, mask=own[:, None] & inside, other=0.0)
-        w = tl.load(weights + k[:, None], mask=(k < IN)[:, None] & ranked[None, :], other=0.0)
+        w = tl.load(weights + k[:, None], mask=(k < features)[:, None] & ranked[None, :], other=0.0)
         total += tl.dot(z.to(DOT), w.to(DOT), input_precision="ieee")
     into = products + tl.program_id(2).to(tl.int64) * split_stride
-    into += (start + m)[:, None].to(tl.int64) * (PARTS * MAX_RANK) + part * MAX_RANK + n[None, :]
+    into += (start + m)[:, None].to(tl.int64) * (parts * max_rank) + part * max_rank + n[None, :]
     tl.store(into, total, mask=own[:, None] & ranked[None, :])
 
 
 @triton.jit
+def _hidden(
+    products,
+    split_stride,
+    inner_bias,
+    described,
+    own,
+    r,
+    rank,
+    max_rank,
+    SPLITS: tl.constexpr,
+    UNROLLED: tl.constexpr,
+    ACTIVATES: tl.constexpr,
+):
+    """What expand multiplies, float32: the sum of shrink's splits at `products` [rows, ranks], and its activation."""
+    # All the room for ranks is loaded, since loads are wide then; what lies beyond the slot's own was never written.
+    there = own[:, None] & (r < tl.where(rank > 0, max_rank, 0))[None, :]
+    h = tl.load(products, mask=there, other=0.0)
+    if UNROLLED:
+        for split in tl.static_range(1, SPLITS):
+            h += tl.load(products + split * split_stride, mask=there, other=0.0)
+    else:  # one split's ranks at a time are enough for the registers
+        for split in range(1, SPLITS):
+            h += tl.load(products + split * split_stride, mask=there, other=0.0)
+    h = tl.where((r < rank)[None, :], h, 0.0)
+    if ACTIVATES:
+        if (tl.load(described + 1) & _INNER_BIAS) != 0:
+            h += tl.load(inner_bias + r, mask=r < rank, other=0.0).to(tl.float32)[None, :]
+        h = _activated(h, tl.load(described + 3))
+    return h
+
+
+@triton.jit
+def _store(at_y, result, total, own, n, end, flags, scale, bias, SCALES: tl.constexpr):
+    """Stores result * scale + total + bias at columns `n`, of which a slot has what its flags say."""
+    if SCALES:
+        scaled = n < tl.where((flags & _SCALE) != 0, end, 0)
+        result *= tl.load(scale + n, mask=scaled, other=1.0).to(tl.float32)[None, :]
+    result += total
+    biased = n < tl.where((flags & _BIAS) != 0, end, 0)
+    result += tl.load(bias + n, mask=biased, other=0.0).to(tl.float32)[None, :]
+    tl.store(at_y, result.to(at_y.dtype.element_ty), mask=own[:, None] & (n < end)[None, :])
+
+
+@triton.jit
+def _expand_at_once(
+    products,
+    split_stride,
+    inner_bias,
+    described,
+    b,
+    scale,
+    bias,
+    at_rows,
+    own,
+    first,
+    end,
+    out_features,
+    rank,
+    max_rank,
+    flags,
+    RANKS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SCALES: tl.constexpr,
+    ACTIVATES: tl.constexpr,
+    DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Expand for a slot of RANKS ranks at most: what is multiplied stays where it is, and columns stream past."""
+    r = tl.arange(0, RANKS)
+    # The first block is asked for in front of the wait, so that its latency passes while shrink still works.
+    n = first + tl.arange(0, BLOCK_OUT)
+    result = tl.load(at_rows + n[None, :], mask=own[:, None] & (n < end)[None, :], other=0.0)
+    at_w = b + r[:, None] * out_features
+    w = tl.load(at_w + n[None, :], mask=(r < rank)[:, None] & (n < end)[None, :], other=0.0)
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+    at = products + r[None, :]
+    h = _hidden(at, split_stride, inner_bias, described, own, r, rank, max_rank, SPLITS, RANKS <= 16, ACTIVATES).to(DOT)
+    total = tl.dot(h, w.to(DOT), input_precision="ieee")
+    _store(at_rows + n[None, :], result.to(tl.float32), total, own, n, end, flags, scale, bias, SCALES)
+    for n0 in tl.range(first + BLOCK_OUT, end, BLOCK_OUT, num_stages=STAGES):
+        n = n0 + tl.arange(0, BLOCK_OUT)
+        result = tl.load(at_rows + n[None, :], mask=own[:, None] & (n < end)[None, :], other=0.0)
+        w = tl.load(at_w + n[None, :], mask=(r < rank)[:, None] & (n < end)[None, :], other=0.0)
+        total = tl.dot(h, w.to(DOT), input_precision="ieee")
+        _store(at_rows + n[None, :], result.to(tl.float32), total, own, n, end, flags, scale, bias, SCALES)
+
+
+@triton.jit(do_not_specialize=["parts"])
 def expand_kernel(
     products,
     b,
@@ -172,26 +265,28 @@ def expand_kernel(
     y,
     y_stride,
     split_stride,
-    OUT: tl.constexpr,
-    PARTS: tl.constexpr,
-    MAX_RANK: tl.constexpr,
+    out_features,
+    parts,
+    max_rank,
     SPLITS: tl.constexpr,
     SCALES: tl.constexpr,
     ACTIVATES: tl.constexpr,
     DOT: tl.constexpr,
     OVERLAPS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """Grid: (tiles, blocks of columns)."""
+    """Grid: (tiles, spans of columns)."""
     record = records + tl.program_id(0) * _FIELDS
     slot = tl.load(record + _TILE_SLOT)
     if slot < 0:
         return
-    block = columns + tl.program_id(1) * 3
-    part = tl.load(block)
-    described = meta + (slot * PARTS + part) * _META
+    span = columns + tl.program_id(1) * 3
+    part = tl.load(span)
+    described = meta + (slot * parts + part) * _META
     rank = tl.load(described)
     flags = tl.load(described + 1)
     if (rank == 0) & (flags == 0):
@@ -200,32 +295,82 @@ def expand_kernel(
     m = tl.arange(0, BLOCK_ROWS)
     own = m < tl.load(record + _TILE_COUNT)
     rows = tl.load(records + (start + m) * _FIELDS + _ROW, mask=own, other=0).to(tl.int64)
-    n = tl.load(block + 1) + tl.arange(0, BLOCK_OUT)
-    inside = n < tl.load(block + 2)
-    vectors = slot.to(tl.int64) * OUT + n
-    # What does not depend on shrink is asked for first, so that its latency passes while shrink still works.
-    at_y = y + rows[:, None] * y_stride + n[None, :]
-    result = tl.load(at_y, mask=own[:, None] & inside[None, :], other=0.0).to(tl.float32)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
-    for r0 in range(0, rank, BLOCK_RANK):
-        r = r0 + tl.arange(0, BLOCK_RANK)
-        ranked = r < rank
-        w = tl.load(b + vectors[None, :] * MAX_RANK + r[:, None], mask=ranked[:, None] & inside[None, :], other=0.0)
+    # Numbers that come from memory are as aligned as the host says; loads and stores are as wide as that.
+    first = tl.multiple_of(tl.load(span + 1), ALIGNED)
+    end = tl.multiple_of(tl.load(span + 2), ALIGNED)
+    at_rows = y + rows[:, None] * y_stride
+    wide = slot.to(tl.int64) * out_features
+    products += (start + m)[:, None].to(tl.int64) * (parts * max_rank) + part * max_rank
+    inner_bias += slot * max_rank
+    b += wide * max_rank
+    scale += wide
+    bias += wide
+    if rank <= 16:
+        _expand_at_once(
+            products,
+            split_stride,
+            inner_bias,
+            described,
+            b,
+            scale,
+            bias,
+            at_rows,
+            own,
+            first,
+            end,
+            out_features,
+            rank,
+            max_rank,
+            flags,
+            16,
+            SPLITS,
+            SCALES,
+            ACTIVATES,
+            DOT,
+            OVERLAPS,
+            BLOCK_OUT,
+            STAGES,
+        )
+    elif (not WIDE) or rank <= 64:
+        _expand_at_once(
+            products,
+            split_stride,
+            inner_bias,
+            described,
+            b,
+            scale,
+            bias,
+            at_rows,
+            own,
+            first,
+            end,
+            out_features,
+            rank,
+            max_rank,
+            flags,
+            64,
+            SPLITS,
+            SCALES,
+            ACTIVATES,
+            DOT,
+            OVERLAPS,
+            BLOCK_OUT,
+            STAGES,
+        )
+    else:
         if OVERLAPS:
             tl.extra.cuda.gdc_wait()
-        at = products + (start + m)[:, None].to(tl.int64) * (PARTS * MAX_RANK) + part * MAX_RANK + r[None, :]
-        h = tl.zeros((BLOCK_ROWS, BLOCK_RANK), dtype=tl.float32)
-        for split in tl.static_range(SPLITS):
-            h += tl.load(at + split * split_stride, mask=own[:, None] & ranked[None, :], other=0.0)
-        if ACTIVATES:
-            if (flags & _INNER_BIAS) != 0:
-                h += tl.load(inner_bias + slot * MAX_RANK + r, mask=ranked, other=0.0).to(tl.float32)[None, :]
-            h = _activated(h, tl.load(described + 3))
-        total += tl.dot(h.to(DOT), w.to(DOT), input_precision="ieee")
-    if SCALES:
-        if (flags & _SCALE) != 0:
-            result *= tl.load(scale + vectors, mask=inside, other=1.0).to(tl.float32)[None, :]
-    result += total
-    if (flags & _BIAS) != 0:
-        result += tl.load(bias + vectors, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tl.store(at_y, result.to(y.dtype.element_ty), mask=own[:, None] & inside[None, :])
+        for n0 in range(first, end, BLOCK_OUT):
+            n = n0 + tl.arange(0, BLOCK_OUT)
+            inside = n < end
+            at_y = at_rows + n[None, :]
+            result = tl.load(at_y, mask=own[:, None] & inside[None, :], other=0.0)
+            total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
+            for r0 in range(0, rank, 32):
+                r = r0 + tl.arange(0, 32)
+                at = products + r[None, :]
+                h = _hidden(at, split_stride, inner_bias, described, own, r, rank, max_rank, SPLITS, False, ACTIVATES)
+                at_w = b + r[:, None].to(tl.int64) * out_features + n[None, :]
+                w = tl.load(at_w, mask=(r < rank)[:, None] & inside[None, :], other=0.0)
+                total += tl.dot(h.to(DOT), w.to(DOT), input_precision="ieee")
+            _store(at_y, result.to(tl.float32), total, own, n, end, flags, scale, bias, SCALES)
