@@ -82,8 +82,8 @@ class Cut(NamedTuple):
 
 AT_ONCE = 64
 """Ranks that expand multiplies at once; a slot that has more reads the columns of its second matrix in turns."""
-SHORT = Cut(16, 128, split=512, max_splits=8, shrink_warps=2, columns=128, span=512, expand_warps=4, stages=2)
-TALL = Cut(32, 128, split=1024, max_splits=4, shrink_warps=4, columns=64, span=512, expand_warps=4, stages=2)
+SHORT = Cut(16, 128, split=512, max_splits=28, shrink_warps=2, columns=64, span=128, expand_warps=4, stages=1)
+TALL = Cut(64, 128, split=1024, max_splits=2, shrink_warps=4, columns=64, span=512, expand_warps=4, stages=3)
 SPANS = {SHORT.span, TALL.span}
 
 
