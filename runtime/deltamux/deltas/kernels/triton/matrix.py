@@ -182,8 +182,8 @@ def _hidden(
     if UNROLLED:
         for split in tl.static_range(1, SPLITS):
             h += tl.load(products + split * split_stride, mask=there, other=0.0)
-    else:  # one split's ranks at a time are enough for the registers
-        for split in range(1, SPLITS):
+    else:  # the registers have room for a few at a time
+        for split in tl.range(1, SPLITS, loop_unroll_factor=4):
             h += tl.load(products + split * split_stride, mask=there, other=0.0)
     h = tl.where((r < rank)[None, :], h, 0.0)
     if ACTIVATES:
