@@ -357,7 +357,7 @@ def expand_kernel(
             BLOCK_OUT,
             STAGES,
         )
-    else:
+    else:  # more ranks than that are multiplied in turns, anew for every block of columns
         if OVERLAPS:
             tl.extra.cuda.gdc_wait()
         for n0 in range(first, end, BLOCK_OUT):
