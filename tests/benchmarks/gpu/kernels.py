@@ -3,7 +3,7 @@
     cd tests && ../.venv/bin/python -m benchmarks.gpu.kernels --size 8b
 
 Every figure is the replay of one CUDA graph over several layers, whose weights together are larger than the caches. No
-engine is needed, so that this is the place to try block sizes.
+engine is needed. `benchmarks.gpu.search` tries block sizes with it.
 """
 
 from __future__ import annotations
@@ -112,9 +112,9 @@ def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def microseconds(graphs: dict[str, torch.cuda.CUDAGraph], rounds: int = 15, replays: int = 10) -> dict[str, float]:
+def microseconds(graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int = 15, replays: int = 10) -> dict[Any, float]:
     """Returns the median time of each graph, in turns, divided by the layers that it holds."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
+    times: dict[Any, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch leaves it so

@@ -47,7 +47,7 @@ class Matrices(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Into which programs a launch is cut, by a search on an H200 in bfloat16 with ranks of 16 (docs/gpu.md).
+    """Into which programs a launch is cut, by `benchmarks.gpu.search` on an H200 (docs/gpu.md).
 
     Attributes:
         ranks: of a slot, per program of shrink.
@@ -84,7 +84,6 @@ AT_ONCE = 64
 """Ranks that expand multiplies at once; a slot that has more reads the columns of its second matrix in turns."""
 SHORT = Cut(16, 128, split=512, max_splits=28, shrink_warps=2, columns=64, span=128, expand_warps=4, stages=1)
 TALL = Cut(64, 128, split=1024, max_splits=2, shrink_warps=4, columns=64, span=512, expand_warps=4, stages=3)
-SPANS = {SHORT.span, TALL.span}
 
 
 def shrink(matrices: Matrices, x: Tensor, step: StepTable, y: Tensor, residual: Tensor | None = None) -> Tensor:

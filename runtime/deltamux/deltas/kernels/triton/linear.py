@@ -13,7 +13,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from deltamux.deltas.kernels.triton.launches import SPANS, Matrices, expand, shrink
+from deltamux.deltas.kernels.triton.launches import SHORT, TALL, Matrices, expand, shrink
 from deltamux.deltas.kernels.triton.matrix import Flag, Meta
 from deltamux.deltas.kernels.triton.table import StepTable
 from deltamux.deltas.ops.base import Op
@@ -74,6 +74,10 @@ class LinearDeltas:
         self.mask |= 1 << slot
         return True
 
+    def add_spans(self, width: int) -> None:
+        """Makes launches possible whose programs finish spans of so many columns."""
+        self._matrices.columns.setdefault(width, span_table(self._spans, width, self._matrices.a.device))
+
     def clear(self, slot: int) -> None:
         """Empties a slot; what its buffers hold is not read again."""
         for part in range(len(self._spans)):
@@ -127,13 +131,15 @@ class LinearDeltas:
 
 
 def column_spans(parts: Sequence[slice], device: torch.device | str) -> dict[int, Tensor]:
-    """Returns, by each width that launches have, [spans, 3] int32: part, first and end column of each span."""
-    return {width: torch.tensor(_spans(parts, width), dtype=torch.int32, device=device) for width in SPANS}
+    """Returns the spans of each width that launches have."""
+    return {width: span_table(parts, width, device) for width in (SHORT.span, TALL.span)}
 
 
-def _spans(parts: Sequence[slice], width: int) -> list[tuple[int, int, int]]:
-    return [
+def span_table(parts: Sequence[slice], width: int, device: torch.device | str) -> Tensor:
+    """Returns [spans, 3] int32: part, first and end column of each span; the last of a part may be narrower."""
+    spans = [
         (part, first, min(first + width, columns.stop))
         for part, columns in enumerate(parts)
         for first in range(columns.start, columns.stop, width)
     ]
+    return torch.tensor(spans, dtype=torch.int32, device=device)

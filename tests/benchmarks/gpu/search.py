@@ -1,0 +1,158 @@
+"""Searches the cuts of shrink and expand that are fastest on this GPU (`launches.SHORT` and `TALL`).
+
+    cd tests && ../.venv/bin/python -m benchmarks.gpu.search --size 8b --output cuts.json
+
+First expand beside today's shrink, then shrink beside the best expand, then the best few of expand once more, longer.
+Times are of one layer's linear modules with their LoRAs, by CUDA graphs that take turns (`benchmarks.gpu.kernels`).
+Most of the minutes that it takes are Triton's compiler's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterable
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.gpu.kernels import LAYERS, Layer, captured, microseconds, steps
+from benchmarks.gpu.material import SIZES, Size
+from deltamux.deltas.kernels.triton import launches
+from deltamux.deltas.kernels.triton.launches import Cut
+
+WARPS_OF_COLUMNS = {False: [(64, 2), (64, 4), (128, 2), (128, 4)], True: [(32, 4), (64, 4), (128, 4), (128, 8)]}
+SPANS = {False: [128, 256, 512, 1024], True: [128, 256, 512, 1024, 2048]}
+SPLITS = {
+    False: [(1024, 4), (512, 8), (256, 16), (512, 28)],
+    True: [(4096, 1), (1024, 2), (1024, 4), (512, 8), (1024, 14)],
+}
+"""The least columns of a split, and the most splits."""
+START = {False: launches.SHORT, True: launches.TALL}
+
+
+class Timed(NamedTuple):
+    """Microseconds of a layer by number of adapters, and their geometric mean."""
+
+    cut: Cut
+    times: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        return math.prod(self.times.values()) ** (1 / len(self.times))
+
+
+def expands(start: Cut, *, tall: bool) -> list[Cut]:
+    """Returns cuts that differ in what a program of expand does; stages are for spans of several blocks."""
+    return [
+        start._replace(columns=columns, expand_warps=warps, span=span, stages=stages)
+        for (columns, warps), span, stages in product(WARPS_OF_COLUMNS[tall], SPANS[tall], (1, 2, 3))
+        if span > columns or (span == columns and stages == 1)
+    ]
+
+
+def shrinks(start: Cut, *, tall: bool) -> list[Cut]:
+    """Returns cuts that differ in what a program of shrink does."""
+    shapes = product((16, 32, 64), (64, 128), (4,)) if tall else product((16,), (128, 256), (2, 4))
+    return [
+        start._replace(ranks=ranks, inner=inner, shrink_warps=warps, split=split, max_splits=most)
+        for (ranks, inner, warps), (split, most) in product(shapes, SPLITS[tall])
+    ]
+
+
+class Bench:
+    """Layers whose launches can be cut anew, and steps of so many rows."""
+
+    def __init__(self, size: Size, rows: int, adapters: Iterable[int], rank: int) -> None:
+        self._layers = [Layer(size, rows, rank) for _ in range(LAYERS)]
+        self._steps = {count: steps(rows, count)[0] for count in adapters}
+        self.tall = launches.cut_of(next(iter(self._steps.values()))) is launches.TALL
+
+    def base(self) -> float:
+        """Returns the microseconds of a layer without deltas."""
+
+        def every() -> None:
+            for layer in self._layers:
+                layer.base()
+
+        return microseconds({"base": captured(every)})["base"]
+
+    def timed(self, cuts: Iterable[Cut], rounds: int) -> list[Timed]:
+        """Returns the cuts with their times, the fastest first; what does not fit the GPU is left out, and named."""
+        graphs: dict[Any, torch.cuda.CUDAGraph] = {}
+        for cut in cuts:
+            try:
+                graphs |= {(cut, count): self._graph(cut, count) for count in self._steps}
+            except Exception as error:  # Triton's compiler and torch have one each for what does not fit
+                print(f"{tuple(cut)}: {error}", file=sys.stderr)
+        times = microseconds(graphs, rounds=rounds, replays=4)
+        made = {cut for cut, _ in graphs}
+        return sorted(
+            (Timed(cut, {n: times[cut, n] for n in self._steps}) for cut in made), key=lambda timed: timed.mean
+        )
+
+    def _graph(self, cut: Cut, count: int) -> torch.cuda.CUDAGraph:
+        setattr(launches, "TALL" if self.tall else "SHORT", cut)
+        for layer in self._layers:
+            for made in layer.made:
+                made.deltas.add_spans(cut.span)
+
+        def every() -> None:
+            for layer in self._layers:
+                layer.ours(self._steps[count])
+
+        return captured(every)
+
+
+def search(bench: Bench, start: Cut) -> dict[str, list[Timed]]:
+    found = {"expand": bench.timed(expands(start, tall=bench.tall), 5)}
+    best = found["expand"][0].cut
+    found["shrink"] = bench.timed([best, *shrinks(best, tall=bench.tall)], 5)
+    best = found["shrink"][0].cut
+    few = {
+        best._replace(columns=cut.columns, expand_warps=cut.expand_warps, span=cut.span, stages=cut.stages)
+        for cut, _ in found["expand"][:4]
+    }
+    found["both"] = bench.timed({best, start, *few}, 9)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu.search", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser.add_argument("--rows", type=int, nargs="+", default=[64, 2048])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--output", type=Path, help="JSON file, with every time")
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.gpu.search: no CUDA device", file=sys.stderr)
+        return 2
+    results: dict[int, Any] = {}
+    for rows in given.rows:
+        bench = Bench(SIZES[given.size], rows, given.adapters, given.rank)
+        print(f"{rows} rows; products alone {bench.base():.1f} microseconds a layer", flush=True)
+        results[rows] = {}
+        for stage, every in search(bench, START[bench.tall]).items():
+            results[rows][stage] = [(timed.cut._asdict(), timed.times) for timed in every]
+            for timed in every[:6]:
+                print(
+                    f"{stage:6} {timed.mean:8.1f} ",
+                    {n: round(t, 1) for n, t in timed.times.items()},
+                    timed.cut,
+                    flush=True,
+                )
+    if given.output:
+        result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_a_layer": results}
+        given.output.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
