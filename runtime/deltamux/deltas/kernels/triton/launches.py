@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deltamux.deltas.kernels.triton import interpreted, table
-from deltamux.deltas.kernels.triton.matrix import expand_kernel, shrink_kernel
+from deltamux.deltas.kernels.triton.matrix import MANY_RANKS, expand_kernel, shrink_kernel
 from deltamux.deltas.kernels.triton.table import StepTable
 
 
@@ -80,8 +80,6 @@ class Cut(NamedTuple):
         return max(1, min(self.max_splits, features // self.split))
 
 
-AT_ONCE = 64
-"""Ranks that expand multiplies at once; a slot that has more reads the columns of its second matrix in turns."""
 SHORT = Cut(16, 128, split=512, max_splits=28, shrink_warps=2, columns=64, span=128, expand_warps=4, stages=1)
 TALL = Cut(64, 128, split=1024, max_splits=2, shrink_warps=4, columns=64, span=512, expand_warps=4, stages=3)
 
@@ -161,7 +159,7 @@ def expand(matrices: Matrices, products: Tensor | None, y: Tensor, step: StepTab
         ACTIVATES=matrices.inner_bias is not None,
         DOT=_dot_type(matrices.b.dtype),
         OVERLAPS=bool(early),
-        WIDE=matrices.max_rank > AT_ONCE,
+        WIDE=matrices.max_rank > MANY_RANKS,
         ALIGNED=matrices.aligned,
         BLOCK_ROWS=step.tile_rows,
         BLOCK_OUT=cut.out_columns(y.dtype),

@@ -46,6 +46,13 @@ class Source:
     OUTPUT = 4
 
 
+FEW_RANKS = 16
+"""Ranks that expand multiplies at once where a slot has no more; the least that a tensor core does."""
+MANY_RANKS = 64
+"""The same for other slots; one that has yet more multiplies them in turns, anew for every block of columns."""
+
+_FEW_RANKS: tl.constexpr = tl.constexpr(FEW_RANKS)
+_MANY_RANKS: tl.constexpr = tl.constexpr(MANY_RANKS)
 _META: tl.constexpr = tl.constexpr(Meta.VALUES)
 _SCALE: tl.constexpr = tl.constexpr(Flag.SCALE)
 _BIAS: tl.constexpr = tl.constexpr(Flag.BIAS)
@@ -241,7 +248,9 @@ def _expand_at_once(
     if OVERLAPS:
         tl.extra.cuda.gdc_wait()
     at = products + r[None, :]
-    h = _hidden(at, split_stride, inner_bias, described, own, r, rank, max_rank, SPLITS, RANKS <= 16, ACTIVATES).to(DOT)
+    h = _hidden(
+        at, split_stride, inner_bias, described, own, r, rank, max_rank, SPLITS, RANKS <= _FEW_RANKS, ACTIVATES
+    ).to(DOT)
     total = tl.dot(h, w.to(DOT), input_precision="ieee")
     _store(at_rows + n[None, :], result.to(tl.float32), total, own, n, end, flags, scale, bias, SCALES)
     for n0 in tl.range(first + BLOCK_OUT, end, BLOCK_OUT, num_stages=STAGES):
@@ -305,7 +314,7 @@ def expand_kernel(
     b += wide * max_rank
     scale += wide
     bias += wide
-    if rank <= 16:
+    if rank <= _FEW_RANKS:
         _expand_at_once(
             products,
             split_stride,
@@ -322,7 +331,7 @@ def expand_kernel(
             rank,
             max_rank,
             flags,
-            16,
+            _FEW_RANKS,
             SPLITS,
             SCALES,
             ACTIVATES,
@@ -331,7 +340,7 @@ def expand_kernel(
             BLOCK_OUT,
             STAGES,
         )
-    elif (not WIDE) or rank <= 64:
+    elif (not WIDE) or rank <= _MANY_RANKS:
         _expand_at_once(
             products,
             split_stride,
@@ -348,7 +357,7 @@ def expand_kernel(
             rank,
             max_rank,
             flags,
-            64,
+            _MANY_RANKS,
             SPLITS,
             SCALES,
             ACTIVATES,
@@ -357,7 +366,7 @@ def expand_kernel(
             BLOCK_OUT,
             STAGES,
         )
-    else:  # more ranks than that are multiplied in turns, anew for every block of columns
+    else:
         if OVERLAPS:
             tl.extra.cuda.gdc_wait()
         for n0 in range(first, end, BLOCK_OUT):
