@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 ENGINES = ("tests/acceptance/", "tests/benchmarks/", "tests/engine/")
 """Folders whose tests run real engines: one after the other, since each takes all cores."""
 
 PARTS = ("dominance", "doors", "graphs", "loading", "opaque", "outputs", "residency_policy", "turns")
 """Files of tests/engine/ that look at parts of an engine and start none."""
+
+
+settings.register_profile("deltamux", deadline=None)  # time decides no test
+settings.load_profile("deltamux")
 
 
 def pytest_configure() -> None:
