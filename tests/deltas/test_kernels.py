@@ -118,6 +118,10 @@ def columns_of(part: Part) -> int:
     return part.columns.size
 
 
+def filled(op: Op, value: float) -> Op:
+    return op.of({name: torch.full_like(t, value) for name, t in op.tensors().items()}, op.attributes())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("parts", "make"), CASES.values(), ids=CASES.keys())
 @settings(max_examples=40, deadline=None)
@@ -126,11 +130,11 @@ def test_a_kernel_equals_its_twin_in_torch(
     parts: list[Part], make: Any, dtype: torch.dtype, step: list[tuple[int, int]], present: set[Any], seed: int
 ) -> None:
     kernel, twin = twins(parts, make(0, columns_of(parts[0])), dtype)
-    for slot, part in sorted(present):
-        if part < len(parts):
-            op = make(seed + 7 * slot + part, columns_of(parts[part])).to(dtype)
-            kernel.place(slot, part, op)
-            twin.place(slot, part, op)
+    for slot in range(SLOTS):
+        own = (part for part in range(len(parts)) if (slot, part) in present)
+        if ops := {part: make(seed + 7 * slot + part, columns_of(parts[part])).to(dtype) for part in own}:
+            kernel.place(slot, ops)
+            twin.place(slot, ops)
     index = index_of(step)
     x = draw(seed, index.num_rows, WIDTH).to(dtype)
     before = draw(seed + 1, index.num_rows, sum(map(columns_of, parts))).to(dtype)
@@ -148,8 +152,8 @@ def test_a_kernel_equals_its_twin_in_torch(
 def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(step: list[tuple[int, int]], seed: int) -> None:
     kernel, _ = twins(fused(), low_rank(0, SIZES[0]), torch.bfloat16)
     for slot in range(SLOTS):
-        for part, columns in enumerate(SIZES):
-            kernel.place(slot, part, low_rank(seed + 7 * slot + part, columns).to(torch.bfloat16))
+        ops = (low_rank(seed + 7 * slot + part, columns) for part, columns in enumerate(SIZES))
+        kernel.place(slot, dict(enumerate(op.to(torch.bfloat16) for op in ops)))
     index = index_of(step)
     x, y = (draw(seed + n, index.num_rows, size).bfloat16() for n, size in enumerate((WIDTH, sum(SIZES))))
     mixed = y.clone()
@@ -183,9 +187,10 @@ def test_however_threads_share_a_step_each_row_gets_what_it_gets_alone(
 ) -> None:
     kernel, twin = twins(parts, make(0, columns_of(parts[0])), dtype)
     for slot in range(2):
-        for number, part in enumerate(parts):
-            for batch in (kernel, twin):
-                batch.place(slot, number, make(7 * slot + number, columns_of(part)).to(dtype))
+        ops = (make(7 * slot + number, columns_of(part)) for number, part in enumerate(parts))
+        placed = dict(enumerate(op.to(dtype) for op in ops))
+        for batch in (kernel, twin):
+            batch.place(slot, placed)
     index = index_of([(0, rows // 2), (1, rows - rows // 2)])
     width = WIDE if isinstance(parts[0].site, NormSite) else WIDTH
     x, before = draw(1, rows, width).to(dtype), draw(2, rows, sum(map(columns_of, parts))).to(dtype)
@@ -206,11 +211,9 @@ def test_a_slot_that_is_not_finite_spoils_no_row_but_its_own(parts: list[Part], 
     clean, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
     spoilt, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
     for slot in range(4):
-        for part, (_, columns) in enumerate(parts):
-            op = make(slot + part, columns.size).to(torch.bfloat16)
-            bad = op.of({name: torch.full_like(t, value) for name, t in op.tensors().items()}, op.attributes())
-            clean.place(slot, part, op)
-            spoilt.place(slot, part, bad if slot == 2 else op)
+        ops = [make(slot + part, columns.size).to(torch.bfloat16) for part, (_, columns) in enumerate(parts)]
+        clean.place(slot, dict(enumerate(ops)))
+        spoilt.place(slot, dict(enumerate(filled(op, value) for op in ops) if slot == 2 else enumerate(ops)))
     index = index_of([(0, 3), (1, 3), (2, 3), (-1, 3), (3, 3)])
     x, y = (draw(n, 15, size).bfloat16() for n, size in enumerate((WIDTH, sum(map(columns_of, parts)))))
     expected, actual = y.clone(), y.clone()
@@ -225,7 +228,7 @@ def test_a_scaled_input_changes_only_the_rows_of_its_own_adapter() -> None:
     site = linear(21)
     batch = module_batch(ScaleInput, [Part(site, Columns(0, 21))], SLOTS, torch.float32, "cpu")
     op = ScaleInput(draw(1, WIDTH))
-    batch.place(3, 0, op)
+    batch.place(3, {0: op})
     index = index_of([(0, 2), (3, 2), (-1, 2)])
     before = draw(2, 6, WIDTH)
     after = before.clone()
@@ -236,7 +239,7 @@ def test_a_scaled_input_changes_only_the_rows_of_its_own_adapter() -> None:
 
 def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
     kernel, _ = twins(fused(), low_rank(0, SIZES[0]), torch.float32)
-    kernel.place(1, 0, low_rank(3, SIZES[0]))
+    kernel.place(1, {0: low_rank(3, SIZES[0])})
     kernel.clear(1)
     kernel.clear(1)
     y = draw(1, 4, sum(SIZES))

@@ -67,7 +67,7 @@ def test_importing_the_deltas_and_making_a_batch_loads_no_triton() -> None:
         "from deltamux.deltas.ops.batched import Part\n"
         "site = LinearSite('l', 8, 8, True, False, 0, BlockRole.ATTENTION)\n"
         "batch = module_batch(LowRank, [Part(site, (0, 8))], 2, torch.float16, 'cpu')\n"
-        "batch.place(0, 0, LowRank(*torch.ones(2, 8, 8)))\n"
+        "batch.place(0, {0: LowRank(*torch.ones(2, 8, 8))})\n"
         "print(*(set(sys.modules) - before))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -36,7 +36,7 @@ from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.ops.batched import Part
 from deltamux.deltas.sites import NormForm
 from deltamux.engine.vllm import opaque
-from deltamux.engine.vllm.lanes import Lanes
+from deltamux.engine.vllm.lanes import Lanes, rounds
 from deltamux.engine.vllm.ports import BlockInput, CurrentStep, FoldedStep, LinearPort, NormPort, SubLayer
 
 WIDTH = 24
@@ -131,9 +131,9 @@ class Attention:
         return Lanes(parts, SLOTS, dtype, CPU)
 
     def place(self, slot: int, names: list[str], dtype: torch.dtype) -> None:
-        for name in names:
-            (lanes, part), op = OPS[name]
-            self.lanes[lanes].place(slot, part, op.to(dtype))
+        for at, lanes in self.lanes.items():
+            chosen = (OPS[name] for name in names)
+            lanes.place(slot, rounds((place.part, op.to(dtype)) for place, op in chosen if place.lanes == at))
 
     def clear(self, slot: int) -> None:
         for lanes in self.lanes.values():
@@ -280,7 +280,8 @@ def test_without_pythons_headers_the_kernels_run_from_python_and_it_is_said_once
 
 
 def test_a_mask_holds_any_slots() -> None:
-    mask = library.Mask(1 << 3)
+    mask = library.Mask()
+    mask.set(1 << 3)
     for value in (0, 1, 1 << 63, 1 << 64, (1 << 130) | 5, 1):
         mask.set(value)
         words = (ctypes.c_uint64 * mask.count).from_address(mask.words)

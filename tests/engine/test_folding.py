@@ -23,7 +23,7 @@ from deltamux.deltas.ops.batched import Part
 from deltamux.engine.base import ProgramRef
 from deltamux.engine.vllm.engine import VLLMEngine
 from deltamux.engine.vllm.folding import Folding
-from deltamux.engine.vllm.lanes import Lanes
+from deltamux.engine.vllm.lanes import Lanes, rounds
 from deltamux.engine.vllm.loading import ProgramLoader
 from deltamux.engine.vllm.memory import available_memory
 from deltamux.engine.vllm.merging import changes_of, foldable, merged
@@ -73,11 +73,9 @@ class Modules(NamedTuple):
         return cls(current, ports)
 
     def place(self, slot: int, program: Program) -> None:
-        for site, op in program:
-            for port in self.ports:
-                for number, part in enumerate(port.lanes.parts):
-                    if part.site.name == site:
-                        port.lanes.place(slot, number, op)
+        for port in self.ports:
+            numbers = {part.site.name: number for number, part in enumerate(port.lanes.parts)}
+            port.lanes.place(slot, rounds((numbers[site], op) for site, op in program if site in numbers))
 
     def run(self, runs: Sequence[Run], folded: int | None = None) -> list[Tensor]:
         """Returns every module's output for ROWS fixed rows, of which `runs` belong to programs."""

@@ -42,19 +42,21 @@ class Mask(ctypes.Structure):
     _fields_ = (("words", ctypes.c_void_p), ("count", ctypes.c_int64))
     count: int
 
-    def __init__(self, value: int = 0) -> None:
-        """Takes the set as an int: bit i stands for slot i."""
+    def __init__(self) -> None:
         super().__init__()
-        self.set(value)
+        self.value = 0
 
     def set(self, value: int) -> None:
+        """Takes the set as an int: bit i stands for slot i."""
+        if value == self.value:
+            return
+        self.value = value
         words = (value.bit_length() + 63) // 64
         if words > self.count:
             self._array = (ctypes.c_uint64 * words)()
             self.words, self.count = ctypes.addressof(self._array), words
-        if self.count:
-            size = 8 * self.count
-            ctypes.memmove(self._array, value.to_bytes(size, "little"), size)
+        for word in range(self.count):
+            self._array[word] = value >> 64 * word  # ctypes takes the low 64 bits
 
 
 class Rows(ctypes.Structure):

@@ -6,8 +6,9 @@ A table owns no arithmetic. It keeps the tensors that its entries point to, so t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -77,7 +78,9 @@ class Factors:
         """Takes the expansion `up` as [out, rank], already scaled, and packs it."""
         return cls(down.contiguous(), pack(up), **rest)
 
-    def entry(self) -> tuple[int, ...]:
+    @cached_property
+    def words(self) -> tuple[int, ...]:
+        """What the table holds of it: pointers and sizes."""
         biases = (0 if bias is None else bias.data_ptr() for bias in (self.down_bias, self.up_bias))
         return (self.down.data_ptr(), self.up.data_ptr(), self.down.shape[0], *biases, self.activation, self.reads)
 
@@ -103,7 +106,9 @@ class Vectors:
     factor: Tensor | None = None
     bias: Tensor | None = None
 
-    def entry(self) -> tuple[int, ...]:
+    @cached_property
+    def words(self) -> tuple[int, ...]:
+        """What the table holds of it: pointers."""
         return tuple(0 if vector is None else vector.data_ptr() for vector in (self.factor, self.bias))
 
 
@@ -128,10 +133,12 @@ class Table:
         assert loaded is not None
         self._library = loaded
         self._entries = (ctypes.c_int64 * (num_slots * len(parts) * self.entry_size))()
+        self._num_parts = len(parts)
         flat = [number for columns in parts for number in columns]
         self._parts = (ctypes.c_int32 * len(flat))(*flat)
-        self._held: dict[tuple[int, int], Entry] = {}
-        self._mask, self._slots = 0, Mask()
+        self._held: dict[int, Mapping[int, Entry]] = {}
+        self._absent = (0,) * self.entry_size
+        self._slots = Mask()
         self.struct = library.Table(
             kernel=self.kernel,
             bfloat=dtype is torch.bfloat16,
@@ -142,27 +149,24 @@ class Table:
             **fields,
         )
 
-    def put(self, slot: int, part: int, value: Entry) -> None:
-        self._held[slot, part] = value
-        self._write(slot, part, value.entry())
-        self._mask |= 1 << slot
-        self._slots.set(self._mask)
+    def put(self, slot: int, entries: Mapping[int, Entry]) -> None:
+        """Sets what a slot holds, by part; at parts that are left out it holds nothing."""
+        self._held[slot] = entries
+        words: list[int] = []
+        for part in range(self._num_parts):
+            words += entries[part].words if part in entries else self._absent
+        start = slot * len(words)
+        self._entries[start : start + len(words)] = words  # type: ignore[assignment]  # ctypes takes plain ints
+        self._slots.set(self._slots.value | 1 << slot)
 
     def drop(self, slot: int) -> None:
-        """Forgets what a slot holds, and frees it."""
-        for part in range(self.struct.num_parts):
-            if self._held.pop((slot, part), None) is not None:
-                self._write(slot, part, (0,) * self.entry_size)
-        self._mask &= ~(1 << slot)
-        self._slots.set(self._mask)
+        """Forgets what a slot holds, and frees it: words of slots outside the mask are never read."""
+        del self._held[slot]
+        self._slots.set(self._slots.value & ~(1 << slot))
 
     def run(self, x: Tensor, y: Tensor, segments: Segments) -> None:
         """Changes `y` [rows, features] in place, of input `x` [rows, width]; rows of both are contiguous."""
         self._library.deltamux_apply(self.struct, segments.struct, x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0))
-
-    def _write(self, slot: int, part: int, entry: tuple[int, ...]) -> None:
-        start = (slot * self.struct.num_parts + part) * self.entry_size
-        self._entries[start : start + self.entry_size] = entry  # type: ignore[call-overload]  # ctypes takes any sequence
 
 
 class ShrinkExpand(Table):

@@ -237,9 +237,9 @@ class ModuleBatch(ABC):
         self.parts = tuple(parts)
         self.mask = 0
 
-    def place(self, slot: int, part: int, op: Op) -> None:
-        """Puts an adapter's op, already in this batch's dtype and on its device, into a slot that has none there."""
-        self._place(slot, part, op)
+    def place(self, slot: int, ops: Mapping[int, Op]) -> None:
+        """Puts an adapter's ops by part, already in this batch's dtype and on its device, into a slot that is empty."""
+        self._place(slot, ops)
         self.mask |= 1 << slot
 
     def clear(self, slot: int) -> None:
@@ -253,7 +253,7 @@ class ModuleBatch(ABC):
         """Changes the module's output `y` in place; see `OpBatch.apply`."""
 
     @abstractmethod
-    def _place(self, slot: int, part: int, op: Op) -> None: ...
+    def _place(self, slot: int, ops: Mapping[int, Op]) -> None: ...
 
     @abstractmethod
     def _clear(self, slot: int) -> None: ...
@@ -273,10 +273,11 @@ class PerPart(ModuleBatch):
                 first, size = self.parts[part].columns
                 batch.apply(x, y if len(self.parts) == 1 else y[:, first : first + size], step)
 
-    def _place(self, slot: int, part: int, op: Op) -> None:
-        if part not in self._batches:
-            self._batches[part] = self._make(self.parts[part].site)
-        self._batches[part].place(slot, op)
+    def _place(self, slot: int, ops: Mapping[int, Op]) -> None:
+        for part, op in ops.items():
+            if part not in self._batches:
+                self._batches[part] = self._make(self.parts[part].site)
+            self._batches[part].place(slot, op)
 
     def _clear(self, slot: int) -> None:
         for batch in self._batches.values():
@@ -294,8 +295,8 @@ class KernelBatch(ModuleBatch):
         if self.mask & step.mask:
             self.table.run(x, y, step.segments)
 
-    def _place(self, slot: int, part: int, op: Op) -> None:
-        self.table.put(slot, part, op.entry)
+    def _place(self, slot: int, ops: Mapping[int, Op]) -> None:
+        self.table.put(slot, {part: op.entry for part, op in ops.items()})
 
     def _clear(self, slot: int) -> None:
         self.table.drop(slot)

@@ -7,6 +7,7 @@ an attention sub-layer contains one ``Attention``. Nothing here knows a model by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -22,12 +23,13 @@ from deltamux.deltas import (
     LinearSite,
     NormSite,
     Op,
+    Program,
     Site,
     SiteKind,
 )
 from deltamux.deltas.kernels.tables import Columns
 from deltamux.deltas.ops.batched import Part
-from deltamux.engine.vllm.lanes import Lanes, Place
+from deltamux.engine.vllm.lanes import Lanes, Place, Round, rounds
 from deltamux.engine.vllm.ports import (
     AttentionPort,
     BlockInput,
@@ -38,6 +40,13 @@ from deltamux.engine.vllm.ports import (
     NormPort,
     SubLayer,
 )
+
+
+class Placing(NamedTuple):
+    """What one program has at one module."""
+
+    lanes: Lanes
+    rounds: tuple[Round, ...]
 
 
 class Binding:
@@ -74,6 +83,14 @@ class Binding:
             for site in base.sites.values():
                 if isinstance(site, kind):
                     self._bind(site, bind(site))
+
+    def arrange(self, program: Program) -> tuple[Placing, ...]:
+        """Returns the program's ops by module, as a slot takes them."""
+        by_module: dict[Lanes, list[tuple[int, Op]]] = {}
+        for site, op in program:
+            lanes, part = self.lanes[op.site_kind, site]
+            by_module.setdefault(lanes, []).append((part, op))
+        return tuple(Placing(lanes, rounds(ops)) for lanes, ops in by_module.items())
 
     def refusal(self, site: str, op: Op) -> str | None:
         """Returns why an op cannot stand at a site of this engine; None when it can."""

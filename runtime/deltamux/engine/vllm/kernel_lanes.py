@@ -8,7 +8,7 @@ which apply behind the kernels: the order that its program has is kept.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from itertools import pairwise
 from typing import NamedTuple, Protocol
@@ -35,7 +35,7 @@ from deltamux.deltas.kernels.triton.virtual import SoftPromptDeltas
 from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.ops.batched import Part
 from deltamux.engine.vllm.binding import Binding
-from deltamux.engine.vllm.lanes import Lanes
+from deltamux.engine.vllm.lanes import Lanes, Round, rounds
 from deltamux.engine.vllm.ports import CurrentStep
 
 
@@ -92,10 +92,13 @@ class KernelLanes(Lanes, ABC):
         self._rest = Lanes(parts, room.num_slots, room.dtype, room.device)
         self._spilled: set[tuple[int, int]] = set()  # (slot, part)
 
-    def place(self, slot: int, part: int, op: Op) -> None:
-        if (slot, part) in self._spilled or not self._fits(slot, part, op):
-            self._spilled.add((slot, part))
-            self._rest.place(slot, part, op)
+    def place(self, slot: int, given: Iterable[Round]) -> None:
+        rest: list[tuple[int, Op]] = []
+        for part, op in ((part, op) for _, ops in given for part, op in ops.items()):
+            if (slot, part) in self._spilled or not self._fits(slot, part, op):
+                self._spilled.add((slot, part))
+                rest.append((part, op))
+        self._rest.place(slot, rounds(rest))
         self._update()
 
     def clear(self, slot: int) -> None:
@@ -211,13 +214,17 @@ class LinearLanes(KernelLanes):
         self.owns_input = True
         self._update()
 
-    def place(self, slot: int, part: int, op: Op) -> None:
-        # The input changes before the module runs, whatever stands before this op in the program.
-        if isinstance(op, ScaleInput) and self.owns_input:
-            self._factors.place(slot, op.factor)
-            self._update()
-        else:
-            super().place(slot, part, op)
+    def place(self, slot: int, given: Iterable[Round]) -> None:
+        behind = []
+        for each in given:
+            # The input changes before the module runs, whatever stands before this op in the program.
+            if each.kind.op is ScaleInput and self.owns_input:
+                for op in each.ops.values():
+                    assert isinstance(op, ScaleInput)
+                    self._factors.place(slot, op.factor)
+            else:
+                behind.append(each)
+        super().place(slot, behind)
 
     def change_input(self, x: Tensor, step: StepIndex) -> None:
         if (self._factors.mask | self._capture_input) & step.mask:

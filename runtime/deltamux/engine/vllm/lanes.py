@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,31 @@ class LaneKind(NamedTuple):
 
     op: type[Op]
     reads_residual: bool
+
+
+class Round(NamedTuple):
+    """Ops of one kind that one adapter has at the parts of a module, at most one a part.
+
+    Attributes:
+        ops: by part.
+    """
+
+    kind: LaneKind
+    ops: Mapping[int, Op]
+
+
+def rounds(ops: Iterable[tuple[int, Op]]) -> tuple[Round, ...]:
+    """Returns an adapter's (part, op) at one module as few rounds, which keep the order of the ops at each part."""
+    made: list[tuple[LaneKind, dict[int, Op]]] = []
+    last: dict[int, int] = {}
+    for part, op in ops:
+        kind, start = LaneKind(type(op), op.reads_residual), last.get(part, -1) + 1
+        index = next((i for i in range(start, len(made)) if made[i][0] == kind), len(made))
+        if index == len(made):
+            made.append((kind, {}))
+        made[index][1][part] = op
+        last[part] = index
+    return tuple(Round(*each) for each in made)
 
 
 class Lane(NamedTuple):
@@ -47,39 +72,45 @@ class Lanes:
         self._python_mask = 0
         self._make: Callable[[type[Op]], ModuleBatch] = lambda op: module_batch(op, parts, num_slots, dtype, device)
         self._lanes: list[Lane] = []
-        self._last: dict[int, dict[int, int]] = {}
 
-    def place(self, slot: int, part: int, op: Op) -> None:
-        """Adds a slot's next op at a part; ops of one slot at one part apply in the order in which they come."""
-        kind, last = LaneKind(type(op), op.reads_residual), self._last.setdefault(slot, {})
-        start = last.get(part, -1) + 1
-        index = next((i for i in range(start, len(self._lanes)) if self._lanes[i].kind == kind), len(self._lanes))
-        if index == len(self._lanes):
-            self._lanes.append(Lane(kind, self._make(kind.op)))
-            self._tell_door_lanes()
-        batch = self._lanes[index].batch
-        batch.place(slot, part, op)
-        last[part] = index
-        self.mask |= 1 << slot
-        if op.changes_input:
-            self.input_mask |= 1 << slot
-        if not isinstance(batch, KernelBatch):
-            self._python_mask |= 1 << slot
+    def place(self, slot: int, given: Iterable[Round]) -> None:
+        """Fills an empty slot; its rounds apply in the order in which they come."""
+        bit, start = 1 << slot, 0
+        for kind, ops in given:
+            index = self._lane(kind, start)
+            batch = self._lanes[index].batch
+            batch.place(slot, ops)
+            start = index + 1
+            self.mask |= bit
+            if kind.op.changes_input:
+                self.input_mask |= bit
+            if not isinstance(batch, KernelBatch):
+                self._python_mask |= bit
         self._tell_door()
 
     def clear(self, slot: int) -> None:
         """Empties a slot at every part; an empty slot may be cleared again."""
-        if self._last.pop(slot, None) is None:
+        bit = 1 << slot
+        if not self.mask & bit:
             return
         for lane in self._lanes:
             lane.batch.clear(slot)
-        self.mask &= ~(1 << slot)
-        self.input_mask &= ~(1 << slot)
-        self._python_mask &= ~(1 << slot)
+        self.mask &= ~bit
+        self.input_mask &= ~bit
+        self._python_mask &= ~bit
         self._tell_door()
-        if not self._last:
+        if not self.mask:
             self._lanes.clear()
             self._tell_door_lanes()
+
+    def _lane(self, kind: LaneKind, start: int) -> int:
+        """Returns the first lane of a kind from `start` on; the last one, a new lane, where there is none."""
+        for index in range(start, len(self._lanes)):
+            if self._lanes[index].kind == kind:
+                return index
+        self._lanes.append(Lane(kind, self._make(kind.op)))
+        self._tell_door_lanes()
+        return len(self._lanes) - 1
 
     def apply(
         self, x: Tensor, y: Tensor, step: StepIndex, residual: Tensor | None = None, weights: StepIndex | None = None
@@ -123,10 +154,3 @@ class Place(NamedTuple):
     @property
     def site(self) -> Site:
         return self.lanes.parts[self.part].site
-
-    def place(self, slot: int, op: Op) -> None:
-        self.lanes.place(slot, self.part, op)
-
-    def clear(self, slot: int) -> None:
-        """Empties the slot at the whole module."""
-        self.lanes.clear(slot)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,8 @@ from vllm.v1.worker.block_table import BlockTable
 from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.deltas.kernels.tables import available
 from deltamux.deltas.ops import Run, StepIndex, VirtualRows
-from deltamux.engine.vllm.binding import Binding
+from deltamux.engine.vllm.binding import Binding, Placing
 from deltamux.engine.vllm.folding import Folding
-from deltamux.engine.vllm.lanes import Place
 from deltamux.engine.vllm.loading import ProgramLoader, on_device, packed
 from deltamux.engine.vllm.merging import foldable
 from deltamux.engine.vllm.ports import IDLE, CurrentStep
@@ -48,6 +48,19 @@ class ScheduledRequest(NamedTuple):
     num_tokens: int
 
 
+class Arrival(NamedTuple):
+    """What putting a program into a slot needs to know of it.
+
+    Attributes:
+        prefix: by attention, where nothing has to be computed for it; see `known_prefix`.
+    """
+
+    placings: tuple[Placing, ...]
+    num_virtual_tokens: int
+    num_bytes: int
+    prefix: Mapping[str, KVPrefix] | None
+
+
 class DeltaManager:
     """Programs of one worker, and which of them the running step uses."""
 
@@ -68,7 +81,8 @@ class DeltaManager:
         self.loader = ProgramLoader(self._read)
         self._slots: dict[int, int] = {}
         self._residency: Residency[int] = Residency(self.num_slots)
-        self._placed: list[list[Place]] = [[] for _ in range(self.num_slots)]
+        self._placed: list[tuple[Placing, ...]] = [()] * self.num_slots
+        self._arrivals: WeakKeyDictionary[Program, Arrival] = WeakKeyDictionary()
         self._num_virtual_tokens = [0] * self.num_slots
         self._prefixes: dict[int, Mapping[str, KVPrefix]] = {}
         self._pinned: set[int] = set()
@@ -125,7 +139,13 @@ class DeltaManager:
         program = packed(program, self._dtype, pinned=self._device.type == "cuda")
         if self._has_kernels:
             program.lay_out()
+        if self._device.type == "cpu":  # elsewhere the parameters that a slot takes are still to be copied there
+            self._arrivals[program] = self._arrival(program)
         return program
+
+    def _arrival(self, program: Program) -> Arrival:
+        placings = self._binding.arrange(program)
+        return Arrival(placings, program.num_virtual_tokens, program.num_bytes(), known_prefix(program, self.base))
 
     # The step loop.
 
@@ -166,18 +186,16 @@ class DeltaManager:
         if program_id in self._slots:
             return
         slot = self._free_slot(needed)
+        arrival = self._arrivals.get(program) or self._arrival(on_device(program, self._device))
         self._slots[program_id] = slot
         self._residency.pin(program_id, program_id in self._pinned)
-        self._residency.charge(program_id, program.num_bytes())
-        if self._device.type != "cpu":
-            program = on_device(program, self._device)
-        for site, op in program:
-            place = self._binding.lanes[op.site_kind, site]
-            place.place(slot, op)
-            self._placed[slot].append(place)
-        self._num_virtual_tokens[slot] = program.num_virtual_tokens
-        if (prefix := known_prefix(program, self.base)) is not None:
-            self._prefixes[slot] = prefix
+        self._residency.charge(program_id, arrival.num_bytes)
+        for lanes, rounds in arrival.placings:
+            lanes.place(slot, rounds)
+        self._placed[slot] = arrival.placings
+        self._num_virtual_tokens[slot] = arrival.num_virtual_tokens
+        if arrival.prefix is not None:
+            self._prefixes[slot] = arrival.prefix
         self._last = None
 
     def _free_slot(self, needed: Collection[int]) -> int:
@@ -195,9 +213,9 @@ class DeltaManager:
         slot = self._slots.pop(program_id, None)
         self._residency.remove(program_id)
         if slot is not None:
-            for place in self._placed[slot]:
-                place.clear(slot)
-            self._placed[slot].clear()
+            for lanes, _ in self._placed[slot]:
+                lanes.clear(slot)
+            self._placed[slot] = ()
             self._num_virtual_tokens[slot] = 0
             self._prefixes.pop(slot, None)
             self._last = None

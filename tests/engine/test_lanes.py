@@ -1,0 +1,69 @@
+"""Lanes: whatever order adapters have their ops in, each keeps its own, beside any other."""
+
+from __future__ import annotations
+
+import torch
+from deltas.steps import step_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deltamux.deltas import Bias, BlockRole, LinearSite, Op, Scale
+from deltamux.deltas.kernels.tables import Columns
+from deltamux.deltas.ops.batched import Part
+from deltamux.engine.vllm.lanes import Lanes, rounds
+
+SIZES = (5, 3)
+SLOTS = 3
+PARTS = [
+    Part(LinearSite(f"part-{i}", 4, size, False, False, 0, BlockRole.FEED_FORWARD), Columns(sum(SIZES[:i]), size))
+    for i, size in enumerate(SIZES)
+]
+
+ops = st.tuples(st.sampled_from(range(len(SIZES))), st.sampled_from([Bias, Scale]), st.integers(-3, 3))
+programs = st.lists(st.lists(ops, max_size=6), min_size=1, max_size=SLOTS)
+"""By adapter: (part, op, its value at every column) in the order in which they apply."""
+
+
+def made(program: list[tuple[int, type[Op], int]]) -> list[tuple[int, Op]]:
+    fields = {Bias: "bias", Scale: "factor"}
+    return [(part, kind.of({fields[kind]: torch.full((SIZES[part],), float(v))}, {})) for part, kind, v in program]
+
+
+def alone(program: list[tuple[int, Op]], y: Tensor) -> Tensor:
+    """What one op after the other makes of an output."""
+    y = y.clone()
+    for part, op in program:
+        first, size = PARTS[part].columns
+        y[:, first : first + size] = op.apply(y, y[:, first : first + size], PARTS[part].site)
+    return y
+
+
+@given(program=st.lists(ops, max_size=8))
+def test_rounds_keep_the_order_at_each_part_and_have_one_kind_and_one_op_a_part(
+    program: list[tuple[int, type[Op], int]],
+) -> None:
+    given = made(program)
+    arranged = rounds(given)
+    for part in range(len(SIZES)):
+        assert [r.ops[part] for r in arranged if part in r.ops] == [op for at, op in given if at == part]
+    assert all(type(op) is r.kind.op for r in arranged for op in r.ops.values())
+
+
+@given(first=programs, then=programs)
+def test_adapters_come_and_go_and_every_row_gets_its_own_ops_in_order(
+    first: list[list[tuple[int, type[Op], int]]], then: list[list[tuple[int, type[Op], int]]]
+) -> None:
+    lanes = Lanes(PARTS, SLOTS, torch.float32, torch.device("cpu"))
+    for generation in (first, then):
+        placed = [made(program) for program in generation]
+        for slot, program in enumerate(placed):
+            lanes.place(slot, rounds(program))
+        y = torch.randn(2 * SLOTS, sum(SIZES))
+        expected = torch.cat([alone(p, y[2 * s : 2 * s + 2]) for s, p in enumerate(placed)])
+        rows = len(expected)
+        lanes.apply(torch.zeros(rows, 4), y := y[:rows].clone(), step_of([(s, 2) for s in range(len(placed))], SLOTS))
+        torch.testing.assert_close(y, expected)
+        for slot in range(SLOTS):
+            lanes.clear(slot)
+        assert lanes.mask == lanes.input_mask == 0
