@@ -106,7 +106,10 @@ class Op:
             _ = op.entry
 
     def products(self) -> dict[str, Tensor]:
-        """Returns what the op multiplies ahead of time, by name: finite factors may have a product that is not."""
+        """Returns, by name, the parameters that the op multiplies ahead of time, each by one of its attributes.
+
+        Finite factors may have a product that is not.
+        """
         return {}
 
     def weighted(self, weight: float) -> Op:
@@ -121,7 +124,7 @@ class Op:
         )
 
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+        return sum(t.nbytes for t in self.tensors().values())
 
     def rank(self) -> int:
         """Returns the width of the op's widest inner dimension (LowRank's r, Bottleneck's width), 0 if it has none."""

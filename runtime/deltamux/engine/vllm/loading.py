@@ -21,7 +21,7 @@ from deltamux.deltas.program import Placement
 THREADS = 2
 """So that one slow file does not hold up the others."""
 
-SWITCH_SECONDS = 0.0005
+SWITCH_SECONDS = 0.00005
 """How long a thread keeps the interpreter from another: at Python's own 5 ms, steps wait for loads and loads for steps.
 
 The threads have the step loop's priority: one of a lower would be put off while it keeps the interpreter from it.
@@ -126,7 +126,8 @@ def packed(program: Program, dtype: torch.dtype, *, pinned: bool = False) -> Pro
         pinned: whether the memory is locked, so that an accelerator can copy it by itself.
     """
     step = max(1, ALIGNMENT // dtype.itemsize)
-    floats = [t for _, op in program for field, t in op.tensors().items() if field not in op.packed]
+    rows = [(site, op, op.tensors()) for site, op in program]
+    floats = [t for _, op, tensors in rows for field, t in tensors.items() if field not in op.packed]
     sizes = [(t.numel(), -t.numel() % step) for t in floats]
     block = torch.zeros(sum(map(sum, sizes)), dtype=dtype, pin_memory=pinned)
     parts = torch.split(block, [size for pair in sizes for size in pair])[::2]
@@ -134,11 +135,11 @@ def packed(program: Program, dtype: torch.dtype, *, pinned: bool = False) -> Pro
         torch._foreach_copy_(parts, [t.reshape(-1) for t in floats])
     cast = iter([part.view(t.shape) for part, t in zip(parts, floats, strict=True)])
 
-    def move(op: Op) -> Op:
-        tensors = {f: _copied(t, pinned) if f in op.packed else next(cast) for f, t in op.tensors().items()}
-        return op.of(tensors, op.attributes())
+    def move(op: Op, tensors: Mapping[str, Tensor]) -> Op:
+        moved = {f: _copied(t, pinned) if f in op.packed else next(cast) for f, t in tensors.items()}
+        return op.of(moved, op.attributes())
 
-    moved = Program(tuple(Placement(site, move(op)) for site, op in program), program.num_virtual_tokens)
+    moved = Program(tuple(Placement(site, move(op, tensors)) for site, op, tensors in rows), program.num_virtual_tokens)
     _check_finite(moved, block)
     return moved
 
@@ -169,9 +170,9 @@ def _copied(tensor: Tensor, pinned: bool) -> Tensor:
 
 
 def _check_finite(program: Program, block: Tensor) -> None:
-    """Looks at all values in few passes; only a program that fails is searched for the culprit."""
-    products = [p.reshape(-1) for _, op in program for p in op.products().values()]
-    attributes = [float(v) for _, op in program for v in op.attributes().values() if isinstance(v, float)]
-    values = [block, torch.tensor(attributes, dtype=torch.float64), *([torch.cat(products)] if products else [])]
-    if not all(torch.isfinite(torch.stack(torch.aminmax(v))).all() for v in values if v.numel()):
+    """Looks at all values in one pass; only a program that may fail is searched for the culprit."""
+    attributes = {abs(v) for _, op in program for v in op.attributes().values() if isinstance(v, float)}
+    largest = max(map(abs, torch.stack(torch.aminmax(block)).tolist())) if block.numel() else 0.0
+    # An op multiplies a parameter by an attribute, if anything: no product is larger than this. False also for NaN.
+    if not all(factor * largest <= torch.finfo(block.dtype).max for factor in {1.0, *attributes}):
         program.check_finite()
