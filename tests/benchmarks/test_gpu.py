@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,15 +44,32 @@ def test_without_a_gpu_a_command_refuses_and_says_what_is_missing(command: str) 
     assert "Traceback" not in done.stderr
 
 
+def test_a_rehearsal_runs_the_whole_command_on_any_device(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--skip-tests", "--output", str(output)]
+    done = subprocess.run(
+        [*command, "--engines", "deltas-eager"], cwd=TESTS, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    printed = [line for line in done.stdout.splitlines() if line.startswith("deltas-eager")]
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["workload"] for row in rows] == [
+        *("base", "1 LoRA", "4 LoRAs", "16 LoRAs"),
+        *("houlsby", "scale", "prefix", "mixed"),
+    ]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    assert len(printed) == len(rows)
+
+
 def test_ratios_are_to_vllms_own_base_in_the_same_turn() -> None:
     rows = table([Measured("deltas-graphs", "base", [5.0, 9.0, 6.0]), Measured("vllm", "base", [10.0, 36.0, 8.0])])
     assert [(row["tokens_per_second"], row["of_base"]) for row in rows] == [(6.0, 0.5), (10.0, 1.0)]
     assert table([Measured("deltas-eager", "base", [5.0])])[0]["of_base"] is None
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the engine would start")
 def test_an_engine_that_does_not_start_ends_the_comparison(tmp_path: Path) -> None:
     material = Material.write(tmp_path, Size(512, 1), rank=8)
+    (material.base / "config.json").unlink()
     seat = Seat("deltas-eager", material, Load(4, 8, 8, 0.1, 0.2))
     with pytest.raises(SeatError, match="deltas-eager"):
         seat.workloads()

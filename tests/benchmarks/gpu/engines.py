@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.gpu.material import LORAS, Material
 from deltamux.engine.base import EngineOptions, SamplingOptions
 from deltamux.engine.vllm.engine import VLLMEngine
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
 
 MAX_MODEL_LEN = 2048
 SLOTS = 20
@@ -46,20 +49,10 @@ class Started(NamedTuple):
     generate: Generate
 
 
-@asynccontextmanager
-async def plain_vllm(material: Material, load: Load, *, lora: bool) -> AsyncIterator[Started]:
-    """vLLM as it comes: compiled, with CUDA graphs; with or without its own LoRA."""
-    from vllm import SamplingParams
+def _vllm_starter(material: Material, load: Load, lora: bool) -> Callable[[], AsyncLLM]:
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.inputs import TokensPrompt
-    from vllm.lora.request import LoRARequest
-    from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    sampling = SamplingParams(
-        temperature=0.0, max_tokens=load.new_tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
-    )
-    requests = [LoRARequest(path.name, i + 1, str(path)) for i, path in enumerate(material.peft)]
     options = load.memory
     if lora:
         options |= {"enable_lora": True, "max_loras": SLOTS, "max_lora_rank": material.rank}
@@ -71,7 +64,26 @@ async def plain_vllm(material: Material, load: Load, *, lora: bool) -> AsyncIter
         disable_log_stats=True,
         **options,
     )
-    llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+    return partial(AsyncLLM.from_engine_args, arguments)
+
+
+@asynccontextmanager
+async def plain_vllm(material: Material, load: Load, *, lora: bool) -> AsyncIterator[Started]:
+    """vLLM as it comes: compiled, with CUDA graphs; with or without its own LoRA."""
+    # Exceptions that imports keep hold the frames around them. An engine in such a frame would outlive Python's end,
+    # where its finalizer fails: so imports have a call of their own, in a thread whose frames have no engine.
+    start = await asyncio.to_thread(_vllm_starter, material, load, lora)
+    llm = await asyncio.to_thread(start)
+
+    from vllm import SamplingParams
+    from vllm.inputs import TokensPrompt
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=load.new_tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+    requests = [LoRARequest(path.name, i + 1, str(path)) for i, path in enumerate(material.peft)]
 
     async def generate(prompt: tuple[int, ...], adapter: Any, request_id: str) -> None:
         tokens = TokensPrompt(prompt_token_ids=list(prompt))
@@ -81,7 +93,7 @@ async def plain_vllm(material: Material, load: Load, *, lora: bool) -> AsyncIter
     try:
         yield Started({"base": [None], **(_loras(requests) if lora else {})}, generate)
     finally:
-        await asyncio.to_thread(llm.shutdown)
+        llm.shutdown()  # in the loop itself, whose tasks would else report the engine's end as a failure
 
 
 @asynccontextmanager
@@ -95,7 +107,6 @@ async def deltas(material: Material, load: Load, *, graphs: bool) -> AsyncIterat
         EngineOptions(
             str(material.base),
             dtype="bfloat16",
-            device="cuda",
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=load.sequences,
             max_active_adapters=SLOTS,

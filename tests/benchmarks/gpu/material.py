@@ -24,7 +24,7 @@ class Size(NamedTuple):
     layers: int
 
 
-SIZES = {"small": Size(1024, 12), "1b": Size(2048, 18), "8b": Size(4096, 32)}
+SIZES = {"tiny": Size(512, 2), "small": Size(1024, 12), "1b": Size(2048, 18), "8b": Size(4096, 32)}
 
 
 class Material(NamedTuple):
