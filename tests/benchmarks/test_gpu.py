@@ -59,6 +59,7 @@ def test_a_rehearsal_runs_the_whole_command_on_any_device(tmp_path: Path) -> Non
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert len(printed) == len(rows)
+    assert "a rehearsal, whose figures say nothing" in done.stdout
 
 
 def test_ratios_are_to_vllms_own_base_in_the_same_turn() -> None:

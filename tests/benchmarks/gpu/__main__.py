@@ -119,7 +119,8 @@ def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
         for seat in seats:
             stack.callback(seat.close)
         rows = table(measure(seats, given.repeats))
-    print(f"{device_name()}, {given.size}, {given.sequences} sequences of {given.new_tokens} tokens")
+    about = "; a rehearsal, whose figures say nothing" if given.rehearse else ""
+    print(f"{device_name()}, {given.size}, {given.sequences} sequences of {given.new_tokens} tokens{about}")
     print(f"{'engine':14}  {'workload':10}  {'tokens/s':>10}  {'of base':>7}")
     for row in rows:
         ratio = "" if row["of_base"] is None else f"{row['of_base']:7.3f}"
