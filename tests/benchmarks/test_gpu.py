@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu.__main__ import Measured, parse, table
-from benchmarks.gpu.engines import ENGINES, Load
+from benchmarks.gpu.__main__ import DEFAULT, Measured, parse, table
+from benchmarks.gpu.engines import Load
 from benchmarks.gpu.material import LORAS, Material, Size
 from benchmarks.gpu.seats import Seat, SeatError
 from deltamux.deltas import Program
@@ -30,7 +30,7 @@ def test_the_command_parses_what_it_documents() -> None:
         5,
         Path("x.json"),
     )
-    assert parse([]).engines == list(ENGINES)
+    assert parse([]).engines == DEFAULT == ["vllm", "vllm-lora", "deltas-graphs"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the command would run")

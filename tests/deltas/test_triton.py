@@ -35,10 +35,10 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[None]]]:
-    """All runs that were asked for, two at a time on a CPU: each is one process that computes in one thread."""
+    """All runs that were asked for, two at a time: each is one process that computes in one thread."""
     asked = {item.name for item in request.session.items}
     cache = tmp_path_factory.mktemp("triton")
-    with ThreadPoolExecutor(1 if "gpu" in WAYS else 2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         chosen = {name: run for name, run in RUNS.items() if f"test_the_kernels_pass[{name}]" in asked}
         yield {name: pool.submit(_run, *run, cache) for name, run in chosen.items()}
 
@@ -52,7 +52,8 @@ def test_the_kernels_pass(runs: dict[str, Future[None]], name: str) -> None:
 def _run(cases: str, options: Sequence[str], way: str, cache: Path) -> None:
     # The interpreter's numpy warns of the very NaN that the cases put in.
     command = [sys.executable, "-m", "pytest", str(HERE / cases), "-q", "-W", "ignore::RuntimeWarning", *options]
-    path = os.pathsep.join([str(HERE.parent), str(HERE.parents[1] / "runtime")])
+    given = filter(None, [os.environ.get("PYTHONPATH")])
+    path = os.pathsep.join([str(HERE.parent), str(HERE.parents[1] / "runtime"), *given])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **WAYS.get(way, COMPILED)}
     environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True, timeout=900)

@@ -42,6 +42,9 @@ TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 2e-2)}
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     atol, rtol = TOLERANCE[dtype]
+    # What is rounded are the terms of a sum, so where large ones cancel, the error is theirs, not the result's.
+    largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().max().item() if expected.numel() else 0.0
+    atol *= max(1.0, largest / 10)
     torch.testing.assert_close(actual.float().cpu(), expected, atol=atol, rtol=rtol)
 
 

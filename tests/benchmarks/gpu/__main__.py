@@ -3,8 +3,9 @@
     cd tests && ../.venv/bin/python -m benchmarks.gpu --size 1b --output gpu.json
 
 Everything it needs it writes itself: a random Llama in bfloat16, its adapters as PEFT's files (for vLLM's LoRA) and as
-programs (for deltas). First it runs the tests of the kernels and of the engine on the GPU. Then four engines are up at
-once and take turns: vLLM as it comes; vLLM with its LoRA; deltas eagerly; deltas with CUDA graphs.
+programs (for deltas). First it runs the tests of the kernels and of the engine on the GPU. Then three engines are up at
+once and take turns: vLLM as it comes; vLLM with its LoRA; deltas with CUDA graphs. Deltas without graphs, which nobody
+would serve with, are left to `--engines`.
 
 `--rehearse` does all of that on whatever device there is, so that the command itself is tried before a GPU is rented.
 """
@@ -37,14 +38,17 @@ REHEARSAL = {
 }
 """What a rehearsal takes where nothing else is given: minutes on two CPU cores."""
 
+# What interprets kernels, or compiles them for other cards, takes minutes of a CPU and says nothing of this GPU.
+CHOICE = ("-k", "gpu and not compiled")
 TESTS = [Path(__file__).resolve().parents[2] / path for path in ("deltas/test_triton.py", "engine/test_gpu.py")]
 """What is run first: a wrong kernel has no speed."""
+DEFAULT = [name for name in ENGINES if name != "deltas-eager"]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--size", choices=SIZES, default="1b", help="of the random base")
-    parser.add_argument("--engines", choices=ENGINES, nargs="+", default=list(ENGINES))
+    parser.add_argument("--engines", choices=ENGINES, nargs="+", default=DEFAULT)
     parser.add_argument("--sequences", type=int, default=64, help="requests at once")
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
@@ -140,7 +144,7 @@ def main() -> int:
         print(f"benchmarks.gpu: {problem}", file=sys.stderr)
         return 2
     if not given.skip_tests:
-        subprocess.run([sys.executable, "-m", "pytest", *map(str, TESTS), "-q"], check=True)
+        subprocess.run([sys.executable, "-m", "pytest", *map(str, TESTS), *CHOICE, "-q"], check=True)
     try:
         rows = compare(given)
     except SeatError as error:
