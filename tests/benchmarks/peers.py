@@ -46,6 +46,11 @@ class VLLM:
             llm.output_handler.cancel()  # it would report the end of the engine's process as a failure
         await asyncio.to_thread(llm.shutdown)
 
+    async def call_workers(self, method: str, args: tuple[object, ...] = ()) -> list[Any]:
+        """Calls a method of every worker, between two steps."""
+        answers: list[Any] = await self._llm.collective_rpc(method, args=args)
+        return answers
+
     async def stream(self, request: Request) -> AsyncGenerator[int]:
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt

@@ -17,13 +17,14 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.worlds import SIZES, World, write_base
 from deltamux.bench.traffic import Workload
-from deltamux.engine.base import EngineOptions
+from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.cpu_worker import CPUDeltaWorker
 
 SEQUENCES = 32
@@ -86,9 +87,15 @@ def workloads(world: World) -> dict[str, tuple[str | None, ...]]:
 
 
 class Engine:
-    """vLLM's engine in this process, with the alternating worker and all programs of a world."""
+    """vLLM's engine in this process, whose worker does something else in every other step.
 
-    def __init__(self, world: World, tokens: int) -> None:
+    Args:
+        programs: loaded before anything runs.
+    """
+
+    def __init__(
+        self, model: Path, programs: Mapping[str, ProgramRef], tokens: int, worker: type, **options: Any
+    ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -96,23 +103,26 @@ class Engine:
         from deltamux.engine.vllm.engine import _engine_arguments, _engine_config, _set_environment
 
         _set_environment()
-        options = EngineOptions(
-            str(world.model),
+        arguments = EngineOptions(
+            str(model),
             dtype="bfloat16",
             max_model_len=PROMPT_TOKENS + tokens,
             max_num_seqs=SEQUENCES,
             max_active_adapters=SEQUENCES,
-            fold_dominant=False,
-            engine_arguments={"worker_cls": "benchmarks.steps.AlternatingWorker", "async_scheduling": False},
+            engine_arguments={"worker_cls": f"{worker.__module__}.{worker.__qualname__}", "async_scheduling": False},
+            **options,
         )
-        self._llm = LLMEngine.from_vllm_config(_engine_config(AsyncEngineArgs(**_engine_arguments(options))))
-        self._ids = {name: number for number, name in enumerate(world.programs, start=1)}
+        self.llm = LLMEngine.from_vllm_config(_engine_config(AsyncEngineArgs(**_engine_arguments(arguments))))
+        self._ids = {name: number for number, name in enumerate(programs, start=1)}
         self._tokens = tokens
         for name, number in self._ids.items():
-            self._llm.collective_rpc("delta_load", args=(number, str(world.programs[name].path)))
-            while (status := self._llm.collective_rpc("delta_status", args=(number,))[0]) == "loading":
+            self.llm.collective_rpc("delta_load", args=(number, str(programs[name].path)))
+            while (status := self.llm.collective_rpc("delta_status", args=(number,))[0]) == "loading":
                 time.sleep(0.01)
             assert status == "ready", status
+
+    def prepare(self, step: int) -> None:
+        """Is called in front of a step, numbered from 1, outside of its time."""
 
     def step_times(self, adapters: tuple[str | None, ...]) -> list[float]:
         """Returns the seconds of each step in which every request generates a token; odd ones had no adapters."""
@@ -120,17 +130,18 @@ class Engine:
         from vllm.inputs import TokensPrompt
         from vllm.lora.request import LoRARequest
 
-        self._llm.collective_rpc("start_over")
+        self.llm.collective_rpc("start_over")
         sampling = SamplingParams(temperature=0.0, max_tokens=self._tokens, ignore_eos=True)
         for i in range(SEQUENCES):
             name = adapters[i % len(adapters)]
             prompt = TokensPrompt(prompt_token_ids=[3 + (7919 * i + 31 * k) % 8000 for k in range(PROMPT_TOKENS)])
             lora = LoRARequest(name, self._ids[name], "program") if name else None
-            self._llm.add_request(f"{name}-{i}-{time.monotonic_ns()}", prompt, sampling, lora_request=lora)
-        times = []
-        while self._llm.has_unfinished_requests():
+            self.llm.add_request(f"{name}-{i}-{time.monotonic_ns()}", prompt, sampling, lora_request=lora)
+        times: list[float] = []
+        while self.llm.has_unfinished_requests():
+            self.prepare(len(times) + 1)
             started = time.perf_counter()
-            self._llm.step()
+            self.llm.step()
             times.append(time.perf_counter() - started)
         return times[WARM_STEPS : self._tokens - 1]
 
@@ -149,7 +160,8 @@ def row(workload: str, pairs: list[tuple[float, float]], floor: str) -> Row:
 
 
 def measure(world: World, tokens: int, repeats: int) -> list[Row]:
-    engine, loads = Engine(world, tokens), workloads(world)
+    engine = Engine(world.model, world.programs, tokens, AlternatingWorker, fold_dominant=False)
+    loads = workloads(world)
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in loads}
     for _ in range(repeats):
         for name, adapters in loads.items():

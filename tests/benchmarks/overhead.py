@@ -1,0 +1,167 @@
+"""What delta support costs a step without adapters: one engine, with it and without it by turns.
+
+    python -m benchmarks.overhead --size mid --output overhead.json     (in tests/)
+
+Two engines differ by some percent by where their memory lies (`benchmarks.beside`), which is more than what is looked for.
+Here one engine has its model compiled twice, with the ports and, over the same weights, without them. Every other step
+runs as plain vLLM's would: by the model without ports, vLLM's own scheduler, and a runner that knows of no adapters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from torch import nn
+from vllm import envs
+from vllm.compilation.wrapper import TorchCompileWithNoGuardsWrapper
+from vllm.config import set_current_vllm_config
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from benchmarks.steps import WARM_STEPS, Engine, Row, row
+from benchmarks.worlds import SIZES, write_base
+from deltamux.engine.vllm.cpu_worker import CPUDeltaWorker
+
+COMPILED = "aot_compiled_fn"
+"""Where vLLM keeps a compiled model: in the model."""
+
+
+class Override(NamedTuple):
+    """An attribute that delta support has put into an object, in front of its class's."""
+
+    owner: Any
+    name: str
+    value: Any
+
+
+def overrides(model: nn.Module) -> list[Override]:
+    """Returns what the ports have put into a loaded model."""
+    owners = [(model, ("compute_logits",)), *((module, ("forward",)) for module in model.modules())]
+    backends = (module.impl for module in model.modules() if hasattr(module, "impl"))
+    owners += ((backend, ("forward", "do_kv_cache_update")) for backend in backends)
+    return [
+        Override(owner, name, vars(owner)[name]) for owner, names in owners for name in names if name in vars(owner)
+    ]
+
+
+class Support:
+    """Takes delta support out of a runner, and puts it back: both cost a step the same.
+
+    Args:
+        runner: vLLM's, whose model is compiled and has ports.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._lora_config = runner.lora_config
+        self._overrides = overrides(runner.model)
+        self._model = next(m for m in runner.model.modules() if isinstance(m, TorchCompileWithNoGuardsWrapper))
+        self._compiled = {True: vars(self._model)[COMPILED]}
+        with self._without():
+            self._compiled[False] = self._compile()
+
+    def switch(self, on: bool) -> None:
+        """Makes the next steps run with delta support, or without it."""
+        for owner, name, value in self._overrides:
+            vars(owner).pop(name, None)
+            if on:
+                vars(owner)[name] = value
+        self._runner.lora_config = self._lora_config if on else None
+        setattr(self._model, COMPILED, self._compiled[on])
+
+    @contextmanager
+    def _without(self) -> Iterator[None]:
+        for owner, name, _ in self._overrides:
+            del vars(owner)[name]
+        self._runner.lora_config = None
+        del vars(self._model)[COMPILED]
+        try:
+            yield
+        finally:
+            self.switch(True)
+
+    def _compile(self) -> Any:
+        config, model = self._runner.vllm_config, self._model
+        model.compiled = False
+        # vLLM's cache knows a model by its class and configuration: it would give back the one with ports.
+        with patch.object(envs, "VLLM_DISABLE_COMPILE_CACHE", True, create=True), set_current_vllm_config(config):
+            TorchCompileWithNoGuardsWrapper.__init__(model)
+            self._runner.warming_up_model()
+        return vars(model)[COMPILED]
+
+
+class SwitchingWorker(CPUDeltaWorker):
+    """A worker whose odd steps run without delta support."""
+
+    step = 0
+
+    def compile_or_warm_up_model(self) -> Any:
+        times = super().compile_or_warm_up_model()
+        self.support = Support(self.model_runner)
+        return times
+
+    def start_over(self) -> None:
+        """Makes the next step the first."""
+        self.step = 0
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        self.step += 1
+        self.support.switch(_has_support(self.step))
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+
+def _has_support(step: int) -> bool:
+    return step % 2 == 0 or step <= WARM_STEPS
+
+
+class SwitchingEngine(Engine):
+    """The engine around that worker; its scheduler is vLLM's own in the same steps."""
+
+    def prepare(self, step: int) -> None:
+        scheduler = self.llm.engine_core.engine_core.scheduler
+        vars(scheduler).pop("schedule", None)
+        if not _has_support(step):
+            scheduler.schedule = Scheduler.schedule.__get__(scheduler)
+
+
+def measure(model: Path, tokens: int, repeats: int) -> Row:
+    engine = SwitchingEngine(model, {}, tokens, SwitchingWorker)
+    pairs: list[tuple[float, float]] = []
+    for _ in range(repeats):
+        times = engine.step_times((None,))
+        pairs += zip(times[::2], times[1::2], strict=False)
+    return row("no adapter", pairs, "1.00")
+
+
+def main() -> int:
+    summary = __doc__.splitlines()[0] if __doc__ else None
+    parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=summary)
+    parser.add_argument("--size", choices=SIZES, default="mid")
+    parser.add_argument("--tokens", type=int, default=400, help="generated by each of the 32 requests")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="JSON file")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(write_base(Path(folder) / "base", SIZES[given.size]), given.tokens, given.repeats)
+    print(f"{given.size} base, {os.cpu_count()} CPU cores ({platform.machine()}), {date.today()}: steps of 32 rows")
+    print(
+        f"without delta support {measured.base_ms:.2f} ms; with it {measured.difference_ms:+.3f} ms: "
+        f"{measured.ratio:.4f} ({measured.low:.4f} to {measured.high:.4f}, 95 %)"
+    )
+    if given.output:
+        given.output.write_text(json.dumps(measured._asdict(), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
