@@ -2,10 +2,11 @@
 
     python -m benchmarks.beside --size mid --output beside.json     (in tests/)
 
-Engines are up at once, each in its own processes, and generate for the same traffic. A worker runs a burst of steps, hands
-the turn to the next engine's, and waits until it comes back: so what is compared is fractions of a second apart, where whole
-requests take many seconds, which differ on a busy machine by far more than what is looked for. Engines also differ by
-where their memory lies. So they are started anew several times, and vLLM is up twice: the second shows how much that is.
+Engines are up at once, each in its own processes, and generate for the same traffic. A worker runs a burst of steps,
+hands the turn to the next engine's, and waits until it comes back: so what is compared is fractions of a second apart,
+where whole requests take many seconds, which differ on a busy machine by far more than what is looked for. Engines also
+differ by where their memory lies. So they are started anew several times, and vLLM is up twice: the second shows how
+much that is. What delta support itself costs, `benchmarks.overhead` says more exactly.
 """
 
 from __future__ import annotations

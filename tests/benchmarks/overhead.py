@@ -2,9 +2,9 @@
 
     python -m benchmarks.overhead --size mid --output overhead.json     (in tests/)
 
-Two engines differ by some percent by where their memory lies (`benchmarks.beside`), which is more than what is looked for.
-Here one engine has its model compiled twice, with the ports and, over the same weights, without them. Every other step
-runs as plain vLLM's would: by the model without ports, vLLM's own scheduler, and a runner that knows of no adapters.
+Two engines differ by some percent by where their memory lies (`benchmarks.beside`), which is more than what is looked
+for. Here one engine has its model compiled twice, with the ports and, over the same weights, without them. Every other
+step runs as plain vLLM's would: by the model without ports, vLLM's own scheduler, and a runner that knows of no adapters.
 """
 
 from __future__ import annotations
@@ -46,12 +46,8 @@ class Override(NamedTuple):
 
 def overrides(model: nn.Module) -> list[Override]:
     """Returns what the ports have put into a loaded model."""
-    owners = [(model, ("compute_logits",)), *((module, ("forward",)) for module in model.modules())]
-    backends = (module.impl for module in model.modules() if hasattr(module, "impl"))
-    owners += ((backend, ("forward", "do_kv_cache_update")) for backend in backends)
-    return [
-        Override(owner, name, vars(owner)[name]) for owner, names in owners for name in names if name in vars(owner)
-    ]
+    places = [(model, "compute_logits"), *((module, "forward") for module in model.modules())]
+    return [Override(owner, name, vars(owner)[name]) for owner, name in places if name in vars(owner)]
 
 
 class Support:
@@ -128,7 +124,8 @@ class SwitchingEngine(Engine):
     """The engine around that worker; its scheduler is vLLM's own in the same steps."""
 
     def prepare(self, step: int) -> None:
-        scheduler = self.llm.engine_core.engine_core.scheduler
+        core: Any = self.llm.engine_core
+        scheduler = core.engine_core.scheduler
         vars(scheduler).pop("schedule", None)
         if not _has_support(step):
             scheduler.schedule = Scheduler.schedule.__get__(scheduler)

@@ -71,6 +71,7 @@ class Binding:
         self.lanes: dict[tuple[SiteKind, str], Place] = {}
         self.unbound: dict[tuple[SiteKind, str], str] = {}
         self.attentions: dict[str, AttentionPort] = {}
+        self._intercepts = False
         self._model = model
         self._modules = dict(model.named_modules())
         self._current = current
@@ -83,6 +84,13 @@ class Binding:
             for site in base.sites.values():
                 if isinstance(site, kind):
                     self._bind(site, bind(site))
+
+    def intercept(self, wanted: bool) -> None:
+        """Puts the ports of the attention layers in the way of the steps to come, or takes them out of it."""
+        if wanted != self._intercepts:
+            self._intercepts = wanted
+            for port in self.attentions.values():
+                port.intercept(wanted)
 
     def arrange(self, program: Program) -> tuple[Placing, ...]:
         """Returns the program's ops by module, as a slot takes them."""

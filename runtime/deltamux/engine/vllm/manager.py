@@ -161,6 +161,7 @@ class DeltaManager:
             self._activate(program_id, program, needed)
         index = self._cached_index(requests) if needed else IDLE
         folded = None if self._folding is None else self._folding.begin_step(_rows(requests), index)
+        self._binding.intercept(index.virtual is not None)
         self._current.begin(index, folded)
 
     def write_prefixes(self, requests: Sequence[ScheduledRequest], table: BlockTable) -> None:

@@ -237,21 +237,24 @@ class AttentionPort:
     """An attention layer: keys and values of virtual tokens change right before they enter the cache.
 
     vLLM's own op around the attention is opaque already, so the port stands inside it, at the backend's methods, and
-    the traced graph has nothing more to run.
+    the traced graph has nothing more to run. It stands there in steps that have virtual tokens (`intercept`).
     """
 
     def __init__(self, module: nn.Module, current: CurrentStep, lanes: Lanes) -> None:
         self._current = current
         self._lanes = lanes
         self._module: Any = module
-        self._update: Callable[..., Any] | None = None
         backend: Any = module.impl
+        self._backend = backend
         self._forward: Callable[..., Any] = backend.forward
-        backend.forward = self.forward
         # Backends that write the cache in a step of its own read these keys and values there.
-        if hasattr(backend, "do_kv_cache_update"):
-            self._update = backend.do_kv_cache_update
-            backend.do_kv_cache_update = self.update
+        self._update: Callable[..., Any] | None = getattr(backend, "do_kv_cache_update", None)
+
+    def intercept(self, wanted: bool) -> None:
+        """Has the steps to come pass by here, or not."""
+        self._backend.forward = self.forward if wanted else self._forward
+        if self._update is not None:
+            self._backend.do_kv_cache_update = self.update if wanted else self._update
 
     def forward(self, layer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._change(key, value)

@@ -42,6 +42,10 @@ class TurnMixin(Scheduler):
         ready = (r for r in chain(self.kv_holding_waiting, self.waiting) if r.status in READY)
         waiting = list(islice(ready, room))
         work = _work(self.running, waiting)
+        if not work and all(r.lora_request is None for r in self.running):
+            self._chosen = None
+            self._turns.took((), ())
+            return self._plan(throttle_prefills)
         self._chosen = self._turns.choose(work)
         # Room is kept for the first in the queue: whoever waits for a turn is not overtaken for good.
         self._admissible = frozenset(r.request_id for r in waiting)
@@ -94,12 +98,11 @@ def turn_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
 def _work(running: Iterable[Request], waiting: Iterable[Request]) -> dict[int, Work]:
     """Returns what each adapter has to do in the next step; base requests need no slot."""
     work: dict[int, Work] = {}
-    runnable = ((request, True) for request in running if _has_tokens(request))
-    for request, under_way in chain(runnable, ((request, False) for request in waiting)):
-        if request.lora_request is not None:
-            known = work.get(_adapter(request), Work(None, False))
-            arrivals = [t for t in (known.waiting_since, _waiting_since(request)) if t is not None]
-            work[_adapter(request)] = Work(min(arrivals, default=None), known.running or under_way)
+    runnable = ((r, True) for r in running if r.lora_request is not None and _has_tokens(r))
+    for request, under_way in chain(runnable, ((r, False) for r in waiting if r.lora_request is not None)):
+        known = work.get(_adapter(request), Work(None, False))
+        arrivals = [t for t in (known.waiting_since, _waiting_since(request)) if t is not None]
+        work[_adapter(request)] = Work(min(arrivals, default=None), known.running or under_way)
     return work
 
 

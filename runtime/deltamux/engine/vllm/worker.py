@@ -36,6 +36,10 @@ class DeltaRunnerMixin:
     def set_active_loras(self, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> None:
         count = len(num_scheduled_tokens)
         programs: np.ndarray[Any, Any] = input_batch.request_lora_mapping[:count]
+        if not programs.any():
+            # Whose rows of the base are whose says nothing here: they are looked at as one.
+            self.lora_manager.begin_step([ScheduledRequest(0, 0, int(num_scheduled_tokens.sum()))])
+            return
         starts: np.ndarray[Any, Any] = input_batch.num_computed_tokens_cpu[:count]
         shares = zip(programs.tolist(), starts.tolist(), num_scheduled_tokens.tolist(), strict=True)
         requests = [ScheduledRequest(*share) for share in shares]
