@@ -3,8 +3,9 @@
     python -m benchmarks.overhead --size mid --output overhead.json     (in tests/)
 
 Two engines differ by some percent by where their memory lies (`benchmarks.beside`), which is more than what is looked
-for. Here one engine has its model compiled twice, with the ports and, over the same weights, without them. Every other
-step runs as plain vLLM's would: by the model without ports, vLLM's own scheduler, and a runner that knows of no adapters.
+for. Here one engine has its model compiled twice, with the ports and, over the same weights, without them. Every
+other step runs as plain vLLM's would: by the model without ports, vLLM's own scheduler, and a runner that knows of no
+adapters.
 """
 
 from __future__ import annotations
