@@ -30,8 +30,9 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.hookspecs": MODEL,
     "deltamux.configs": CORE,
     "deltamux.registry": MODEL | {"deltamux.configs", "deltamux.hookspecs"},
+    "deltamux.prompts": CORE,
     "deltamux.engine": MODEL,
-    "deltamux.engine.vllm": MODEL | {"deltamux.engine"},
+    "deltamux.engine.vllm": MODEL | {"deltamux.engine", "deltamux.prompts"},
     "deltamux.conformance": METHODS | {"deltamux.engine"},
     "deltamux.bench": METHODS | {"deltamux.client", "deltamux.engine"},
     "deltamux.scaffold": CORE,
@@ -43,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.client": WIRE,
     "deltamux.cli": WIRE | {"deltamux.client"},
     "deltamux_plugins": METHODS,
-    "deltamux_trainers": METHODS | {"deltamux_plugins", "deltamux.client"},
+    "deltamux_trainers": METHODS | {"deltamux_plugins", "deltamux.client", "deltamux.prompts"},
 }
 
 # What may be imported inside a function only: the command that needs a heavy layer, the factory that picks an engine.
@@ -168,7 +169,9 @@ def loaded_after(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["deltamux", "deltamux.errors", "deltamux.client", "deltamux.cli"])
+@pytest.mark.parametrize(
+    "module", ["deltamux", "deltamux.errors", "deltamux.client", "deltamux.cli", "deltamux.prompts"]
+)
 def test_importing_the_client_side_loads_neither_torch_nor_vllm_nor_a_server(module: str) -> None:
     heavy = {"torch", "transformers", "vllm", "numpy", "grpc._server", "deltamux.server", "deltamux.engine"}
     assert not loaded_after(f"import {module}") & heavy

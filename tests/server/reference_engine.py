@@ -25,6 +25,7 @@ from deltamux.engine.base import (
     TokenLogprobs,
 )
 from deltamux.errors import InvalidArgumentError, UnavailableError
+from deltamux.prompts import encode_chat, encode_text
 
 
 class ReferenceEngine:
@@ -125,11 +126,11 @@ class ReferenceEngine:
 
     def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            ids: list[int] = self._tokenizer.encode(prompt)
+            ids = encode_text(self._tokenizer, prompt)
         elif prompt and isinstance(prompt[0], ChatMessage):
-            rows = [message._asdict() for message in prompt if isinstance(message, ChatMessage)]
-            text = self._tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
-            ids = self._tokenizer.encode(text)
+            ids = encode_chat(
+                self._tokenizer, [message._asdict() for message in prompt if isinstance(message, ChatMessage)]
+            )
         else:
             ids = [token for token in prompt if isinstance(token, int)]
         if not ids or not all(0 <= token < self.base.dims.vocab_size for token in ids):

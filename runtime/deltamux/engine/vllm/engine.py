@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from deltamux import __version__
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import (
+    ChatMessage,
     EngineOptions,
     EngineStats,
     GenerationChunk,
@@ -22,6 +23,7 @@ from deltamux.engine.base import (
 from deltamux.engine.vllm.host_tier import HostTier
 from deltamux.engine.vllm.loader_link import LoaderLink
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from deltamux.prompts import encode_chat, encode_text
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -192,21 +194,11 @@ class VLLMEngine:
 
     async def _tokenize(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            ids: list[int] = await asyncio.to_thread(self._tokenizer.encode, prompt)
-            return ids
-        if prompt and not isinstance(prompt[0], int):
-            return await asyncio.to_thread(self._apply_chat_template, prompt)
+            return await asyncio.to_thread(encode_text, self._tokenizer, prompt)
+        messages = [message._asdict() for message in prompt if isinstance(message, ChatMessage)]
+        if messages:
+            return await asyncio.to_thread(encode_chat, self._tokenizer, messages)
         return list(prompt)  # type: ignore[arg-type]  # what is left are token ids
-
-    def _apply_chat_template(self, messages: Any) -> list[int]:
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise FailedPreconditionError(
-                "the base model's tokenizer has no chat template: send text or token ids", reason="NO_CHAT_TEMPLATE"
-            )
-        rows = [{"role": message.role, "content": message.content} for message in messages]
-        text: str = self._tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
 
     def _check_prompt(self, token_ids: list[int], num_virtual_tokens: int) -> None:
         if not token_ids:

@@ -1,0 +1,72 @@
+"""Prompts as token ids: the one place where conversations are rendered and text is tokenised.
+
+The server tokenises requests with these functions and the trainers tokenise rows with them, so that what is trained is
+what is served. A tokenizer is one of transformers' (`PreTrainedTokenizerBase`); nothing here loads one, and no function
+keeps state, so that any thread may call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deltamux.errors import FailedPreconditionError, InvalidArgumentError
+
+
+def encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Returns the token ids of a text prompt, with the special tokens that the tokenizer puts around a text."""
+    ids: list[int] = tokenizer.encode(text)
+    return ids
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Returns the token ids of a conversation, ready for the assistant's next turn.
+
+    Raises:
+        FailedPreconditionError, InvalidArgumentError: as `render_chat`.
+    """
+    return encode_rendered(tokenizer, render_chat(tokenizer, messages))
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool = True,
+    **arguments: Any,
+) -> str:
+    """Returns a conversation as the base model's chat template renders it.
+
+    Args:
+        messages: mappings with ``role`` and ``content``, and what else the template reads of a message.
+        add_generation_prompt: whether the text ends with what opens the assistant's next turn.
+        arguments: further variables of the template (``tools``, ``enable_thinking``, ...); the server passes none.
+
+    Raises:
+        FailedPreconditionError: NO_CHAT_TEMPLATE, the tokenizer has none.
+        InvalidArgumentError: INVALID_CHAT, the template refuses the messages or fails on them; the message says why.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise FailedPreconditionError(
+            "the base model's tokenizer has no chat template: send text or token ids", reason="NO_CHAT_TEMPLATE"
+        )
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **arguments,
+        )
+    except Exception as error:  # a template is a program of the base's author: it raises whatever it likes
+        raise InvalidArgumentError(
+            f"the base model's chat template refuses these messages: {error}",
+            reason="INVALID_CHAT",
+            metadata={"field": "prompt.chat"},
+        ) from error
+    return text
+
+
+def encode_rendered(tokenizer: Any, text: str) -> list[int]:
+    """Returns the token ids of a rendered conversation, to which a template has added its special tokens itself."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
