@@ -155,6 +155,13 @@ class UnavailableError(DeltamuxError):
     default_reason = "ENGINE_UNAVAILABLE"
 
 
+class DataLossError(DeltamuxError):
+    """Stored data is missing or is not what was stored; the message names it and says how to repair it."""
+
+    status = "DATA_LOSS"
+    default_reason = "DATA_LOSS"
+
+
 class AbortedError(DeltamuxError):
     """A concurrent change won; read the present state and try again."""
 

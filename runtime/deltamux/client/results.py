@@ -50,7 +50,7 @@ class AdapterVersion:
     Attributes:
         name: ``tenants/{tenant}/adapters/{adapter}/versions/{version}``.
         digest: identity of its content, sha256 in hex.
-        state: ``READY`` or ``DRAINING``.
+        state: ``READY``, ``DRAINING`` or ``DAMAGED``.
     """
 
     name: str

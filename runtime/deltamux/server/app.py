@@ -114,7 +114,7 @@ async def running(
         server = _grpc_server(options, store)
         add_InferenceServicer_to_server(_inference_service(options, store, engine), server)
         add_AdaptersServicer_to_server(adapters, server)
-        add_TenantsServicer_to_server(TenantsService(store), server)
+        add_TenantsServicer_to_server(TenantsService(store, events, threads), server)
         _add_standard_services(server, health)
         address = bind(server, options)
         async with _started(server, health, events, options.drain_seconds):

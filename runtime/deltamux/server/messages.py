@@ -16,6 +16,7 @@ MAX_PAGE = 1000
 _STATES = {
     VersionState.READY: adapters_pb2.ADAPTER_VERSION_STATE_READY,
     VersionState.DRAINING: adapters_pb2.ADAPTER_VERSION_STATE_DRAINING,
+    VersionState.DAMAGED: adapters_pb2.ADAPTER_VERSION_STATE_DAMAGED,
 }
 
 

@@ -2,67 +2,86 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
 from deltamux.server.caller import current_caller
+from deltamux.server.events import EventHub
 from deltamux.server.interceptors import Context
-from deltamux.server.messages import after_token, api_key_message, page_size, page_token, tenant_message
+from deltamux.server.messages import (
+    adapter_message,
+    after_token,
+    api_key_message,
+    page_size,
+    page_token,
+    tenant_message,
+)
 from deltamux.server.names import check_id, parse_key, parse_tenant
-from deltamux.store import AdapterRecord, AdapterStore
+from deltamux.store import AdapterStore
+from deltamux.v1 import adapters_pb2
 from deltamux.v1 import tenants_pb2 as pb
 from deltamux.v1 import tenants_pb2_grpc as pb_grpc
 
+T = TypeVar("T")
+
 
 class TenantsService(pb_grpc.TenantsServicer):
-    """See tenants.proto for the contract. Its calls are rare and short, so they run on the event loop."""
+    """See tenants.proto for the contract. What touches the disk runs in `threads`."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self, store: AdapterStore, events: EventHub, threads: Executor) -> None:
         self._store = store
+        self._events = events
+        self._threads = threads
 
     async def CreateTenant(self, request: pb.CreateTenantRequest, context: Context) -> pb.Tenant:
         current_caller().check_administrator()
-        return tenant_message(self._store.tenants.create(check_id(request.tenant_id, "tenant_id")))
+        tenant = check_id(request.tenant_id, "tenant_id")
+        return tenant_message(await self._run(lambda: self._store.tenants.create(tenant)))
 
     async def GetTenant(self, request: pb.GetTenantRequest, context: Context) -> pb.Tenant:
-        return tenant_message(self._store.tenants.get(self._own(request.name)))
+        tenant = self._own(request.name)
+        return tenant_message(await self._run(lambda: self._store.tenants.get(tenant)))
 
     async def ListTenants(self, request: pb.ListTenantsRequest, context: Context) -> pb.ListTenantsResponse:
         current_caller().check_administrator()
-        size = page_size(request.page_size)
-        found = self._store.tenants.page(after=after_token(request.page_token), limit=size + 1)
+        size, after = page_size(request.page_size), after_token(request.page_token)
+        found = await self._run(lambda: self._store.tenants.page(after=after, limit=size + 1))
         token = page_token(found[size - 1].tenant) if len(found) > size else ""
         return pb.ListTenantsResponse(tenants=map(tenant_message, found[:size]), next_page_token=token)
 
     async def DeleteTenant(self, request: pb.DeleteTenantRequest, context: Context) -> Empty:
         current_caller().check_administrator()
         tenant = parse_tenant(request.name)
-        self._store.tenants.get(tenant)
-        for adapter in self._adapters(tenant) if request.force else ():
-            self._store.delete_adapter(adapter.key)
-        self._store.tenants.delete(tenant)
+        for adapter in await self._run(lambda: self._store.delete_tenant(tenant, force=request.force)):
+            event = adapters_pb2.AdapterEvent(type=adapters_pb2.AdapterEvent.DELETED, adapter=adapter_message(adapter))
+            self._events.publish(adapter.key, event)
         return Empty()
 
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: Context) -> pb.ApiKey:
         current_caller().check_administrator()
-        record, secret = self._store.tenants.create_key(parse_tenant(request.parent, "parent"))
+        tenant = parse_tenant(request.parent, "parent")
+        record, secret = await self._run(lambda: self._store.tenants.create_key(tenant))
         return api_key_message(record, secret)
 
     async def ListApiKeys(self, request: pb.ListApiKeysRequest, context: Context) -> pb.ListApiKeysResponse:
         size, tenant = page_size(request.page_size), self._own(request.parent, "parent")
-        found = self._store.tenants.keys(tenant, after=after_token(request.page_token), limit=size + 1)
+        after = after_token(request.page_token)
+        found = await self._run(lambda: self._store.tenants.keys(tenant, after=after, limit=size + 1))
         token = page_token(found[size - 1].key) if len(found) > size else ""
         return pb.ListApiKeysResponse(api_keys=map(api_key_message, found[:size]), next_page_token=token)
 
     async def DeleteApiKey(self, request: pb.DeleteApiKeyRequest, context: Context) -> Empty:
         current_caller().check_administrator()
-        self._store.tenants.delete_key(*parse_key(request.name))
+        key = parse_key(request.name)
+        await self._run(lambda: self._store.tenants.delete_key(*key))
         return Empty()
 
-    def _adapters(self, tenant: str) -> Iterator[AdapterRecord]:
-        while page := self._store.adapters(tenant):
-            yield from page
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _own(self, name: str, field: str = "name") -> str:
         tenant = parse_tenant(name, field)

@@ -1,17 +1,20 @@
-"""The store's SQLite database: its schema, durable transactions, and rows as records."""
+"""The store's SQLite database: opened only if it belongs to its objects, durable transactions, rows as records."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from deltamux.errors import FailedPreconditionError
+from deltamux.errors import FailedPreconditionError, ResourceExhaustedError
+from deltamux.store import schema
+from deltamux.store.faults import FULL, Reserve, store_faults
+from deltamux.store.identity import Identity, IdentityFiles, check_belongs, mismatch, no_database
 from deltamux.store.objects import ObjectStore
 from deltamux.store.records import (
     AdapterKey,
@@ -25,37 +28,9 @@ from deltamux.store.records import (
     VersionState,
 )
 
-SCHEMA_VERSION = 1
-SCHEMA = """
-CREATE TABLE tenants (tenant TEXT PRIMARY KEY, created REAL NOT NULL);
-CREATE TABLE api_keys (
-    tenant TEXT NOT NULL REFERENCES tenants ON DELETE CASCADE,
-    key TEXT NOT NULL, secret_hash TEXT NOT NULL UNIQUE, created REAL NOT NULL,
-    PRIMARY KEY (tenant, key)
-);
--- A deleted adapter keeps its row, so that no version number is ever used twice.
-CREATE TABLE adapters (
-    tenant TEXT NOT NULL, adapter TEXT NOT NULL, deleted INTEGER NOT NULL DEFAULT 0,
-    last_number INTEGER NOT NULL DEFAULT 0, pinned INTEGER NOT NULL DEFAULT 0,
-    canary_number INTEGER, canary_percent INTEGER,
-    created REAL NOT NULL, updated REAL NOT NULL,
-    PRIMARY KEY (tenant, adapter)
-);
-CREATE TABLE versions (
-    tenant TEXT NOT NULL, adapter TEXT NOT NULL, number INTEGER NOT NULL, state TEXT NOT NULL,
-    digest TEXT NOT NULL, method TEXT NOT NULL, rank INTEGER NOT NULL, num_virtual_tokens INTEGER NOT NULL,
-    num_bytes INTEGER NOT NULL, labels TEXT NOT NULL, created REAL NOT NULL,
-    PRIMARY KEY (tenant, adapter, number),
-    FOREIGN KEY (tenant, adapter) REFERENCES adapters
-);
-CREATE INDEX versions_by_digest ON versions (digest);
--- The last row of an adapter is the version that serves; a rollback takes it away.
-CREATE TABLE promotions (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    tenant TEXT NOT NULL, adapter TEXT NOT NULL, number INTEGER NOT NULL
-);
-CREATE INDEX promotions_by_adapter ON promotions (tenant, adapter, id);
-"""
+T = TypeVar("T")
+
+DATABASE_FILE = "db.sqlite3"
 ADAPTER_ROWS = """
 SELECT a.*,
     (SELECT number FROM promotions p WHERE p.tenant = a.tenant AND p.adapter = a.adapter ORDER BY id DESC LIMIT 1)
@@ -65,56 +40,134 @@ SELECT a.*,
         AS previous
 FROM adapters a WHERE NOT deleted
 """
+VERSION_ROWS = """
+SELECT v.*, coalesce(p.sha256, '') AS sha256, coalesce(p.base_fingerprint, '') AS base_fingerprint,
+    coalesce(p.damage, 'it was never recorded') AS damage
+FROM versions v LEFT JOIN programs p USING (digest) WHERE TRUE
+"""
 
 
 class Database:
-    """One connection, one writer at a time; a committed transaction survives a power cut."""
+    """One connection, one writer at a time; a committed transaction survives a power cut.
 
-    def __init__(self, path: Path, objects: ObjectStore) -> None:
+    Args:
+        adopt: take the database that is there, or an empty one where there is none, whatever the objects belong to.
+    Raises:
+        FailedPreconditionError: it belongs to another store, is older than the objects, or cannot be used at all.
+    """
+
+    def __init__(self, root: Path, objects: ObjectStore, *, adopt: bool = False) -> None:
+        self._root = root
+        self._objects = objects
+        self._files = IdentityFiles(root)
+        self._reserve = Reserve(root)
+        self.lock = threading.RLock()
+        self.freeing(lambda: self._open(adopt))
+        self._reserve.fill()
+
+    def _open(self, adopt: bool) -> None:
+        with store_faults(self._root, opening=True):
+            self._connect(adopt)
+
+    def _connect(self, adopt: bool) -> None:
+        path, files = self._root / DATABASE_FILE, None if adopt else self._files.read()
+        claimed = not adopt and (files is not None or next(self._objects.digests(), None) is not None)
+        present = path.exists() and path.stat().st_size > 0
+        if claimed and not present:
+            raise no_database(self._root, files, "empty" if path.exists() else "missing")
         self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
-        self._objects = objects
-        self.lock = threading.RLock()
-        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-            self._connection.execute(f"PRAGMA {pragma}")
-        self._migrate(path)
+        try:
+            self._bring_up_to_date(path, files, claimed=claimed, adopt=adopt)
+        except BaseException:
+            self._connection.close()
+            raise
 
-    def _migrate(self, path: Path) -> None:
+    def _bring_up_to_date(self, path: Path, files: Identity | None, *, claimed: bool, adopt: bool) -> None:
+        if (found := self.one("PRAGMA quick_check(1)")[0]) != "ok":
+            raise sqlite3_damage(path, found)
         version = self.one("PRAGMA user_version")[0]
-        if version == 0:
-            self._connection.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        elif version != SCHEMA_VERSION:
+        if version > schema.SCHEMA_VERSION:
             raise FailedPreconditionError(
-                f"{path} has schema {version}; this deltamux knows {SCHEMA_VERSION}: start the one that wrote it",
+                f"{path} has schema {version}, and this deltamux knows {schema.SCHEMA_VERSION}: start the one that "
+                "wrote it",
                 reason="STORE_SCHEMA",
             )
+        blank = version == 0
+        if blank and self.one("SELECT 1 FROM sqlite_master"):
+            raise mismatch(self._root, f"{path} is a database, but not of deltamux")
+        if blank and claimed:
+            raise no_database(self._root, files, "empty")
+        if version == 1 and files is not None:
+            raise mismatch(self._root, f"{path} is an older copy, of schema 1", "STORE_OUTDATED")
+        # Only now is anything written.
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            self._connection.execute(f"PRAGMA {pragma}")
+        if blank:
+            schema.create(self._connection)
+        elif version == 1:
+            schema.migrate_from_first(self._connection, self._objects.program_sum)
+        if lacking := schema.missing(self._connection):
+            raise sqlite3_damage(path, f"it lacks {', '.join(lacking)}")
+        identity = self.identity()
+        if not adopt:
+            check_belongs(self._root, files, identity)
+        if files is None:
+            self._files.write(identity)
+        with self.transaction():
+            pass  # from here on an earlier copy of the database is an older one
 
     def close(self) -> None:
         with self.lock:
             self._connection.close()
+            self._files.close()
+
+    def identity(self) -> Identity:
+        return Identity(*self.one("SELECT store_id, generation FROM identity"))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Runs the block as one transaction, alone; what it raises undoes it."""
-        with self.lock:
+        """Runs the block as one transaction, alone; what it raises undoes it.
+
+        Raises:
+            ResourceExhaustedError, UnavailableError: see `store_faults`; nothing of the block has happened.
+        """
+        with self.lock, store_faults(self._root):
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
+                sql = "UPDATE identity SET generation = generation + 1 RETURNING generation"
+                generation: int = self._connection.execute(sql).fetchall()[0][0]
+                self._connection.execute("COMMIT")
             except BaseException:
-                self._connection.execute("ROLLBACK")
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
                 raise
-            self._connection.execute("COMMIT")
+            self._files.note(generation)
+
+    def freeing(self, work: Callable[[], T]) -> T:
+        """Runs what frees space; on a full disk with the space of the reserve."""
+        try:
+            return work()
+        except ResourceExhaustedError as error:
+            if error.reason != FULL:
+                raise
+            self._reserve.release()
+            try:
+                return work()
+            finally:
+                self._reserve.fill()
 
     def run(self, sql: str, *values: object) -> sqlite3.Cursor:
-        with self.lock:
+        with self.lock, store_faults(self._root):
             return self._connection.execute(sql, values)
 
     def all(self, sql: str, *values: object) -> list[Any]:
-        with self.lock:
+        with self.lock, store_faults(self._root):
             return self._connection.execute(sql, values).fetchall()
 
     def one(self, sql: str, *values: object) -> Any:
-        with self.lock:
+        with self.lock, store_faults(self._root):
             return self._connection.execute(sql, values).fetchone()
 
     # Rows as records.
@@ -138,17 +191,27 @@ class Database:
         )
 
     def version(self, row: Any) -> VersionRecord:
-        compiled = CompiledAdapter(
-            row["digest"], row["method"], row["rank"], row["num_virtual_tokens"], row["num_bytes"]
-        )
+        """Returns a row of `VERSION_ROWS` as a record."""
+        names = ("digest", "method", "rank", "num_virtual_tokens", "num_bytes", "base_fingerprint")
+        compiled = CompiledAdapter(*(row[name] for name in names))
+        state = VersionState(row["state"])
         return VersionRecord(
             VersionKey(row["tenant"], row["adapter"], row["number"]),
             compiled,
-            VersionState(row["state"]),
+            VersionState.DAMAGED if row["damage"] and state is VersionState.READY else state,
             _time(row["created"]),
             self._objects.program(compiled.digest),
+            row["sha256"],
+            row["damage"],
             json.loads(row["labels"]),
         )
+
+
+def sqlite3_damage(path: Path, problem: str) -> sqlite3.DatabaseError:
+    """Returns what SQLite would raise if it had found a problem itself."""
+    error = sqlite3.DatabaseError(f"{path}: {problem}")
+    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+    return error
 
 
 def _time(seconds: float) -> datetime:

@@ -11,10 +11,16 @@ from typing import NamedTuple
 
 
 class VersionState(StrEnum):
-    """A version is routed while READY; DRAINING, it serves the requests that hold it and is gone with the last."""
+    """What becomes of requests that name a version.
+
+    READY: it serves them. DRAINING: it was deleted, serves the requests that hold it, and is gone with the last.
+    DAMAGED: its compiled program is missing or is not what was stored; it serves again once the same files come again.
+    The database keeps READY and DRAINING; DAMAGED follows from the state of the program.
+    """
 
     READY = "READY"
     DRAINING = "DRAINING"
+    DAMAGED = "DAMAGED"
 
 
 class AdapterKey(NamedTuple):
@@ -87,6 +93,7 @@ class CompiledAdapter:
         digest: sha256 of the uploaded files, in hex: the version's identity.
         rank: widest inner dimension of any op.
         num_bytes: size of the compiled program.
+        base_fingerprint: of the base that the program was compiled for; "" where it is not known.
     """
 
     digest: str
@@ -94,15 +101,24 @@ class CompiledAdapter:
     rank: int
     num_virtual_tokens: int
     num_bytes: int
+    base_fingerprint: str = ""
 
 
 @dataclass(frozen=True)
 class VersionRecord:
-    """One immutable version; `program` is the compiled file that the engine reads."""
+    """One immutable version.
+
+    Attributes:
+        program: the compiled file that the engine reads.
+        program_sha256: of that file, in hex; what it holds is checked against it whenever it is read.
+        damage: what is wrong with the program, in words; "" where nothing is known to be.
+    """
 
     key: VersionKey
     compiled: CompiledAdapter
     state: VersionState
     created: datetime
     program: Path
+    program_sha256: str = ""
+    damage: str = ""
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """The adapter store: immutable versions, an alias that moves between them atomically, leases that deletion waits for.
 
 One server process owns a store. Every method may be called from any thread. What a method acknowledged by returning
-survives ``kill -9`` and a power cut; what it did not is undone when the store opens again.
+survives ``kill -9`` and a power cut; what it did not is undone when the store opens again. Opening removes no object
+that this store has not marked before.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
-from deltamux.store.database import ADAPTER_ROWS, Database
-from deltamux.store.objects import PROGRAM_FILE, ObjectStore
+from deltamux.store.admission import Admission
+from deltamux.store.database import ADAPTER_ROWS, VERSION_ROWS, Database
+from deltamux.store.faults import store_faults
+from deltamux.store.objects import ObjectStore
 from deltamux.store.records import AdapterKey, AdapterRecord, CompiledAdapter, VersionKey, VersionRecord, VersionState
+from deltamux.store.removal import Removal, Removed
 from deltamux.store.tenants import Tenants
-
-Removed = Callable[[VersionRecord, bool], None]
-"""Told when a version is gone: its record, and whether no other version has the same content."""
 
 
 class _Route(NamedTuple):
@@ -37,56 +38,74 @@ class AdapterStore:
     """See the module's docstring. Make one with `open`.
 
     Attributes:
+        root: the store's directory.
         tenants: tenants and their API keys.
-        on_removed: called after a version's last lease is gone and its files are removed.
     """
 
-    def __init__(self, root: Path, lock_file: object) -> None:
+    def __init__(self, root: Path, lock_file: object, *, adopt: bool = False) -> None:
+        self.root = root
         self._lock_file = lock_file
         self._objects = ObjectStore(root)
-        self._database = Database(root / "db.sqlite3", self._objects)
+        self._database = Database(root, self._objects, adopt=adopt)
         self.tenants = Tenants(self._database)
-        self.on_removed: Removed = lambda record, last: None
         self._routes: dict[AdapterKey, _Route] = {}
         self._leases: Counter[VersionKey] = Counter()
         # Orders what moves objects, and may wait for the disk; readers need the database's lock only.
         self._moving = threading.RLock()
-        self._recover()
+        self._removal = Removal(self._database, self._objects, self._leases, self._moving)
+        self._admission = Admission(root, self._database, self._objects)
+        with store_faults(root, opening=True):
+            self._objects.prepare()
+            self._database.freeing(self._removal.recover)
 
     @classmethod
-    def open(cls, root: str | Path) -> AdapterStore:
-        """Opens a store, making it where there is none, and clears away what a crash left behind.
+    def open(cls, root: str | Path, *, adopt: bool = False) -> AdapterStore:
+        """Opens a store, making it where there is none, and clears away what a crash of this store left behind.
 
+        Args:
+            adopt: take the database that is there, or an empty one where there is none, whatever it belongs to; what it
+                does not know of the objects is given up (and not deleted).
         Raises:
-            FailedPreconditionError: another process has the store open, or a newer deltamux wrote it.
+            FailedPreconditionError: another process has the store open (STORE_IN_USE); a newer deltamux wrote it
+                (STORE_SCHEMA); the database is missing, empty, of another store (STORE_MISMATCH), older than the
+                objects (STORE_OUTDATED) or damaged (STORE_CORRUPT); it cannot be written (STORE_READ_ONLY).
+            ResourceExhaustedError: the disk is full (STORE_FULL).
         """
         root = Path(root)
-        root.mkdir(parents=True, exist_ok=True)
-        lock_file = (root / "lock").open("w")
+        with store_faults(root, opening=True):
+            root.mkdir(parents=True, exist_ok=True)
+            lock_file = (root / "lock").open("a")
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return cls(root, lock_file, adopt=adopt)
         except BlockingIOError:
             lock_file.close()
             raise FailedPreconditionError(
                 f"the store {root} is in use by another process: stop that server, or give this one a store of its own",
                 reason="STORE_IN_USE",
             ) from None
-        return cls(root, lock_file)
+        except BaseException:
+            lock_file.close()
+            raise
 
     def close(self) -> None:
         self._database.close()
         self._lock_file.close()  # type: ignore[attr-defined]  # an open file
 
-    def _recover(self) -> None:
-        for row in self._database.all("SELECT * FROM versions WHERE state = ?", VersionState.DRAINING):
-            self._remove(self._database.version(row))
-        self._objects.clean(row["digest"] for row in self._database.all("SELECT DISTINCT digest FROM versions"))
+    @property
+    def on_removed(self) -> Removed:
+        """Called after a version's last lease is gone and its files are removed."""
+        return self._removal.on_removed
+
+    @on_removed.setter
+    def on_removed(self, told: Removed) -> None:
+        self._removal.on_removed = told
 
     # Upload.
 
     def staging(self) -> AbstractContextManager[Path]:
-        """Yields an empty directory for the files of an upload; gone after the block unless committed."""
-        return self._objects.staging()
+        """Yields an empty directory for the files of an upload, which begins here; gone after the block."""
+        return self._admission.staging()
 
     def commit(
         self,
@@ -100,19 +119,30 @@ class AdapterStore:
         """Makes a staged upload, its compiled program included, a version of an adapter.
 
         The same content in the same adapter is the same version. A first version serves at once; a later one when
-        `promote` is true, or when it is promoted.
+        `promote` is true, or when it is promoted. Where the content is stored already, but damaged or compiled for
+        another base, the staged files take its place, for all versions that share it.
+
+        Raises:
+            AbortedError: the tenant was deleted after the upload began (TENANT_DELETED).
+            ResourceExhaustedError: the disk is full (STORE_FULL).
         """
-        if not (staged / PROGRAM_FILE).is_file():
-            raise FailedPreconditionError(f"the staged upload has no {PROGRAM_FILE}", reason="NOT_COMPILED")
-        with self._moving:
-            self._objects.put(staged, compiled.digest)
-            with self._database.transaction():
-                number = self._number(key, compiled) or self._insert(key, compiled, labels or {})
-                first = self._database.one("SELECT 1 FROM promotions WHERE tenant = ? AND adapter = ?", *key) is None
-                if promote or first:
-                    self._promote(key, number)
-            self._routes.pop(key, None)
+        with self._moving, store_faults(self.root):
+            self._admission.check_tenant(staged, key.tenant)
+            try:
+                placed = self._admission.place(staged, compiled)
+                with self._database.transaction():
+                    number = self._number(key, compiled) or self._insert(key, compiled, labels or {})
+                    if promote or not self._serves(key):
+                        self._promote(key, number)
+                    self._admission.record(placed)
+            except BaseException:
+                self._removal.discard(compiled.digest)
+                raise
+            self._routes.clear()
         return self.version(VersionKey(*key, number))
+
+    def _serves(self, key: AdapterKey) -> bool:
+        return self._database.one("SELECT 1 FROM promotions WHERE tenant = ? AND adapter = ?", *key) is not None
 
     def _number(self, key: AdapterKey, compiled: CompiledAdapter) -> int | None:
         row = self._database.one(
@@ -154,18 +184,15 @@ class AdapterStore:
 
     def version(self, key: VersionKey) -> VersionRecord:
         """Returns a version, also one that drains; raises NotFoundError."""
-        row = self._database.one("SELECT * FROM versions WHERE tenant = ? AND adapter = ? AND number = ?", *key)
+        row = self._database.one(f"{VERSION_ROWS} AND tenant = ? AND adapter = ? AND number = ?", *key)
         if row is None:
             raise _not_found(key)
         return self._database.version(row)
 
     def versions(self, key: AdapterKey, *, after: int = 0, limit: int = 100) -> list[VersionRecord]:
-        """Returns an adapter's READY versions in order of number, beginning behind the number `after`."""
+        """Returns an adapter's versions that do not drain, in order of number, beginning behind the number `after`."""
         self.adapter(key)
-        sql = (
-            "SELECT * FROM versions WHERE tenant = ? AND adapter = ? AND number > ? AND state = ?"
-            " ORDER BY number LIMIT ?"
-        )
+        sql = f"{VERSION_ROWS} AND tenant = ? AND adapter = ? AND number > ? AND state = ? ORDER BY number LIMIT ?"
         rows = self._database.all(sql, *key, after, VersionState.READY, limit)
         return [self._database.version(row) for row in rows]
 
@@ -190,7 +217,7 @@ class AdapterStore:
     def _resolve(self, key: AdapterKey | VersionKey, request_key: str) -> VersionRecord:
         if isinstance(key, VersionKey):
             record = self.version(key)
-            if record.state is not VersionState.READY:
+            if record.state is VersionState.DRAINING:
                 raise _not_found(key)
             return record
         route = self._routes.get(key)
@@ -214,7 +241,7 @@ class AdapterStore:
             del self._leases[key]
             record = self.version(key)
         if record.state is VersionState.DRAINING:
-            self._remove(record)
+            self._removal.remove_released(record)
 
     # Change.
 
@@ -266,14 +293,45 @@ class AdapterStore:
 
     def delete_adapter(self, key: AdapterKey) -> None:
         """Hides an adapter and its versions at once; each is removed when its last lease ends."""
-        with self._changing(key):
-            self._database.run("DELETE FROM promotions WHERE tenant = ? AND adapter = ?", *key)
-            self._database.run(
-                "UPDATE adapters SET deleted = 1, pinned = 0, canary_number = NULL, canary_percent = NULL"
-                " WHERE tenant = ? AND adapter = ?", *key
-            )  # fmt: skip
-            self._drain("tenant = ? AND adapter = ?", *key)
-        self._remove_drained("tenant = ? AND adapter = ?", *key)
+
+        def hide() -> None:
+            with self._changing(key):
+                self._hide("tenant = ? AND adapter = ?", *key)
+
+        self._database.freeing(hide)
+        self._removal.remove_drained("tenant = ? AND adapter = ?", *key)
+
+    def delete_tenant(self, tenant: str, *, force: bool = False) -> list[AdapterRecord]:
+        """Deletes a tenant and its keys, and with `force` its adapters; returns these, as they were.
+
+        An upload of the tenant's that is under way is not committed any more.
+
+        Raises:
+            NotFoundError: no such tenant.
+            FailedPreconditionError: it has adapters, and the deletion is not forced.
+        """
+
+        def delete() -> list[AdapterRecord]:
+            with self._database.transaction():
+                rows = self._database.all(f"{ADAPTER_ROWS} AND tenant = ?", tenant)
+                self.tenants.delete(tenant, empty=force or not rows)
+                self._hide("tenant = ?", tenant)
+            self._admission.tenant_deleted(tenant)
+            self._routes.clear()
+            return [self._database.adapter(row) for row in rows]
+
+        with self._moving:
+            deleted = self._database.freeing(delete)
+        self._removal.remove_drained("tenant = ?", tenant)
+        return deleted
+
+    def _hide(self, where: str, *values: object) -> None:
+        self._database.run(f"DELETE FROM promotions WHERE {where}", *values)
+        self._database.run(
+            "UPDATE adapters SET deleted = 1, pinned = 0, canary_number = NULL, canary_percent = NULL"
+            f" WHERE {where}", *values
+        )  # fmt: skip
+        self._drain(where, *values)
 
     def delete_version(self, key: VersionKey) -> None:
         """Hides a version at once, and removes it when its last lease ends.
@@ -281,17 +339,25 @@ class AdapterStore:
         Raises:
             FailedPreconditionError: the version serves, alone or as a canary.
         """
-        with self._changing(key.parent) as adapter:
-            self._ready(key)
-            if key.number == adapter.serving or (adapter.canary and key.number == adapter.canary.number):
-                raise FailedPreconditionError(
-                    f"{key} serves traffic: promote another version first, or delete the adapter",
-                    reason="VERSION_SERVES",
-                    metadata={"name": str(key)},
-                )
-            self._database.run("DELETE FROM promotions WHERE tenant = ? AND adapter = ? AND number = ?", *key)
-            self._drain("tenant = ? AND adapter = ? AND number = ?", *key)
-        self._remove_drained("tenant = ? AND adapter = ? AND number = ?", *key)
+
+        def hide() -> None:
+            with self._changing(key.parent) as adapter:
+                self._check_hideable(key, adapter)
+                where = "tenant = ? AND adapter = ? AND number = ?"
+                self._database.run(f"DELETE FROM promotions WHERE {where}", *key)
+                self._drain(where, *key)
+
+        self._database.freeing(hide)
+        self._removal.remove_drained("tenant = ? AND adapter = ? AND number = ?", *key)
+
+    def _check_hideable(self, key: VersionKey, adapter: AdapterRecord) -> None:
+        self._ready(key)
+        if key.number == adapter.serving or (adapter.canary and key.number == adapter.canary.number):
+            raise FailedPreconditionError(
+                f"{key} serves traffic: promote another version first, or delete the adapter",
+                reason="VERSION_SERVES",
+                metadata={"name": str(key)},
+            )
 
     @contextmanager
     def _changing(self, key: AdapterKey) -> Iterator[AdapterRecord]:
@@ -304,7 +370,7 @@ class AdapterStore:
             self._routes.pop(key, None)
 
     def _ready(self, key: VersionKey) -> None:
-        if self.version(key).state is not VersionState.READY:
+        if self.version(key).state is VersionState.DRAINING:
             raise _not_found(key)
 
     def _promote(self, key: AdapterKey, number: int) -> None:
@@ -323,27 +389,6 @@ class AdapterStore:
 
     def _drain(self, where: str, *values: object) -> None:
         self._database.run(f"UPDATE versions SET state = ? WHERE {where}", VersionState.DRAINING, *values)
-
-    def _remove_drained(self, where: str, *values: object) -> None:
-        for row in self._database.all(
-            f"SELECT * FROM versions WHERE state = ? AND {where}", VersionState.DRAINING, *values
-        ):
-            record = self._database.version(row)
-            if record.key not in self._leases:
-                self._remove(record)
-
-    def _remove(self, record: VersionRecord) -> None:
-        with self._moving:
-            with self._database.transaction():
-                gone = self._database.run(
-                    "DELETE FROM versions WHERE tenant = ? AND adapter = ? AND number = ?", *record.key
-                )
-                digest = record.compiled.digest
-                last = self._database.one("SELECT 1 FROM versions WHERE digest = ?", digest) is None
-            if last:
-                self._objects.remove(digest)
-        if gone.rowcount:
-            self.on_removed(record, last)
 
 
 def _percentile(request_key: str) -> int:

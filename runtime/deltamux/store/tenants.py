@@ -42,22 +42,20 @@ class Tenants:
         rows = self._database.all("SELECT * FROM tenants WHERE tenant > ? ORDER BY tenant LIMIT ?", after, limit)
         return [self._database.tenant(row) for row in rows]
 
-    def delete(self, tenant: str) -> None:
-        """Removes a tenant and its keys.
+    def delete(self, tenant: str, *, empty: bool) -> None:
+        """Removes a tenant and its keys, inside the caller's transaction; see `AdapterStore.delete_tenant`.
 
-        Raises:
-            NotFoundError: no such tenant.
-            FailedPreconditionError: it has adapters; delete these first.
+        Args:
+            empty: whether it has no adapters, or is to be deleted whatever it has.
         """
-        with self._database.transaction():
-            self.get(tenant)
-            if self._database.one("SELECT 1 FROM adapters WHERE tenant = ? AND NOT deleted", tenant):
-                raise FailedPreconditionError(
-                    f"tenants/{tenant} has adapters: delete them first, or force the deletion",
-                    reason="TENANT_NOT_EMPTY",
-                    metadata={"name": f"tenants/{tenant}"},
-                )
-            self._database.run("DELETE FROM tenants WHERE tenant = ?", tenant)
+        self.get(tenant)
+        if not empty:
+            raise FailedPreconditionError(
+                f"tenants/{tenant} has adapters: delete them first, or force the deletion",
+                reason="TENANT_NOT_EMPTY",
+                metadata={"name": f"tenants/{tenant}"},
+            )
+        self._database.run("DELETE FROM tenants WHERE tenant = ?", tenant)
 
     def create_key(self, tenant: str) -> tuple[ApiKeyRecord, str]:
         """Makes an API key; its secret is returned here and never again."""
@@ -77,8 +75,12 @@ class Tenants:
 
     def delete_key(self, tenant: str, key: str) -> None:
         """Revokes a key at once; raises NotFoundError."""
-        gone = self._database.run("DELETE FROM api_keys WHERE tenant = ? AND key = ?", tenant, key)
-        if not gone.rowcount:
+
+        def revoke() -> int:
+            with self._database.transaction():
+                return self._database.run("DELETE FROM api_keys WHERE tenant = ? AND key = ?", tenant, key).rowcount
+
+        if not self._database.freeing(revoke):
             name = f"tenants/{tenant}/keys/{key}"
             raise NotFoundError(f"{name} does not exist", metadata={"name": name})
 

@@ -31,6 +31,10 @@ class _AdapterVersionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_A
     """Checked and stored; requests may name it."""
     ADAPTER_VERSION_STATE_DRAINING: _AdapterVersionState.ValueType  # 2
     """Deleted; requests under way still use it."""
+    ADAPTER_VERSION_STATE_DAMAGED: _AdapterVersionState.ValueType  # 3
+    """Its compiled program is missing or damaged: requests that name it are DATA_LOSS until the same files are uploaded
+    again, by whoever it may be.
+    """
 
 class AdapterVersionState(_AdapterVersionState, metaclass=_AdapterVersionStateEnumTypeWrapper): ...
 
@@ -39,6 +43,10 @@ ADAPTER_VERSION_STATE_READY: AdapterVersionState.ValueType  # 1
 """Checked and stored; requests may name it."""
 ADAPTER_VERSION_STATE_DRAINING: AdapterVersionState.ValueType  # 2
 """Deleted; requests under way still use it."""
+ADAPTER_VERSION_STATE_DAMAGED: AdapterVersionState.ValueType  # 3
+"""Its compiled program is missing or damaged: requests that name it are DATA_LOSS until the same files are uploaded
+again, by whoever it may be.
+"""
 Global___AdapterVersionState: _TypeAlias = AdapterVersionState  # noqa: Y015
 
 class _CompositionMode:

@@ -113,7 +113,8 @@ class AdaptersServicer:
 
     def UploadAdapter(self, request_iterator, context):
         """Checks, compiles and stores a new version. The first message is the header, the others are pieces of files.
-        A version whose content is stored already is returned as it is: uploading twice is uploading once.
+        A version whose content is stored already is returned as it is: uploading twice is uploading once. What of it was
+        damaged is repaired.
         INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
         FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
         """

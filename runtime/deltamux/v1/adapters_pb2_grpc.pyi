@@ -39,7 +39,8 @@ class AdaptersStub:
     def __new__(cls, channel: _aio.Channel) -> AdaptersAsyncStub: ...
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.AdapterVersion]
     """Checks, compiles and stores a new version. The first message is the header, the others are pieces of files.
-    A version whose content is stored already is returned as it is: uploading twice is uploading once.
+    A version whose content is stored already is returned as it is: uploading twice is uploading once. What of it was
+    damaged is repaired.
     INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
     FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
     """
@@ -77,7 +78,8 @@ class AdaptersAsyncStub(AdaptersStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.AdapterVersion]  # type: ignore[assignment]
     """Checks, compiles and stores a new version. The first message is the header, the others are pieces of files.
-    A version whose content is stored already is returned as it is: uploading twice is uploading once.
+    A version whose content is stored already is returned as it is: uploading twice is uploading once. What of it was
+    damaged is repaired.
     INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
     FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
     """
@@ -118,7 +120,8 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.AdapterVersion, _abc.Awaitable[_adapters_pb2.AdapterVersion]]:
         """Checks, compiles and stores a new version. The first message is the header, the others are pieces of files.
-        A version whose content is stored already is returned as it is: uploading twice is uploading once.
+        A version whose content is stored already is returned as it is: uploading twice is uploading once. What of it was
+        damaged is repaired.
         INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
         FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
         """

@@ -97,6 +97,8 @@ class TenantsServicer:
 
     def DeleteTenant(self, request, context):
         """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
+        An upload to the tenant that is under way ends with ABORTED. Watches of the tenant or of its adapters see DELETED for
+        each adapter, and go on: a tenant of the same name may be created later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

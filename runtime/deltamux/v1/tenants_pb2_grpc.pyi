@@ -38,7 +38,10 @@ class TenantsStub:
     GetTenant: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.GetTenantRequest, _tenants_pb2.Tenant]
     ListTenants: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.ListTenantsRequest, _tenants_pb2.ListTenantsResponse]
     DeleteTenant: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.DeleteTenantRequest, _empty_pb2.Empty]
-    """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set."""
+    """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
+    An upload to the tenant that is under way ends with ABORTED. Watches of the tenant or of its adapters see DELETED for
+    each adapter, and go on: a tenant of the same name may be created later.
+    """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.CreateApiKeyRequest, _tenants_pb2.ApiKey]
     """Makes a key that acts for the tenant. Its secret is in this answer and nowhere else."""
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.ListApiKeysRequest, _tenants_pb2.ListApiKeysResponse]
@@ -54,7 +57,10 @@ class TenantsAsyncStub(TenantsStub):
     GetTenant: _aio.UnaryUnaryMultiCallable[_tenants_pb2.GetTenantRequest, _tenants_pb2.Tenant]  # type: ignore[assignment]
     ListTenants: _aio.UnaryUnaryMultiCallable[_tenants_pb2.ListTenantsRequest, _tenants_pb2.ListTenantsResponse]  # type: ignore[assignment]
     DeleteTenant: _aio.UnaryUnaryMultiCallable[_tenants_pb2.DeleteTenantRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set."""
+    """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
+    An upload to the tenant that is under way ends with ABORTED. Watches of the tenant or of its adapters see DELETED for
+    each adapter, and go on: a tenant of the same name may be created later.
+    """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_tenants_pb2.CreateApiKeyRequest, _tenants_pb2.ApiKey]  # type: ignore[assignment]
     """Makes a key that acts for the tenant. Its secret is in this answer and nowhere else."""
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_tenants_pb2.ListApiKeysRequest, _tenants_pb2.ListApiKeysResponse]  # type: ignore[assignment]
@@ -91,7 +97,10 @@ class TenantsServicer(metaclass=_abc_1.ABCMeta):
         request: _tenants_pb2.DeleteTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set."""
+        """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
+        An upload to the tenant that is under way ends with ABORTED. Watches of the tenant or of its adapters see DELETED for
+        each adapter, and go on: a tenant of the same name may be created later.
+        """
 
     @_abc_1.abstractmethod
     def CreateApiKey(

@@ -1,0 +1,107 @@
+"""The way of an upload into the store: staged, moved among the objects, recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from deltamux.errors import AbortedError, FailedPreconditionError
+from deltamux.store.database import Database
+from deltamux.store.faults import store_faults
+from deltamux.store.objects import PROGRAM_FILE, ObjectStore, file_sum
+from deltamux.store.records import CompiledAdapter
+
+
+class Placed(NamedTuple):
+    """A content among the objects.
+
+    Attributes:
+        program_sum: sha256 of its program's file, in hex.
+        replaced: whether its program is a new one.
+    """
+
+    compiled: CompiledAdapter
+    program_sum: str
+    replaced: bool
+
+
+class Admission:
+    """Uploads under way, and what becomes of their files. `place` and `record` are called one upload at a time."""
+
+    def __init__(self, root: Path, database: Database, objects: ObjectStore) -> None:
+        self._root = root
+        self._database = database
+        self._objects = objects
+        # Of each upload under way: how many tenants had been deleted when it began; of a tenant, which of these it was.
+        self._began: dict[Path, int] = {}
+        self._deletions: dict[str, int] = {}
+        self._num_deletions = 0
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """Yields an empty directory for an upload, which begins here; the directory is gone after the block."""
+        with store_faults(self._root), self._objects.staging() as staged:
+            with self._database.lock:
+                self._began[staged] = self._num_deletions
+            try:
+                yield staged
+            finally:
+                with self._database.lock:
+                    del self._began[staged]
+                    if not self._began:
+                        self._deletions.clear()
+
+    def tenant_deleted(self, tenant: str) -> None:
+        """Notes that a tenant is gone, and with it the uploads to it that are under way."""
+        with self._database.lock:
+            self._num_deletions += 1
+            self._deletions[tenant] = self._num_deletions
+
+    def check_tenant(self, staged: Path, tenant: str) -> None:
+        """Raises AbortedError if the tenant was deleted after the upload began."""
+        with self._database.lock:
+            lost = self._deletions.get(tenant, 0) > self._began.get(staged, self._num_deletions)
+        if lost:
+            raise AbortedError(
+                f"tenants/{tenant} was deleted while this upload was under way, and the upload with it: create the "
+                "tenant anew if it is to have adapters, and upload again",
+                reason="TENANT_DELETED",
+                metadata={"name": f"tenants/{tenant}"},
+            )
+
+    def place(self, staged: Path, compiled: CompiledAdapter) -> Placed:
+        """Brings staged files among the objects, marked as garbage while no version refers to them.
+
+        What is there already is read, and stays if it is whole and of the same base.
+        """
+        if not (staged / PROGRAM_FILE).is_file():
+            raise FailedPreconditionError(f"the staged upload has no {PROGRAM_FILE}", reason="NOT_COMPILED")
+        digest = compiled.digest
+        known = self._database.one("SELECT * FROM programs WHERE digest = ?", digest)
+        keep: bool = (
+            known is not None
+            and known["base_fingerprint"] == compiled.base_fingerprint
+            and known["sha256"] == self._objects.program_sum(digest)
+        )
+        program_sum: str = known["sha256"] if keep else file_sum(staged / PROGRAM_FILE)
+        if known is None and not self._objects.path(digest).exists():
+            with self._database.transaction():
+                self._database.run("INSERT OR IGNORE INTO garbage VALUES (?)", digest)
+        self._objects.put(staged, digest, keep_program=keep)
+        return Placed(compiled, program_sum, not keep)
+
+    def record(self, placed: Placed) -> None:
+        """Records a content's program, inside the caller's transaction: it is whole, and no garbage."""
+        run, compiled = self._database.run, placed.compiled
+        run(
+            "INSERT OR REPLACE INTO programs VALUES (?, ?, ?, '')",
+            compiled.digest, placed.program_sum, compiled.base_fingerprint,
+        )  # fmt: skip
+        if placed.replaced:
+            run(
+                "UPDATE versions SET rank = ?, num_virtual_tokens = ?, num_bytes = ? WHERE digest = ?",
+                compiled.rank, compiled.num_virtual_tokens, compiled.num_bytes, compiled.digest,
+            )  # fmt: skip
+        run("DELETE FROM garbage WHERE digest = ?", compiled.digest)

@@ -1,0 +1,127 @@
+"""What the disk and SQLite raise, as errors of the family: full, read-only, damaged, failing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from deltamux.errors import DeltamuxError, FailedPreconditionError, ResourceExhaustedError, UnavailableError
+
+FULL, READ_ONLY, CORRUPT, FAILING, BUSY = "STORE_FULL", "STORE_READ_ONLY", "STORE_CORRUPT", "STORE_IO", "STORE_BUSY"
+
+_OF_ERRNO = {
+    errno.ENOSPC: FULL,
+    errno.EDQUOT: FULL,
+    errno.EFBIG: FULL,
+    errno.EROFS: READ_ONLY,
+    errno.EACCES: READ_ONLY,
+    errno.EPERM: READ_ONLY,
+    errno.EIO: FAILING,
+}
+_OF_SQLITE = {
+    sqlite3.SQLITE_FULL: FULL,
+    sqlite3.SQLITE_READONLY: READ_ONLY,
+    sqlite3.SQLITE_PERM: READ_ONLY,
+    sqlite3.SQLITE_CORRUPT: CORRUPT,
+    sqlite3.SQLITE_NOTADB: CORRUPT,
+    sqlite3.SQLITE_IOERR: FAILING,
+    sqlite3.SQLITE_CANTOPEN: FAILING,
+    sqlite3.SQLITE_BUSY: BUSY,
+    sqlite3.SQLITE_LOCKED: BUSY,
+}
+_WORDS = {
+    FULL: "the disk of the store {root} is full: free space on it, or delete adapters (which works), and try again",
+    READ_ONLY: "the store {root} cannot be written: mount it writable, or give its files to the user of the server",
+    CORRUPT: (
+        "the database of the store {root} is damaged: restore a backup with `deltamux store restore BACKUP {root}`; "
+        "without one, move {root}/db.sqlite3 away and begin anew with `deltamux store check {root} --adopt`, which "
+        "keeps the objects"
+    ),
+    FAILING: "the disk of the store {root} does not read or write: the system's log says why",
+    BUSY: "the database of the store {root} is locked by another program: end that program, and try again",
+}
+LEAST_FREE = 64 << 10
+"""Bytes: with less free than that, what SQLite calls an I/O error is a full disk."""
+
+
+@contextmanager
+def store_faults(root: Path, *, opening: bool = False) -> Iterator[None]:
+    """Turns what the disk and SQLite raise inside the block into errors of the family.
+
+    Args:
+        opening: whether the store is being opened: what cannot be used then is FAILED_PRECONDITION, later UNAVAILABLE.
+    Raises:
+        ResourceExhaustedError: STORE_FULL.
+        FailedPreconditionError, UnavailableError: STORE_READ_ONLY, STORE_CORRUPT, STORE_IO or STORE_BUSY.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.Error) as raised:
+        error = store_error(raised, root, opening=opening)
+        if error is None:
+            raise
+        raise error from raised
+    except UnavailableError as error:
+        if opening and error.reason in _WORDS:
+            raise FailedPreconditionError(error.message, reason=error.reason) from error
+        raise
+
+
+def store_error(raised: BaseException, root: Path, *, opening: bool = False) -> DeltamuxError | None:
+    """Returns what an error of the disk or of SQLite means for the store; None if it is of another kind."""
+    reason = _reason(raised, root)
+    if reason is None:
+        return None
+    text = _WORDS[reason].format(root=root)
+    if reason == FULL:
+        return ResourceExhaustedError(text, reason=reason)
+    return (FailedPreconditionError if opening else UnavailableError)(text, reason=reason)
+
+
+def _reason(raised: BaseException, root: Path) -> str | None:
+    if isinstance(raised, OSError):
+        return _OF_ERRNO.get(raised.errno or 0)
+    code: int | None = getattr(raised, "sqlite_errorcode", None)
+    if code is None:
+        return None
+    reason = _OF_SQLITE.get(code & 0xFF)
+    if reason == FAILING:
+        if not os.access(root, os.W_OK):
+            return READ_ONLY
+        if _free_bytes(root) < LEAST_FREE:
+            return FULL
+    return reason
+
+
+def _free_bytes(root: Path) -> int:
+    try:
+        return shutil.disk_usage(root).free
+    except OSError:
+        return 1 << 62
+
+
+class Reserve:
+    """A file that keeps some space of the disk, so that a full one has enough left for deleting."""
+
+    NUM_BYTES = 4 << 20
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / "reserve"
+
+    def fill(self) -> None:
+        """Takes the space where it is to be had."""
+        try:
+            with self._path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, self.NUM_BYTES)
+        except OSError:
+            self.release()
+
+    def release(self) -> None:
+        """Gives the space up."""
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)

@@ -1,0 +1,106 @@
+"""The end of versions: rows first, with a mark for every content that nothing refers to any more; then its files."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from deltamux.errors import DeltamuxError
+from deltamux.store.database import VERSION_ROWS, Database
+from deltamux.store.objects import ObjectStore
+from deltamux.store.records import VersionKey, VersionRecord, VersionState
+
+log = logging.getLogger("deltamux.store")
+
+Removed = Callable[[VersionRecord, bool], None]
+"""Told when a version is gone: its record, and whether no other version has the same content."""
+
+
+class Removal:
+    """Removes versions that drain, once no request holds them.
+
+    Args:
+        leases: how many requests hold each version.
+        moving: orders what moves objects.
+
+    Attributes:
+        on_removed: called after a version's last lease is gone and its files are removed.
+    """
+
+    def __init__(
+        self, database: Database, objects: ObjectStore, leases: Counter[VersionKey], moving: threading.RLock
+    ) -> None:
+        self.on_removed: Removed = lambda record, last: None
+        self._database = database
+        self._objects = objects
+        self._leases = leases
+        self._moving = moving
+
+    def recover(self) -> None:
+        """Ends what a crash has interrupted: versions that drained, and contents that are marked as garbage."""
+        self.remove_drained("TRUE")
+        with self._moving:
+            self._collect([row["digest"] for row in self._database.all("SELECT digest FROM garbage")])
+
+    def remove_drained(self, where: str, *values: object) -> None:
+        """Removes the versions among those of a condition that drain and that nobody holds."""
+        with self._database.lock:
+            rows = self._database.all(f"{VERSION_ROWS} AND state = ? AND {where}", VersionState.DRAINING, *values)
+            records = [self._database.version(row) for row in rows]
+            free = [record for record in records if record.key not in self._leases]
+        if free:
+            self._remove(free)
+
+    def remove_released(self, record: VersionRecord) -> None:
+        """Removes a version whose last lease has ended; what cannot be removed now is when the store opens again."""
+        try:
+            self._remove([record])
+        except DeltamuxError as error:
+            log.error("%s is deleted, but its files are still there: %s", record.key, error.message)
+
+    def _remove(self, records: Sequence[VersionRecord]) -> None:
+        with self._moving:
+            gone = self._database.freeing(lambda: self._delete_rows(records))
+            last = self._collect({record.compiled.digest for record in gone})
+        for record in gone:
+            self.on_removed(record, record.compiled.digest in last)
+
+    def _delete_rows(self, records: Sequence[VersionRecord]) -> list[VersionRecord]:
+        """Deletes versions; returns those that were still there."""
+        run = self._database.run
+        gone: list[VersionRecord] = []
+        with self._database.transaction():
+            for record in records:
+                found = run("DELETE FROM versions WHERE tenant = ? AND adapter = ? AND number = ?", *record.key)
+                gone += [record] * found.rowcount
+            for digest in {record.compiled.digest for record in gone}:
+                if not self._referenced(digest):
+                    run("INSERT OR IGNORE INTO garbage VALUES (?)", digest)
+        return gone
+
+    def discard(self, digest: str) -> None:
+        """Removes the objects of a content that is marked; what cannot be removed keeps its mark."""
+        try:
+            with self._moving:
+                self._collect({digest})
+        except DeltamuxError as error:
+            log.warning("object %s stays until the store opens again: %s", digest[:12], error.message)
+
+    def _collect(self, digests: Sequence[str] | set[str]) -> set[str]:
+        """Removes the objects of those contents that are marked, and their marks; returns the contents removed."""
+        marked = {row["digest"] for row in self._database.all("SELECT digest FROM garbage")}
+        unused = {digest for digest in marked.intersection(digests) if not self._referenced(digest)}
+        removed = [digest for digest in unused if self._objects.remove(digest)]
+        try:
+            with self._database.transaction():
+                for digest in removed:
+                    self._database.run("DELETE FROM programs WHERE digest = ?", digest)
+                    self._database.run("DELETE FROM garbage WHERE digest = ?", digest)
+        except DeltamuxError as error:  # the marks stay, and go when the store opens again
+            log.warning("marks of removed objects stay for now: %s", error.message)
+        return unused
+
+    def _referenced(self, digest: str) -> bool:
+        return self._database.one("SELECT 1 FROM versions WHERE digest = ?", digest) is not None

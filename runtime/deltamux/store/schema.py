@@ -1,0 +1,98 @@
+"""The database's tables, and how those of an earlier deltamux become the present ones."""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+from collections.abc import Callable
+
+SCHEMA_VERSION = 2
+"""Kept in SQLite's ``user_version``; 0 is an empty database."""
+
+FIRST = """
+CREATE TABLE tenants (tenant TEXT PRIMARY KEY, created REAL NOT NULL);
+CREATE TABLE api_keys (
+    tenant TEXT NOT NULL REFERENCES tenants ON DELETE CASCADE,
+    key TEXT NOT NULL, secret_hash TEXT NOT NULL UNIQUE, created REAL NOT NULL,
+    PRIMARY KEY (tenant, key)
+);
+-- A deleted adapter keeps its row, so that no version number is ever used twice.
+CREATE TABLE adapters (
+    tenant TEXT NOT NULL, adapter TEXT NOT NULL, deleted INTEGER NOT NULL DEFAULT 0,
+    last_number INTEGER NOT NULL DEFAULT 0, pinned INTEGER NOT NULL DEFAULT 0,
+    canary_number INTEGER, canary_percent INTEGER,
+    created REAL NOT NULL, updated REAL NOT NULL,
+    PRIMARY KEY (tenant, adapter)
+);
+CREATE TABLE versions (
+    tenant TEXT NOT NULL, adapter TEXT NOT NULL, number INTEGER NOT NULL, state TEXT NOT NULL,
+    digest TEXT NOT NULL, method TEXT NOT NULL, rank INTEGER NOT NULL, num_virtual_tokens INTEGER NOT NULL,
+    num_bytes INTEGER NOT NULL, labels TEXT NOT NULL, created REAL NOT NULL,
+    PRIMARY KEY (tenant, adapter, number),
+    FOREIGN KEY (tenant, adapter) REFERENCES adapters
+);
+CREATE INDEX versions_by_digest ON versions (digest);
+-- The last row of an adapter is the version that serves; a rollback takes it away.
+CREATE TABLE promotions (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant TEXT NOT NULL, adapter TEXT NOT NULL, number INTEGER NOT NULL
+);
+CREATE INDEX promotions_by_adapter ON promotions (tenant, adapter, id);
+"""
+SECOND = """
+-- One row: what the files of the same store carry too. The generation grows with every change.
+CREATE TABLE identity (store_id TEXT NOT NULL, generation INTEGER NOT NULL);
+-- One compiled program for each content, whatever versions and tenants share it.
+CREATE TABLE programs (
+    digest TEXT PRIMARY KEY, sha256 TEXT NOT NULL, base_fingerprint TEXT NOT NULL, damage TEXT NOT NULL DEFAULT ''
+);
+-- Contents that this store has let go, or has not finished taking in: the only objects that opening it removes.
+CREATE TABLE garbage (digest TEXT PRIMARY KEY);
+"""
+
+FileSum = Callable[[str], str | None]
+"""Returns the sha256 of the compiled program of a digest; None where there is no file."""
+
+
+def create(connection: sqlite3.Connection) -> None:
+    """Makes all tables, in one transaction, and a new identity."""
+    connection.executescript(f"BEGIN; {FIRST} {SECOND} {_identity()} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+
+
+def migrate_from_first(connection: sqlite3.Connection, sum_of: FileSum) -> None:
+    """Makes version 2 of version 1, in one transaction: every program's checksum is taken as its file is now."""
+    digests = [row[0] for row in connection.execute("SELECT DISTINCT digest FROM versions")]
+    sums = [(digest, sum_of(digest)) for digest in digests]
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in (SECOND + _identity()).split(";"):
+            connection.execute(statement)
+        for digest, found in sums:
+            damage = "" if found else "its file is missing"
+            connection.execute("INSERT INTO programs VALUES (?, ?, '', ?)", (digest, found or "", damage))
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def missing(connection: sqlite3.Connection) -> list[str]:
+    """Returns the tables and columns that a database of the present version lacks, as ``table`` or ``table.column``."""
+    with sqlite3.connect(":memory:") as model:
+        model.executescript(FIRST + SECOND)
+        expected = _columns(model)
+    model.close()
+    found = _columns(connection)
+    tables = {table for table, _ in found}
+    return sorted({table if table not in tables else f"{table}.{column}" for table, column in expected - found})
+
+
+def _columns(connection: sqlite3.Connection) -> set[tuple[str, str]]:
+    sql = "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'"
+    return set(map(tuple, connection.execute(sql)))
+
+
+def _identity() -> str:
+    return f"INSERT INTO identity VALUES ('{secrets.token_hex(16)}', 0);"

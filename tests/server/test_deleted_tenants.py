@@ -1,0 +1,75 @@
+"""DeleteTenant: what was under way does not bring the tenant back, and its watchers hear of it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import grpc
+import pytest
+
+from deltamux.client import AsyncClient
+from deltamux.errors import FailedPreconditionError, NotFoundError
+from deltamux.server.app import Running
+from deltamux.v1 import adapters_pb2 as pb
+from deltamux.v1.adapters_pb2_grpc import AdaptersStub
+
+NAME = "tenants/acme/adapters/tickets"
+
+
+async def test_an_upload_that_began_before_its_tenant_was_deleted_is_refused(
+    served: Running, client: AsyncClient, loras: list[Path]
+) -> None:
+    await client.upload_adapter(NAME, loras[0])
+    files = {name: (loras[1] / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        call = AdaptersStub(channel).UploadAdapter()
+        infos = [pb.FileInfo(path=name, size_bytes=len(data)) for name, data in files.items()]
+        await call.write(pb.UploadAdapterRequest(header=pb.UploadHeader(adapter=NAME, files=infos)))
+        for name, data in files.items():
+            await call.write(pb.UploadAdapterRequest(chunk=pb.FileChunk(path=name, data=data)))
+        while not list((served.store.root / "staging").iterdir()):  # noqa: ASYNC110 - until it has begun
+            await asyncio.sleep(0.01)
+        await client.delete_tenant("tenants/acme", force=True)
+        await call.done_writing()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call
+    assert refused.value.code() is grpc.StatusCode.ABORTED
+    assert "was deleted while this upload was under way" in (refused.value.details() or "")
+    with pytest.raises(NotFoundError):
+        await client.get_tenant("tenants/acme")
+    assert list((served.store.root / "objects").glob("*/*")) == []
+    # What begins afterwards is another tenant of the same name, and its numbers go on.
+    assert (await client.upload_adapter(NAME, loras[1])).version == 2
+
+
+async def test_watchers_of_a_deleted_tenant_hear_of_every_adapter(client: AsyncClient, loras: list[Path]) -> None:
+    names = [f"tenants/acme/adapters/a{number}" for number in range(3)]
+    for name in names:
+        await client.upload_adapter(name, loras[0])
+    seen: dict[str, list[tuple[str, str]]] = {"tenants/acme": [], names[1]: []}
+
+    async def watch(parent: str, until: int) -> None:
+        async for event in client.watch_adapters(parent):
+            seen[parent].append((event.type, event.adapter.name))
+            if len(seen[parent]) == until:
+                return
+
+    watching = [asyncio.create_task(watch("tenants/acme", 6)), asyncio.create_task(watch(names[1], 2))]
+    while len(seen["tenants/acme"]) < 3 or not seen[names[1]]:  # noqa: ASYNC110 - until the watches have begun
+        await asyncio.sleep(0.01)
+    await client.delete_tenant("tenants/acme", force=True)
+    await asyncio.wait_for(asyncio.gather(*watching), 10)
+    assert seen["tenants/acme"][3:] == [("DELETED", name) for name in names]
+    assert seen[names[1]] == [("STATE", names[1]), ("DELETED", names[1])]
+
+
+async def test_a_tenant_with_adapters_goes_only_by_force(client: AsyncClient, loras: list[Path]) -> None:
+    await client.upload_adapter(NAME, loras[0])
+    with pytest.raises(FailedPreconditionError, match="force"):
+        await client.delete_tenant("tenants/acme")
+    assert (await client.get_adapter(NAME)).serving_version == 1
+    await client.delete_adapter(NAME)
+    await client.delete_tenant("tenants/acme")
+    with pytest.raises(NotFoundError):
+        await client.get_tenant("tenants/acme")

@@ -1,0 +1,36 @@
+"""Uploads into a store whose files say what they are, and looks at its objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter, VersionRecord, content_digest
+
+KEY = AdapterKey("acme", "tickets")
+
+
+def upload(
+    store: AdapterStore, content: str, key: AdapterKey = KEY, *, promote: bool | None = None, base: str = ""
+) -> VersionRecord:
+    """Commits an upload whose files hold `content`, with a program that holds it too."""
+    with store.staging() as staged:
+        return store.commit(staged, key, staged_upload(staged, content, base), promote=promote)
+
+
+def staged_upload(staged: Path, content: str, base: str = "") -> CompiledAdapter:
+    (staged / "adapter_config.json").write_text(content)
+    (staged / "adapter_model.safetensors").write_text(content)
+    (staged / "program.safetensors").write_text(f"compiled {content}{f' for {base}' if base else ''}")
+    return CompiledAdapter(content_digest(staged), "lora", 8, 0, len(content), base)
+
+
+def objects(root: Path) -> set[str]:
+    return {directory.name for directory in (root / "objects").glob("*/*")}
+
+
+def copy_of(root: Path, target: Path) -> Path:
+    """Copies a store as it lies on the disk, as a kill -9 would leave it."""
+    import shutil
+
+    shutil.copytree(root, target)
+    return target
