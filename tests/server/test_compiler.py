@@ -19,7 +19,7 @@ from third_party import install, method, write_adapter
 from deltamux import errors
 from deltamux.client import AsyncClient
 from deltamux.deltas import BaseModel, Program
-from deltamux.errors import DeltamuxError, InvalidAdapterError, PluginError, UnavailableError
+from deltamux.errors import BudgetExceededError, DeltamuxError, InvalidAdapterError, PluginError, UnavailableError
 from deltamux.server import compiler_link
 from deltamux.server.app import running
 from deltamux.server.compile_job import Budgets, Job, error_message, error_of, packed
@@ -55,6 +55,7 @@ BAD_HOOKS = {
     "babbles": ("[os.write(f, b'rubbish\\n') for f in range(3, 1024) if babble(f)]", "PLUGIN_CRASHED", "'babbles': "),
 }
 LEAKS = method("leaks", "globals().setdefault('kept', []).append(b'x' * (1200 << 20))")
+SWELLS = method("swells", "torch.zeros(1 << 36)")
 STARTS = method("starts", "subprocess.Popen(['sleep', '1000']); time.sleep(1); os._exit(0)")
 BABBLE = "\nimport stat\ndef babble(f):\n    try: return stat.S_ISSOCK(os.fstat(f).st_mode)\n    except OSError: pass\n"
 BAD_IMPORTS = {
@@ -77,7 +78,7 @@ def _third_party(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """All the bad plugins, and a good one, are installed at once."""
     plugins = {name: source for name, (source, _) in BAD_IMPORTS.items()}
     plugins |= {name: method(name, body) + BABBLE for name, (body, _, _) in BAD_HOOKS.items()}
-    plugins |= {"starts": STARTS, "leaks": LEAKS, "good": method("good", "print('hello')")}
+    plugins |= {"starts": STARTS, "leaks": LEAKS, "good": method("good", "print('hello')"), "swells": SWELLS}
     directory = install(tmp_path_factory.mktemp("third-party"), plugins)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(directory)
@@ -153,6 +154,18 @@ async def test_a_bad_hook_is_refused_by_name_and_the_next_upload_is_compiled(
     assert refused.value.metadata["plugin"] == name
     assert (await compiler.compile(job(loras[0]))).method == "lora"
     assert set(compiler.broken) == set(BAD_IMPORTS), "a plugin that fails an upload is not left out of the next"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone bounds what a process allocates")
+async def test_an_adapter_that_takes_more_memory_than_one_may_is_refused_and_the_process_lives_on(
+    compiler: Compiler, job: Any, tmp_path: Path
+) -> None:
+    await compiler.started()
+    before = compiler.pid
+    with pytest.raises(BudgetExceededError, match="more memory") as refused:
+        await compiler.compile(job(write_adapter(tmp_path / "swells", "swells")))
+    assert (refused.value.reason, refused.value.metadata["plugin"]) == ("COMPILE_MEMORY", "swells")
+    assert compiler.pid == before
 
 
 async def test_what_a_plugin_started_ends_with_its_process(compiler: Compiler, job: Any, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import stat
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deltamux.deltas.bounded_json import MAX_NAME, Bounds, JSONRefusedError, parse_object
+from deltamux.deltas.reading import DTYPES
+from deltamux.deltas.safetensors_header import read_header
 from deltamux.errors import InvalidAdapterError
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+CONFIG_BOUNDS = Bounds(depth=16, values=100_000)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.uint8, torch.int32, torch.int64)
 """Packed bits, and indices: an op says which of its parameters hold them, and refuses them anywhere else."""
@@ -103,7 +108,7 @@ class ClaimedTensors(Mapping[str, Tensor]):
 
 def _regular(path: Path) -> Path:
     try:
-        mode = path.lstat().st_mode
+        mode = path.stat().st_mode
     except OSError:
         raise InvalidAdapterError(
             f"{path.name} is missing: an adapter is a directory with {CONFIG_FILE} and {TENSORS_FILE} (pickles such as "
@@ -117,40 +122,62 @@ def _regular(path: Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads an adapter_config.json."""
-    if path.stat().st_size > MAX_CONFIG_BYTES:
+    """Reads an adapter_config.json: an object of at most `MAX_CONFIG_BYTES` within `CONFIG_BOUNDS`, each key once.
+
+    Raises:
+        InvalidAdapterError: it is larger, damaged, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise InvalidAdapterError(
+            f"{CONFIG_FILE} cannot be read: {error.strerror}", metadata={"file": path.name}
+        ) from None
+    if len(raw) > MAX_CONFIG_BYTES:
         raise InvalidAdapterError(
             f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes", metadata={"file": path.name}
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InvalidAdapterError(f"{CONFIG_FILE} is no JSON: {error}", metadata={"file": path.name}) from error
-    if not isinstance(values, dict):
-        raise InvalidAdapterError(f"{CONFIG_FILE} holds no JSON object", metadata={"file": path.name})
-    return values
+        return parse_object(raw.removeprefix(codecs.BOM_UTF8), CONFIG_BOUNDS)
+    except JSONRefusedError as error:
+        metadata = {"file": path.name} | ({"field": error.entry} if error.entry else {})
+        raise InvalidAdapterError(f"{CONFIG_FILE} is refused: {error}", metadata=metadata) from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Reads a safetensors file: its tensors, and its header's strings."""
+    """Reads a safetensors file: its tensors, and its header's strings. Its header is checked first.
+
+    Raises:
+        InvalidAdapterError: see `read_header` and `check_dtypes`.
+    """
+    header = read_header(path)
+    for entry in header.tensors:
+        _check_dtype(entry.name, DTYPES.get(entry.dtype), entry.dtype)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            tensors = {entry.name: file.get_tensor(entry.name) for entry in header.tensors}
     except (OSError, SafetensorError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
         raise InvalidAdapterError(
-            f"{path.name} is damaged or no safetensors file: {error}", metadata={"file": path.name}
+            f"{path.name} is damaged or not a safetensors file: {problem}", metadata={"file": path.name}
         ) from error
-    check_dtypes(tensors)
-    return tensors, metadata
+    return tensors, dict(header.metadata)
 
 
 def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
     """Raises InvalidAdapterError naming the first tensor that does not hold floats."""
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS + INTEGERS:
-            raise InvalidAdapterError(
-                f"tensor {name!r} has dtype {tensor.dtype}; adapters hold float32, float16 or bfloat16 (and indices as "
-                "int32 or int64, packed bits as uint8)",
-                metadata={"tensor": name, "dtype": str(tensor.dtype)},
-            )
+        _check_dtype(name, tensor.dtype, str(tensor.dtype))
+
+
+def _check_dtype(name: str, dtype: torch.dtype | None, shown: str) -> None:
+    if dtype in FLOATS + INTEGERS:
+        return
+    eight = "8" in shown and ("F8" in shown or "float8" in shown)
+    what = "float8 is not supported" if eight else "that dtype is not supported"
+    raise InvalidAdapterError(
+        f"tensor {name[:MAX_NAME]!r} has dtype {shown}: {what}; adapters hold float32, float16 or bfloat16 (and "
+        "indices as int32 or int64, packed bits as uint8), so save it as one of these",
+        metadata={"tensor": name[:MAX_NAME], "dtype": shown},
+    )

@@ -31,6 +31,7 @@ from deltamux.errors import (
 )
 from deltamux.registry import Method, Registry, create_plugin_manager
 from deltamux.server.compile_job import MAX_TEXT, Budgets, Compiled, Job, error_message, unpacked
+from deltamux.server.compiler_memory import COMPILING, COPIES, READING, at_most, is_shortage
 from deltamux.store import PROGRAM_FILE
 
 PR_SET_PDEATHSIG = 1
@@ -67,16 +68,19 @@ class Child:
 
     def _answer(self, job: Job) -> dict[str, Any]:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), at_most(COMPILING + COPIES * job.budgets.max_bytes):
                 return {"compiled": vars(self._compile(job))}
-        except DeltamuxError as error:
-            return {"error": error_message(error)}
-        except Exception:
+        except Exception as error:
+            if is_shortage(error):
+                return {"error": error_message(_too_large(error))}
+            if isinstance(error, DeltamuxError):
+                return {"error": error_message(error)}
             return {"unexpected": traceback.format_exc()[-MAX_TEXT:]}
 
     def _compile(self, job: Job) -> Compiled:
         base = unpacked(job.base)
-        checkpoint = Checkpoint.read(job.staged)
+        with at_most(READING + sum(file.stat().st_size for file in job.staged.iterdir())):
+            checkpoint = Checkpoint.read(job.staged)
         method, checkpoint = self._registry.recognise(checkpoint)
         if job.announced and method is not self._registry.get(job.announced):
             raise InvalidAdapterError(
@@ -117,6 +121,16 @@ class Child:
     def _say(self, message: dict[str, Any]) -> None:
         self._channel.write(json.dumps(message).encode() + b"\n")
         self._channel.flush()
+
+
+def _too_large(error: Exception) -> BudgetExceededError:
+    known = error.metadata if isinstance(error, DeltamuxError) else {}
+    return BudgetExceededError(
+        "compiling the adapter takes more memory than this server gives one adapter: make it smaller, or start the "
+        "server with a greater --max-adapter-bytes",
+        reason="COMPILE_MEMORY",
+        metadata=known,
+    )
 
 
 def _check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:

@@ -1,0 +1,53 @@
+"""Bounds of the memory that one job may take in the compiler's process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+READING = 512 << 20
+"""Bytes for reading an adapter's files, beyond their own size."""
+
+COMPILING = 4 << 30
+COPIES = 8
+"""Bytes for building, writing and checking a program: so many, and so many times the largest program there may be."""
+
+
+@contextmanager
+def at_most(growth: int) -> Iterator[None]:
+    """Lets the process grow by so many bytes during the block; what needs more raises MemoryError or RuntimeError.
+
+    Linux alone bounds what a process allocates (RLIMIT_DATA); elsewhere the block runs as it is.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    before, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = _allocated() + growth
+    for known in (before, hard):
+        limit = limit if known == resource.RLIM_INFINITY else min(limit, known)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether an error comes from an allocation that failed."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _allocated() -> int:
+    """Returns what RLIMIT_DATA counts: the process's private memory that can be written."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = next(line.split()[1] for line in lines if line.startswith("VmData:"))
+    return int(kilobytes) << 10

@@ -1,0 +1,53 @@
+"""Uploads over a real socket: bombs, stalls, many at once, and a compiler process that ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deltamux.client import AsyncClient
+from deltamux.errors import InvalidAdapterError, InvalidArgumentError
+from deltamux.server.app import Running
+
+NAME = "tenants/acme/adapters/tickets"
+
+BOMBS = {
+    "a shape with text": '{"t":{"dtype":"F32","shape":["a",500000000],"data_offsets":[0,4]}}',
+    "a shape with a list": '{"t":{"dtype":"F32","shape":[[0],300000000],"data_offsets":[0,4]}}',
+    "500 dimensions of 4,000 digits": '{"t":{"dtype":"F32","shape":[' + ",".join(["9" * 4000] * 500),
+    "10,000 deep": '{"t":' + "[" * 10_000,
+}
+
+
+@pytest.fixture
+def adapter(loras: list[Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(loras[0], tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("case", BOMBS)
+async def test_a_bomb_in_a_header_costs_the_server_neither_memory_nor_time(
+    case: str, client: AsyncClient, served: Running, adapter: Path
+) -> None:
+    header = BOMBS[case].encode()
+    (adapter / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    before, began = psutil.Process().memory_info().rss, time.monotonic()
+    with pytest.raises(InvalidArgumentError, match="'t'") as refused:
+        await client.upload_adapter(NAME, adapter, timeout=60)
+    assert refused.value.reason == "DAMAGED_FILE"
+    assert refused.value.metadata == {"file": "adapter_model.safetensors", "tensor": "t"}
+    assert psutil.Process().memory_info().rss - before < 64 << 20
+    assert time.monotonic() - began < 20
+
+
+async def test_a_config_with_a_key_twice_is_refused_with_the_key(client: AsyncClient, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config)[:-1] + ', "r": 8}')
+    with pytest.raises(InvalidAdapterError, match="'r' occurs twice") as refused:
+        await client.upload_adapter(NAME, adapter, timeout=60)
+    assert refused.value.metadata == {"file": "adapter_config.json", "field": "r"}
