@@ -14,8 +14,8 @@ def add_commands(commands: Any) -> None:
     new.add_argument("name", metavar="NAME", help="the method's name: lower-case letters, digits and _")
     new.add_argument("--directory", type=Path, default=Path(), help="where to write deltamux-NAME (default: here)")
     new.set_defaults(run=_new)
-    check = actions.add_parser("check", help="run the conformance suite against an installed package")
-    check.add_argument("package", metavar="PACKAGE", help="name of the installed distribution")
+    check = actions.add_parser("check", help="run the conformance suite against installed packages")
+    check.add_argument("packages", metavar="PACKAGE", nargs="+", help="name of an installed distribution")
     check.add_argument("--no-engine", action="store_true", help="leave out what needs the engine")
     check.set_defaults(run=_check)
 
@@ -32,11 +32,12 @@ def _check(arguments: argparse.Namespace) -> int:
     from deltamux.conformance.package import check_package
 
     kept = broken = 0
-    for outcome in check_package(arguments.package, serve=not arguments.no_engine):
-        kept, broken = kept + (not outcome.problem), broken + bool(outcome.problem)
-        verdict = "FAILED" if outcome.problem else "ok    "
-        print(f"{verdict} {outcome.subject}: {outcome.check.replace('_', ' ')}", flush=True)
-        if outcome.problem:
-            print(f"       {outcome.problem}", flush=True)
+    for package in arguments.packages:
+        for outcome in check_package(package, serve=not arguments.no_engine):
+            kept, broken = kept + (not outcome.problem), broken + bool(outcome.problem)
+            verdict = "FAILED" if outcome.problem else "ok    "
+            print(f"{verdict} {outcome.subject}: {outcome.check.replace('_', ' ')}", flush=True)
+            if outcome.problem:
+                print(f"       {outcome.problem}", flush=True)
     print(f"{kept} promises kept, {broken} broken")
     return 1 if broken else 0
