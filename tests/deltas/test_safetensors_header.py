@@ -238,6 +238,14 @@ def test_a_header_as_it_should_be_is_accepted(write: Callable[..., Path], made: 
     )
 
 
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580])
+def test_a_header_whose_length_looks_like_a_pickles_first_bytes_is_accepted(
+    length: int, write: Callable[..., Path]
+) -> None:
+    header = f'{{"ok":{entry()}}}'.encode().ljust(length)
+    assert [tensor.name for tensor in read_header(write(header, bytes(4))).tensors] == ["ok"]
+
+
 CONFIGS: dict[str, tuple[bytes, str]] = {
     "a key twice": (b'{"r": 4, "r": 8}', "'r' occurs twice"),
     "a key twice further in": (b'{"rank_pattern": {"a": 4, "a": 8}}', "'a' occurs twice.*rank_pattern"),

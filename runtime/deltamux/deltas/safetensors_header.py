@@ -63,8 +63,8 @@ def read_header(path: Path) -> Header:
 
     Raises:
         InvalidAdapterError: the file is missing, irregular, a pickle or truncated; its header is not valid JSON,
-            exceeds a bound of this module, or has tensors that overlap, leave gaps, or lie outside the file. The metadata
-            name the file and, where there is one, the tensor.
+            exceeds a bound of this module, or has tensors that overlap, leave gaps, or lie outside the file. The
+            metadata name the file and, where there is one, the tensor.
     """
     try:
         status = path.stat()
@@ -90,10 +90,11 @@ def read_header(path: Path) -> Header:
 def _read(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         start = file.read(LENGTH_BYTES)
-        if start.startswith(PICKLE_MAGIC):
-            _refuse(path, "is a pickle, which is never read: save it as safetensors", "PICKLE")
         length = int.from_bytes(start, "little")
         if len(start) < LENGTH_BYTES or length > size - LENGTH_BYTES:
+            # Only here: the length of a header may well begin with the same bytes, as that of 640 bytes does.
+            if start.startswith(PICKLE_MAGIC):
+                _refuse(path, "is a pickle, which is never read: save it as safetensors", "PICKLE")
             problem = f"claims a header of {length} bytes, but has {size} bytes in all"
             _refuse(path, f"{problem}: it is truncated, or not a safetensors file", "DAMAGED_FILE")
         if length > MAX_HEADER_BYTES:
