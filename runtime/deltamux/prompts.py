@@ -7,10 +7,14 @@ keeps state, so that any thread may call them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
+
+MAX_WORDS = 500
+"""Characters of what a template says; it may quote the messages."""
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -58,12 +62,46 @@ def render_chat(
             **arguments,
         )
     except Exception as error:  # a template is a program of the base's author: it raises whatever it likes
-        raise InvalidArgumentError(
-            f"the base model's chat template refuses these messages: {error}",
-            reason="INVALID_CHAT",
-            metadata={"field": "prompt.chat"},
-        ) from error
+        raise _refused(f"refuses these messages: {str(error)[:MAX_WORDS] or type(error).__name__}") from error
     return text
+
+
+def render_chat_within(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, max_chars: int, max_seconds: float
+) -> str:
+    """Returns what `render_chat` does, of a template that may go on for long: it is stopped at either bound.
+
+    Raises:
+        FailedPreconditionError, InvalidArgumentError: as `render_chat`, and beyond a bound.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    if not getattr(tokenizer, "chat_template", None):
+        return render_chat(tokenizer, messages)
+    template = _compile_jinja_template(tokenizer.get_chat_template())
+    rows = [dict(message) for message in messages]
+    given = {"messages": rows, "tools": None, "documents": None, "add_generation_prompt": True}
+    pieces: list[str] = []
+    size, deadline = 0, time.monotonic() + max_seconds
+    try:
+        for piece in template.generate(**tokenizer.special_tokens_map, **given):
+            pieces.append(piece)
+            size += len(piece)
+            if size > max_chars:
+                raise _refused(f"makes more than {max_chars} characters of these messages: send fewer")
+            if time.monotonic() > deadline:
+                raise _refused(f"takes more than {max_seconds:g} s over these messages: send fewer")
+    except InvalidArgumentError:
+        raise
+    except Exception as error:  # as above
+        raise _refused(f"refuses these messages: {str(error)[:MAX_WORDS] or type(error).__name__}") from error
+    return "".join(pieces)
+
+
+def _refused(problem: str) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"the base model's chat template {problem}", reason="INVALID_CHAT", metadata={"field": "prompt.chat"}
+    )
 
 
 def encode_rendered(tokenizer: Any, text: str) -> list[int]:

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import (
-    ChatMessage,
     EngineStats,
     GenerationChunk,
     ProgramRef,
@@ -24,8 +23,9 @@ from deltamux.engine.base import (
     SamplingOptions,
     TokenLogprobs,
 )
-from deltamux.errors import InvalidArgumentError, UnavailableError
-from deltamux.prompts import encode_chat, encode_text
+from deltamux.engine.checks import check_prompt, check_sampling
+from deltamux.engine.vllm.prompts import Prompts
+from deltamux.errors import UnavailableError
 
 
 class ReferenceEngine:
@@ -40,6 +40,7 @@ class ReferenceEngine:
     def __init__(self, model: Path, *, step_seconds: float = 0.0) -> None:
         self.base = BaseModel.from_pretrained(model)
         self.step_seconds = step_seconds
+        self.max_model_len = 0
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.host: dict[str, Program] = {}
@@ -52,11 +53,14 @@ class ReferenceEngine:
     async def start(self) -> None:
         model: Any = AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32)
         self._model = model.eval()
+        self.max_model_len = model.config.max_position_embeddings
         self._tokenizer: Any = AutoTokenizer.from_pretrained(self._path)
+        self._prompts = Prompts(self._tokenizer, self.max_model_len)
         self._alive = True
 
     async def stop(self) -> None:
         self._alive = False
+        self._prompts.close()
 
     def crash(self) -> None:
         """From here on the engine is as dead as vLLM's after an exception in its worker."""
@@ -75,7 +79,10 @@ class ReferenceEngine:
         request_id: str,
         stream: bool = True,
     ) -> AsyncGenerator[GenerationChunk]:
-        prompt_ids = self._tokenize(prompt)
+        room = self.max_model_len - (program.num_virtual_tokens if program else 0)
+        prompt_ids = await self._prompts.token_ids(prompt, room - 1, "")
+        check_prompt(prompt_ids, self.base.dims.vocab_size, room - 1)
+        check_sampling(sampling, self.base.dims.vocab_size, room - len(prompt_ids))
         if program:
             await self.prepare(program)
         delta = self.host[program.digest] if program else None
@@ -123,19 +130,6 @@ class ReferenceEngine:
     @property
     def healthy(self) -> bool:
         return self._alive
-
-    def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            ids = encode_text(self._tokenizer, prompt)
-        elif prompt and isinstance(prompt[0], ChatMessage):
-            ids = encode_chat(
-                self._tokenizer, [message._asdict() for message in prompt if isinstance(message, ChatMessage)]
-            )
-        else:
-            ids = [token for token in prompt if isinstance(token, int)]
-        if not ids or not all(0 <= token < self.base.dims.vocab_size for token in ids):
-            raise InvalidArgumentError("the prompt is empty or has tokens outside the vocabulary", reason="BAD_PROMPT")
-        return ids
 
     def _logits(self, ids: list[int], program: Program | None) -> torch.Tensor:
         with self._lock, torch.inference_mode():

@@ -105,7 +105,7 @@ async def test_a_deadline_aborts_the_generation(client: AsyncClient, served: Run
         (lambda c: c.generate("x", adapter="tenants/acme/adapters/none"), NotFoundError, "NOT_FOUND"),
         (lambda c: c.generate("x", adapter="acme/none"), InvalidArgumentError, "INVALID_NAME"),
         (lambda c: c.generate("x", temperature=-1.0), InvalidArgumentError, "INVALID_SAMPLING"),
-        (lambda c: c.generate([]), InvalidArgumentError, "BAD_PROMPT"),
+        (lambda c: c.generate([]), InvalidArgumentError, "EMPTY_PROMPT"),
         (lambda c: c.get_adapter("tenants/acme/adapters/none"), NotFoundError, "NOT_FOUND"),
         (lambda c: c.promote(NAME, version=9), NotFoundError, "NOT_FOUND"),
         (lambda c: c.rollback(NAME), FailedPreconditionError, "NO_PREVIOUS_VERSION"),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -14,6 +15,7 @@ from deltamux.errors import InvalidArgumentError
 from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages (mappings with ``role`` and ``content``)."""
@@ -42,30 +44,53 @@ class Page(Generic[T]):
     next_token: str
 
 
+@contextmanager
+def sent_values() -> Iterator[None]:
+    """Around the making of a message: a value that no message can hold is an InvalidArgumentError."""
+    try:
+        yield
+    except ValueError as error:  # of a UnicodeEncodeError too: text with a lone surrogate
+        raise InvalidArgumentError(
+            f"a value cannot be sent: {str(error)[:200]}; text must be valid Unicode (no lone surrogates), "
+            "and numbers within the field's range"
+        ) from error
+
+
+def sendable(build: Callable[P, T]) -> Callable[P, T]:
+    """Makes a function that builds a call raise as `sent_values` does."""
+    return sent_values()(build)
+
+
+@sendable
 def generate(prompt: Prompt, adapter: str | None, sampling: Mapping[str, Any], *, stream: bool) -> Call[Generation]:
     method = "Inference.GenerateStream" if stream else "Inference.Generate"
     request = inference_pb2.GenerateRequest(adapter=adapter or "", sampling=_sampling(sampling), **_prompt(prompt))
     return Call(method, request, _generation)
 
 
+@sendable
 def get_adapter(name: str) -> Call[Adapter]:
     return Call("Adapters.GetAdapter", adapters_pb2.GetAdapterRequest(name=name), _adapter, True)
 
 
+@sendable
 def get_adapter_version(name: str) -> Call[AdapterVersion]:
     return Call("Adapters.GetAdapterVersion", adapters_pb2.GetAdapterVersionRequest(name=name), read_version, True)
 
 
+@sendable
 def list_adapters(parent: str, token: str) -> Call[Page[Adapter]]:
     request = adapters_pb2.ListAdaptersRequest(parent=parent, page_token=token)
     return Call("Adapters.ListAdapters", request, _page("adapters", _adapter), True)
 
 
+@sendable
 def list_adapter_versions(parent: str, token: str) -> Call[Page[AdapterVersion]]:
     request = adapters_pb2.ListAdapterVersionsRequest(parent=parent, page_token=token)
     return Call("Adapters.ListAdapterVersions", request, _page("versions", read_version), True)
 
 
+@sendable
 def compose(
     name: str, parts: Mapping[str, float] | Sequence[str], mode: str, promote: bool | None, labels: Mapping[str, str]
 ) -> Call[AdapterVersion]:
@@ -80,15 +105,18 @@ def compose(
     return Call("Adapters.ComposeAdapter", request, read_version)
 
 
+@sendable
 def promote(name: str, version: int, canary_percent: int) -> Call[Adapter]:
     request = adapters_pb2.PromoteAdapterRequest(name=name, version=version, canary_percent=canary_percent)
     return Call("Adapters.PromoteAdapter", request, _adapter, True)
 
 
+@sendable
 def rollback(name: str) -> Call[Adapter]:
     return Call("Adapters.RollbackAdapter", adapters_pb2.RollbackAdapterRequest(name=name), _adapter)
 
 
+@sendable
 def delete_adapter(name: str) -> Call[None]:
     if "/versions/" in name:
         request = adapters_pb2.DeleteAdapterVersionRequest(name=name)
@@ -96,45 +124,55 @@ def delete_adapter(name: str) -> Call[None]:
     return Call("Adapters.DeleteAdapter", adapters_pb2.DeleteAdapterRequest(name=name), _nothing)
 
 
+@sendable
 def pin_adapter(name: str) -> Call[Adapter]:
     return Call("Adapters.PinAdapter", adapters_pb2.PinAdapterRequest(name=name), _adapter, True)
 
 
+@sendable
 def unpin_adapter(name: str) -> Call[Adapter]:
     return Call("Adapters.UnpinAdapter", adapters_pb2.UnpinAdapterRequest(name=name), _adapter, True)
 
 
+@sendable
 def watch_adapters(parent: str) -> Call[AdapterEvent]:
     return Call("Adapters.WatchAdapters", adapters_pb2.WatchAdaptersRequest(parent=parent), _event)
 
 
+@sendable
 def create_tenant(tenant: str) -> Call[Tenant]:
     return Call("Tenants.CreateTenant", tenants_pb2.CreateTenantRequest(tenant_id=tenant), _tenant)
 
 
+@sendable
 def get_tenant(name: str) -> Call[Tenant]:
     return Call("Tenants.GetTenant", tenants_pb2.GetTenantRequest(name=name), _tenant, True)
 
 
+@sendable
 def list_tenants(token: str) -> Call[Page[Tenant]]:
     return Call(
         "Tenants.ListTenants", tenants_pb2.ListTenantsRequest(page_token=token), _page("tenants", _tenant), True
     )
 
 
+@sendable
 def delete_tenant(name: str, force: bool) -> Call[None]:
     return Call("Tenants.DeleteTenant", tenants_pb2.DeleteTenantRequest(name=name, force=force), _nothing)
 
 
+@sendable
 def create_api_key(tenant: str) -> Call[ApiKey]:
     return Call("Tenants.CreateApiKey", tenants_pb2.CreateApiKeyRequest(parent=tenant), _api_key)
 
 
+@sendable
 def list_api_keys(tenant: str, token: str) -> Call[Page[ApiKey]]:
     request = tenants_pb2.ListApiKeysRequest(parent=tenant, page_token=token)
     return Call("Tenants.ListApiKeys", request, _page("api_keys", _api_key), True)
 
 
+@sendable
 def delete_api_key(name: str) -> Call[None]:
     return Call("Tenants.DeleteApiKey", tenants_pb2.DeleteApiKeyRequest(name=name), _nothing)
 

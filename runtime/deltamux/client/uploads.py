@@ -7,6 +7,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from deltamux.client.calls import sent_values
 from deltamux.errors import InvalidAdapterError
 from deltamux.v1 import adapters_pb2 as pb
 
@@ -31,9 +32,11 @@ def upload_messages(
 
     Raises:
         InvalidAdapterError: the directory is no adapter; raised before anything is sent.
+        InvalidArgumentError: a name or label cannot be sent.
     """
     files = [_file(Path(directory) / name) for name in _present(Path(directory))]
-    header = pb.UploadHeader(adapter=adapter, method=method, labels=labels or {}, promote=promote)
+    with sent_values():
+        header = pb.UploadHeader(adapter=adapter, method=method, labels=labels or {}, promote=promote)
     header.files.extend(_info(file) for file in files)
     return _messages(header, files, progress or (lambda sent, total: None))
 

@@ -126,7 +126,7 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name, (fits, requirement) in _checks(self).items():
             if not fits:
-                raise _invalid(name, f"must be {requirement}, not {getattr(self, name)}")
+                raise _invalid(name, f"must be {requirement}, not {str(getattr(self, name))[:80]}")
 
 
 @dataclass(frozen=True)
@@ -180,9 +180,14 @@ class EngineStats:
 
 
 class Engine(Protocol):
-    """An engine. Methods raise the family of `deltamux.errors`; UnavailableError once the engine has died."""
+    """An engine. Methods raise the family of `deltamux.errors`; UnavailableError once the engine has died.
+
+    Attributes:
+        max_model_len: longest sequence in tokens; known once it has started.
+    """
 
     base: BaseModel
+    max_model_len: int
 
     async def start(self) -> None:
         """Loads the base model; returns when requests can be served."""

@@ -15,7 +15,15 @@ from deltamux.server.caller import current_caller
 from deltamux.server.composing import NamedPart, mode_of, stage_composition
 from deltamux.server.events import EventHub
 from deltamux.server.interceptors import Context
-from deltamux.server.messages import adapter_message, after_token, page_size, page_token, version_message
+from deltamux.server.messages import (
+    adapter_message,
+    after_number,
+    after_token,
+    page_size,
+    page_token,
+    version_message,
+    within_page,
+)
 from deltamux.server.names import parse_adapter, parse_adapter_or_version, parse_tenant, parse_version
 from deltamux.server.quarantine import Quarantine, Upload
 from deltamux.server.routing import program_of
@@ -106,22 +114,24 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         self, request: pb.ListAdapterVersionsRequest, context: Context
     ) -> pb.ListAdapterVersionsResponse:
         key = self._own(parse_adapter(request.parent, "parent"))
-        after, size = _number(after_token(request.page_token)), page_size(request.page_size)
+        after, size = after_number(request.page_token), page_size(request.page_size)
         found = await self._run(lambda: self._store.versions(key, after=after, limit=size + 1))
-        token = page_token(str(found[size - 1].key.number)) if len(found) > size else ""
-        return pb.ListAdapterVersionsResponse(versions=map(version_message, found[:size]), next_page_token=token)
+        page = within_page(map(version_message, found[:size]))
+        token = page_token(str(page[-1].version)) if len(found) > len(page) else ""
+        return pb.ListAdapterVersionsResponse(versions=page, next_page_token=token)
 
     async def PromoteAdapter(self, request: pb.PromoteAdapterRequest, context: Context) -> pb.Adapter:
         key = self._own(parse_adapter(request.name))
         percent = request.canary_percent
-        if not 0 <= percent <= 99:
+        if not 0 <= percent <= 100:
             raise InvalidArgumentError(
-                f"canary_percent is 1 to 99, or 0 for all traffic; not {percent}", metadata={"field": "canary_percent"}
+                f"canary_percent is 1 to 99, or 0 or 100 for all traffic; not {percent}",
+                metadata={"field": "canary_percent"},
             )
         version = await self._run(lambda: self._store.version(VersionKey(*key, request.version)))
         # Loaded before it is routed to, so that the switch costs the first request nothing.
         await self._engine.prepare(program_of(version))
-        return await self._changed(key, lambda: self._store.promote(key, request.version, canary_percent=percent))
+        return await self._changed(key, lambda: self._store.promote(key, request.version, canary_percent=percent % 100))
 
     async def RollbackAdapter(self, request: pb.RollbackAdapterRequest, context: Context) -> pb.Adapter:
         key = self._own(parse_adapter(request.name))
@@ -224,7 +234,3 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-
-def _number(after: str) -> int:
-    return int(after) if after.isdecimal() else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import signal
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +24,12 @@ from deltamux.server.events import EventHub
 from deltamux.server.health import HealthMonitor
 from deltamux.server.inference import InferenceService
 from deltamux.server.interceptors import Around, AroundInterceptor, errors_become_statuses
+from deltamux.server.limits import MAX_MESSAGE_BYTES
 from deltamux.server.listen import bind, check_exposure
-from deltamux.server.options import MIB, ServeOptions
+from deltamux.server.logs import bound_lines
+from deltamux.server.options import ServeOptions
 from deltamux.server.quarantine import Quarantine
+from deltamux.server.requests import CheckedRequests
 from deltamux.server.routing import Router
 from deltamux.server.slots import Slots
 from deltamux.server.tenants import TenantsService
@@ -36,7 +40,6 @@ from deltamux.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
 from deltamux.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 from deltamux.v1.tenants_pb2_grpc import add_TenantsServicer_to_server
 
-MAX_MESSAGE_BYTES = 8 * MIB
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in ((inference_pb2, "Inference"), (adapters_pb2, "Adapters"), (tenants_pb2, "Tenants"))
@@ -94,6 +97,7 @@ async def running(
         FailedPreconditionError: the address, the store or the base model cannot be used.
     """
     check_exposure(options)
+    bound_lines(logging.getLogger("deltamux.server"))
     async with AsyncExitStack() as stack:
         store = await asyncio.to_thread(AdapterStore.open, options.store)
         stack.callback(store.close)
@@ -156,7 +160,7 @@ def _grpc_server(options: ServeOptions, store: AdapterStore) -> grpc.aio.Server:
     ]
     # Two servers on one port would share its connections between them at random.
     return grpc.aio.server(
-        interceptors=[AroundInterceptor(errors_become_statuses), AroundInterceptor(identify)],
+        interceptors=[AroundInterceptor(errors_become_statuses), AroundInterceptor(identify), CheckedRequests()],
         options=[*limits, ("grpc.so_reuseport", 0)],
     )
 

@@ -40,7 +40,7 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     async def _run(self, request: pb.GenerateRequest, *, stream: bool) -> AsyncGenerator[pb.GenerateResponse]:
         """The life of a request. The version it gets here is the one it keeps, whatever is promoted or deleted."""
-        prompt, sampling = prompt_of(request), sampling_of(request.sampling)
+        prompt, sampling = prompt_of(request, self._engine.max_model_len), sampling_of(request.sampling)
         request_id = secrets.token_hex(8)
         if not self._engine.healthy:
             raise UnavailableError("the engine is down; send the request again once the server's health is SERVING")

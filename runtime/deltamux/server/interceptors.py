@@ -21,7 +21,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 Around = Callable[[str, Context], AbstractAsyncContextManager[None]]
 """Given the RPC's full name and its context, what to enter before the RPC runs and to leave after its last response."""
 
-_KINDS: dict[tuple[bool, bool], tuple[str, Any]] = {
+KINDS: dict[tuple[bool, bool], tuple[str, Any]] = {
     (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
     (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
     (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
@@ -44,7 +44,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
         handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
         if handler is None:
             return None
-        attribute, make = _KINDS[handler.request_streaming, handler.response_streaming]
+        attribute, make = KINDS[handler.request_streaming, handler.response_streaming]
         wrap = self._streaming if handler.response_streaming else self._unary
         behaviour = wrap(handler_call_details.method, getattr(handler, attribute))
         return make(behaviour, handler.request_deserializer, handler.response_serializer)

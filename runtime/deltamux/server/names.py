@@ -25,9 +25,13 @@ class KeyName(NamedTuple):
         return f"tenants/{self.tenant}/keys/{self.key}"
 
 
+def is_id(value: str) -> bool:
+    return _ID_PATTERN.fullmatch(value) is not None
+
+
 def check_id(value: str, field: str) -> str:
     """Returns the id, or raises InvalidArgumentError naming the request's field."""
-    if not _ID_PATTERN.fullmatch(value):
+    if not is_id(value):
         raise InvalidArgumentError(
             f"{field} {value[:80]!r} is no id: it takes {ID_RULE}", reason="INVALID_NAME", metadata={"field": field}
         )

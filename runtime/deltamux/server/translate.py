@@ -6,18 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 from deltamux.engine.base import ChatMessage, GenerationChunk, GuidedDecoding, Prompt, SamplingOptions, TokenLogprobs
+from deltamux.engine.checks import too_long
 from deltamux.errors import InvalidArgumentError, UnavailableError
 from deltamux.v1 import inference_pb2 as pb
 
 _FINISH_REASONS = {"stop": pb.FINISH_REASON_STOP, "length": pb.FINISH_REASON_LENGTH}
 
 
-def prompt_of(request: pb.GenerateRequest) -> Prompt:
-    """Returns the prompt; raises InvalidArgumentError if the request has none."""
+def prompt_of(request: pb.GenerateRequest, max_tokens: int) -> Prompt:
+    """Returns the prompt; raises InvalidArgumentError if the request has none, or more than `max_tokens` ids."""
     kind = request.WhichOneof("prompt")
     if kind == "text":
         return request.text
     if kind == "token_ids":
+        if (count := len(request.token_ids.values)) > max_tokens:
+            raise too_long(f"has {count} tokens", max_tokens, tokens=count)
         return tuple(request.token_ids.values)
     if kind == "chat" and request.chat.messages:
         return tuple(ChatMessage(m.role, m.content) for m in request.chat.messages)

@@ -276,17 +276,19 @@ class UploadHeader(_message.Message):
     adapter: _builtins.str
     """`tenants/{tenant}/adapters/{adapter}`; both come into being where they do not exist and the server allows it."""
     method: _builtins.str
-    """Name of the method; empty recognises it by the files."""
+    """Name of the method; empty recognises it by the files. At most 128 characters."""
     promote: _builtins.bool
     """Whether the name serves the new version at once. Unset: if it serves none yet."""
     expected_digest: _builtins.str
-    """If set, an upload whose content has another digest is refused."""
+    """If set, an upload whose content has another digest is refused. At most 128 characters."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileInfo]:
-        """What follows, in any order; each file exactly once and whole."""
+        """What follows, in any order; each file exactly once and whole. At most 64."""
 
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """At most 32, keys of at most 63 and values of at most 255 characters, all together at most 4096 bytes."""
+
     def __init__(
         self,
         *,
@@ -315,7 +317,7 @@ class FileInfo(_message.Message):
     SIZE_BYTES_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """A plain file name, such as "adapter_model.safetensors"."""
+    """A plain file name, such as "adapter_model.safetensors". At most 255 characters."""
     size_bytes: _builtins.int
     sha256: _builtins.str
     """Hex; empty is not checked."""
@@ -398,7 +400,9 @@ class ComposeAdapterRequest(_message.Message):
         """2 to 16, in the order in which they apply."""
 
     @_builtins.property
-    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """As UploadHeader's."""
+
     def __init__(
         self,
         *,
@@ -475,7 +479,7 @@ class ListAdaptersRequest(_message.Message):
     page_size: _builtins.int
     """At most this many; 0 lets the server choose. Never more than 1000."""
     page_token: _builtins.str
-    """`next_page_token` of the page before."""
+    """`next_page_token` of the page before; INVALID_ARGUMENT with reason INVALID_PAGE_TOKEN for any other."""
     def __init__(
         self,
         *,

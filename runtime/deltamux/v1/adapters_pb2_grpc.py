@@ -29,6 +29,9 @@ if _version_not_supported:
 class AdaptersStub:
     """The life of adapters: immutable versions, and a name that serves one of them.
 
+    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
+
     An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
     """
 
@@ -107,6 +110,9 @@ class AdaptersStub:
 
 class AdaptersServicer:
     """The life of adapters: immutable versions, and a name that serves one of them.
+
+    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
 
     An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
     """
@@ -281,6 +287,9 @@ def add_AdaptersServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Adapters:
     """The life of adapters: immutable versions, and a name that serves one of them.
+
+    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
 
     An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
     """

@@ -30,6 +30,9 @@ GRPC_VERSION: str
 class AdaptersStub:
     """The life of adapters: immutable versions, and a name that serves one of them.
 
+    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
+
     An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
     """
 
@@ -72,6 +75,9 @@ class AdaptersStub:
 class AdaptersAsyncStub(AdaptersStub):
     """The life of adapters: immutable versions, and a name that serves one of them.
 
+    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
+
     An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
     """
 
@@ -109,6 +115,9 @@ class AdaptersAsyncStub(AdaptersStub):
 
 class AdaptersServicer(metaclass=_abc_1.ABCMeta):
     """The life of adapters: immutable versions, and a name that serves one of them.
+
+    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
 
     An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
     """

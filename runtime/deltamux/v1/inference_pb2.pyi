@@ -52,13 +52,19 @@ class GenerateRequest(_message.Message):
     adapter: _builtins.str
     """`tenants/{tenant}/adapters/{adapter}`: the version that the alias serves when the request is admitted.
     `tenants/{tenant}/adapters/{adapter}/versions/{version}`: that version. Empty: the base model alone.
+    At most 256 characters.
     """
     text: _builtins.str
+    """At most as many characters as the context has tokens, times those of the vocabulary's longest token; a text is
+    refused by its beginning where that alone has more tokens than the context.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
     def chat(self) -> Global___Chat:
-        """Laid out by the base model's chat template."""
+        """Laid out by the base model's chat template; INVALID_ARGUMENT with reason INVALID_CHAT, in the template's
+        own words, where that refuses them. Content and layout are each bounded as `text`.
+        """
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParameters: ...
@@ -87,7 +93,9 @@ class TokenIds(_message.Message):
 
     VALUES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At most as many as the context holds, and 1,048,576."""
+
     def __init__(
         self,
         *,
@@ -107,7 +115,9 @@ class Chat(_message.Message):
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """At most 1024."""
+
     def __init__(
         self,
         *,
@@ -128,7 +138,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """"system", "user", "assistant", or what else the chat template knows."""
+    """"system", "user", "assistant", or what else the chat template knows. At most 64 characters."""
     content: _builtins.str
     def __init__(
         self,
@@ -194,7 +204,9 @@ class SamplingParameters(_message.Message):
     fill_context: _builtins.bool
     """Generates until a stop or the end of the context. Excludes max_tokens."""
     min_tokens: _builtins.int
-    """No stop string, stop token or end of text before so many tokens. Default 0."""
+    """No stop string, stop token or end of text before so many tokens. Default 0; at most what the context leaves behind
+    the prompt.
+    """
     temperature: _builtins.float
     """0 is greedy. Default 1."""
     top_p: _builtins.float
@@ -220,13 +232,17 @@ class SamplingParameters(_message.Message):
     """Default true."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end the generation; they are not part of the text unless include_stop_str_in_output is set."""
+        """Strings that end the generation; they are not part of the text unless include_stop_str_in_output is set.
+        At most 64, of at most 256 characters each.
+        """
 
     @_builtins.property
-    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At most 256, each in the vocabulary."""
+
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id to what is added to its logit, in [-100, 100]."""
+        """Token id to what is added to its logit, in [-100, 100]. At most 1024, each id in the vocabulary."""
 
     @_builtins.property
     def structured_output(self) -> Global___StructuredOutput:
@@ -300,8 +316,9 @@ class StructuredOutput(_message.Message):
     REGEX_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """The text of a JSON schema."""
+    """The text of a JSON schema. At most 65,536 characters."""
     regex: _builtins.str
+    """At most 4096 characters."""
     @_builtins.property
     def choice(self) -> Global___Choice: ...
     def __init__(
@@ -328,7 +345,7 @@ class Choice(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """The output is one of these strings."""
+        """The output is one of these strings. At most 1024, of at most 1024 characters each and 32,768 together."""
 
     def __init__(
         self,

@@ -28,6 +28,9 @@ if _version_not_supported:
 class InferenceStub:
     """Generates text with the base model, alone or with one tenant's adapter.
 
+    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
+    field, and costs the server nothing else. A message has at most 8 MiB.
+
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
     """
@@ -52,6 +55,9 @@ class InferenceStub:
 
 class InferenceServicer:
     """Generates text with the base model, alone or with one tenant's adapter.
+
+    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
+    field, and costs the server nothing else. A message has at most 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
@@ -95,6 +101,9 @@ def add_InferenceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Inference:
     """Generates text with the base model, alone or with one tenant's adapter.
+
+    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
+    field, and costs the server nothing else. A message has at most 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.

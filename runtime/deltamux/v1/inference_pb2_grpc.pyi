@@ -29,6 +29,9 @@ GRPC_VERSION: str
 class InferenceStub:
     """Generates text with the base model, alone or with one tenant's adapter.
 
+    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
+    field, and costs the server nothing else. A message has at most 8 MiB.
+
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
     """
@@ -48,6 +51,9 @@ class InferenceStub:
 class InferenceAsyncStub(InferenceStub):
     """Generates text with the base model, alone or with one tenant's adapter.
 
+    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
+    field, and costs the server nothing else. A message has at most 8 MiB.
+
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
     """
@@ -62,6 +68,9 @@ class InferenceAsyncStub(InferenceStub):
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text with the base model, alone or with one tenant's adapter.
+
+    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
+    field, and costs the server nothing else. A message has at most 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.

@@ -28,6 +28,7 @@ if _version_not_supported:
 
 class TenantsStub:
     """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
     """
 
     def __init__(self, channel):
@@ -75,6 +76,7 @@ class TenantsStub:
 
 class TenantsServicer:
     """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
     """
 
     def CreateTenant(self, request, context):
@@ -172,6 +174,7 @@ def add_TenantsServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Tenants:
     """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
     """
 
     @staticmethod

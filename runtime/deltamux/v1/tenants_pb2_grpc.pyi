@@ -28,7 +28,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TenantsStub:
-    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's."""
+    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -50,7 +52,9 @@ class TenantsStub:
 
 @_typing.type_check_only
 class TenantsAsyncStub(TenantsStub):
-    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's."""
+    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTenant: _aio.UnaryUnaryMultiCallable[_tenants_pb2.CreateTenantRequest, _tenants_pb2.Tenant]  # type: ignore[assignment]
@@ -68,7 +72,9 @@ class TenantsAsyncStub(TenantsStub):
     """Revokes a key; it is refused from the next call on."""
 
 class TenantsServicer(metaclass=_abc_1.ABCMeta):
-    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's."""
+    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
+    """
 
     @_abc_1.abstractmethod
     def CreateTenant(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from deltamux import __version__
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import (
-    ChatMessage,
     EngineOptions,
     EngineStats,
     GenerationChunk,
@@ -20,15 +19,17 @@ from deltamux.engine.base import (
     Prompt,
     SamplingOptions,
 )
+from deltamux.engine.checks import check_prompt, check_sampling
 from deltamux.engine.vllm.host_tier import HostTier
 from deltamux.engine.vllm.loader_link import LoaderLink
-from deltamux.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
-from deltamux.prompts import encode_chat, encode_text
+from deltamux.errors import FailedPreconditionError, UnavailableError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
+
+    from deltamux.engine.vllm.prompts import Prompts
 
 PLACEHOLDER = 0
 """Token id that stands where virtual tokens are; what the model makes of it is replaced in every layer."""
@@ -46,8 +47,9 @@ class VLLMEngine:
     def __init__(self, options: EngineOptions) -> None:
         self._options = options
         self.base = BaseModel.from_pretrained(options.model)
+        self.max_model_len = 0
         self._llm: AsyncLLM | None = None
-        self._tokenizer: Any = None
+        self._prompts: Prompts
 
     async def start(self) -> None:
         """Loads the base model; returns when the engine takes requests."""
@@ -57,6 +59,7 @@ class VLLMEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from deltamux.engine.vllm.outputs import Pace
+        from deltamux.engine.vllm.prompts import Prompts
 
         config = await asyncio.to_thread(_engine_config, AsyncEngineArgs(**_engine_arguments(self._options)))
         assert config.lora_config is not None
@@ -68,8 +71,8 @@ class VLLMEngine:
         self._host = HostTier(self._link, self._options.max_host_adapters)
         self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
         self._pace = Pace.of(self._llm)
-        self._tokenizer = self._llm.get_tokenizer()
-        self._max_model_len: int = self._llm.model_config.max_model_len
+        self.max_model_len = self._llm.model_config.max_model_len
+        self._prompts = await asyncio.to_thread(Prompts, self._llm.get_tokenizer(), self.max_model_len)
 
     async def stop(self) -> None:
         """Ends vLLM's processes; requests under way end with UNAVAILABLE."""
@@ -78,6 +81,7 @@ class VLLMEngine:
             # The handler would report the end of the engine's process as a failure; here it is what was asked for.
             if llm.output_handler is not None:
                 llm.output_handler.cancel()
+            self._prompts.close()
             await self._link.close()
             await asyncio.to_thread(llm.shutdown)
 
@@ -97,9 +101,7 @@ class VLLMEngine:
         """Yields what is generated as it comes; closing the iterator aborts the request in the engine."""
         if program is not None:
             self._host.prefetch(program)
-        token_ids = await self._tokenize(prompt)
-        num_virtual_tokens = program.num_virtual_tokens if program else 0
-        self._check_prompt(token_ids, num_virtual_tokens)
+        token_ids = await self._checked_prompt(prompt, sampling, program.num_virtual_tokens if program else 0)
         async with AsyncExitStack() as stack:
             program_id = await stack.enter_async_context(self._host.lease(program)) if program else 0
             # Closed here and not when it is collected: the abort must reach vLLM before the lease ends.
@@ -157,29 +159,33 @@ class VLLMEngine:
     ) -> AsyncGenerator[GenerationChunk]:
         from vllm.inputs import TokensPrompt
         from vllm.lora.request import LoRARequest
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         from deltamux.engine.vllm.outputs import PacedCollector, outputs_of
         from deltamux.engine.vllm.prefixes import EXTRA_ARG, known_tokens
-        from deltamux.engine.vllm.translate import chunk, sampling_params
+        from deltamux.engine.vllm.translate import callers_mistakes, chunk, engine_faults, sampling_params
 
         virtual = program.num_virtual_tokens if program else 0
         # A repetition penalty looks at the prompt's tokens: then the placeholder is one that the prompt has anyway.
         placeholder = token_ids[0] if sampling.repetition_penalty != 1.0 else PLACEHOLDER
         prompt = TokensPrompt(prompt_token_ids=[placeholder] * virtual + token_ids)
         request = LoRARequest(program.digest, program_id, str(program.path)) if program else None
-        try:
-            parameters = sampling_params(sampling, stream=stream)
+        with engine_faults():
+            with callers_mistakes():
+                parameters = sampling_params(sampling, stream=stream)
             if virtual and self._writes_prefixes and program is not None:
                 parameters.extra_args = {EXTRA_ARG: await asyncio.to_thread(known_tokens, program, self.base)}
-            mailbox = await self._engine.add_request(request_id, prompt, parameters, lora_request=request)
+            with callers_mistakes():
+                mailbox = await self._engine.add_request(request_id, prompt, parameters, lora_request=request)
             async with aclosing(outputs_of(self._engine, PacedCollector.adopt(mailbox, self._pace))) as outputs:
                 async for output in outputs:
                     yield chunk(output, len(token_ids), virtual)
-        except (EngineDeadError, EngineGenerateError) as error:
-            raise UnavailableError("the engine has stopped; the request may be sent again once it is back") from error
-        except ValueError as error:
-            raise InvalidArgumentError(str(error)) from error
+
+    async def _checked_prompt(self, prompt: Prompt, sampling: SamplingOptions, num_virtual_tokens: int) -> list[int]:
+        room, vocab_size = self.max_model_len - num_virtual_tokens, self.base.dims.vocab_size
+        token_ids = await self._prompts.token_ids(prompt, room - 1, "")
+        check_prompt(token_ids, vocab_size, room - 1)
+        check_sampling(sampling, vocab_size, room - len(token_ids))
+        return token_ids
 
     @property
     def _engine(self) -> AsyncLLM:
@@ -191,33 +197,6 @@ class VLLMEngine:
         """Calls a method of every worker, between two steps."""
         answers: list[object] = await self._engine.collective_rpc(method, args=args)
         return answers
-
-    async def _tokenize(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return await asyncio.to_thread(encode_text, self._tokenizer, prompt)
-        messages = [message._asdict() for message in prompt if isinstance(message, ChatMessage)]
-        if messages:
-            return await asyncio.to_thread(encode_chat, self._tokenizer, messages)
-        return list(prompt)  # type: ignore[arg-type]  # what is left are token ids
-
-    def _check_prompt(self, token_ids: list[int], num_virtual_tokens: int) -> None:
-        if not token_ids:
-            raise InvalidArgumentError("the prompt is empty", reason="EMPTY_PROMPT", metadata={"field": "prompt"})
-        vocab_size = self.base.dims.vocab_size
-        wrong = next((t for t in token_ids if not 0 <= t < vocab_size), None)
-        if wrong is not None:
-            raise InvalidArgumentError(
-                f"token id {wrong} is outside the vocabulary (0 to {vocab_size - 1})",
-                reason="INVALID_TOKEN",
-                metadata={"field": "prompt.token_ids", "token": str(wrong)},
-            )
-        room = self._max_model_len - num_virtual_tokens - 1
-        if len(token_ids) > room:
-            raise InvalidArgumentError(
-                f"the prompt has {len(token_ids)} tokens; the model's context leaves room for {room} here",
-                reason="PROMPT_TOO_LONG",
-                metadata={"field": "prompt", "tokens": str(len(token_ids)), "limit": str(room)},
-            )
 
 
 def _set_environment() -> None:

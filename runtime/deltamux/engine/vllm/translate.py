@@ -2,17 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm import SamplingParams
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMServerError
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from deltamux.engine.base import GenerationChunk, GuidedDecoding, SamplingOptions, TokenLogprobs
+from deltamux.errors import InvalidArgumentError, UnavailableError
+
+MAX_MESSAGE = 500
+"""Characters of what vLLM says about a request; it quotes values whole."""
+
+
+@contextmanager
+def callers_mistakes() -> Iterator[None]:
+    """Around what vLLM does with a caller's parameters before the request runs: what it refuses is INVALID_ARGUMENT."""
+    try:
+        yield
+    except (VLLMClientError, ValueError) as error:
+        field = getattr(error, "parameter", None)
+        # The message alone: a validation error's `str` holds the refused value too.
+        text = str(error.args[0] if error.args else error)
+        raise InvalidArgumentError(
+            text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}…",
+            metadata={"field": f"sampling.{field}"} if field else None,
+        ) from error
+
+
+@contextmanager
+def engine_faults() -> Iterator[None]:
+    """Around a request's whole life in vLLM: an engine that died, or turns requests away, is UNAVAILABLE."""
+    try:
+        yield
+    except (EngineDeadError, EngineGenerateError) as error:
+        raise UnavailableError("the engine has stopped; the request may be sent again once it is back") from error
+    except (GracefulHTTPError, VLLMServerError) as error:
+        raise UnavailableError(f"the engine gave the request up; it may be sent again ({error})") from error
 
 
 def sampling_params(options: SamplingOptions, *, stream: bool) -> SamplingParams:
-    """Returns vLLM's parameters; raises ValueError where vLLM finds a value out of range.
+    """Returns vLLM's parameters; call it within `callers_mistakes`.
 
     Args:
         stream: hand tokens over as they come; otherwise all of them at the end.

@@ -1,0 +1,90 @@
+"""Every request, before its RPC runs: one that cannot be decoded, or is larger than its bounds, is INVALID_ARGUMENT."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any, NamedTuple
+
+import grpc
+
+from deltamux.errors import DeltamuxError, InvalidArgumentError
+from deltamux.server.interceptors import KINDS, Context
+from deltamux.server.limits import check_limits
+
+
+class Refused(NamedTuple):
+    """Stands where a request would; gRPC has no status for a deserialiser that raises."""
+
+    error: DeltamuxError
+
+
+class CheckedRequests(grpc.aio.ServerInterceptor):
+    """Decodes and checks every request. It comes last, so that what it raises meets the interceptors before it."""
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        attribute, make = KINDS[handler.request_streaming, handler.response_streaming]
+        wrap = _streaming if handler.request_streaming else _unary
+        behaviour = wrap(getattr(handler, attribute))
+        return make(behaviour, _checked(handler.request_deserializer), handler.response_serializer)
+
+
+def _checked(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    if deserialise is None:
+        return None
+
+    def read(raw: bytes) -> Any:
+        try:
+            message = deserialise(raw)
+            check_limits(message)
+        except InvalidArgumentError as error:
+            return Refused(error)
+        except Exception as error:
+            return Refused(_undecodable(raw, error))
+        return message
+
+    return read
+
+
+def _unary(inner: Callable[[Any, Context], Any]) -> Any:
+    # Not a coroutine: what a streaming method returns is an asynchronous generator, and passes through as it is.
+    def run(request: Any, context: Context) -> Any:
+        return inner(_accepted(request), context)
+
+    return run
+
+
+def _streaming(inner: Callable[[Any, Context], Any]) -> Any:
+    def run(requests: AsyncIterator[Any], context: Context) -> Any:
+        return inner(_Accepted(requests), context)
+
+    return run
+
+
+class _Accepted:
+    """The requests of a stream, each as `_accepted` returns it."""
+
+    def __init__(self, requests: AsyncIterator[Any]) -> None:
+        self._requests = aiter(requests)
+
+    def __aiter__(self) -> _Accepted:
+        return self
+
+    async def __anext__(self) -> Any:
+        return _accepted(await anext(self._requests))
+
+
+def _accepted(request: Any) -> Any:
+    if isinstance(request, Refused):
+        raise request.error
+    return request
+
+
+def _undecodable(raw: bytes, error: Exception) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"the request's {len(raw)} bytes cannot be decoded ({type(error).__name__}): send a message of the RPC's type, "
+        "its text in UTF-8",
+        reason="UNDECODABLE",
+    )

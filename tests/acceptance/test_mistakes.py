@@ -1,0 +1,30 @@
+"""Callers' mistakes, at a real engine: INVALID_ARGUMENT with the field, and the engine serves on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from acceptance.process import ServerProcess
+from deltamux.client import Client
+from deltamux.errors import InvalidArgumentError
+
+MISTAKES: dict[str, dict[str, Any]] = {
+    "bias beyond the vocabulary": {"logit_bias": {10_000_000: 1.0}},
+    "negative bias id": {"logit_bias": {-1: 1.0}},
+    "stop id beyond the vocabulary": {"stop_token_ids": [10_000_000]},
+    "a million stop ids": {"stop_token_ids": range(1_000_000)},
+    "more tokens than the context": {"min_tokens": 10**9, "fill_context": True},
+    "twenty thousand choices": {"choice": [f"option {n}" for n in range(20_000)]},
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_refused_and_the_engine_serves_on(name: str, client: Client, server: ServerProcess) -> None:
+    prompt = [5, 17, 99]
+    with pytest.raises(InvalidArgumentError) as refused:
+        client.generate(prompt, **MISTAKES[name], timeout=20)
+    assert refused.value.metadata["field"].startswith("sampling.")
+    assert len(client.generate(prompt, max_tokens=2, ignore_eos=True, timeout=20).token_ids) == 2
+    assert len(server.log()) < 200_000

@@ -1,0 +1,122 @@
+"""Prompts become tokens off the event loop, at a cost that the context bounds, and fairly between groups."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from server.tiny_base import byte_tokenizer
+
+from deltamux.engine.base import ChatMessage
+from deltamux.engine.fair import FairQueue
+from deltamux.engine.vllm.prompts import LONG_TEXT, Prompts
+from deltamux.errors import InvalidArgumentError, ResourceExhaustedError
+
+ROOM = 255
+
+
+def prompts(max_model_len: int = ROOM + 1, long_token: int = 0) -> Prompts:
+    """Args: long_token: characters of the vocabulary's longest token, which bounds what a text may have."""
+    tokenizer: Any = byte_tokenizer()
+    if long_token:
+        tokenizer.add_tokens(["#" * long_token])
+    return Prompts(tokenizer, max_model_len)
+
+
+@pytest.mark.parametrize("text", ["a" * 7_000_000, "word " * 1_400_000, "é" * 3_500_000, "😀" * 1_750_000])
+@pytest.mark.parametrize("long_token", [0, 40_000])
+async def test_a_text_far_too_long_is_refused_by_its_size_or_its_beginning(text: str, long_token: int) -> None:
+    started = time.perf_counter()
+    with pytest.raises(InvalidArgumentError) as refused:
+        await prompts(long_token=long_token).token_ids(text, ROOM, "")
+    assert refused.value.reason == "PROMPT_TOO_LONG"
+    assert time.perf_counter() - started < 1.0
+
+
+@given(st.text(max_size=2000))
+async def test_a_text_is_tokenised_as_the_tokenizer_does(text: str) -> None:
+    subject = prompts(10_000)
+    assert await subject.token_ids(text, 10_000, "") == byte_tokenizer().encode(text)
+    subject.close()
+
+
+async def test_a_long_text_that_fits_is_tokenised_whole() -> None:
+    text = "x" * (2 * LONG_TEXT)
+    assert len(await prompts(3 * LONG_TEXT).token_ids(text, 3 * LONG_TEXT, "")) == len(text)
+
+
+async def test_a_chat_is_laid_out_as_the_tokenizer_does() -> None:
+    messages = (ChatMessage("system", "be brief"), ChatMessage("user", "hé {{ 1 }}"))
+    tokenizer = byte_tokenizer()
+    rows = [message._asdict() for message in messages]
+    text: Any = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
+    assert await prompts().token_ids(messages, ROOM, "") == tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[7].content }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ undefined_thing.more }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% for i in range(90000) %}{% for j in range(90000) %}{{ messages[0].content }}{% endfor %}{% endfor %}",
+    ],
+    ids=["raises", "index", "type", "undefined", "sandbox", "endless"],
+)
+async def test_a_template_that_fails_or_goes_too_far_refuses_the_messages(template: str) -> None:
+    subject = prompts()
+    subject._tokenizer.chat_template = template
+    started = time.perf_counter()
+    with pytest.raises(InvalidArgumentError) as refused:
+        await subject.token_ids((ChatMessage("user", "x"),), ROOM, "")
+    assert refused.value.reason in ("INVALID_CHAT", "PROMPT_TOO_LONG")
+    assert time.perf_counter() - started < 2.0
+
+
+async def test_one_groups_long_texts_delay_anothers_by_one_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = prompts(4 * LONG_TEXT)
+    order: list[str] = []
+    gate = threading.Event()
+
+    def encode(text: str, room: int, how: object) -> list[int]:
+        gate.wait(5)
+        order.append(text[0])
+        return [1]
+
+    monkeypatch.setattr(subject, "_encode", encode)
+    greedy = [asyncio.create_task(subject.token_ids("g" * LONG_TEXT, ROOM, "greedy")) for _ in range(5)]
+    await asyncio.sleep(0.01)
+    modest = asyncio.create_task(subject.token_ids("m" * LONG_TEXT, ROOM, "modest"))
+    short = asyncio.create_task(subject.token_ids("s", ROOM, "modest"))
+    await asyncio.sleep(0.01)
+    gate.set()
+    await asyncio.gather(*greedy, modest, short)
+    assert order.index("m") <= 3  # one ran, one was next, and the short text needs no place
+
+
+async def test_who_waits_leaves_the_queue_when_cancelled() -> None:
+    queue = FairQueue(1, 2, "texts")
+    async with queue.place("a"):
+        waiting = [asyncio.create_task(enter(queue, "a")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(ResourceExhaustedError) as refused:
+            await enter(queue, "a")
+        assert refused.value.retry_after
+        waiting[0].cancel()
+        other = asyncio.create_task(enter(queue, "b"))
+        await asyncio.sleep(0)
+    await asyncio.gather(waiting[1], other)
+    async with asyncio.timeout(1), queue.place("c"):
+        pass
+
+
+async def enter(queue: FairQueue, group: str) -> None:
+    async with queue.place(group):
+        await asyncio.sleep(0)
