@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltamux.deltas import BaseModel, Checkpoint
+from deltamux.deltas import Checkpoint
 from deltamux.deltas.composition import Mode, Part, compose
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 from deltamux.registry import Registry
+from deltamux_trainers.loading import describe_base
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def compose_directories(
     read = [Part(str(directory), Checkpoint.read(directory), weight) for directory, weight in parts]
     composed = compose(read, Mode(mode))
     method, own = Registry().recognise(composed)
-    program = method.program(method.parse(own.config), BaseModel.from_pretrained(model), own.tensors)
+    program = method.program(method.parse(own.config), describe_base(model), own.tensors)
     program.check_finite()
     staging = output.with_name(f".{output.name}.writing")
     shutil.rmtree(staging, ignore_errors=True)

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltamux.deltas import BaseModel, Checkpoint, Dense
+from deltamux.deltas import Checkpoint, Dense
 from deltamux.deltas.ops.sign_dense import pack_signs, unpack_signs
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
 from deltamux.registry import Registry
+from deltamux_trainers.loading import describe_base
 
 FORMS = ("bitdelta", "svd")
 REPORT_FILE = "compress_report.json"
@@ -57,7 +58,7 @@ def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta",
         raise FailedPreconditionError(
             f"{output} holds an adapter already: choose another output", reason="OUTPUT_EXISTS"
         )
-    base = BaseModel.from_pretrained(model)
+    base = describe_base(model)
     method, checkpoint = Registry().recognise(Checkpoint.read(adapter))
     program = method.program(method.parse(checkpoint.config), base, checkpoint.tensors)
     names = [f"{site}.weight" for site, op in program if isinstance(op, Dense)]

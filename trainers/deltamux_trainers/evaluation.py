@@ -16,9 +16,9 @@ from deltamux.deltas import BaseModel, Checkpoint, attached
 from deltamux.errors import InvalidArgumentError
 from deltamux.registry import Registry
 from deltamux_trainers.data import IGNORED, Encoded, Row, collate, encode, read_rows
+from deltamux_trainers.loading import load_base
 from deltamux_trainers.model import token_loss
 from deltamux_trainers.options import EvaluateOptions
-from deltamux_trainers.training import load_base
 
 T = TypeVar("T")
 

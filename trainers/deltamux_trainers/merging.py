@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deltamux.deltas import BaseModel, Checkpoint, Program, merge_program
 from deltamux.errors import BaseMismatchError, FailedPreconditionError, InvalidArgumentError, NotMergeableError
 from deltamux.registry import Method, Registry
+from deltamux_trainers.loading import describe_base
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def merge(
         raise FailedPreconditionError(
             f"{output} is not empty: choose another output, or allow it to be overwritten", reason="OUTPUT_EXISTS"
         )
-    base = BaseModel.from_pretrained(model)
+    base = describe_base(model)
     registry = Registry()
     method, checkpoint = registry.recognise(Checkpoint.read(adapter))
     if method_name is not None:

@@ -1,42 +1,36 @@
-"""The one training loop: transformers' Trainer around a `DeltaModel`, for any method."""
+"""The one training loop: a run's options in, an adapter's files out, for any method."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
+import math
+import os
 import shutil
-import sys
-import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
-from deltamux.deltas import BaseModel
+from deltamux.deltas import BaseModel, Checkpoint
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.registry import Registry
+from deltamux_trainers import checkpoints, ranks
 from deltamux_trainers.data import Encoded, collate, encode, read_rows
+from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
 from deltamux_trainers.model import DeltaModel
-from deltamux_trainers.options import OPTIMIZERS, TrainOptions
+from deltamux_trainers.options import CHANGEABLE, DETERMINING, OPTIMIZERS, TrainOptions
+from deltamux_trainers.progress import Progress
+from deltamux_trainers.stopping import Interruption, Patience, TrainingInterrupted
+from deltamux_trainers.trainer import DeltaTrainer, Saving, Scheduled
 
-PARAMETERS_FILE = "parameters.safetensors"
-SCHEDULE_FILE = "schedule.safetensors"
 REPORT_FILE = "train_report.json"
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -44,11 +38,12 @@ class TrainResult:
     """What a run did; also written to ``train_report.json`` beside the adapter.
 
     Attributes:
-        loss: mean loss over the training run.
+        loss: mean loss over the training run, the part before a resume included.
         eval_loss: of the parameters that were kept; None without evaluation data.
         learning_rate: the highest of the run's schedule: the one asked for, or the method's default for this base.
         share: trainable parameters divided by the base's.
-        seconds: of the training loop.
+        seconds: of the training loop, since the last resume.
+        ranks: processes that took part; each step sees `batch_size` rows of each, times `gradient_accumulation`.
     """
 
     output: Path
@@ -60,125 +55,77 @@ class TrainResult:
     share: float
     seconds: float
     learning_rate: float
-
-
-class LoadedBase(NamedTuple):
-    model: nn.Module
-    tokenizer: Any
-    base: BaseModel
-
-
-def load_base(model: str, dtype: str, device: str) -> LoadedBase:
-    """Loads a base model and its tokenizer, and describes it (with its fingerprint)."""
-    base = BaseModel.from_pretrained(model)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    return LoadedBase(loaded.to(pick_device(device)), AutoTokenizer.from_pretrained(model), base)
-
-
-def pick_device(device: str) -> str:
-    return device if device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    ranks: int = 1
 
 
 def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
     """Trains an adapter and writes it to `options.output`, whole or not at all.
 
+    Started by torchrun, every process calls it: each takes its share of the rows, the first writes, and all return the
+    same result.
+
     Args:
         callbacks: transformers' callbacks, for those who want to watch.
     Raises:
         InvalidConfigError, InvalidArgumentError: an option or a row of the data is wrong.
-        FailedPreconditionError: the output holds an adapter already, or there is nothing to resume from.
+        FailedPreconditionError: the output holds an adapter already, or what is to be resumed is not there, damaged or
+            of another run; the base is not a decoder, or not whole; the device is not there; the loss is not finite.
+        TrainingInterrupted: SIGINT or SIGTERM ended the run between two steps; `resume` goes on from there.
     """
     method = Registry().get(options.method)
     config = method.parse(options.config)
     _check_output(options)
+    pick_device(options.device)
+    base, tokenizer = describe_base(options.model), load_tokenizer(options.model)
+    rows, eval_rows = _datasets(options, tokenizer)
+    rate = options.rate(method.info, base.dims.hidden_size)
+    arguments = _arguments(options, rate, bool(eval_rows))
+    determined_by = _determined_by(options, config, base, rate, arguments)
+    resumed = _checkpoint_to_resume(options, determined_by)
     set_seed(options.seed)
-    loaded = load_base(options.model, options.dtype, options.device)
-    rows, eval_rows = _datasets(options, loaded.tokenizer)
-    rate = options.rate(method.info, loaded.base.dims.hidden_size)
-    model = DeltaModel(loaded.model, loaded.base, method, config, options.seed)
-    trainer = _DeltaTrainer(
+    model = DeltaModel(load_model(options.model, options.dtype, options.device), base, method, config, options.seed)
+    interruption = Interruption()
+    trainer = DeltaTrainer(
+        determined_by,
         model=model,
-        args=_arguments(options, rate, bool(eval_rows)),
+        args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows or None,
-        data_collator=lambda batch: collate(batch, loaded.tokenizer.pad_token_id or 0),
-        callbacks=[*_callbacks(options), *callbacks],
+        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id or 0),
+        callbacks=[*_callbacks(options), interruption, *callbacks],
     )
-    trainer.add_callback(_Scheduled(trainer))
-    if options.quiet:
-        trainer.remove_callback(PrinterCallback)
-    started = time.monotonic()
-    outcome = trainer.train(resume_from_checkpoint=options.resume)
+    trainer.add_callback(Scheduled(trainer))
+    trainer.remove_callback(PrinterCallback)
+    with interruption.listening():
+        outcome = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    if interruption.stopped:
+        raise TrainingInterrupted(options.output, trainer.state)
+    if eval_rows:
+        trainer.load_best()
     result = TrainResult(
         output=options.output,
         method=method.name,
         steps=outcome.global_step,
-        loss=outcome.training_loss,
+        loss=trainer.mean_loss(),
         eval_loss=trainer.evaluate()["eval_loss"] if eval_rows else None,
-        parameters=sum(p.numel() for p in model.deltas),
+        parameters=sum(p.numel() for p in model.parameters_by_name().values()),
         share=model.share(),
-        seconds=time.monotonic() - started,
+        seconds=outcome.metrics["train_runtime"],
         learning_rate=rate,
+        ranks=ranks.count(),
     )
-    with torch.no_grad():
-        written, tensors = model.schedule.finish(config, model.exported())
-        checkpoint = method.checkpoint(written, loaded.base, tensors)
-    _write(checkpoint.write, options, result)
+    if ranks.is_first():
+        with torch.no_grad():
+            written, tensors = model.schedule.finish(config, model.exported())
+            _write(method.checkpoint(written, base, tensors), options, result)
+    ranks.wait_for_all()
     return result
-
-
-class _DeltaTrainer(Trainer):
-    """Checkpoints hold the method's parameters, never the base."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        directory = Path(output_dir or str(self.args.output_dir))
-        directory.mkdir(parents=True, exist_ok=True)
-        _save(self.delta_model.parameters_by_name(), directory / PARAMETERS_FILE)
-        _save(self.delta_model.schedule.state, directory / SCHEDULE_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        directory = Path(resume_from_checkpoint)
-        self.delta_model.load_parameters(load_file(directory / PARAMETERS_FILE))
-        self.delta_model.schedule.state = load_file(directory / SCHEDULE_FILE)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
-
-    @property
-    def delta_model(self) -> DeltaModel:
-        assert isinstance(self.model, DeltaModel)
-        return self.model
-
-
-class _Scheduled(TrainerCallback):
-    """Lets the method's schedule take part in every update."""
-
-    def __init__(self, trainer: _DeltaTrainer) -> None:
-        self._model = trainer.delta_model
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        kept = self._model.schedule.state
-        self._model.begin(state.max_steps)
-        self._model.schedule.state = {**self._model.schedule.state, **kept}
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        frozen = self._model.schedule.frozen(state.global_step)
-        for name, parameter in self._model.parameters_by_name().items():
-            parameter.requires_grad_(name not in frozen)
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._model.schedule.after_update(state.global_step + 1, self._model.parameters_by_name())
-
-
-def _save(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
 
 
 def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> TrainingArguments:
     strategy = "epoch" if options.eval_steps is None else "steps"
     return TrainingArguments(
-        output_dir=str(options.output / "checkpoints"),
+        output_dir=str(options.output / CHECKPOINTS),
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
         per_device_train_batch_size=options.batch_size,
@@ -191,15 +138,14 @@ def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> 
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         eval_strategy=strategy if evaluates else "no",
-        save_strategy=strategy,
+        # The parameters of the best evaluation are read from its checkpoint.
+        save_strategy=strategy if evaluates or options.save_steps is None else "no",
         eval_steps=options.eval_steps,
         save_steps=options.eval_steps or 500,
-        save_total_limit=2,
-        load_best_model_at_end=evaluates,
         metric_for_best_model="eval_loss" if evaluates else None,
         greater_is_better=False if evaluates else None,
         logging_steps=options.log_steps,
-        disable_tqdm=options.quiet or not sys.stderr.isatty(),
+        disable_tqdm=True,
         report_to="none",
         use_cpu=pick_device(options.device) == "cpu",
         dataloader_pin_memory=False,
@@ -212,7 +158,14 @@ def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> 
 
 
 def _callbacks(options: TrainOptions) -> list[TrainerCallback]:
-    return [] if options.patience is None else [EarlyStoppingCallback(options.patience)]
+    found: list[TrainerCallback] = []
+    if options.save_steps is not None:
+        found.append(Saving(options.save_steps))
+    if options.patience is not None:
+        found.append(Patience(options.patience))
+    if not options.quiet:
+        found.append(Progress())
+    return found
 
 
 def _datasets(options: TrainOptions, tokenizer: Any) -> tuple[list[Encoded], list[Encoded]]:
@@ -221,38 +174,85 @@ def _datasets(options: TrainOptions, tokenizer: Any) -> tuple[list[Encoded], lis
         held_out = read_rows(options.eval_data, tokenizer)
         return rows, [encode(row, tokenizer, options.max_length) for row in held_out]
     size = int(len(rows) * options.eval_fraction)
+    if options.eval_fraction and not size:
+        raise InvalidConfigError(
+            f"eval_fraction {options.eval_fraction} of {len(rows)} rows is less than one row: give more, or eval_data",
+            metadata={"field": "eval_fraction"},
+        )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
     shuffled = [rows[i] for i in order]
     return shuffled[size:], shuffled[:size]
 
 
+def _determined_by(
+    options: TrainOptions, config: Any, base: BaseModel, rate: float, arguments: TrainingArguments
+) -> dict[str, Any]:
+    """Returns what the run's losses follow from, by name, as JSON values."""
+    files = {"data": options.data, "eval_data": options.eval_data}
+    values = {
+        **{name: getattr(options, name) for name in DETERMINING},
+        **{name: file and hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()},
+        **{f"config.{name}": value for name, value in asdict(config).items()},
+        "base": base.fingerprint,
+        "learning_rate": rate,
+        "ranks": arguments.world_size,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
+    return plain
+
+
+def _checkpoint_to_resume(options: TrainOptions, determined_by: Mapping[str, Any]) -> Path | None:
+    if not options.resume:
+        return None
+    found = checkpoints.newest_whole(options.output / CHECKPOINTS)
+    saved = json.loads((found / checkpoints.RUN_FILE).read_text())["determined_by"]
+    checkpoints.check_same_run(saved, determined_by, ", ".join(CHANGEABLE))
+    state = json.loads((found / TRAINER_STATE_NAME).read_text())
+    for name, asked, done in (
+        ("max_steps", options.max_steps, state["global_step"]),
+        ("epochs", options.epochs if options.max_steps is None else None, state["epoch"]),
+    ):
+        if asked is not None and asked < done:
+            raise InvalidConfigError(
+                f"{name} {asked} is less than the {done:.4g} that the run to resume has behind it",
+                metadata={"field": name},
+            )
+    return found
+
+
 def _check_output(options: TrainOptions) -> None:
+    place = options.output.absolute()
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise InvalidConfigError(
+            f"output {options.output} cannot be written: {nearest} is not a directory that this user may write to",
+            metadata={"field": "output"},
+        )
     if (options.output / "adapter_config.json").exists():
         raise FailedPreconditionError(
             f"{options.output} holds an adapter already: choose another output, or remove it", reason="OUTPUT_EXISTS"
         )
-    checkpoints = list((options.output / "checkpoints").glob("checkpoint-*"))
-    if options.resume and not checkpoints:
-        raise FailedPreconditionError(f"{options.output} has no checkpoint to resume from", reason="NO_CHECKPOINT")
-    if checkpoints and not options.resume:
+    if not options.resume and any((options.output / CHECKPOINTS).glob("checkpoint-*")):
         raise InvalidConfigError(
             f"{options.output} holds checkpoints of an unfinished run: resume it, or choose another output",
             metadata={"field": "resume"},
         )
 
 
-def _write(write: Any, options: TrainOptions, result: TrainResult) -> None:
+def _write(checkpoint: Checkpoint, options: TrainOptions, result: TrainResult) -> None:
     """Writes the adapter's files beside and renames them in, the config last: an adapter is whole when it has one."""
+    if not math.isfinite(result.loss) or not all(t.isfinite().all() for t in checkpoint.tensors.values()):
+        raise FailedPreconditionError(
+            f"training diverged: the mean loss is {result.loss:g}, and nothing is written. Lower the learning rate "
+            f"({result.learning_rate:g}), or use --dtype float32",
+            reason="DIVERGED",
+        )
     staging = options.output / "writing"
-    write(staging)
-    report = {**asdict(result), "output": str(result.output), "options": _plain(asdict(replace(options)))}
-    (staging / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    checkpoint.write(staging)
+    report = {**asdict(result), "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}}
+    (staging / REPORT_FILE).write_text(json.dumps(report, indent=2, default=str) + "\n")
     for name in (REPORT_FILE, "adapter_model.safetensors", "adapter_config.json"):
         (staging / name).rename(options.output / name)
     staging.rmdir()
     if not options.keep_checkpoints:
-        shutil.rmtree(options.output / "checkpoints", ignore_errors=True)
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+        shutil.rmtree(options.output / CHECKPOINTS, ignore_errors=True)

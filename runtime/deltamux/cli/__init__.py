@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error.message}", file=sys.stderr)
         print(f"       {error.status} {error.reason}{f' ({details})' if details else ''}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
+        if str(interruption):
+            print(interruption, file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import sys
 import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,8 @@ TRAIN_NUMBERS: dict[str, tuple[type, str]] = {
     "warmup_ratio": (float, "share of the steps"),
     "max_length": (int, "tokens a row; longer ones are cut"),
     "eval_fraction": (float, "share of the data to hold out, where --eval-data is not given"),
-    "eval_steps": (int, "optimizer steps between evaluations and checkpoints"),
+    "eval_steps": (int, "optimizer steps between evaluations (default: once per pass)"),
+    "save_steps": (int, "optimizer steps between checkpoints; the last two are kept (default: once per pass)"),
     "patience": (int, "evaluations without improvement after which training stops"),
     "log_steps": (int, "optimizer steps between log lines"),
     "seed": (int, ""),
@@ -55,7 +60,7 @@ def _add_train(commands: Any) -> None:
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
     parser.add_argument("--optimizer", help="adamw (default), adamw_8bit or paged_adamw_8bit (both need bitsandbytes)")
     parser.add_argument("--scheduler", help="learning-rate schedule (default: linear)")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint, exactly")
+    parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint, exactly")
     add_json(parser)
     parser.set_defaults(run=_train)
 
@@ -114,7 +119,7 @@ def _add_compose(commands: Any) -> None:
 def _add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -132,28 +137,37 @@ def _train(arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         **{name: value for name, value in given.items() if value is not None},
     )
-    show_one(train(options), as_json=arguments.json)
+    _show_result(lambda: train(options), arguments)
+
+
+def _show_result(work: Callable[[], Any], arguments: argparse.Namespace) -> None:
+    """Prints what the work returns; whatever is printed meanwhile goes to stderr: stdout is the result alone."""
+    with redirect_stdout(sys.stderr):
+        result = work()
+    if int(os.environ.get("RANK", "0")) == 0:  # of several processes that torchrun started, the first
+        show_one(result, as_json=arguments.json)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import EvaluateOptions, evaluate
 
     names = ("model", "data", "adapter", "generate", "max_new_tokens", "batch_size", "limit", "dtype", "device")
-    show_one(evaluate(EvaluateOptions(**{n: getattr(arguments, n) for n in names})), as_json=arguments.json)
+    options = EvaluateOptions(**{name: getattr(arguments, name) for name in names})
+    _show_result(lambda: evaluate(options), arguments)
 
 
 def _merge(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import merge
 
     options = {"method_name": arguments.method, "overwrite": arguments.overwrite}
-    show_one(merge(arguments.model, arguments.adapter, arguments.output, **options), as_json=arguments.json)
+    _show_result(lambda: merge(arguments.model, arguments.adapter, arguments.output, **options), arguments)
 
 
 def _compress(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import compress
 
-    result = compress(arguments.model, arguments.adapter, arguments.output, form=arguments.form, rank=arguments.rank)
-    show_one(result, as_json=arguments.json)
+    options = {"form": arguments.form, "rank": arguments.rank}
+    _show_result(lambda: compress(arguments.model, arguments.adapter, arguments.output, **options), arguments)
 
 
 def _compose(arguments: argparse.Namespace) -> None:
@@ -161,8 +175,7 @@ def _compose(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import compose_directories
 
     parts = [(Path(name), weight) for name, weight in map(weighted, arguments.parts)]
-    result = compose_directories(arguments.model, parts, arguments.output, mode=arguments.mode)
-    show_one(result, as_json=arguments.json)
+    _show_result(lambda: compose_directories(arguments.model, parts, arguments.output, mode=arguments.mode), arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> None:

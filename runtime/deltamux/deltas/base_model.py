@@ -53,11 +53,19 @@ class BaseModel:
 
     @classmethod
     def from_config(cls, config: Any) -> BaseModel:
-        """Describes the model of a `transformers.PretrainedConfig`, built on the meta device: no weights, no memory."""
+        """Describes the model of a `transformers.PretrainedConfig`, built on the meta device: no weights, no memory.
+
+        Raises:
+            FailedPreconditionError: it is not a decoder.
+        """
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        _check_decoder(config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        except ValueError as error:
+            raise _not_a_decoder(config, f"not known to transformers as one that generates text ({error})") from error
         return cls._describe(model, config)
 
     @classmethod
@@ -175,6 +183,30 @@ class BaseModel:
         model.eval()(input_ids=rows, past_key_values=cache, use_cache=True)
         model.train(training)
         return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
+
+
+def _check_decoder(config: Any) -> None:
+    """Raises FailedPreconditionError for encoders, and for models with an encoder.
+
+    transformers builds them as decoders all the same, with an output head that was never trained.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "causal", False)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _not_a_decoder(config, "an encoder with a decoder")
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        raise _not_a_decoder(config, "an encoder")
+
+
+def _not_a_decoder(config: Any, what: str) -> FailedPreconditionError:
+    named = ", ".join(getattr(config, "architectures", None) or [config.model_type])
+    return FailedPreconditionError(
+        f"the base model ({named}) is {what}: only causal language models (decoders), such as LlamaForCausalLM, can be "
+        "bases",
+        reason="NOT_A_DECODER",
+        metadata={"architecture": named, "model_type": str(config.model_type)},
+    )
 
 
 def _fingerprint(base: BaseModel, files: WeightFiles) -> str:

@@ -1,0 +1,165 @@
+"""What cannot be trained is refused in a sentence: bad options, and bases that are not whole decoders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import worlds
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaForSequenceClassification, LlamaModel
+from transformers.trainer_utils import SchedulerType
+
+from deltamux.cli import main
+from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux_trainers import EvaluateOptions, TrainOptions, compress, evaluate, merge, train
+from deltamux_trainers.options import EVALUATE_RANGES, SCHEDULERS, TRAIN_RANGES
+
+BAD_OPTIONS = [
+    ("--scheduler nope", "scheduler is one of linear, cosine,"),
+    ("--scheduler cosine_with_min_lr", "scheduler is one of"),
+    ("--optimizer sgd", "optimizer is one of adamw"),
+    ("--learning-rate -1", "learning_rate is a number above 0"),
+    ("--learning-rate nan", "learning_rate is a number above 0"),
+    ("--max-steps -5", "max_steps is a whole number of at least 1"),
+    ("--max-steps 0", "max_steps is a whole number of at least 1"),
+    ("--epochs -1", "epochs is a number above 0"),
+    ("--epochs inf", "epochs is a number above 0"),
+    ("--warmup-ratio 3", "warmup_ratio is a number of at least 0 and below 1"),
+    ("--weight-decay -0.1", "weight_decay is a number of at least 0"),
+    ("--batch-size 0", "batch_size is a whole number of at least 1"),
+    ("--gradient-accumulation 0", "gradient_accumulation is a whole number"),
+    ("--max-length 1", "max_length is a whole number of at least 2"),
+    ("--log-steps 0", "log_steps is a whole number"),
+    ("--eval-steps 0", "eval_steps is a whole number"),
+    ("--seed -1", "seed is a whole number of at least 0"),
+    ("--eval-fraction 1", "eval_fraction is a number of at least 0 and below 1"),
+    ("--eval-fraction 0.001", "eval_fraction 0.001 of 64 rows is less than one row"),
+    ("--eval-fraction 0.5 --patience 0", "patience is a whole number of at least 1"),
+    ("--patience 2", "patience 2 needs data to evaluate on"),
+    ("--scheduler reduce_lr_on_plateau", "needs data to evaluate on"),
+    ("--device tpu", "device is auto, cpu, cuda or cuda:N"),
+    ("--device cuda:99", "device cuda:99 is not there"),
+    ("--config {tmp}/missing.yaml", "missing.yaml cannot be read: No such file"),
+    ("--config {tmp}", "cannot be read: Is a directory"),
+    ("--config {tmp}/broken.yaml", "broken.yaml is not valid YAML in line 2"),
+    ("--config {tmp}/list.yaml", "list.yaml is not a mapping"),
+    ("--config {tmp}/unknown.yaml", "no option 'rank'; it has:"),
+    ("--set r", "write key=value"),
+    ("--set r=[1", "is not valid YAML"),
+    ("--set no_such=1", "no option 'no_such'"),
+    ("--method none", "unknown method 'none'; installed:"),
+    ("--data {tmp}/missing.jsonl", "missing.jsonl cannot be read"),
+    ("--output {tmp}/list.yaml", "list.yaml is not a directory"),
+    ("--model {tmp}/no-model", "no-model' cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("given", "sentence"), BAD_OPTIONS, ids=[given for given, _ in BAD_OPTIONS])
+def test_a_bad_option_is_a_sentence_before_the_base_is_loaded(
+    given: str,
+    sentence: str,
+    directory: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("deltamux_trainers.training.load_model", _must_not_run, raising=True)
+    (tmp_path / "broken.yaml").write_text("r: 4\nlora_alpha: 1: 2\nbias: none\n")
+    (tmp_path / "list.yaml").write_text("- r\n")
+    (tmp_path / "unknown.yaml").write_text("rank: 4\n")
+    whole = {"--method": "lora", "--model": directory, "--data": data, "--output": tmp_path / "out"}
+    words = given.format(tmp=tmp_path).split()
+    arguments = [str(word) for option, value in whole.items() if option not in words for word in (option, value)]
+    assert main(["train", *arguments, *words]) == 1
+    printed = capsys.readouterr()
+    assert sentence in printed.err.splitlines()[0]
+    assert printed.err.startswith("error: ")
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def _must_not_run(*arguments: Any) -> None:
+    raise AssertionError("the base is loaded")
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranges"), [(TrainOptions, TRAIN_RANGES), (EvaluateOptions, EVALUATE_RANGES)], ids=["train", "evaluate"]
+)
+@pytest.mark.parametrize("value", [-1, 1e30, float("nan"), "4", True])
+def test_every_number_has_bounds(kind: type[Any], ranges: dict[str, Any], value: Any) -> None:
+    given = {"model": "", "data": Path(), **({"method": "lora", "output": Path()} if kind is TrainOptions else {})}
+    for name in ranges:
+        with pytest.raises(InvalidConfigError, match=f"^{name} is a"):
+            kind(**given, **{name: value})
+
+
+def test_the_schedules_are_those_of_transformers_that_need_no_options() -> None:
+    assert set(SCHEDULERS) <= {kind.value for kind in SchedulerType}
+
+
+def test_stdout_is_one_json_document_and_progress_goes_to_stderr(
+    directory: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--method", "lora", "--model", str(directory), "--data", str(data), "--output", str(tmp_path / "out")]
+    assert main(["train", *given, "--max-steps", "2", "--log-steps", "1", "--eval-fraction", "0.5", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["steps"] == 2
+    assert "step 1/2: loss " in printed.err
+    assert "step 2/2: evaluation loss " in printed.err
+    assert main(["evaluate", "--model", str(directory), "--data", str(data), "--limit", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 1
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Bases that transformers would load as causal models, weights of the output head made up."""
+    root = tmp_path_factory.mktemp("bases")
+    whole = worlds.save_base(root / "whole", "llama")
+    small = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+    BertModel(small).save_pretrained(root / "encoder")  # type: ignore[no-untyped-call]  # transformers leaves it so
+    LlamaModel.from_pretrained(whole).save_pretrained(root / "headless")
+    LlamaForSequenceClassification.from_pretrained(whole).save_pretrained(root / "classifier")
+    for name in ("encoder", "headless", "classifier"):
+        AutoTokenizer.from_pretrained(whole).save_pretrained(root / name)
+    return lambda name: root / name
+
+
+REFUSED = {"encoder": "is an encoder", "headless": "lack lm_head.weight", "classifier": "lack lm_head.weight"}
+WORK: dict[str, Callable[[str, Path, Path], object]] = {
+    "train": lambda model, data, output: train(TrainOptions("lora", model, data, output, quiet=True)),
+    "evaluate": lambda model, data, output: evaluate(EvaluateOptions(model, data)),
+    "merge": lambda model, data, output: merge(model, data, output),
+    "compress": lambda model, data, output: compress(model, data, output),
+}
+
+
+@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("base", REFUSED)
+def test_a_base_that_is_not_a_whole_decoder_is_refused(
+    base: str, work: str, bases: Callable[[str], Path], data: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(FailedPreconditionError, match=REFUSED[base]):
+        WORK[work](str(bases(base)), data, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_saved_without_its_head_is_whole_where_the_head_is_tied(data: Path, tmp_path: Path) -> None:
+    from transformers import GPT2Model
+
+    directory = worlds.save_base(tmp_path / "whole", "gpt2")
+    GPT2Model.from_pretrained(directory).save_pretrained(tmp_path / "headless")
+    AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "headless")
+    whole, headless = (evaluate(EvaluateOptions(str(tmp_path / n), data, limit=4)) for n in ("whole", "headless"))
+    assert headless.loss == pytest.approx(whole.loss, abs=1e-6)
+
+
+def test_a_base_without_a_tokenizer_is_named(data: Path, directory: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).symlink_to(directory / file)
+    with pytest.raises(FailedPreconditionError, match="the tokenizer of base model"):
+        train(TrainOptions("lora", str(tmp_path), data, tmp_path / "out", quiet=True))

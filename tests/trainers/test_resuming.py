@@ -1,0 +1,250 @@
+"""A run that stops goes on exactly where it was, with what it began with, or says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import worlds
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux_trainers import TrainOptions, train
+from deltamux_trainers.stopping import TrainingInterrupted
+from deltamux_trainers.training import TrainResult
+
+STEPS = 12
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process a signal within some step, as Ctrl-C or a scheduler would."""
+
+    def __init__(self, step: int, number: signal.Signals = signal.SIGINT) -> None:
+        self._step, self._number = step, number
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self._step - 1:
+            os.kill(os.getpid(), self._number)
+
+
+class Losses(TrainerCallback):
+    """Notes what is logged of each step."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, float] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in (logs or {}):
+            self.by_step[state.global_step] = logs["loss"]
+
+
+def options(directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:
+    own = {"method": "lora", "model": str(directory), "data": data, "output": output}
+    common: dict[str, Any] = {
+        "config": {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj"]},
+        "max_steps": STEPS,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "log_steps": 1,
+        "quiet": True,
+    }
+    return TrainOptions(**{**own, **common, **given})
+
+
+def saved(output: Path) -> list[str]:
+    return sorted(path.name for path in (output / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="module")
+def straight(directory: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Losses, TrainResult]:
+    """The run that nothing interrupts."""
+    losses = Losses()
+    output = tmp_path_factory.mktemp("straight")
+    return losses, train(options(directory, data, output, save_steps=4, keep_checkpoints=True), losses)
+
+
+def equals(output: Path, result: TrainResult, losses: Losses, straight: tuple[Losses, TrainResult]) -> None:
+    expected_losses, expected = straight
+    assert losses.by_step == {step: expected_losses.by_step[step] for step in losses.by_step}
+    assert result.loss == pytest.approx(expected.loss, rel=1e-6)
+    own, theirs = (load_file(path / "adapter_model.safetensors") for path in (output, expected.output))
+    assert all(torch.equal(own[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_run_saves_says_how_to_go_on_and_then_loses_nothing(
+    number: signal.Signals, directory: Path, data: Path, tmp_path: Path, straight: tuple[Losses, TrainResult]
+) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(TrainingInterrupted, match=f"after step 5 of {STEPS}; .* --resume"):
+        train(options(directory, data, tmp_path), SignalAt(5, number))
+    assert signal.getsignal(number) is before
+    assert saved(tmp_path) == ["checkpoint-5"]
+    losses = Losses()
+    result = train(options(directory, data, tmp_path, resume=True), losses)
+    assert list(losses.by_step) == list(range(6, STEPS + 1))
+    equals(tmp_path, result, losses, straight)
+
+
+def test_interrupting_between_evaluations_changes_neither_the_best_nor_the_patience(
+    directory: Path, data: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"eval_fraction": 0.25, "patience": 2, "max_steps": None, "epochs": 2.0}
+    with pytest.raises(TrainingInterrupted):
+        train(options(directory, data, tmp_path / "stopped", **given), SignalAt(15))
+    resumed = train(options(directory, data, tmp_path / "stopped", **given, resume=True))
+    whole = train(options(directory, data, tmp_path / "straight", **given))
+    assert (resumed.steps, resumed.eval_loss) == (whole.steps, whole.eval_loss)
+    assert resumed.loss == pytest.approx(whole.loss)
+
+
+def test_the_command_line_ends_with_130_after_an_interruption(directory: Path, data: Path, tmp_path: Path) -> None:
+    given = ["--method", "lora", "--model", str(directory), "--data", str(data), "--output", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "deltamux", "train", *given, "--max-steps", "100000", "--log-steps", "1", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        next(line for line in process.stderr if line.startswith("step "))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert out == ""
+    assert "of 100000; the checkpoint is saved. To go on, give the same command with --resume" in err
+    assert "Traceback" not in err
+
+
+def test_checkpoints_come_every_so_many_steps_and_the_last_two_stay(straight: tuple[Losses, TrainResult]) -> None:
+    assert saved(straight[1].output) == ["checkpoint-12", "checkpoint-8"]
+
+
+def test_the_best_checkpoint_stays_besides(directory: Path, data: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text('{"prompt": "0: ", "completion": "nothing like it"}\n')
+    given: dict[str, Any] = {"eval_data": held_out, "eval_steps": 2, "save_steps": 3, "keep_checkpoints": True}
+    result = train(options(directory, data, tmp_path / "out", **given, learning_rate=0.1))
+    state = json.loads((tmp_path / "out" / "checkpoints" / "checkpoint-12" / "trainer_state.json").read_text())
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step])
+    assert best < 10
+    assert set(saved(tmp_path / "out")) == {"checkpoint-12", "checkpoint-10", f"checkpoint-{best}"}
+    assert result.eval_loss == pytest.approx(losses[best])
+
+
+def cut(checkpoint: Path) -> None:
+    file = checkpoint / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip(checkpoint: Path) -> None:
+    file = checkpoint / "parameters.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES: dict[str, Any] = {
+    "cut": cut,
+    "a bit flipped": flip,
+    "a file missing": lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
+    "no manifest": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
+    "an empty manifest": lambda checkpoint: (checkpoint / "manifest.json").write_text(""),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(directory: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped with two checkpoints."""
+    output = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(TrainingInterrupted):
+        train(options(directory, data, output, save_steps=4), SignalAt(6))
+    return output
+
+
+def copied(source: Path, destination: Path) -> Path:
+    shutil.copytree(source, destination, dirs_exist_ok=True)
+    return destination
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    damage: str,
+    directory: Path,
+    data: Path,
+    tmp_path: Path,
+    stopped: Path,
+    straight: tuple[Losses, TrainResult],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    output = copied(stopped, tmp_path / "out")
+    DAMAGES[damage](output / "checkpoints" / "checkpoint-6")
+    losses = Losses()
+    result = train(options(directory, data, output, resume=True), losses)
+    assert min(losses.by_step) == 5
+    equals(output, result, losses, straight)
+    assert "checkpoint-6 is damaged" in caplog.text
+    assert "going on from checkpoint-4" in caplog.text
+
+
+def test_with_every_checkpoint_damaged_nothing_is_made_up(
+    directory: Path, data: Path, tmp_path: Path, stopped: Path
+) -> None:
+    output = copied(stopped, tmp_path / "out")
+    for checkpoint in (output / "checkpoints").iterdir():
+        cut(checkpoint)
+    with pytest.raises(FailedPreconditionError, match=r"checkpoint-6 is damaged .*checkpoint-4 is damaged"):
+        train(options(directory, data, output, resume=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate: saved 0.01, given 0.5"),
+        ({"method": "ia3", "config": {}}, "method: saved 'lora', given 'ia3'"),
+        ({"config": {"r": 3}}, "config.r: saved 2, given 3"),
+        ({"batch_size": 8}, "batch_size: saved 4, given 8"),
+        ({"gradient_accumulation": 2}, "gradient_accumulation: saved 1, given 2"),
+        ({"seed": 1}, "seed: saved 0, given 1"),
+        ({"scheduler": "cosine"}, "scheduler: saved 'linear', given 'cosine'"),
+        ({"max_length": 9}, "max_length: saved 1024, given 9"),
+        ({"dtype": "bfloat16"}, "dtype: saved 'float32', given 'bfloat16'"),
+        ({"eval_fraction": 0.5}, "eval_fraction: saved 0.0, given 0.5"),
+        ({"data": "other.jsonl"}, "data: saved "),
+        ({"model": "other"}, "base: saved "),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_going_on_with_another_run_is_refused_with_the_difference(
+    given: dict[str, Any], line: str, directory: Path, data: Path, tmp_path: Path, stopped: Path
+) -> None:
+    if "data" in given:
+        given = {"data": tmp_path / "other.jsonl"}
+        given["data"].write_text(data.read_text() + '{"text": "more"}\n')
+    if "model" in given:
+        given = {"model": str(worlds.save_base(tmp_path / "other", "qwen2"))}
+    with pytest.raises(FailedPreconditionError) as refused:
+        train(options(directory, **{"data": data, "output": stopped, "resume": True, **given}))
+    assert any(shown.strip().startswith(line) for shown in refused.value.message.splitlines())
+    assert "Only epochs, max_steps" in refused.value.message
+
+
+def test_a_run_may_go_on_for_longer_but_not_for_less(
+    directory: Path, data: Path, tmp_path: Path, stopped: Path
+) -> None:
+    output = copied(stopped, tmp_path / "moved")
+    with pytest.raises(InvalidConfigError, match="max_steps 5 is less than the 6"):
+        train(options(directory, data, output, resume=True, max_steps=5))
+    assert train(options(directory, data, output, resume=True, max_steps=STEPS + 1, log_steps=5)).steps == STEPS + 1
+
+
+def test_a_run_that_diverges_writes_nothing(directory: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(FailedPreconditionError, match="training diverged"):
+        train(options(directory, data, tmp_path, config={}, learning_rate=100.0, dtype="float16"))
+    assert not (tmp_path / "adapter_config.json").exists()

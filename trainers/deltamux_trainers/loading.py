@@ -1,0 +1,129 @@
+"""Loads a base model to train or to evaluate, and refuses one whose weights would be made up."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from deltamux.deltas import BaseModel
+from deltamux.errors import FailedPreconditionError
+
+SHOWN = 3
+"""Names of weights that an error lists."""
+
+
+class LoadedBase(NamedTuple):
+    model: nn.Module
+    tokenizer: Any
+    base: BaseModel
+
+
+def describe_base(model: str) -> BaseModel:
+    """Describes a base model for training, merging or evaluation; its weights are not read but for the fingerprint.
+
+    Raises:
+        FailedPreconditionError: it cannot be read, is not a decoder, or its files lack weights of the model, which
+            transformers would initialise at random.
+    """
+    base = BaseModel.from_pretrained(model)
+    with _quiet():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(model, device_map="meta", output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise _unloadable(model, error) from error
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
+        raise FailedPreconditionError(
+            f"the files of base model {model!r} lack {shown}, which would be initialised at random: it is not a whole "
+            f"{base.architecture}. Give a base that was saved with its output head",
+            reason="BASE_INCOMPLETE",
+            metadata={"tensor": missing[0]},
+        )
+    return base
+
+
+def load_tokenizer(model: str) -> Any:
+    """Loads a base model's tokenizer.
+
+    Raises:
+        FailedPreconditionError: the base has no tokenizer files, or damaged ones.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except Exception as error:  # whatever a damaged file makes the parsers raise
+        problem = str(error).partition("\n")[0]
+        raise FailedPreconditionError(
+            f"the tokenizer of base model {model!r} cannot be read: {problem}. Its files (tokenizer.json and "
+            "tokenizer_config.json) belong beside the weights",
+            reason="TOKENIZER_NOT_FOUND",
+        ) from error
+
+
+def load_model(model: str, dtype: str, device: str) -> nn.Module:
+    """Loads the weights of a base that `describe_base` has found whole."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise _unloadable(model, error) from error
+    moved: nn.Module = loaded.to(pick_device(device))
+    return moved
+
+
+def load_base(model: str, dtype: str, device: str) -> LoadedBase:
+    """Loads a base model and its tokenizer, and describes it (with its fingerprint).
+
+    Raises:
+        FailedPreconditionError: see `describe_base`, `load_tokenizer` and `pick_device`.
+    """
+    pick_device(device)
+    base, tokenizer = describe_base(model), load_tokenizer(model)
+    return LoadedBase(load_model(model, dtype, device), tokenizer, base)
+
+
+def pick_device(device: str) -> str:
+    """Returns a device's name for torch: auto is a GPU where there is one; of several ranks, each has its own.
+
+    Raises:
+        FailedPreconditionError: there is no such GPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    _, _, index = device.partition("cuda:")
+    if device.startswith("cuda") and int(index or 0) >= torch.cuda.device_count():
+        raise FailedPreconditionError(
+            f"device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; "
+            "give --device cpu, or install a CUDA build of torch on a machine with a GPU",
+            reason="DEVICE_NOT_FOUND",
+            metadata={"device": device},
+        )
+    return device
+
+
+def _unloadable(model: str, error: Exception) -> FailedPreconditionError:
+    problem = str(error).strip().partition("\n")[0] or type(error).__name__
+    return FailedPreconditionError(f"base model {model!r} cannot be loaded: {problem}", reason="BASE_NOT_LOADABLE")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences what transformers reports of a load whose result is told otherwise."""
+    level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bar:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # as above
