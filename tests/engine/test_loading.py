@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from concurrent.futures import Future
 from pathlib import Path
@@ -80,7 +81,7 @@ class Gate:
         self._program = program
         self.open = threading.Event()
 
-    def read(self, path: Path) -> Program:
+    def read(self, path: Path, sha256: str = "") -> Program:
         self.open.wait(10)
         if path.name == "broken":
             raise InvalidAdapterError("the file is broken")
@@ -108,6 +109,16 @@ def test_a_step_sees_a_program_only_when_it_is_loaded_and_not_dropped(base: Base
     loader.drop(2)
     assert not loader.ready
     assert loader.status(2) == "absent"
+
+
+def test_a_file_that_is_not_what_was_stored_is_damaged_and_not_refused(base: BaseModel, tmp_path: Path) -> None:
+    path = worlds.saved(worlds.random_low_rank(base, 1), tmp_path, "stored").path
+    stored = hashlib.sha256(path.read_bytes()).hexdigest()
+    loader = ProgramLoader(Program.load)
+    assert settled(loader.load(1, path, stored)) == "ready"
+    assert settled(loader.load(2, path, "0" * 64)).startswith("damaged: its file is damaged")
+    assert settled(loader.load(3, tmp_path / "gone", stored)) == "damaged: its file is missing"
+    assert settled(loader.load(4, tmp_path / "gone")).startswith("failed: ")
 
 
 def test_a_load_that_fails_leaves_the_others_alone(base: BaseModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -14,7 +15,7 @@ from deltamux.conformance.parity import assert_same, served
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import Engine, EngineStats, GenerationChunk, ProgramRef, SamplingOptions
 from deltamux.engine.vllm.engine import VLLMEngine
-from deltamux.errors import FailedPreconditionError, InvalidArgumentError
+from deltamux.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from engine import worlds
 
 GREEDY = SamplingOptions(max_tokens=200, temperature=0.0, ignore_eos=True)
@@ -81,6 +82,25 @@ async def test_a_repaired_program_is_loaded_anew(engine: Engine, base: BaseModel
     with pytest.raises(FailedPreconditionError):
         await engine.prepare(missing)
     await engine.prepare(worlds.saved(program, tmp_path, "repaired"))
+
+
+@pytest.mark.parametrize("harm", ["one bit flipped", "missing"])
+async def test_a_stored_program_that_is_damaged_is_told_from_one_that_does_not_fit(
+    harm: str, engine: Engine, base: BaseModel, tmp_path: Path
+) -> None:
+    path = worlds.saved(worlds.random_low_rank(base, 401), tmp_path, "stored").path
+    whole = path.read_bytes()
+    ref = ProgramRef(f"stored-{harm[:3]}", path, sha256=hashlib.sha256(whole).hexdigest())
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    if harm == "missing":
+        path.unlink()
+    for _ in range(2):
+        with pytest.raises(DataLossError) as lost:
+            await engine.prepare(ref)
+        assert (lost.value.reason, lost.value.metadata) == ("PROGRAM_DAMAGED", {"digest": ref.digest})
+    path.write_bytes(whole)
+    await engine.prepare(ref)
+    assert engine.healthy
 
 
 async def test_closing_the_iterator_aborts_the_generation(engine: Engine, programs: dict[str, ProgramRef]) -> None:

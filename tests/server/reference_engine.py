@@ -109,7 +109,7 @@ class ReferenceEngine:
 
     async def prepare(self, program: ProgramRef) -> None:
         if program.digest not in self.host:
-            self.host[program.digest] = await asyncio.to_thread(Program.load, program.path)
+            self.host[program.digest] = await asyncio.to_thread(Program.load, program.path, program.sha256)
 
     async def pin(self, digest: str) -> None:
         self.pinned.add(digest)

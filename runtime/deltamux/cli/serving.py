@@ -28,6 +28,7 @@ HELP = {
     "max_concurrent_uploads": "uploads at once",
     "max_pending_requests": "generations at once, waiting ones included",
     "plugin_timeout_seconds": "how long a plugin may take to be imported, and to compile one upload",
+    "recompile": "compile stored adapters anew whose program is damaged or for another base, when they are used",
     "drain_seconds": "how long requests under way may go on after SIGTERM",
     "auth": "none or keys",
     "admin_key_file": "the administrator's key (default: admin.key in the store; written where missing)",

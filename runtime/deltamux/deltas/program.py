@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,9 +16,9 @@ from safetensors.torch import save_file
 
 from deltamux.deltas.base_model import BaseModel
 from deltamux.deltas.ops import Op, op_class
-from deltamux.deltas.reading import read_tensors
+from deltamux.deltas.reading import ChecksumError, read_tensors
 from deltamux.deltas.sites import Site
-from deltamux.errors import InvalidAdapterError
+from deltamux.errors import DataLossError, InvalidAdapterError
 
 FORMAT = "deltamux.program/1"
 
@@ -120,8 +121,12 @@ class Program:
         for kind, ops in alike.items():
             kind.lay_out(ops)
 
-    def save(self, path: Path) -> None:
-        """Writes the compiled file: tensors ``<row>.<parameter>`` and the rows as JSON in the header."""
+    def save(self, path: Path, *, base_fingerprint: str = "") -> None:
+        """Writes the compiled file: tensors ``<row>.<parameter>`` and the rows as JSON in the header.
+
+        Args:
+            base_fingerprint: of the base that the program is for; "" where it is not known.
+        """
         tensors = {
             f"{row}.{field}": tensor.detach().cpu().contiguous().clone()
             for row, (_, op) in enumerate(self.placements)
@@ -129,6 +134,7 @@ class Program:
         }
         rows = [{"site": site, "op": op.name, "attributes": op.attributes()} for site, op in self.placements]
         metadata = {"format": FORMAT, "num_virtual_tokens": str(self.num_virtual_tokens), "rows": json.dumps(rows)}
+        metadata |= {"base_fingerprint": base_fingerprint} if base_fingerprint else {}
         save_file(tensors, path, metadata=metadata)
 
     @staticmethod
@@ -143,18 +149,27 @@ class Program:
         return [(row["site"], row["op"]) for row in rows]
 
     @classmethod
-    def load(cls, path: Path) -> Program:
+    def load(cls, path: Path, sha256: str = "") -> Program:
         """Reads a compiled file into memory, whole; the tensors share it.
 
+        Args:
+            sha256: of the file as it was stored, in hex; "" where it was not stored.
+
         Raises:
-            InvalidAdapterError: the file is missing, damaged, of another format, or names an unknown op.
+            DataLossError: the file is missing, or is not what was stored.
+            InvalidAdapterError: the file is damaged, of another format, or names an unknown op; or it is missing, and
+                was not stored.
         """
         try:
-            tensors, metadata = read_tensors(path)
+            tensors, metadata = read_tensors(path, sha256)
             if metadata.get("format") != FORMAT:
                 raise InvalidAdapterError(f"{path} is no compiled program of format {FORMAT}")
             return cls(_placements(metadata, tensors), int(metadata["num_virtual_tokens"]))
+        except ChecksumError as error:
+            raise _damaged(f"its file is damaged: {error}", path) from error
         except (OSError, SafetensorError) as error:
+            if sha256 and (problem := _loss(error)):
+                raise _damaged(problem, path) from error
             raise InvalidAdapterError(f"compiled program {path} cannot be read: {error}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidAdapterError(
@@ -174,6 +189,17 @@ def _placements(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
     return tuple(
         Placement(row["site"], op_class(row["op"]).of(parameters[i], row["attributes"])) for i, row in enumerate(rows)
     )
+
+
+def _loss(error: Exception) -> str:
+    """Returns what an error says of a stored file's loss; "" where the file may be whole, but is out of reach."""
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return "its file is missing"
+    return "its file cannot be read from the disk" if getattr(error, "errno", None) == errno.EIO else ""
+
+
+def _damaged(problem: str, path: Path) -> DataLossError:
+    return DataLossError(problem, reason="PROGRAM_DAMAGED", metadata={"path": str(path)})
 
 
 def _not_finite(problem: str, site: str, field: str) -> InvalidAdapterError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from itertools import groupby
@@ -44,23 +45,34 @@ class _Entry(NamedTuple):
         return cls(begin, end, name, DTYPES[told["dtype"]], tuple(told["shape"]))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+class ChecksumError(ValueError):
+    """A file's content is not that of its checksum."""
+
+
+def read_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns all tensors of a safetensors file, as views of one copy of it in memory, and its metadata.
 
     The file is read before it is looked at: reading leaves the interpreter to other threads, while `safe_open` keeps it
     as long as a disk takes that is slow, or that never answers.
 
+    Args:
+        sha256: of the whole file, in hex; "" leaves it unchecked. What is checked is the copy that is used.
+
     Raises:
+        ChecksumError: the file has another checksum.
         OSError: the file cannot be read.
         SafetensorError: it is damaged.
         KeyError, ValueError: it holds a dtype that is not known here, its tensors do not begin at multiples of their
             dtype's size, or it shrank while it was read.
     """
     whole = _read(path)
-    with safe_open(path, framework="np") as file:
-        metadata: dict[str, str] = file.metadata() or {}
+    if sha256 and (found := hashlib.sha256(whole.numpy().data).hexdigest()) != sha256:
+        raise ChecksumError(f"its sha256 is {found}, and {sha256} was stored")
+    with safe_open(path, framework="np"):
+        pass  # the header is sound
     start = LENGTH_BYTES + int.from_bytes(whole[:LENGTH_BYTES].numpy().tobytes(), "little")
     header = json.loads(whole[LENGTH_BYTES:start].numpy().tobytes())
+    metadata: dict[str, str] = header.get("__metadata__") or {}
     entries = sorted(_Entry.of(name, told) for name, told in header.items() if name != "__metadata__")
     tensors: dict[str, Tensor] = {}
     for dtype, run in groupby(entries, key=lambda entry: entry.dtype):

@@ -65,11 +65,18 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class ProgramRef:
-    """A compiled program in the store; `digest` is its identity, and `path` never changes its content."""
+    """A compiled program in the store.
+
+    Attributes:
+        digest: its identity: equal digests change the base alike.
+        path: its file; replaced as a whole, if at all, by one of the same meaning.
+        sha256: of the file, in hex: every load checks it. "" leaves it unchecked.
+    """
 
     digest: str
     path: Path
     num_virtual_tokens: int = 0
+    sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -219,6 +226,7 @@ class Engine(Protocol):
 
         Raises:
             FailedPreconditionError: the engine cannot use the program.
+            DataLossError: its file is missing, or is not what was stored; it is read anew when it is wanted again.
         """
         ...
 

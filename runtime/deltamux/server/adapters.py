@@ -25,8 +25,8 @@ from deltamux.server.messages import (
     within_page,
 )
 from deltamux.server.names import parse_adapter, parse_adapter_or_version, parse_tenant, parse_version
+from deltamux.server.programs import Programs
 from deltamux.server.quarantine import Quarantine, Upload
-from deltamux.server.routing import program_of
 from deltamux.server.slots import Slots
 from deltamux.server.uploads import UploadLimits, read_header, receive_files
 from deltamux.store import AdapterKey, AdapterRecord, AdapterStore, VersionKey, VersionRecord
@@ -43,6 +43,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         self,
         store: AdapterStore,
         engine: Engine,
+        programs: Programs,
         quarantine: Quarantine,
         events: EventHub,
         uploads: Slots,
@@ -51,6 +52,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
     ) -> None:
         self._store = store
         self._engine = engine
+        self._programs = programs
         self._quarantine = quarantine
         self._events = events
         self._uploads = uploads
@@ -130,7 +132,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             )
         version = await self._run(lambda: self._store.version(VersionKey(*key, request.version)))
         # Loaded before it is routed to, so that the switch costs the first request nothing.
-        await self._engine.prepare(program_of(version))
+        await self._programs.prepare(version)
         return await self._changed(key, lambda: self._store.promote(key, request.version, canary_percent=percent % 100))
 
     async def RollbackAdapter(self, request: pb.RollbackAdapterRequest, context: Context) -> pb.Adapter:
@@ -176,7 +178,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
     async def pin(self, adapter: AdapterRecord) -> None:
         """Brings an adapter's serving version into the engine's memory, to stay."""
         version = await self._run(lambda: self._store.version(VersionKey(*adapter.key, adapter.serving)))
-        await self._engine.prepare(program_of(version))
+        await self._programs.prepare(version)
         await self._engine.pin(version.compiled.digest)
 
     async def _changed(self, key: AdapterKey, change: Callable[[], AdapterRecord]) -> pb.Adapter:
@@ -195,7 +197,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
     async def _load_if_serving(self, version: VersionRecord) -> None:
         adapter = await self._run(lambda: self._store.adapter(version.key.parent))
         if adapter.serving == version.key.number and self._engine.healthy:
-            await self._engine.prepare(program_of(version))
+            await self._programs.prepare(version)
 
     async def _publish(self, kind: pb.AdapterEvent.Type.ValueType, key: AdapterKey, number: int = 0) -> None:
         record = await self._run(lambda: self._store.adapter(key))

@@ -28,7 +28,9 @@ from deltamux.server.limits import MAX_MESSAGE_BYTES
 from deltamux.server.listen import bind, check_exposure
 from deltamux.server.logs import bound_lines
 from deltamux.server.options import ServeOptions
+from deltamux.server.programs import Programs
 from deltamux.server.quarantine import Quarantine
+from deltamux.server.recompiling import Recompiler
 from deltamux.server.requests import CheckedRequests
 from deltamux.server.routing import Router
 from deltamux.server.slots import Slots
@@ -39,6 +41,8 @@ from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
 from deltamux.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
 from deltamux.v1.inference_pb2_grpc import add_InferenceServicer_to_server
 from deltamux.v1.tenants_pb2_grpc import add_TenantsServicer_to_server
+
+log = logging.getLogger("deltamux.server")
 
 SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
@@ -110,13 +114,14 @@ async def running(
         await engine.start()
         threads = stack.enter_context(ThreadPoolExecutor(options.max_concurrent_uploads + 4, "deltamux-disk"))
         events = EventHub()
-        adapters = _adapters_service(options, store, engine, compiler, events, threads)
+        programs = await _programs(options, store, engine, compiler, threads)
+        adapters = _adapters_service(options, store, engine, programs, compiler, events, threads)
         _forget_removed(store, engine)
         for pinned in store.pinned():
             await adapters.pin(pinned)
         health = HealthMonitor(engine, SERVICES)
         server = _grpc_server(options, store)
-        add_InferenceServicer_to_server(_inference_service(options, store, engine), server)
+        add_InferenceServicer_to_server(_inference_service(options, store, engine, programs), server)
         add_AdaptersServicer_to_server(adapters, server)
         add_TenantsServicer_to_server(TenantsService(store, events, threads), server)
         _add_standard_services(server, health)
@@ -165,23 +170,43 @@ def _grpc_server(options: ServeOptions, store: AdapterStore) -> grpc.aio.Server:
     )
 
 
-def _inference_service(options: ServeOptions, store: AdapterStore, engine: Engine) -> InferenceService:
-    return InferenceService(engine, Router(store), Slots(options.max_pending_requests, "generations"))
+def _inference_service(
+    options: ServeOptions, store: AdapterStore, engine: Engine, programs: Programs
+) -> InferenceService:
+    return InferenceService(engine, Router(store, programs), Slots(options.max_pending_requests, "generations"))
+
+
+async def _programs(
+    options: ServeOptions, store: AdapterStore, engine: Engine, compiler: Compiler, threads: ThreadPoolExecutor
+) -> Programs:
+    base = engine.base
+    if others := await asyncio.to_thread(store.programs.serve_base, base.fingerprint):
+        what = "compiled anew when they are used" if options.recompile else "refused; `--recompile` compiles them anew"
+        log.warning(
+            "%d versions of the store were compiled for another base than %s: %s", others, base.fingerprint, what
+        )
+    recompile = Recompiler(store, compiler, base, _budgets(options), threads) if options.recompile else None
+    return Programs(store, engine, threads, recompile)
+
+
+def _budgets(options: ServeOptions) -> Budgets:
+    return Budgets(options.max_lora_rank, options.max_virtual_tokens, options.max_adapter_bytes)
 
 
 def _adapters_service(
     options: ServeOptions,
     store: AdapterStore,
     engine: Engine,
+    programs: Programs,
     compiler: Compiler,
     events: EventHub,
     threads: ThreadPoolExecutor,
 ) -> AdaptersService:
-    budgets = Budgets(options.max_lora_rank, options.max_virtual_tokens, options.max_adapter_bytes)
     return AdaptersService(
         store,
         engine,
-        Quarantine(store, compiler, engine.base, budgets, threads),
+        programs,
+        Quarantine(store, compiler, engine.base, _budgets(options), threads),
         events,
         Slots(options.max_concurrent_uploads, "uploads"),
         UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds),

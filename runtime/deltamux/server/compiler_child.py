@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -33,6 +34,7 @@ from deltamux.registry import Method, Registry, create_plugin_manager
 from deltamux.server.compile_job import MAX_TEXT, Budgets, Compiled, Job, error_message, unpacked
 from deltamux.server.compiler_memory import COMPILING, COPIES, READING, at_most, is_shortage
 from deltamux.store import PROGRAM_FILE
+from deltamux.store.faults import FULL, store_error
 
 PR_SET_PDEATHSIG = 1
 
@@ -75,6 +77,9 @@ class Child:
                 return {"error": error_message(_too_large(error))}
             if isinstance(error, DeltamuxError):
                 return {"error": error_message(error)}
+            fault = store_error(error, job.staged.parent.parent)
+            if fault is not None and fault.reason == FULL:  # others may be of files of the plugin's
+                return {"error": error_message(fault)}
             return {"unexpected": traceback.format_exc()[-MAX_TEXT:]}
 
     def _compile(self, job: Job) -> Compiled:
@@ -100,10 +105,12 @@ class Child:
         path = job.staged / PROGRAM_FILE
         try:
             _check_budgets(program, job.budgets)
-            program.save(path)
+            program.save(path, base_fingerprint=base.fingerprint)
             written = Program.load(path)
-        except (BudgetExceededError, OSError, SafetensorError):
+        except (BudgetExceededError, OSError):
             raise
+        except SafetensorError as error:
+            raise _disk_error(error) from error
         except Exception as error:
             what = f"{type(error).__name__}: {error}".replace(f"{job.staged}{os.sep}", "")
             problem = f"plugin {method.name!r} made a program that cannot be kept: {what}"
@@ -131,6 +138,12 @@ def _too_large(error: Exception) -> BudgetExceededError:
         reason="COMPILE_MEMORY",
         metadata=known,
     )
+
+
+def _disk_error(error: SafetensorError) -> Exception:
+    """Returns what the disk said to safetensors, which has only its number in words; else the error itself."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), str(error)) if found else error
 
 
 def _check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:

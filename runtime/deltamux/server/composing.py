@@ -34,11 +34,12 @@ def stage_composition(store: AdapterStore, parts: Sequence[NamedPart], mode: Mod
 
     Raises:
         NotFoundError: there is no such adapter or version.
+        DataLossError: the stored files of a part are damaged.
         InvalidArgumentError, BaseMismatchError: see `compose`.
     """
     with ExitStack() as leases:
         read: list[Part] = []
         for part in parts:
             record = leases.enter_context(store.lease(part.key))
-            read.append(Part(str(record.key), Checkpoint.read(record.program.parent), part.weight))
+            read.append(Part(str(record.key), Checkpoint.read(store.programs.kept_upload(record)), part.weight))
         compose(read, mode).write(staged)

@@ -40,6 +40,7 @@ class ServeOptions:
         upload_idle_seconds: an upload that sends nothing for so long is given up.
         plugin_timeout_seconds: how long a plugin may take to be imported, and to compile one upload; then its process
             is ended, and the upload refused.
+        recompile: compile stored adapters anew, when they are used, whose program is damaged or for another base.
         drain_seconds: how long requests under way may go on after SIGTERM or SIGINT.
         auth: none (every caller is an administrator) or keys.
         admin_key_file: holds the administrator's key; None is ``admin.key`` in the store. Written where missing.
@@ -67,6 +68,7 @@ class ServeOptions:
     max_pending_requests: int = 1024
     upload_idle_seconds: float = 60.0
     plugin_timeout_seconds: float = 60.0
+    recompile: bool = False
     drain_seconds: float = 30.0
     auth: str = "none"
     admin_key_file: Path | None = None

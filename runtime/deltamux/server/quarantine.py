@@ -57,7 +57,8 @@ class Quarantine:
     ) -> None:
         self._store = store
         self._compiler = compiler
-        self._base = packed(base)
+        self._base = base
+        self._packed = packed(base)
         self._budgets = budgets
         self._threads = threads
 
@@ -71,9 +72,11 @@ class Quarantine:
             PluginError: their method's plugin failed, hung or crashed.
         """
         digest = await self._run(lambda: _digest(staged, upload.expected_digest))
-        job = Job(staged, upload.method, self._budgets, self._base)
+        job = Job(staged, upload.method, self._budgets, self._packed)
         found = await self._compiler.compile(job)
-        compiled = CompiledAdapter(digest, found.method, found.rank, found.num_virtual_tokens, found.num_bytes)
+        compiled = CompiledAdapter(
+            digest, found.method, found.rank, found.num_virtual_tokens, found.num_bytes, self._base.fingerprint
+        )
         return await self._run(
             lambda: self._store.commit(staged, upload.key, compiled, promote=upload.promote, labels=upload.labels)
         )

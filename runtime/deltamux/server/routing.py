@@ -9,7 +9,8 @@ from typing import NamedTuple
 from deltamux.engine.base import ProgramRef
 from deltamux.server.caller import current_caller
 from deltamux.server.names import parse_adapter_or_version
-from deltamux.store import AdapterStore, VersionRecord
+from deltamux.server.programs import Programs
+from deltamux.store import AdapterStore
 
 
 class Target(NamedTuple):
@@ -25,8 +26,9 @@ BASE = Target("", None)
 class Router:
     """Resolves names as the present caller may see them."""
 
-    def __init__(self, store: AdapterStore) -> None:
+    def __init__(self, store: AdapterStore, programs: Programs) -> None:
         self._store = store
+        self._programs = programs
 
     @asynccontextmanager
     async def lease(self, adapter: str, request_key: str) -> AsyncIterator[Target]:
@@ -37,6 +39,7 @@ class Router:
             request_key: decides whether a canary serves the request.
         Raises:
             NotFoundError: no such adapter, or another tenant's.
+            DataLossError, FailedPreconditionError: see `Programs.using`.
         """
         if not adapter:
             yield BASE
@@ -44,9 +47,5 @@ class Router:
         key = parse_adapter_or_version(adapter, "adapter")
         current_caller().check_may_see(key.tenant, adapter)
         with self._store.lease(key, request_key) as record:
-            yield Target(str(record.key), program_of(record))
-
-
-def program_of(record: VersionRecord) -> ProgramRef:
-    compiled = record.compiled
-    return ProgramRef(compiled.digest, record.program, compiled.num_virtual_tokens)
+            async with self._programs.using(record) as program:
+                yield Target(str(record.key), program)

@@ -123,7 +123,15 @@ class Database:
             self._files.close()
 
     def identity(self) -> Identity:
-        return Identity(*self.one("SELECT store_id, generation FROM identity"))
+        return Identity(*self.one("SELECT store_id, generation, base_fingerprint FROM identity"))
+
+    def note_base(self, fingerprint: str) -> None:
+        """Makes a base's fingerprint part of the store's identity, in the database and beside it."""
+        if self.identity().base_fingerprint != fingerprint:
+            with self.transaction():
+                self.run("UPDATE identity SET base_fingerprint = ?", fingerprint)
+            with store_faults(self._root):
+                self._files.write(self.identity())
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Which database belongs to which objects: a store's id and generation, kept in files beside the database and in it.
 
-The files are ``store.json`` (written once) and ``generation`` (overwritten in place after every change). A power cut
-may leave the generation's file behind the database; a database behind the file is an older copy, and lacks what was
-acknowledged since.
+The files are ``store.json`` (written anew when another base is served) and ``generation`` (overwritten in place after
+every change). A power cut may leave the generation's file behind the database; a database behind the file is an older
+copy, and lacks what was acknowledged since.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ DIGITS = 20
 
 
 class Identity(NamedTuple):
-    """A store's id, random, and how many changes it has seen."""
+    """A store's id, random, how many changes it has seen, and the base that it was served on last ("": unknown)."""
 
     store_id: str
     generation: int
+    base_fingerprint: str = ""
 
     def __str__(self) -> str:
         return f"{self.store_id[:8]}, generation {self.generation}"
@@ -53,7 +54,7 @@ class IdentityFiles:
                     "wrote it",
                     reason="STORE_SCHEMA",
                 )
-            return Identity(str(said["store_id"]), self._read_generation())
+            return Identity(str(said["store_id"]), self._read_generation(), str(said["base_fingerprint"]))
         except FileNotFoundError:
             return None
         except (ValueError, LookupError, TypeError) as error:
@@ -66,7 +67,8 @@ class IdentityFiles:
     def write(self, identity: Identity) -> None:
         """Writes both files, durably."""
         path, fresh = self._root / IDENTITY_FILE, self._root / f"{IDENTITY_FILE}.new"
-        text = json.dumps({"format": FORMAT, "store_id": identity.store_id}) + "\n"
+        said = {"format": FORMAT, "store_id": identity.store_id, "base_fingerprint": identity.base_fingerprint}
+        text = json.dumps(said) + "\n"
         self.note(identity.generation)
         with fresh.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -123,7 +125,8 @@ def no_database(root: Path, files: Identity | None, state: str) -> FailedPrecond
 def mismatch(root: Path, problem: str, reason: str = "STORE_MISMATCH") -> FailedPreconditionError:
     return FailedPreconditionError(
         f"{problem}. Nothing was changed. Put the right database back, or restore a backup with `deltamux store "
-        f"restore BACKUP {root}`; or give up what the database does not know with `deltamux store check {root} --adopt`",
+        f"restore BACKUP {root}`; or give up what the database does not know with `deltamux store check {root} "
+        "--adopt`",
         reason=reason,
         metadata={"store": str(root)},
     )

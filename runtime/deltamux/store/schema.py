@@ -39,9 +39,13 @@ CREATE TABLE promotions (
 );
 CREATE INDEX promotions_by_adapter ON promotions (tenant, adapter, id);
 """
+# Its statements are split at semicolons: none stands in a comment.
 SECOND = """
--- One row: what the files of the same store carry too. The generation grows with every change.
-CREATE TABLE identity (store_id TEXT NOT NULL, generation INTEGER NOT NULL);
+-- One row: what the files of the same store carry too. The generation grows with every change, and the base is the one
+-- that was served last.
+CREATE TABLE identity (
+    store_id TEXT NOT NULL, generation INTEGER NOT NULL, base_fingerprint TEXT NOT NULL DEFAULT ''
+);
 -- One compiled program for each content, whatever versions and tenants share it.
 CREATE TABLE programs (
     digest TEXT PRIMARY KEY, sha256 TEXT NOT NULL, base_fingerprint TEXT NOT NULL, damage TEXT NOT NULL DEFAULT ''
@@ -95,4 +99,4 @@ def _columns(connection: sqlite3.Connection) -> set[tuple[str, str]]:
 
 
 def _identity() -> str:
-    return f"INSERT INTO identity VALUES ('{secrets.token_hex(16)}', 0);"
+    return f"INSERT INTO identity VALUES ('{secrets.token_hex(16)}', 0, '');"

@@ -8,7 +8,6 @@ that this store has not marked before.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import threading
 import time
@@ -16,22 +15,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store.admission import Admission
 from deltamux.store.database import ADAPTER_ROWS, VERSION_ROWS, Database
 from deltamux.store.faults import store_faults
 from deltamux.store.objects import ObjectStore
+from deltamux.store.programs import StoredPrograms
 from deltamux.store.records import AdapterKey, AdapterRecord, CompiledAdapter, VersionKey, VersionRecord, VersionState
 from deltamux.store.removal import Removal, Removed
+from deltamux.store.routes import Route
 from deltamux.store.tenants import Tenants
-
-
-class _Route(NamedTuple):
-    serving: VersionRecord
-    canary: VersionRecord | None
-    percent: int
 
 
 class AdapterStore:
@@ -40,6 +34,7 @@ class AdapterStore:
     Attributes:
         root: the store's directory.
         tenants: tenants and their API keys.
+        programs: the versions' compiled programs.
     """
 
     def __init__(self, root: Path, lock_file: object, *, adopt: bool = False) -> None:
@@ -48,12 +43,15 @@ class AdapterStore:
         self._objects = ObjectStore(root)
         self._database = Database(root, self._objects, adopt=adopt)
         self.tenants = Tenants(self._database)
-        self._routes: dict[AdapterKey, _Route] = {}
+        self._routes: dict[AdapterKey, Route] = {}
         self._leases: Counter[VersionKey] = Counter()
         # Orders what moves objects, and may wait for the disk; readers need the database's lock only.
         self._moving = threading.RLock()
         self._removal = Removal(self._database, self._objects, self._leases, self._moving)
         self._admission = Admission(root, self._database, self._objects)
+        self.programs = StoredPrograms(
+            root, self._database, self._objects, self._admission, self._moving, self._routes.clear
+        )
         with store_faults(root, opening=True):
             self._objects.prepare()
             self._database.freeing(self._removal.recover)
@@ -223,15 +221,13 @@ class AdapterStore:
         route = self._routes.get(key)
         if route is None:
             route = self._routes[key] = self._route(self.adapter(key))
-        if route.canary is not None and _percentile(request_key) < route.percent:
-            return route.canary
-        return route.serving
+        return route.choose(request_key)
 
-    def _route(self, adapter: AdapterRecord) -> _Route:
+    def _route(self, adapter: AdapterRecord) -> Route:
         serving = self.version(VersionKey(*adapter.key, adapter.serving))
         if adapter.canary is None:
-            return _Route(serving, None, 0)
-        return _Route(serving, self.version(VersionKey(*adapter.key, adapter.canary.number)), adapter.canary.percent)
+            return Route(serving, None, 0)
+        return Route(serving, self.version(VersionKey(*adapter.key, adapter.canary.number)), adapter.canary.percent)
 
     def _release(self, key: VersionKey) -> None:
         with self._database.lock:
@@ -389,10 +385,6 @@ class AdapterStore:
 
     def _drain(self, where: str, *values: object) -> None:
         self._database.run(f"UPDATE versions SET state = ? WHERE {where}", VersionState.DRAINING, *values)
-
-
-def _percentile(request_key: str) -> int:
-    return int.from_bytes(hashlib.sha256(request_key.encode()).digest()[:8], "big") % 100
 
 
 def _not_found(key: AdapterKey | VersionKey) -> NotFoundError:

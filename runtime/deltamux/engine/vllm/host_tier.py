@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from deltamux.engine.base import ProgramRef
 from deltamux.engine.vllm.loader_link import LoaderLink
 from deltamux.engine.vllm.residency import Residency
-from deltamux.errors import DeltamuxError, FailedPreconditionError
+from deltamux.errors import DataLossError, DeltamuxError, FailedPreconditionError
 
 LEAST_COST = 1e-6
 """Seconds that a reload is taken to cost at least."""
@@ -55,6 +55,7 @@ class HostTier:
 
         Raises:
             FailedPreconditionError: the workers refuse the program; the message says why.
+            DataLossError: its file is missing, or is not what was stored.
         """
         resident = self._admit(ref)
         self._residency.hold(ref.digest)
@@ -122,13 +123,19 @@ class HostTier:
         """Loads a program, which holds its place meanwhile; then what is too much goes, even if nobody waited."""
         digest = resident.ref.digest
         try:
-            seconds = await self._link.load(resident.program_id, resident.ref.path)
+            seconds = await self._link.load(resident.program_id, resident.ref.path, resident.ref.sha256)
             self._residency.charge(digest, max(seconds, LEAST_COST))
             resident.ready = True
         except FailedPreconditionError as error:
             raise FailedPreconditionError(
                 f"the engine cannot use program {digest[:12]}: {error.message}",
                 reason="PROGRAM_REFUSED",
+                metadata={"digest": digest},
+            ) from error
+        except DataLossError as error:
+            raise DataLossError(
+                f"program {digest[:12]} cannot be loaded: {error.message}",
+                reason=error.reason,
                 metadata={"digest": digest},
             ) from error
         finally:

@@ -2,8 +2,8 @@
 
 vLLM answers ``collective_rpc`` between steps only: a load would cost several steps. So each worker on the front end's
 host listens at a Unix socket in a directory that only this user can enter, and answers when a load is over. They speak
-lines of JSON: ``{"load": id, "path": …}`` is answered by ``{"program": id, "state": …, "seconds": …}``, the state being
-``ready`` or ``failed: `` and the reason; ``{"drop": id}`` by nothing.
+lines of JSON: ``{"load": id, "path": …, "sha256": …}`` is answered by ``{"program": id, "state": …, "seconds": …}``,
+the state being ``ready``, or ``failed: `` or ``damaged: `` and the reason; ``{"drop": id}`` by nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deltamux.engine.vllm.loading import Loaded, ProgramLoader, outcome
-from deltamux.errors import FailedPreconditionError, UnavailableError
+from deltamux.engine.vllm.loading import DAMAGED, FAILED, Loaded, ProgramLoader, outcome
+from deltamux.errors import DataLossError, FailedPreconditionError, UnavailableError
 
 WorkerCall = Callable[..., Awaitable[list[object]]]
 """Calls a method of every worker by name and returns their answers (vLLM's ``collective_rpc``)."""
@@ -61,7 +61,7 @@ class LoaderServer:
             self._loader.drop(message["drop"])
             return
         program_id: int = message["load"]
-        future = self._loader.load(program_id, Path(message["path"]))
+        future = self._loader.load(program_id, Path(message["path"]), message["sha256"])
         future.add_done_callback(lambda done: self._answer(program_id, done, connection))
 
     def _answer(self, program_id: int, future: Future[Loaded], connection: socket.socket) -> None:
@@ -89,12 +89,12 @@ class _Connection:
     async def open(cls, path: str) -> _Connection:
         return cls(*await asyncio.open_unix_connection(path, limit=LINE_LIMIT))
 
-    async def load(self, program_id: int, path: Path) -> _Answer:
+    async def load(self, program_id: int, path: Path, sha256: str) -> _Answer:
         if self._reading.done():
             raise _gone()
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._pending[program_id] = answer
-        self._send({"load": program_id, "path": str(path)})
+        self._send({"load": program_id, "path": str(path), "sha256": sha256})
         return await answer
 
     def drop(self, program_id: int) -> None:
@@ -153,16 +153,17 @@ class LoaderLink:
         for connection in self._connections:
             await connection.close()
 
-    async def load(self, program_id: int, path: Path) -> float:
+    async def load(self, program_id: int, path: Path, sha256: str = "") -> float:
         """Loads a program in every worker; returns the seconds that the slowest took.
 
         Raises:
             FailedPreconditionError: a worker refuses the program; the message says why.
+            DataLossError: the file is missing, or has not the given sha256.
             UnavailableError: a worker has gone.
         """
         if not self._connections:
-            return await self._load_between_steps(program_id, path)
-        answers = await asyncio.gather(*(c.load(program_id, path) for c in self._connections))
+            return await self._load_between_steps(program_id, path, sha256)
+        answers = await asyncio.gather(*(c.load(program_id, path, sha256) for c in self._connections))
         _check([answer.state for answer in answers])
         return max(answer.seconds for answer in answers)
 
@@ -176,10 +177,10 @@ class LoaderLink:
     async def pin(self, program_id: int, pinned: bool) -> None:
         await self._call("delta_pin", (program_id, pinned))
 
-    async def _load_between_steps(self, program_id: int, path: Path) -> float:
+    async def _load_between_steps(self, program_id: int, path: Path, sha256: str) -> float:
         loop = asyncio.get_running_loop()
         started, delay = loop.time(), FIRST_POLL
-        await self._call("delta_load", (program_id, str(path)))
+        await self._call("delta_load", (program_id, str(path), sha256))
         while True:
             states = [str(state) for state in await self._call("delta_status", (program_id,))]
             _check(states)
@@ -190,9 +191,11 @@ class LoaderLink:
 
 
 def _check(states: list[str]) -> None:
-    failed = next((state for state in states if state.startswith("failed")), None)
-    if failed is not None:
-        raise FailedPreconditionError(failed, reason="PROGRAM_REFUSED")
+    for state in states:
+        if state.startswith(DAMAGED):
+            raise DataLossError(state.removeprefix(DAMAGED), reason="PROGRAM_DAMAGED")
+        if state.startswith(FAILED):
+            raise FailedPreconditionError(state, reason="PROGRAM_REFUSED")
 
 
 def _gone() -> UnavailableError:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from deltamux.deltas import Op, Program
 from deltamux.deltas.program import Placement
+from deltamux.errors import DataLossError
 
 THREADS = 2
 """So that one slow file does not hold up the others."""
@@ -26,6 +27,9 @@ SWITCH_SECONDS = 0.00005
 
 The threads have the step loop's priority: one of a lower would be put off while it keeps the interpreter from it.
 """
+
+FAILED, DAMAGED = "failed: ", "damaged: "
+"""In front of the reason, in the state of a load that is over: whether the program is refused, or its file is lost."""
 
 ALIGNMENT = 64
 """Bytes at whose multiples a packed tensor begins: a cache line."""
@@ -46,10 +50,11 @@ class ProgramLoader:
     """The programs in a worker's host memory, and the threads that bring them there. Any thread may call it.
 
     Args:
-        read: reads a file as a program that can be used as it is; raises what is wrong with it.
+        read: reads a file, of a given sha256 unless that is "", as a program that can be used as it is; raises what is
+            wrong with it.
     """
 
-    def __init__(self, read: Callable[[Path], Program]) -> None:
+    def __init__(self, read: Callable[[Path, str], Program]) -> None:
         sys.setswitchinterval(SWITCH_SECONDS)
         self._read = read
         self._cores: frozenset[int] = frozenset()
@@ -66,15 +71,15 @@ class ProgramLoader:
     def ids(self) -> list[int]:
         return sorted(self._loads)
 
-    def load(self, program_id: int, path: Path) -> Future[Loaded]:
+    def load(self, program_id: int, path: Path, sha256: str = "") -> Future[Loaded]:
         """Begins to load a program, or returns the load that has begun."""
         with self._lock:
             if program_id not in self._loads:
-                self._loads[program_id] = self._pool.submit(self._load, program_id, path)
+                self._loads[program_id] = self._pool.submit(self._load, program_id, path, sha256)
             return self._loads[program_id]
 
     def status(self, program_id: int) -> str:
-        """Returns ``loading``, ``ready``, ``absent``, or ``failed: `` and the reason."""
+        """Returns ``loading``, ``ready``, ``absent``, or ``failed: `` or ``damaged: `` and the reason."""
         future = self._loads.get(program_id)
         if future is None:
             return "absent"
@@ -98,10 +103,10 @@ class ProgramLoader:
             with contextlib.suppress(OSError):  # a container may forbid it: the thread then shares the step loop's core
                 os.sched_setaffinity(threading.get_native_id(), self._cores)
 
-    def _load(self, program_id: int, path: Path) -> Loaded:
+    def _load(self, program_id: int, path: Path, sha256: str) -> Loaded:
         self.step_aside()
         started = time.perf_counter()
-        program = self._read(path)
+        program = self._read(path, sha256)
         with self._lock:
             if program_id in self._loads:
                 self._ready[program_id] = program
@@ -109,11 +114,13 @@ class ProgramLoader:
 
 
 def outcome(future: Future[Loaded]) -> str:
-    """Returns ``ready``, or ``failed: `` and the reason, of a load that is over."""
+    """Returns ``ready``, or ``failed: `` and the reason, of a load that is over; ``damaged: `` if its file is lost."""
     if future.cancelled():
         return "failed: dropped"
     error = future.exception()
-    return "ready" if error is None else f"failed: {error}"
+    if isinstance(error, DataLossError):
+        return f"{DAMAGED}{error}"
+    return "ready" if error is None else f"{FAILED}{error}"
 
 
 def packed(program: Program, dtype: torch.dtype, *, pinned: bool = False) -> Program:

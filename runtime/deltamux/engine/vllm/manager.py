@@ -129,8 +129,8 @@ class DeltaManager:
         checkpoint = vllm_config.model_config.model
         return Folding(modules, checkpoint, self._dtype, self.num_slots, self.loader, self._slots) if modules else None
 
-    def _read(self, path: Path) -> Program:
-        program = Program.load(path)
+    def _read(self, path: Path, sha256: str) -> Program:
+        program = Program.load(path, sha256)
         for site, op in program:
             if (problem := self._binding.refusal(site, op)) is not None:
                 raise BaseMismatchError(problem, metadata={"site": site})

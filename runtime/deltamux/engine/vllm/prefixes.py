@@ -39,8 +39,8 @@ def known_tokens(program: ProgramRef, base: BaseModel) -> int:
         return 0
     try:
         return program.num_virtual_tokens if _prefixed(program.path) == _attentions(base) else 0
-    except (OSError, SafetensorError):
-        return 0  # the file may be gone while its program is resident: then they are computed
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
+        return 0  # the file may be gone, or damaged, while its program is resident: then they are computed
 
 
 @lru_cache(maxsize=4096)

@@ -79,8 +79,8 @@ class DeltaWorkerMixin:
         loader.use_cores(cores)
         return str(path)
 
-    def delta_load(self, program_id: int, path: str) -> None:
-        self._deltas.loader.load(program_id, Path(path))
+    def delta_load(self, program_id: int, path: str, sha256: str) -> None:
+        self._deltas.loader.load(program_id, Path(path), sha256)
 
     def delta_status(self, program_id: int) -> str:
         return self._deltas.loader.status(program_id)

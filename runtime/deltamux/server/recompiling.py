@@ -1,0 +1,78 @@
+"""Compiles stored uploads anew: for another base, or where a program is damaged (``serve --recompile``)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+from concurrent.futures import Executor
+from pathlib import Path
+
+from deltamux.deltas import BaseModel
+from deltamux.server.compile_job import Budgets, Job, packed
+from deltamux.server.compiler import Compiler
+from deltamux.store import AdapterStore, CompiledAdapter, VersionRecord
+from deltamux.store.objects import IDENTITY_FILES
+
+log = logging.getLogger("deltamux.server")
+
+
+class Recompiler:
+    """Replaces programs by new ones of the same uploads; one compilation for each content, whoever wants it.
+
+    Args:
+        threads: run what touches the disk.
+    """
+
+    def __init__(
+        self, store: AdapterStore, compiler: Compiler, base: BaseModel, budgets: Budgets, threads: Executor
+    ) -> None:
+        self._store = store
+        self._compiler = compiler
+        self._base = base
+        self._packed = packed(base)
+        self._budgets = budgets
+        self._threads = threads
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    async def __call__(self, record: VersionRecord) -> VersionRecord:
+        """Compiles a version's kept upload for the present base; returns its record with the new program.
+
+        Raises:
+            DataLossError: the kept upload is damaged too.
+            DeltamuxError: as for an upload of the same files.
+        """
+        digest = record.compiled.digest
+        task = self._running.get(digest)
+        if task is None:
+            task = self._running[digest] = asyncio.create_task(self._compile(record))
+            task.add_done_callback(lambda done: self._ended(digest, done))
+        # Shielded: a caller that goes away must not end it for the others.
+        await asyncio.shield(task)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._store.version, record.key)
+
+    async def _compile(self, record: VersionRecord) -> None:
+        run, loop = self._threads, asyncio.get_running_loop()
+        with self._store.staging() as staged:
+            await loop.run_in_executor(run, self._stage, record, staged)
+            found = await self._compiler.compile(Job(staged, record.compiled.method, self._budgets, self._packed))
+            compiled = CompiledAdapter(
+                record.compiled.digest,
+                found.method,
+                found.rank,
+                found.num_virtual_tokens,
+                found.num_bytes,
+                self._base.fingerprint,
+            )
+            await loop.run_in_executor(run, self._store.programs.replace, staged, compiled)
+        log.info("%s was compiled anew for base %s", record.key, self._base.fingerprint)
+
+    def _stage(self, record: VersionRecord, staged: Path) -> None:
+        kept = self._store.programs.kept_upload(record)
+        for name in IDENTITY_FILES:
+            shutil.copy(kept / name, staged / name)
+
+    def _ended(self, digest: str, task: asyncio.Task[None]) -> None:
+        self._running.pop(digest, None)
+        if not task.cancelled():
+            task.exception()  # whoever wanted it has heard of it, or has gone

@@ -1,0 +1,111 @@
+"""The compiled programs of a store: what base each is for, which are damaged, and new ones in their place."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from deltamux.errors import DataLossError, DeltamuxError
+from deltamux.store.admission import Admission
+from deltamux.store.database import Database
+from deltamux.store.faults import store_faults
+from deltamux.store.objects import ObjectStore
+from deltamux.store.records import CompiledAdapter, VersionRecord
+
+log = logging.getLogger("deltamux.store")
+
+
+class StoredPrograms:
+    """One program for each content; what changes here changes for every version that has the content.
+
+    Args:
+        moving: orders what moves objects.
+        changed: called after records of versions have changed.
+
+    Attributes:
+        base_fingerprint: of the base that is served; "" where it is not known.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        database: Database,
+        objects: ObjectStore,
+        admission: Admission,
+        moving: threading.RLock,
+        changed: Callable[[], None],
+    ) -> None:
+        self.base_fingerprint = ""
+        self._root = root
+        self._database = database
+        self._objects = objects
+        self._admission = admission
+        self._moving = moving
+        self._changed = changed
+
+    def serve_base(self, fingerprint: str) -> int:
+        """Notes which base is served; returns how many versions have programs for another one."""
+        self.base_fingerprint = fingerprint
+        if fingerprint:
+            self._database.note_base(fingerprint)
+        others = (
+            "SELECT count(*) FROM versions JOIN programs USING (digest) WHERE base_fingerprint NOT IN ('', ?)"
+            " AND state = 'READY'"
+        )
+        return int(self._database.one(others, fingerprint)[0]) if fingerprint else 0
+
+    def is_of_another_base(self, record: VersionRecord) -> bool:
+        """Tells whether a version's program was compiled for a base that is known not to be the one served."""
+        compiled_for = record.compiled.base_fingerprint
+        return bool(compiled_for and self.base_fingerprint and compiled_for != self.base_fingerprint)
+
+    def mark_damaged(self, record: VersionRecord, problem: str) -> None:
+        """Notes that a version's program is missing or damaged, unless another has taken its place meanwhile."""
+        self._mark(record, problem)
+
+    def mark_whole(self, record: VersionRecord) -> None:
+        """Notes that a version's program was read and is what was stored."""
+        self._mark(record, "")
+
+    def _mark(self, record: VersionRecord, damage: str) -> None:
+        try:
+            with self._database.transaction():
+                self._database.run(
+                    "UPDATE programs SET damage = ? WHERE digest = ? AND sha256 = ?",
+                    damage, record.compiled.digest, record.program_sha256,
+                )  # fmt: skip
+        except DeltamuxError as error:  # what was found out is told all the same
+            log.error("the state of %s cannot be noted: %s", record.key, error.message)
+        self._changed()
+
+    def kept_upload(self, record: VersionRecord) -> Path:
+        """Returns the directory of a version's uploaded files, which were read and are what was uploaded.
+
+        Raises:
+            DataLossError: a file is missing or damaged (UPLOAD_DAMAGED).
+        """
+        with store_faults(self._root):
+            if not self._objects.upload_is_whole(record.compiled.digest):
+                raise DataLossError(
+                    f"the stored upload of {record.key} is damaged: upload the same files again, to any adapter, and "
+                    "it is repaired",
+                    reason="UPLOAD_DAMAGED",
+                    metadata={"name": str(record.key), "digest": record.compiled.digest},
+                )
+        return record.program.parent
+
+    def replace(self, staged: Path, compiled: CompiledAdapter) -> None:
+        """Puts a newly compiled program, and the files beside it, in the place of a content's former ones.
+
+        Raises:
+            ResourceExhaustedError: the disk is full (STORE_FULL).
+        """
+        with self._moving, store_faults(self._root):
+            if self._database.one("SELECT 1 FROM versions WHERE digest = ?", compiled.digest) is None:
+                return  # deleted meanwhile
+            placed = self._admission.place(staged, compiled)
+            with self._database.transaction():
+                self._admission.record(placed)
+            self._changed()

@@ -1,0 +1,137 @@
+"""Stored programs that are damaged, or of another base: named, marked, repaired; everybody else is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltamux.client import AsyncClient
+from deltamux.errors import DataLossError, FailedPreconditionError
+from deltamux.server.app import Running, running
+from deltamux.server.compiler import Compiler
+from deltamux.store import AdapterKey, VersionKey
+from server.conftest import engine_for, options
+from server.tiny_base import write_base
+
+NAME = "tenants/acme/adapters/tickets"
+OTHER = "tenants/globex/adapters/mails"
+GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1  # in a tensor: no header, no shape and no finite check would notice
+    path.write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+async def tokens(client: AsyncClient, name: str | None) -> tuple[int, ...]:
+    return (await client.generate("hello", adapter=name, **GREEDY)).token_ids
+
+
+async def harmed(served: Running, harm: Callable[[Path], None]) -> Path:
+    """Damages the program of the first adapter's first version, and has the engine forget it."""
+    record = served.store.versions(AdapterKey("acme", "tickets"))[0]
+    harm(record.program)
+    await served.engine.evict(record.compiled.digest)
+    return record.program
+
+
+@pytest.mark.parametrize("harm", [flip, remove])
+async def test_a_damaged_program_is_named_and_repaired_by_the_same_files_of_any_tenant(
+    harm: Callable[[Path], None], served: Running, client: AsyncClient, loras: list[Path]
+) -> None:
+    version = await client.upload_adapter(NAME, loras[0])
+    second = await client.upload_adapter(NAME, loras[1])
+    expected = await tokens(client, NAME)
+    await harmed(served, harm)
+    for call in (tokens(client, NAME), client.promote(NAME, version=1)):
+        with pytest.raises(DataLossError, match="Upload the same files again") as lost:
+            await call
+        assert lost.value.reason == "PROGRAM_DAMAGED"
+        assert lost.value.metadata["name"] == version.name
+    assert (await client.get_adapter_version(version.name)).state == "DAMAGED"
+    assert (await client.get_adapter_version(second.name)).state == "READY"
+    assert await tokens(client, second.name) != expected
+    assert len(await tokens(client, None)) == 4
+    assert (await client.upload_adapter(OTHER, loras[0])).version == 1
+    assert (await client.get_adapter_version(version.name)).state == "READY"
+    assert await tokens(client, NAME) == await tokens(client, OTHER) == expected
+
+
+async def test_a_program_that_is_whole_again_needs_no_upload(
+    served: Running, client: AsyncClient, loras: list[Path]
+) -> None:
+    version = await client.upload_adapter(NAME, loras[0])
+    expected = await tokens(client, NAME)
+    whole = served.store.version(VersionKey("acme", "tickets", 1)).program.read_bytes()
+    path = await harmed(served, remove)
+    with pytest.raises(DataLossError):
+        await tokens(client, NAME)
+    path.write_bytes(whole)
+    assert await tokens(client, NAME) == expected
+    assert (await client.get_adapter_version(version.name)).state == "READY"
+
+
+async def test_a_composition_of_a_damaged_upload_is_refused(
+    served: Running, client: AsyncClient, loras: list[Path]
+) -> None:
+    await client.upload_adapter(NAME, loras[0])
+    await client.upload_adapter(OTHER, loras[1])
+    record = served.store.versions(AdapterKey("acme", "tickets"))[0]
+    flip(record.program.parent / "adapter_model.safetensors")
+    with pytest.raises(DataLossError) as lost:
+        await client.compose_adapter("tenants/acme/adapters/both", [NAME, OTHER])
+    assert lost.value.reason == "UPLOAD_DAMAGED"
+
+
+async def test_programs_damaged_before_the_start_and_programs_of_another_base(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    """Two bases of equal shapes, one store: refused by version, compiled anew where that is asked for."""
+    store, similar = tmp_path / "store", write_base(tmp_path / "similar", seed=1)
+
+    async def on(base: Path, work: Callable[[AsyncClient], Any], **given: Any) -> Any:
+        async with (
+            running(options(base, store, **given), lambda _: engine_for(base), shared_compiler) as server,
+            AsyncClient(server.address, timeout=60) as client,
+        ):
+            return await work(client)
+
+    async def upload(client: AsyncClient) -> tuple[int, ...]:
+        await client.upload_adapter(NAME, loras[0])
+        await client.upload_adapter(OTHER, loras[1])
+        return await tokens(client, OTHER)
+
+    async def refused(client: AsyncClient) -> tuple[int, ...]:
+        with pytest.raises(FailedPreconditionError, match="--recompile") as changed:
+            await tokens(client, NAME)
+        assert changed.value.reason == "BASE_CHANGED"
+        assert len({changed.value.metadata["compiled_for"], changed.value.metadata["base"]}) == 2
+        # What is uploaded here is compiled for this base, for everybody who has the same files.
+        await client.upload_adapter("tenants/acme/adapters/fresh", loras[0])
+        return await tokens(client, NAME)
+
+    async def recompiled(client: AsyncClient) -> tuple[int, ...]:
+        assert (await client.generate("hello", adapter=OTHER, **GREEDY)).adapter_version == f"{OTHER}/versions/1"
+        return await tokens(client, OTHER)
+
+    async def damaged(client: AsyncClient) -> None:
+        with pytest.raises(DataLossError):
+            await tokens(client, OTHER)
+
+    first = await on(tiny_base, upload)
+    assert await on(similar, refused) != first
+    there = await on(similar, recompiled, recompile=True)
+    assert there != first
+    assert await on(tiny_base, recompiled, recompile=True) == first
+    for program in (store / "objects").glob("*/*/program.safetensors"):
+        flip(program)
+    await on(tiny_base, damaged)
+    assert await on(tiny_base, recompiled, recompile=True) == first
