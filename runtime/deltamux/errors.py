@@ -21,16 +21,25 @@ class DeltamuxError(Exception):
         message: what was wrong, where, and what to do about it.
         reason: overrides the class's stable word where one status has several reasons.
         metadata: the offending names and values (tensor, field, limit ...), as strings.
+        retry_after: seconds after which the request may be sent again; a RetryInfo detail in the status.
     """
 
     status: ClassVar[str] = "INTERNAL"
     default_reason: ClassVar[str] = "INTERNAL"
 
-    def __init__(self, message: str, *, reason: str | None = None, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.reason = reason or self.default_reason
         self.metadata = dict(metadata or {})
+        self.retry_after = retry_after
 
     @property
     def code(self) -> grpc.StatusCode:
@@ -131,21 +140,10 @@ class PermissionDeniedError(DeltamuxError):
 
 
 class ResourceExhaustedError(DeltamuxError):
-    """A quota or limit is reached; ``retry_after`` (seconds) becomes a RetryInfo detail where it is known."""
+    """A quota or limit is reached."""
 
     status = "RESOURCE_EXHAUSTED"
     default_reason = "QUOTA_EXCEEDED"
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        reason: str | None = None,
-        metadata: Mapping[str, str] | None = None,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(message, reason=reason, metadata=metadata)
-        self.retry_after = retry_after
 
 
 class UnavailableError(DeltamuxError):

@@ -130,7 +130,7 @@ async def test_a_pinned_program_stays_when_others_crowd_the_host_tier(
 ) -> None:
     pinned = worlds.saved(worlds.random_low_rank(base, 600), tmp_path, "pinned")
     await engine.prepare(pinned)
-    await engine.pin(pinned.digest)
+    await engine.pin(pinned)
     pinned.path.unlink()
     for i in range(8):
         await engine.prepare(worlds.saved(worlds.random_low_rank(base, 601 + i), tmp_path, f"crowd-{i}"))
@@ -143,7 +143,7 @@ async def test_a_pinned_program_keeps_its_slot_when_others_need_one(
 ) -> None:
     pinned = worlds.saved(worlds.random_low_rank(base, 700), tmp_path, "pinned-slot")
     await served(engine, (5, 6, 7), pinned, 2, "pinned-slot")
-    await engine.pin(pinned.digest)
+    await engine.pin(pinned)
     slot = (await engine.device_programs())[-1]
     for i in range(8):
         other = worlds.saved(worlds.random_low_rank(base, 701 + i), tmp_path, f"slot-{i}")

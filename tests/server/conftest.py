@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,9 @@ async def shared_compiler() -> AsyncIterator[Compiler]:
 async def served(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> AsyncIterator[Running]:
     """A server without keys; its engine pauses a little after every token, so that a test can act meanwhile."""
     given = options(tiny_base, tmp_path / "store")
-    async with running(given, lambda _: engine_for(tiny_base, 0.02), shared_compiler) as server:
-        yield server
+    engine = engine_for(tiny_base, 0.02)
+    async with running(given, lambda _: engine, shared_compiler) as server:
+        yield replace(server, engine=engine)  # type: ignore[arg-type]  # tests look into it
 
 
 @pytest.fixture

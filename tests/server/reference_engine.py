@@ -25,7 +25,7 @@ from deltamux.engine.base import (
 )
 from deltamux.engine.checks import check_prompt, check_sampling
 from deltamux.engine.vllm.prompts import Prompts
-from deltamux.errors import UnavailableError
+from deltamux.errors import FailedPreconditionError, UnavailableError
 
 
 class ReferenceEngine:
@@ -48,9 +48,12 @@ class ReferenceEngine:
         self._path = model
         self._alive = False
         self._hangs = False
+        self._refuses = False
         self._lock = threading.Lock()
 
     async def start(self) -> None:
+        if self._refuses:
+            raise FailedPreconditionError("this engine does not start", reason="TESTED")
         model: Any = AutoModelForCausalLM.from_pretrained(self._path, dtype=torch.float32)
         self._model = model.eval()
         self.max_model_len = model.config.max_position_embeddings
@@ -65,6 +68,9 @@ class ReferenceEngine:
     def crash(self) -> None:
         """From here on the engine is as dead as vLLM's after an exception in its worker."""
         self._alive = False
+
+    def refuse_to_start(self) -> None:
+        self._refuses = True
 
     def hang(self) -> None:
         """From here on the engine claims to be well and answers nothing."""
@@ -111,8 +117,9 @@ class ReferenceEngine:
         if program.digest not in self.host:
             self.host[program.digest] = await asyncio.to_thread(Program.load, program.path, program.sha256)
 
-    async def pin(self, digest: str) -> None:
-        self.pinned.add(digest)
+    async def pin(self, program: ProgramRef) -> None:
+        await self.prepare(program)
+        self.pinned.add(program.digest)
 
     async def unpin(self, digest: str) -> None:
         self.pinned.discard(digest)

@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from deltamux.client import AsyncClient, Client
@@ -22,7 +21,6 @@ from deltamux.errors import (
     PermissionDeniedError,
     ResourceExhaustedError,
     UnauthenticatedError,
-    UnavailableError,
 )
 from deltamux.server.app import SERVICES, Running, running
 from server.conftest import engine_for, options
@@ -211,22 +209,6 @@ async def test_a_tenant_sees_its_own_and_nothing_else(tiny_base: Path, tmp_path:
             async with AsyncClient(server.address, api_key=wrong) as nobody:
                 with pytest.raises(UnauthenticatedError):
                     await nobody.generate("x")
-
-
-async def test_health_follows_the_engine_and_requests_are_turned_away(served: Running, client: AsyncClient) -> None:
-    async with grpc.aio.insecure_channel(served.address) as channel:
-        health: Any = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest(service="deltamux.v1.Inference")
-        assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
-        served.engine.crash()  # type: ignore[attr-defined]  # the tests' engine
-        for _ in range(100):
-            if (await health.Check(request)).status == health_pb2.HealthCheckResponse.NOT_SERVING:
-                break
-            await asyncio.sleep(0.05)
-        else:
-            raise AssertionError("health must turn to NOT_SERVING when the engine has died")
-    with pytest.raises(UnavailableError):
-        await client.generate("x")
 
 
 async def test_reflection_lists_the_services(served: Running) -> None:

@@ -49,18 +49,21 @@ class Connection:
 
 
 def error_of(raised: grpc.RpcError) -> DeltamuxError:
-    """Returns the family's error that a status stands for: same class, message, reason and metadata as there."""
+    """Returns the family's error that a status stands for: same class, message, reason, metadata and time as there."""
     code: grpc.StatusCode = raised.code()
     message: str = raised.details() or code.name
     reason, metadata = code.name, dict[str, str]()
+    retry_after: float | None = None
     status = rpc_status.from_call(raised)  # type: ignore[arg-type]  # an RpcError of a call is a Call, too
     for detail in status.details if status is not None else ():
-        info = error_details_pb2.ErrorInfo()
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
         if detail.Is(info.DESCRIPTOR) and detail.Unpack(info):
             reason, metadata = info.reason, dict(info.metadata)
+        elif detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
+            retry_after = retry.retry_delay.ToMilliseconds() / 1000
     if code is grpc.StatusCode.UNAVAILABLE and status is None:
         message = f"the server cannot be reached: {message}"
-    return _class_of(code.name, reason)(message, reason=reason, metadata=metadata)
+    return _class_of(code.name, reason)(message, reason=reason, metadata=metadata, retry_after=retry_after)
 
 
 def delays() -> Iterator[float]:

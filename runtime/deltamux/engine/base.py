@@ -200,7 +200,9 @@ class Engine(Protocol):
         """Loads the base model; returns when requests can be served."""
         ...
 
-    async def stop(self) -> None: ...
+    async def stop(self) -> None:
+        """Ends the engine's processes, also of one that hangs or has died; requests under way end with UNAVAILABLE."""
+        ...
 
     def generate(
         self,
@@ -230,7 +232,13 @@ class Engine(Protocol):
         """
         ...
 
-    async def pin(self, digest: str) -> None: ...
+    async def pin(self, program: ProgramRef) -> None:
+        """Brings a program into host memory and keeps it there, and in its device slot, until `unpin`.
+
+        Raises:
+            FailedPreconditionError: the engine cannot use the program.
+        """
+        ...
 
     async def unpin(self, digest: str) -> None: ...
 

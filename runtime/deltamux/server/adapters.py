@@ -25,7 +25,7 @@ from deltamux.server.messages import (
     within_page,
 )
 from deltamux.server.names import parse_adapter, parse_adapter_or_version, parse_tenant, parse_version
-from deltamux.server.programs import Programs
+from deltamux.server.programs import Programs, program_of
 from deltamux.server.quarantine import Quarantine, Upload
 from deltamux.server.slots import Slots
 from deltamux.server.uploads import UploadLimits, read_header, receive_files
@@ -179,7 +179,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         """Brings an adapter's serving version into the engine's memory, to stay."""
         version = await self._run(lambda: self._store.version(VersionKey(*adapter.key, adapter.serving)))
         await self._programs.prepare(version)
-        await self._engine.pin(version.compiled.digest)
+        await self._engine.pin(program_of(version))
 
     async def _changed(self, key: AdapterKey, change: Callable[[], AdapterRecord]) -> pb.Adapter:
         before = await self._run(lambda: self._store.adapter(key))

@@ -15,7 +15,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from deltamux.deltas import BaseModel
 from deltamux.engine.base import Engine, EngineOptions
+from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
 from deltamux.server.adapters import AdaptersService
 from deltamux.server.auth import admin_key, everybody_is_administrator, key_decides
 from deltamux.server.compile_job import Budgets
@@ -60,12 +62,16 @@ class Running:
     """
 
     address: str
-    engine: Engine
+    engine: SupervisedEngine
     store: AdapterStore
 
 
 def serve(options: ServeOptions) -> None:
-    """Serves until SIGTERM or SIGINT; prints ``ready on ADDRESS`` when requests can come."""
+    """Serves until SIGTERM or SIGINT; prints ``ready on ADDRESS`` when requests can come.
+
+    Raises:
+        UnavailableError: the engine was given up (see `RestartPolicy`); requests under way were let end before.
+    """
     asyncio.run(_serve(options))
 
 
@@ -79,23 +85,36 @@ async def _serve(options: ServeOptions) -> None:
         gc.freeze()
         gc.enable()
         print(f"ready on {server.address}", flush=True)
-        await stop.wait()
+        lost = asyncio.create_task(server.engine.lost())
+        await asyncio.wait([asyncio.create_task(stop.wait()), lost], return_when=asyncio.FIRST_COMPLETED)
         print("draining", flush=True)
+    if lost.done():
+        raise lost.result()
 
 
-def vllm_engine(options: EngineOptions) -> Engine:
-    from deltamux.engine.vllm.engine import VLLMEngine
+def vllm_engines() -> EngineFactory:
+    """Returns a factory of engines on vLLM, which reads what describes the base model once."""
+    known: list[BaseModel] = []
 
-    return VLLMEngine(options)
+    def make(options: EngineOptions) -> Engine:
+        from deltamux.engine.vllm.engine import VLLMEngine
+
+        # What comes after the first one is started while clients are connected.
+        engine = VLLMEngine(options, base=known[0], spawn=True) if known else VLLMEngine(options)
+        known[:] = [engine.base]
+        return engine
+
+    return make
 
 
 @asynccontextmanager
 async def running(
-    options: ServeOptions, make_engine: EngineFactory = vllm_engine, shared_compiler: Compiler | None = None
+    options: ServeOptions, make_engine: EngineFactory | None = None, shared_compiler: Compiler | None = None
 ) -> AsyncIterator[Running]:
     """Runs a server for the length of the block; leaving it drains.
 
     Args:
+        make_engine: called for the first engine, and for each that follows one that has died; None: engines on vLLM.
         shared_compiler: one that outlives the server; None starts the server's own.
     Raises:
         FailedPreconditionError: the address, the store or the base model cannot be used.
@@ -109,7 +128,7 @@ async def running(
         compiler = shared_compiler or Compiler(options.plugin_timeout_seconds)
         if compiler is not shared_compiler:
             await stack.enter_async_context(compiler)
-        engine = await asyncio.to_thread(make_engine, options.engine_options())
+        engine = await _supervised(options, make_engine or vllm_engines())
         stack.push_async_callback(engine.stop)
         await engine.start()
         threads = stack.enter_context(ThreadPoolExecutor(options.max_concurrent_uploads + 4, "deltamux-disk"))
@@ -128,6 +147,14 @@ async def running(
         address = bind(server, options)
         async with _started(server, health, events, options.drain_seconds):
             yield Running(address, engine, store)
+
+
+async def _supervised(options: ServeOptions, make_engine: EngineFactory) -> SupervisedEngine:
+    given = options.engine_options()
+    restarts = options.engine_restarts if options.on_engine_death == "restart" else 0
+    policy = RestartPolicy(restarts, first_delay=options.engine_restart_seconds)
+    first = await asyncio.to_thread(make_engine, given)
+    return SupervisedEngine(first, lambda: make_engine(given), policy)
 
 
 def _add_standard_services(server: grpc.aio.Server, health: HealthMonitor) -> None:

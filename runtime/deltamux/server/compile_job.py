@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamux import errors
-from deltamux.errors import DeltamuxError, ResourceExhaustedError
+from deltamux.errors import DeltamuxError
 
 if TYPE_CHECKING:
     from deltamux.deltas import BaseModel
@@ -102,7 +102,9 @@ def error_of(message: Mapping[str, Any]) -> DeltamuxError:
     metadata = message.get("metadata")
     if not (isinstance(kind, type) and issubclass(kind, DeltamuxError) and isinstance(metadata, dict)):
         raise ValueError(f"no description of an error: {message!r:.200}")
-    given: dict[str, Any] = {"reason": str(message.get("reason")), "metadata": metadata}
-    if issubclass(kind, ResourceExhaustedError):
-        given["retry_after"] = message.get("retry_after")
-    return kind(str(message.get("message")), **given)
+    retry_after = message.get("retry_after")
+    if retry_after is not None and not isinstance(retry_after, int | float):
+        raise ValueError(f"no description of an error: {message!r:.200}")
+    return kind(
+        str(message.get("message")), reason=str(message.get("reason")), metadata=metadata, retry_after=retry_after
+    )

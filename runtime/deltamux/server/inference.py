@@ -7,7 +7,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from deltamux.engine.base import Engine
-from deltamux.errors import UnavailableError
 from deltamux.server.interceptors import Context
 from deltamux.server.routing import Router
 from deltamux.server.slots import Slots
@@ -42,8 +41,6 @@ class InferenceService(pb_grpc.InferenceServicer):
         """The life of a request. The version it gets here is the one it keeps, whatever is promoted or deleted."""
         prompt, sampling = prompt_of(request, self._engine.max_model_len), sampling_of(request.sampling)
         request_id = secrets.token_hex(8)
-        if not self._engine.healthy:
-            raise UnavailableError("the engine is down; send the request again once the server's health is SERVING")
         with self._slots.take():
             async with self._router.lease(request.adapter, request_id) as target:
                 emit = Responses(

@@ -11,6 +11,7 @@ from deltamux.engine.base import EngineOptions
 from deltamux.errors import InvalidConfigError
 
 AUTH_MODES = ("none", "keys")
+DEATH_MODES = ("restart", "exit")
 MIB = 1 << 20
 
 
@@ -41,6 +42,10 @@ class ServeOptions:
         plugin_timeout_seconds: how long a plugin may take to be imported, and to compile one upload; then its process
             is ended, and the upload refused.
         recompile: compile stored adapters anew, when they are used, whose program is damaged or for another base.
+        on_engine_death: restart (another engine is started, after growing pauses) or exit (the server drains and ends
+            with status 1, for something outside to start it again).
+        engine_restarts: restarts within ten minutes at most; one death more ends the server as `exit` does.
+        engine_restart_seconds: pause before the first restart; doubles with each that follows soon, up to a minute.
         drain_seconds: how long requests under way may go on after SIGTERM or SIGINT.
         auth: none (every caller is an administrator) or keys.
         admin_key_file: holds the administrator's key; None is ``admin.key`` in the store. Written where missing.
@@ -69,6 +74,9 @@ class ServeOptions:
     upload_idle_seconds: float = 60.0
     plugin_timeout_seconds: float = 60.0
     recompile: bool = False
+    on_engine_death: str = "restart"
+    engine_restarts: int = 5
+    engine_restart_seconds: float = 1.0
     drain_seconds: float = 30.0
     auth: str = "none"
     admin_key_file: Path | None = None
@@ -79,6 +87,8 @@ class ServeOptions:
     def __post_init__(self) -> None:
         if self.auth not in AUTH_MODES:
             raise _invalid("auth", f"must be one of {', '.join(AUTH_MODES)}, not {self.auth!r}")
+        if self.on_engine_death not in DEATH_MODES:
+            raise _invalid("on_engine_death", f"must be one of {', '.join(DEATH_MODES)}, not {self.on_engine_death!r}")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise _invalid("tls_cert", "and tls_key go together: give both, or none")
         if not self.plugin_timeout_seconds > 0:
@@ -112,6 +122,7 @@ _COUNTS = (
     "max_adapter_bytes",
     "max_concurrent_uploads",
     "max_pending_requests",
+    "engine_restarts",
 )
 
 

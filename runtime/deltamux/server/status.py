@@ -32,10 +32,9 @@ def status_of(error: DeltamuxError) -> status_pb2.Status:
             field=metadata["field"], description=_clip(text, MAX_VALUE_BYTES)
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    retry_after: float | None = getattr(error, "retry_after", None)
-    if retry_after is not None:
+    if error.retry_after is not None:
         retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromMilliseconds(round(retry_after * 1000))
+        retry.retry_delay.FromMilliseconds(round(error.retry_after * 1000))
         details.append(retry)
     code: int = grpc.StatusCode[error.status].value[0]
     return status_pb2.Status(code=code, message=text, details=[_packed(detail) for detail in details])

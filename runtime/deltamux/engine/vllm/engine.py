@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltamux import __version__
 from deltamux.deltas import BaseModel
@@ -22,14 +24,18 @@ from deltamux.engine.base import (
 from deltamux.engine.checks import check_prompt, check_sampling
 from deltamux.engine.vllm.host_tier import HostTier
 from deltamux.engine.vllm.loader_link import LoaderLink
+from deltamux.engine.vllm.processes import Launch, end, family, spawning
 from deltamux.errors import FailedPreconditionError, UnavailableError
 
 if TYPE_CHECKING:
+    import psutil
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from deltamux.engine.vllm.prompts import Prompts
+T = TypeVar("T")
+logger = logging.getLogger("deltamux.engine")
 
 PLACEHOLDER = 0
 """Token id that stands where virtual tokens are; what the model makes of it is replaced in every layer."""
@@ -37,19 +43,33 @@ PLACEHOLDER = 0
 SLOTS = {"cpu": 32, "cuda": 8}
 """Device slots where nobody says how many. On a CPU nearly all ops are served from where the host tier has them."""
 
+LOOK_SECONDS = 0.2
+"""Between looks, while vLLM has not answered, at whether it lives."""
+
 KERNEL_RANK = 64
 """Rank, and width of bottlenecks, that the buffers of CUDA graphs have room for; wider ones take other buffers."""
 
 
 class VLLMEngine:
-    """See `deltamux.engine.base.Engine`. One instance, one base model, one process of vLLM beside this one."""
+    """See `deltamux.engine.base.Engine`. One instance, one base model, one life of vLLM's processes beside this one.
 
-    def __init__(self, options: EngineOptions) -> None:
+    Args:
+        base: the model's description, where an engine of the same options has read it before.
+        spawn: start vLLM's processes afresh and not as copies of this one, which may hold open connections by now.
+    """
+
+    def __init__(self, options: EngineOptions, *, base: BaseModel | None = None, spawn: bool = False) -> None:
         self._options = options
-        self.base = BaseModel.from_pretrained(options.model)
+        self.base = base or BaseModel.from_pretrained(options.model)
         self.max_model_len = 0
+        self._spawn = spawn
         self._llm: AsyncLLM | None = None
-        self._prompts: Prompts
+        self._link: LoaderLink | None = None
+        self._launch: Launch | None = None
+        self._processes: list[psutil.Process] = []
+        # vLLM's processes end with the thread that has started them.
+        self._thread = ThreadPoolExecutor(1, "deltamux-engine")
+        self._prompts: Prompts | None = None
 
     async def start(self) -> None:
         """Loads the base model; returns when the engine takes requests."""
@@ -64,26 +84,43 @@ class VLLMEngine:
         config = await asyncio.to_thread(_engine_config, AsyncEngineArgs(**_engine_arguments(self._options)))
         assert config.lora_config is not None
         self._num_slots = config.lora_config.max_loras
-        self._llm = await asyncio.to_thread(
-            AsyncLLM.from_vllm_config, config, usage_context=UsageContext.ENGINE_CONTEXT, disable_log_stats=True
-        )
+
+        def launch() -> AsyncLLM:
+            with spawning(self._spawn):
+                return AsyncLLM.from_vllm_config(
+                    config, usage_context=UsageContext.ENGINE_CONTEXT, disable_log_stats=True
+                )
+
+        self._launch = Launch(self._thread, launch)
+        self._llm = llm = await asyncio.wrap_future(self._launch.result)
+        self._processes = await asyncio.to_thread(family, _core_pids(llm))
         self._link = await LoaderLink.open(self.call_workers, os.sched_getaffinity(0))
         self._host = HostTier(self._link, self._options.max_host_adapters)
         self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
-        self._pace = Pace.of(self._llm)
-        self.max_model_len = self._llm.model_config.max_model_len
-        self._prompts = await asyncio.to_thread(Prompts, self._llm.get_tokenizer(), self.max_model_len)
+        self._pace = Pace.of(llm)
+        self.max_model_len = llm.model_config.max_model_len
+        self._prompts = await asyncio.to_thread(Prompts, llm.get_tokenizer(), self.max_model_len)
 
     async def stop(self) -> None:
-        """Ends vLLM's processes; requests under way end with UNAVAILABLE."""
+        """Ends vLLM's processes and waits until they are gone; requests under way end with UNAVAILABLE."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if self._launch is not None:
+            await asyncio.to_thread(self._launch.break_off)
         if self._llm is not None:
             llm, self._llm = self._llm, None
             # The handler would report the end of the engine's process as a failure; here it is what was asked for.
             if llm.output_handler is not None:
                 llm.output_handler.cancel()
-            self._prompts.close()
-            await self._link.close()
+            llm.output_processor.propagate_error(EngineDeadError())
+            if self._prompts is not None:
+                self._prompts.close()
+            if self._link is not None:
+                await self._link.close()
             await asyncio.to_thread(llm.shutdown)
+            if left := await asyncio.to_thread(end, self._processes):
+                logger.error("processes of the engine cannot be ended: %s", left)
+        self._thread.shutdown(wait=False)
 
     @property
     def healthy(self) -> bool:
@@ -114,8 +151,8 @@ class VLLMEngine:
         async with self._host.lease(program):
             pass
 
-    async def pin(self, digest: str) -> None:
-        await self._host.pin(digest)
+    async def pin(self, program: ProgramRef) -> None:
+        await self._host.pin(program)
 
     async def unpin(self, digest: str) -> None:
         await self._host.unpin(digest)
@@ -139,7 +176,7 @@ class VLLMEngine:
 
         A question to the worker would keep it looking for the next one, at full speed, for a second.
         """
-        await self._engine.is_sleeping()
+        await self._while_alive(self._engine.is_sleeping())
 
     async def device_programs(self) -> list[int]:
         """Returns the workers' ids of the programs in device slots, the last to come there last."""
@@ -182,6 +219,7 @@ class VLLMEngine:
 
     async def _checked_prompt(self, prompt: Prompt, sampling: SamplingOptions, num_virtual_tokens: int) -> list[int]:
         room, vocab_size = self.max_model_len - num_virtual_tokens, self.base.dims.vocab_size
+        assert self._prompts is not None
         token_ids = await self._prompts.token_ids(prompt, room - 1, "")
         check_prompt(token_ids, vocab_size, room - 1)
         check_sampling(sampling, vocab_size, room - len(token_ids))
@@ -195,8 +233,30 @@ class VLLMEngine:
 
     async def call_workers(self, method: str, args: tuple[object, ...] = ()) -> list[object]:
         """Calls a method of every worker, between two steps."""
-        answers: list[object] = await self._engine.collective_rpc(method, args=args)
+        answers: list[object] = await self._while_alive(self._engine.collective_rpc(method, args=args))
         return answers
+
+    async def _while_alive(self, answer: Coroutine[Any, Any, T]) -> T:
+        """Returns what vLLM answers; raises UnavailableError if it dies before: it would never answer."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        from deltamux.engine.vllm.translate import engine_faults
+
+        asking = asyncio.ensure_future(answer)
+        try:
+            with engine_faults():
+                while not (await asyncio.wait([asking], timeout=LOOK_SECONDS))[0]:
+                    if not self.healthy:
+                        raise EngineDeadError
+                return asking.result()
+        finally:
+            asking.cancel()
+
+
+def _core_pids(llm: AsyncLLM) -> list[int]:
+    """Returns the ids of the processes that this one has started for an engine; none where Ray has started them."""
+    manager = getattr(llm.engine_core, "resources").engine_manager  # noqa: B009 - vLLM declares it of one subclass
+    return [process.pid for process in getattr(manager, "processes", []) if process.pid is not None]
 
 
 def _set_environment() -> None:

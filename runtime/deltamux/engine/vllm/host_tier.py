@@ -71,9 +71,10 @@ class HostTier:
         if ref.digest not in self._residents:
             self._admit(ref)
 
-    async def pin(self, digest: str) -> None:
-        """Keeps a resident program, in host memory and in its device slot, until `unpin`."""
-        await self._set_pin(digest, True)
+    async def pin(self, ref: ProgramRef) -> None:
+        """Makes a program ready and keeps it, in host memory and in its device slot, until `unpin`."""
+        async with self.lease(ref):
+            await self._set_pin(ref.digest, True)
 
     async def unpin(self, digest: str) -> None:
         await self._set_pin(digest, False)

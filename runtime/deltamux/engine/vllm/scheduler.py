@@ -19,6 +19,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from deltamux.engine.vllm.prefixes import KnownPrefixes
+from deltamux.engine.vllm.processes import end_with_parent
 from deltamux.engine.vllm.turns import Turns, Work
 
 READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
@@ -29,6 +30,7 @@ class TurnMixin(Scheduler):
     """Overrides the two places where vLLM decides whether a request may be part of a step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        end_with_parent()
         super().__init__(*args, **kwargs)
         assert self.lora_config is not None
         self._prefixes: Any = KnownPrefixes()

@@ -14,6 +14,7 @@ from deltamux.deltas.kernels import triton
 from deltamux.engine.vllm import opaque
 from deltamux.engine.vllm.loader_link import LoaderServer
 from deltamux.engine.vllm.manager import DeltaManager, ScheduledRequest
+from deltamux.engine.vllm.processes import end_with_parent
 
 
 def _manager_class(device: torch.device) -> type[DeltaManager]:
@@ -54,6 +55,7 @@ class DeltaWorkerMixin:
     rank: int
 
     def init_device(self) -> None:
+        end_with_parent()
         super().init_device()  # type: ignore[misc]  # vLLM's worker stands behind the mixin
         runner = self.model_runner
         runner.__class__ = type("DeltaModelRunner", (DeltaRunnerMixin, type(runner)), {})

@@ -1,0 +1,99 @@
+"""The processes of one engine: each ends with the one that started it, and none outlives the engine."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Executor, Future, wait
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+PR_SET_PDEATHSIG = 1
+POLL_SECONDS = 0.1
+GONE_SECONDS = 10.0
+"""How long a killed process may take to be gone; one in the middle of a system call ends after it."""
+
+
+def end_with_parent() -> None:
+    """Has the kernel end this process when the one that started it ends, however it ends. Nothing outside Linux.
+
+    The signal comes when the *thread* that started this process ends, so that thread lives as long as the engine.
+    """
+    parent = multiprocessing.parent_process()
+    if sys.platform != "linux" or parent is None:
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent.pid:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def family(pids: Collection[int]) -> list[psutil.Process]:
+    """Returns the processes and all that they have started."""
+    found: list[psutil.Process] = []
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            found += [process, *process.children(recursive=True)]
+    return found
+
+
+def end(processes: Collection[psutil.Process]) -> list[int]:
+    """Kills what still runs of the processes and waits until it is gone; returns the ids of those that are not."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()  # a process id that now belongs to another process counts as gone
+    _, alive = psutil.wait_procs(processes, timeout=GONE_SECONDS)
+    return [process.pid for process in alive if _holds_memory(process)]
+
+
+def _holds_memory(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class Launch:
+    """A start of vLLM that runs in a thread, and can be broken off: what it has started so far is killed.
+
+    Attributes:
+        result: of the thread.
+    """
+
+    def __init__(self, thread: Executor, work: Callable[[], Any]) -> None:
+        self._others = {process.pid for process in multiprocessing.active_children()}
+        self.result: Future[Any] = thread.submit(work)
+
+    def break_off(self) -> None:
+        """Waits until the thread has ended; one that still starts an engine ends with an error soon."""
+        while not self.result.done():
+            for process in multiprocessing.active_children():
+                if process.pid not in self._others:
+                    process.kill()
+            wait([self.result], timeout=POLL_SECONDS)
+
+
+@contextmanager
+def spawning(wanted: bool) -> Iterator[None]:
+    """Has vLLM start processes afresh for the length of the block, instead of as copies of this one.
+
+    A copy is there sooner, but shares this process's open files: the sockets that clients are connected to would stay
+    open when the server has gone.
+    """
+    name = "VLLM_WORKER_MULTIPROC_METHOD"
+    before = os.environ.get(name)
+    if wanted:
+        os.environ[name] = "spawn"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before

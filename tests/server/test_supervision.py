@@ -1,0 +1,162 @@
+"""An engine that dies or hangs comes back by itself, or ends the server: as its operator has chosen."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from deltamux.client import AsyncClient
+from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
+from deltamux.errors import FailedPreconditionError, UnavailableError
+from deltamux.server.app import Running, running
+from deltamux.server.compiler import Compiler
+from server.conftest import engine_for, options
+from server.reference_engine import ReferenceEngine
+
+NAME = "tenants/acme/adapters/tickets"
+GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+FAST = RestartPolicy(first_delay=0.02, look_interval=0.01, ask_interval=0.02, patience=0.2)
+
+
+class Lives:
+    """Makes one engine after the other, and keeps them all.
+
+    Attributes:
+        broken: how many of the next engines do not start.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.base = base
+        self.engines: list[ReferenceEngine] = []
+        self.broken = 0
+
+    def __call__(self, *_: object) -> ReferenceEngine:
+        engine = engine_for(self.base, 0.02)
+        if self.broken:
+            self.broken -= 1
+            engine.refuse_to_start()
+        self.engines.append(engine)
+        return engine
+
+
+@pytest.fixture
+def lives(tiny_base: Path) -> Lives:
+    return Lives(tiny_base)
+
+
+@pytest.fixture
+async def supervised(
+    lives: Lives, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+) -> AsyncIterator[tuple[Running, AsyncClient]]:
+    given = options(tiny_base, tmp_path / "store", engine_restart_seconds=0.3)
+    async with running(given, lives, shared_compiler) as server, AsyncClient(server.address, timeout=60) as client:
+        yield server, client
+
+
+async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(
+    supervised: tuple[Running, AsyncClient], lives: Lives, loras: list[Path]
+) -> None:
+    server, client = supervised
+    version = await client.upload_adapter(NAME, loras[0])
+    await client.pin_adapter(NAME)
+    before = await client.generate("hello", adapter=NAME, **GREEDY)
+    under_way = asyncio.create_task(
+        whole(client.generate_stream("hello", adapter=NAME, max_tokens=300, ignore_eos=True))
+    )
+    async with watched(server) as status:
+        assert await status() == SERVING
+        while not lives.engines[0].running:  # noqa: ASYNC110 - the tests' engine tells by a set
+            await asyncio.sleep(0.01)
+        lives.engines[0].crash()
+        with pytest.raises(UnavailableError) as ended:
+            await under_way
+        assert await status() == NOT_SERVING
+        assert await status() == SERVING
+    assert ended.value.retry_after is not None
+    assert ended.value.retry_after >= 1.0
+    assert (await client.generate("hello", adapter=NAME, **GREEDY)).token_ids == before.token_ids
+    assert len(lives.engines) == 2
+    await until(lambda: lives.engines[1].pinned == {version.digest})
+
+
+async def test_while_the_engine_is_down_the_rest_of_the_server_answers(
+    supervised: tuple[Running, AsyncClient], lives: Lives, loras: list[Path]
+) -> None:
+    _, client = supervised
+    await client.upload_adapter(NAME, loras[0])
+    lives.broken = 1
+    lives.engines[0].crash()
+    with pytest.raises(UnavailableError):
+        await whole(client.generate_stream("hello", **GREEDY))
+    assert (await client.get_adapter(NAME)).serving_version == 1
+    await until(lambda: len(lives.engines) == 3 and lives.engines[2].healthy)
+    assert len((await client.generate("hello", **GREEDY)).token_ids) == 4
+
+
+async def test_an_engine_that_hangs_is_ended_and_replaced_and_questions_to_it_end(lives: Lives) -> None:
+    engine = SupervisedEngine(lives(), lives, FAST)
+    await engine.start()
+    lives.engines[0].hang()
+    with pytest.raises(UnavailableError):
+        await engine.ping()
+    await until(lambda: len(lives.engines) == 2 and engine.healthy)
+    assert not lives.engines[0].healthy, "the old engine must have been ended before the new one starts"
+    await engine.ping()
+    await engine.stop()
+
+
+async def test_pauses_between_restarts_grow_and_deaths_beyond_the_limit_give_the_engine_up(lives: Lives) -> None:
+    policy = RestartPolicy(restarts=3, first_delay=0.1, look_interval=0.01)
+    engine = SupervisedEngine(lives(), lives, policy)
+    await engine.start()
+    lives.broken = 99
+    began = asyncio.get_running_loop().time()
+    lives.engines[0].crash()
+    reason = await asyncio.wait_for(engine.lost(), 30)
+    assert asyncio.get_running_loop().time() - began >= 0.1 + 0.2 + 0.4
+    assert len(lives.engines) == 4
+    assert (reason.reason, "4 times" in reason.message) == ("ENGINE_LOST", True)
+    with pytest.raises(UnavailableError):
+        await engine.stats()
+    await engine.stop()
+
+
+async def test_a_first_engine_that_does_not_start_ends_the_start(lives: Lives) -> None:
+    lives.broken = 1
+    engine = SupervisedEngine(lives(), lives, FAST)
+    with pytest.raises(FailedPreconditionError):
+        await engine.start()
+    await engine.stop()
+    assert len(lives.engines) == 1
+
+
+async def whole(stream: AsyncIterator[Any]) -> list[Any]:
+    return [chunk async for chunk in stream]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not true():  # noqa: ASYNC110 - what is looked at has no event
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def watched(server: Running) -> AsyncIterator[Callable[[], Any]]:
+    """Yields a function that returns the next status that the health service reports."""
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        statuses = aiter(stub.Watch(health_pb2.HealthCheckRequest(service="deltamux.v1.Inference")))
+
+        async def following() -> int:
+            answer: int = (await asyncio.wait_for(anext(statuses), 30)).status
+            return answer
+
+        yield following
