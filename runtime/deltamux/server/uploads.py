@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import Executor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -126,8 +127,9 @@ class _Incoming:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for file in self._files.values():
-            file.stream.close()
+        with ExitStack() as stack:  # on a full disk any of them may fail
+            for file in self._files.values():
+                stack.callback(file.stream.close)
 
     def add(self, chunk: pb.FileChunk) -> None:
         if chunk.path not in self._files:

@@ -63,7 +63,6 @@ class Database:
         self._reserve = Reserve(root)
         self.lock = threading.RLock()
         self.freeing(lambda: self._open(adopt))
-        self._reserve.fill()
 
     def _open(self, adopt: bool) -> None:
         with store_faults(self._root, opening=True):
@@ -152,6 +151,7 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
             self._files.note(generation)
+            self._reserve.fill()
 
     def freeing(self, work: Callable[[], T]) -> T:
         """Runs what frees space; on a full disk with the space of the reserve."""
@@ -161,10 +161,7 @@ class Database:
             if error.reason != FULL:
                 raise
             self._reserve.release()
-            try:
-                return work()
-            finally:
-                self._reserve.fill()
+            return work()
 
     def run(self, sql: str, *values: object) -> sqlite3.Cursor:
         with self.lock, store_faults(self._root):

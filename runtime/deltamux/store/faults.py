@@ -112,16 +112,21 @@ class Reserve:
 
     def __init__(self, root: Path) -> None:
         self._path = root / "reserve"
+        self._held = False
 
     def fill(self) -> None:
-        """Takes the space where it is to be had."""
+        """Takes the space, unless it is held, where it is to be had."""
+        if self._held:
+            return
         try:
             with self._path.open("ab") as file:
                 os.posix_fallocate(file.fileno(), 0, self.NUM_BYTES)
+            self._held = True
         except OSError:
             self.release()
 
     def release(self) -> None:
         """Gives the space up."""
+        self._held = False
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
