@@ -48,7 +48,7 @@ def render_chat(
 
     Raises:
         FailedPreconditionError: NO_CHAT_TEMPLATE, the tokenizer has none.
-        InvalidArgumentError: INVALID_CHAT, the template refuses the messages or fails on them; the message says why.
+        InvalidArgumentError: INVALID_CHAT, the template refuses the messages, or fails on them.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise FailedPreconditionError(

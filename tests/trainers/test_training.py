@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamux.deltas import BaseModel, attached
-from deltamux.errors import FailedPreconditionError, InvalidArgumentError, InvalidConfigError, NotMergeableError
+from deltamux.errors import FailedPreconditionError, InvalidConfigError, NotMergeableError
 from deltamux.registry import Registry
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, read_config, train
-from deltamux_trainers.data import IGNORED, collate, encode, read_rows
+from deltamux_trainers.data import Encoder, collate, load_data
 from deltamux_trainers.model import token_loss
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
@@ -142,48 +142,16 @@ def test_an_output_that_holds_an_adapter_is_not_overwritten(directory: Path, dat
         train(options("lora", directory, data, tmp_path, max_steps=1))
 
 
-def test_only_the_completion_is_learnt(directory: Path, data: Path) -> None:
+def test_the_loss_is_the_mean_over_the_completion(directory: Path, data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    row = encode(read_rows(data, tokenizer)[0], tokenizer, 100)
+    row = load_data(data, Encoder.of(BaseModel.from_pretrained(directory), tokenizer)).encoded[0]
     prompt = len(tokenizer.encode("0: "))
-    assert set(row.labels[:prompt]) == {IGNORED}
-    assert row.labels[prompt:] == row.input_ids[prompt:] == (*tokenizer.encode("even"), tokenizer.eos_token_id)
     batch = collate([row], 0)
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"]).logits
     chosen = [-torch.log_softmax(logits[0, i - 1], -1)[row.input_ids[i]] for i in range(prompt, len(row.input_ids))]
     torch.testing.assert_close(token_loss(logits, batch["labels"]), torch.stack(chosen).mean())
-
-
-def test_only_what_the_assistant_says_is_learnt(directory: Path, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    turns = [("user", "hi"), ("assistant", "yes"), ("user", "ok"), ("assistant", "no")]
-    file = tmp_path / "chat.jsonl"
-    file.write_text(json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]}))
-    row = encode(read_rows(file, tokenizer)[0], tokenizer, 200)
-    learnt = tokenizer.decode([t for t in row.labels if t != IGNORED])
-    assert learnt == "yes;</s>no;</s>"
-
-
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("{", ":2 is no JSON"),
-        ("[]", ":2 is no JSON object"),
-        ('{"prompt": "x"}', ":2 has neither text, nor prompt and completion"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', ":2 has messages, but the base model's tokenizer"),
-    ],
-)
-def test_a_bad_row_is_named_by_its_line(line: str, problem: str, directory: Path, tmp_path: Path) -> None:
-    file = tmp_path / "bad.jsonl"
-    file.write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(InvalidArgumentError, match=problem):
-        read_rows(file, AutoTokenizer.from_pretrained(directory))
 
 
 def test_options_come_from_a_file_and_from_overrides_and_unknown_ones_are_refused(

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from deltamux.deltas import BaseModel, Checkpoint, attached
-from deltamux.errors import InvalidArgumentError
+from deltamux.prompts import encode_text
 from deltamux.registry import Registry
-from deltamux_trainers.data import IGNORED, Encoded, Row, collate, encode, read_rows
-from deltamux_trainers.loading import load_base
+from deltamux_trainers.data import IGNORED, Encoded, Encoder, collate, load_data
+from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
 from deltamux_trainers.model import token_loss
 from deltamux_trainers.options import EvaluateOptions
+from deltamux_trainers.rows import PromptRow, Row
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ class EvalResult:
 
     Attributes:
         loss: mean cross-entropy a token (nats); perplexity: its exponential.
+        rows: that have a learnt token; untaught_rows: that have none; truncated_rows: of `rows`, cut at `max_length`.
         accuracy: share of the learnt tokens that are predicted best.
         exact_match: share of prompts whose greedy answer is the completion; None where it was not asked for.
     """
@@ -39,27 +41,34 @@ class EvalResult:
     perplexity: float
     accuracy: float
     exact_match: float | None = None
+    untaught_rows: int = 0
+    truncated_rows: int = 0
 
 
 @torch.no_grad()
 def evaluate(options: EvaluateOptions) -> EvalResult:
-    """Evaluates on JSONL data; see `deltamux_trainers.data` for its form.
+    """Evaluates on JSONL data; docs/data.md says of what form.
 
     Raises:
-        InvalidArgumentError: a row is wrong, or exact matches are asked of rows without prompt and completion.
+        InvalidArgumentError: a row is wrong, none has a learnt token, or exact matches are asked of rows without prompt
+            and completion.
     """
-    model, tokenizer, base = load_base(options.model, options.dtype, options.device)
-    model.eval()
-    rows = read_rows(options.data, tokenizer)[: options.limit]
+    pick_device(options.device)
+    base, tokenizer = describe_base(options.model), load_tokenizer(options.model)
+    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns)
+    data = load_data(options.data, encoder, options.limit)
+    if options.generate:
+        _check_prompts(data.rows)
+    model = load_model(options.model, options.dtype, options.device).eval()
     with attachment(model, base, options.adapter):
         total, right, count = 0.0, 0, 0
-        encoded = [encode(row, tokenizer, options.max_length) for row in rows]
-        for batch in _batches(encoded, options.batch_size):
+        for batch in _batches(data.encoded, options.batch_size):
             loss, hits, tokens = _score(model, batch, tokenizer.pad_token_id or 0)
             total, right, count = total + loss, right + hits, count + tokens
-        matches = _exact_matches(model, tokenizer, rows, options) if options.generate else None
-    loss = total / max(1, count)
-    return EvalResult(len(rows), count, loss, math.exp(min(loss, 80.0)), right / max(1, count), matches)
+        matches = _exact_matches(model, tokenizer, data.rows, options) if options.generate else None
+    loss = total / count
+    untaught, cut = len(data.untaught), len(data.truncated)
+    return EvalResult(len(data.rows), count, loss, math.exp(min(loss, 80.0)), right / count, matches, untaught, cut)
 
 
 def attachment(model: nn.Module, base: BaseModel, adapter: Path | None) -> AbstractContextManager[Any]:
@@ -72,7 +81,7 @@ def attachment(model: nn.Module, base: BaseModel, adapter: Path | None) -> Abstr
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     """Returns each prompt's greedy continuation, generated in one batch (padded on the left)."""
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded = [encode_text(tokenizer, prompt) for prompt in prompts]
     longest = max(map(len, encoded))
     pad = tokenizer.pad_token_id or 0
     device = next(model.parameters()).device
@@ -98,12 +107,16 @@ def _score(model: nn.Module, batch: Sequence[Encoded], pad: int) -> tuple[float,
 def _exact_matches(model: nn.Module, tokenizer: Any, rows: Sequence[Row], options: EvaluateOptions) -> float:
     matches = 0
     for batch in _batches(rows, options.batch_size):
-        prompts = [row.prompt for row in batch if row.prompt is not None]
-        if len(prompts) < len(batch):
-            raise InvalidArgumentError("exact matches need rows with prompt and completion", reason="INVALID_DATA")
-        answers = answer(model, tokenizer, prompts, options.max_new_tokens)
-        matches += sum(a.strip() == (row.completion or "").strip() for a, row in zip(answers, batch, strict=True))
+        asked = [row for row in batch if isinstance(row, PromptRow)]
+        answers = answer(model, tokenizer, [row.prompt for row in asked], options.max_new_tokens)
+        matches += sum(a.strip() == row.completion.strip() for a, row in zip(answers, asked, strict=True))
     return matches / len(rows)
+
+
+def _check_prompts(rows: Sequence[Row]) -> None:
+    for row in rows:
+        if not isinstance(row, PromptRow):
+            raise row.refused("has no prompt and completion, which exact matches need")
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -37,6 +37,7 @@ DETERMINING = (
     "weight_decay",
     "max_grad_norm",
     "max_length",
+    "turns",
     "eval_fraction",
     "seed",
     "dtype",
@@ -44,6 +45,7 @@ DETERMINING = (
 """Options that a run's losses follow from: going on with others is refused."""
 CHANGEABLE = ("epochs", "max_steps", "eval_steps", "save_steps", "patience", "log_steps", "device", "output")
 """Options that may change when a run goes on. Its schedules follow the new number of steps."""
+TURNS = ("all", "last")
 NARROWER_BY = 16.0
 WIDER_BY = 4.0
 """How far the rule for learning rates is trusted, on bases narrower and wider than those a rate was found on."""
@@ -106,6 +108,8 @@ class TrainOptions:
         data: JSONL to train on; see `deltamux_trainers.data`.
         output: directory of the adapter; checkpoints go to ``checkpoints`` within it.
         eval_data: JSONL to evaluate on; None takes `eval_fraction` of the data, chosen by the seed.
+        max_length: tokens of a sequence; longer ones are cut at the end.
+        turns: which of the assistant's turns of a conversation are learnt: ``all``, or the ``last`` alone.
         config: the method's options, as in adapter_config.json.
         max_steps: optimizer steps; None runs `epochs` passes over the data.
         learning_rate: None takes the method's own default for the base; see `default_rate`.
@@ -145,6 +149,7 @@ class TrainOptions:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     max_length: int = 1024
+    turns: str = "all"
     patience: int | None = None
     eval_steps: int | None = None
     save_steps: int | None = None
@@ -161,6 +166,7 @@ class TrainOptions:
         _check_place(self)
         _check_choice("optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("scheduler", self.scheduler, SCHEDULERS)
+        _check_choice("turns", self.turns, TURNS)
         if not isinstance(self.config, Mapping):
             raise _invalid("config", f"is a mapping of the method's options to values, not {self.config!r}")
         for name, needs in (
@@ -196,6 +202,8 @@ class EvaluateOptions:
     Attributes:
         adapter: directory of an adapter; None evaluates the base alone.
         generate: whether to answer each prompt greedily and count exact matches (``prompt`` and ``completion`` data).
+        max_length: tokens of a sequence; longer ones are cut at the end.
+        turns: which of the assistant's turns of a conversation are looked at: ``all``, or the ``last`` alone.
         limit: rows to look at; None takes all.
     """
 
@@ -204,6 +212,7 @@ class EvaluateOptions:
     adapter: Path | None = None
     batch_size: int = 16
     max_length: int = 1024
+    turns: str = "all"
     max_new_tokens: int = 64
     generate: bool = False
     limit: int | None = None
@@ -213,6 +222,7 @@ class EvaluateOptions:
     def __post_init__(self) -> None:
         _check_ranges(self, EVALUATE_RANGES)
         _check_place(self)
+        _check_choice("turns", self.turns, TURNS)
 
 
 def read_config(file: Path | None, overrides: Sequence[str]) -> dict[str, Any]:

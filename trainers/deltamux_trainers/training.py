@@ -21,7 +21,7 @@ from deltamux.deltas import BaseModel, Checkpoint
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.registry import Registry
 from deltamux_trainers import checkpoints, ranks
-from deltamux_trainers.data import Encoded, collate, encode, read_rows
+from deltamux_trainers.data import Encoded, Encoder, collate, load_data
 from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
 from deltamux_trainers.model import DeltaModel
 from deltamux_trainers.options import CHANGEABLE, DETERMINING, OPTIMIZERS, TrainOptions
@@ -43,6 +43,7 @@ class TrainResult:
         learning_rate: the highest of the run's schedule: the one asked for, or the method's default for this base.
         share: trainable parameters divided by the base's.
         seconds: of the training loop, since the last resume.
+        untaught_rows: rows that had no token to learn and were left out; truncated_rows: those that were cut.
         ranks: processes that took part; each step sees `batch_size` rows of each, times `gradient_accumulation`.
     """
 
@@ -56,6 +57,8 @@ class TrainResult:
     seconds: float
     learning_rate: float
     ranks: int = 1
+    untaught_rows: int = 0
+    truncated_rows: int = 0
 
 
 def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
@@ -77,7 +80,7 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
     _check_output(options)
     pick_device(options.device)
     base, tokenizer = describe_base(options.model), load_tokenizer(options.model)
-    rows, eval_rows = _datasets(options, tokenizer)
+    rows, eval_rows, counts = _datasets(options, base, tokenizer)
     rate = options.rate(method.info, base.dims.hidden_size)
     arguments = _arguments(options, rate, bool(eval_rows))
     determined_by = _determined_by(options, config, base, rate, arguments)
@@ -113,6 +116,7 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         seconds=outcome.metrics["train_runtime"],
         learning_rate=rate,
         ranks=ranks.count(),
+        **counts,
     )
     if ranks.is_first():
         with torch.no_grad():
@@ -168,20 +172,22 @@ def _callbacks(options: TrainOptions) -> list[TrainerCallback]:
     return found
 
 
-def _datasets(options: TrainOptions, tokenizer: Any) -> tuple[list[Encoded], list[Encoded]]:
-    rows = [encode(row, tokenizer, options.max_length) for row in read_rows(options.data, tokenizer)]
+def _datasets(
+    options: TrainOptions, base: BaseModel, tokenizer: Any
+) -> tuple[list[Encoded], list[Encoded], dict[str, int]]:
+    """Returns what is trained on, what is evaluated on, and the counts of the result."""
+    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns)
+    data = load_data(options.data, encoder)
+    counts = {"untaught_rows": len(data.untaught), "truncated_rows": len(data.truncated)}
     if options.eval_data is not None:
-        held_out = read_rows(options.eval_data, tokenizer)
-        return rows, [encode(row, tokenizer, options.max_length) for row in held_out]
-    size = int(len(rows) * options.eval_fraction)
-    if options.eval_fraction and not size:
+        return data.encoded, load_data(options.eval_data, encoder).encoded, counts
+    fraction, size = options.eval_fraction, len(data.rows)
+    if fraction and not int(size * fraction):
         raise InvalidConfigError(
-            f"eval_fraction {options.eval_fraction} of {len(rows)} rows is less than one row: give more, or eval_data",
+            f"eval_fraction {fraction} of {size} rows is less than one row: give more, or eval_data",
             metadata={"field": "eval_fraction"},
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    shuffled = [rows[i] for i in order]
-    return shuffled[size:], shuffled[:size]
+    return *data.split(fraction, options.seed), counts
 
 
 def _determined_by(

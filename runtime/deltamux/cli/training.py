@@ -58,6 +58,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one option of the method")
     for name, (kind, text) in TRAIN_NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
+    _add_turns(parser)
     parser.add_argument("--optimizer", help="adamw (default), adamw_8bit or paged_adamw_8bit (both need bitsandbytes)")
     parser.add_argument("--scheduler", help="learning-rate schedule (default: linear)")
     parser.add_argument("--resume", action="store_true", help="go on from the last whole checkpoint, exactly")
@@ -75,6 +76,8 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--generate", action="store_true", help="count exact matches of greedy answers, too")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens a row; longer ones are cut (%(default)s)")
+    _add_turns(parser)
     parser.add_argument("--limit", type=int, help="rows to look at")
     add_json(parser)
     parser.set_defaults(run=_evaluate)
@@ -116,6 +119,12 @@ def _add_compose(commands: Any) -> None:
     parser.set_defaults(run=_compose)
 
 
+def _add_turns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--turns", choices=("all", "last"), default="all", help="the assistant's turns that are learnt (%(default)s)"
+    )
+
+
 def _add_base(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -125,7 +134,9 @@ def _add_base(parser: argparse.ArgumentParser) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import TrainOptions, read_config, train
 
-    given = {name: getattr(arguments, name) for name in (*TRAIN_NUMBERS, "optimizer", "scheduler", "eval_data")}
+    given = {
+        name: getattr(arguments, name) for name in (*TRAIN_NUMBERS, "optimizer", "scheduler", "eval_data", "turns")
+    }
     options = TrainOptions(
         method=arguments.method,
         model=arguments.model,
@@ -151,8 +162,9 @@ def _show_result(work: Callable[[], Any], arguments: argparse.Namespace) -> None
 def _evaluate(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import EvaluateOptions, evaluate
 
-    names = ("model", "data", "adapter", "generate", "max_new_tokens", "batch_size", "limit", "dtype", "device")
-    options = EvaluateOptions(**{name: getattr(arguments, name) for name in names})
+    names = ("model", "data", "adapter", "generate", "max_new_tokens", "batch_size", "max_length", "turns", "limit")
+    given = {name: getattr(arguments, name) for name in (*names, "dtype", "device")}
+    options = EvaluateOptions(**given)
     _show_result(lambda: evaluate(options), arguments)
 
 

@@ -1,0 +1,271 @@
+"""Conversations as rows: every trained context is what the server makes of the same messages, token by token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltamux.errors import InvalidArgumentError
+from deltamux.prompts import encode_chat, render_chat
+from deltamux_trainers.data import IGNORED, Encoded, Encoder
+from deltamux_trainers.rows import read_rows
+from trainers.templates import SHAPES, Shape, decoded
+
+Message = dict[str, Any]
+LONG = 1 << 20
+PIECES = st.sampled_from(["yes", "no", "(", ")", " ", "\n", "é", "answer", "<b>", "▁", "?", "\u2028", "the"])
+CONTENTS = st.lists(PIECES, min_size=1, max_size=6).map("".join)
+
+
+def row_of(tmp_path: Path, messages: Sequence[Message], **beside: Any) -> Any:
+    file = tmp_path / "chat.jsonl"
+    file.write_text(json.dumps({"messages": messages, **beside}))
+    return read_rows(file)[0]
+
+
+def encoded(
+    shape: Shape, tmp_path: Path, messages: Sequence[Message], turns: str = "all", **beside: Any
+) -> list[Encoded]:
+    return list(Encoder(shape.tokenizer, shape.ends, LONG, turns)(row_of(tmp_path, messages, **beside)).kept)
+
+
+def learnt(row: Encoded) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields each stretch of learnt tokens with all that stands before it."""
+    ids, labels = list(row.input_ids), list(row.labels)
+    start = 0
+    while start < len(ids):
+        if labels[start] == IGNORED:
+            start += 1
+            continue
+        end = next((at for at in range(start, len(ids)) if labels[at] == IGNORED), len(ids))
+        assert labels[start:end] == ids[start:end]
+        yield ids[:start], ids[start:end]
+        start = end
+
+
+def conversation(system: str | None, pairs: Sequence[tuple[str, str]]) -> list[Message]:
+    opening = [] if system is None else [{"role": "system", "content": system}]
+    roles = ("user", "assistant")
+    return opening + [{"role": r, "content": c} for pair in pairs for r, c in zip(roles, pair, strict=True)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@given(system=st.none() | CONTENTS, pairs=st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3))
+def test_every_turn_is_trained_behind_what_the_server_sends_for_it(
+    name: str, tmp_path_factory: pytest.TempPathFactory, system: str | None, pairs: list[tuple[str, str]]
+) -> None:
+    shape = SHAPES[name]
+    messages = conversation(system if shape.system else None, pairs)
+    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    rows = encoded(shape, tmp_path_factory.getbasetemp(), messages)
+    turns = [turn for row in rows for turn in learnt(row)]
+    assert [context for context, _ in turns] == [encode_chat(shape.tokenizer, messages[:index]) for index in spoken]
+    for index, (context, completion) in zip(spoken, turns, strict=True):
+        assert [token for token in completion if token in shape.ends] == completion[-1:]
+        said = shape.answer.format(messages[index]["content"]) + shape.end
+        text = decoded(shape.tokenizer, context + completion)
+        assert without_space(text) == without_space(render_chat(shape.tokenizer, messages[:index]) + said)
+
+
+def without_space(text: str) -> str:
+    return "".join(text.replace("▁", " ").split())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_end_token_is_learnt_once_a_turn_and_is_the_templates_own(name: str, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    messages = conversation(None, [("what is it?", "yes"), ("and again?", "(no)")])
+    said = [decoded(shape.tokenizer, ids) for row in encoded(shape, tmp_path, messages) for _, ids in learnt(row)]
+    expected = [shape.answer.format(content) + shape.end for content in ("yes", "(no)")]
+    if shape.metaspace:  # a decoder of ▁ may drop the space that a text begins with
+        said, expected = [text.lstrip() for text in said], [text.lstrip() for text in expected]
+    assert said == expected
+
+
+def test_turns_share_a_row_while_each_prompt_continues_the_last_answer(tmp_path: Path) -> None:
+    messages = conversation("be brief", [("what?", "yes"), ("again?", "no")])
+    rows = {name: encoded(shape, tmp_path, messages[not shape.system :]) for name, shape in SHAPES.items()}
+    assert {name: len(made) for name, made in rows.items()} == {
+        "chatml": 1,
+        "qwen2.5": 1,
+        "qwen3": 2,  # earlier turns lose their block of thinking
+        "always-thinks": 2,
+        "llama3": 1,
+        "llama2": 1,
+        "mistral": 2,  # the system message goes into the last message of the user
+        "gemma": 1,
+        "phi": 1,
+        "deepseek-r1": 2,
+    }  # fmt: skip
+
+
+def test_the_last_turn_alone_is_learnt_where_that_is_asked_for(tmp_path: Path) -> None:
+    messages = conversation(None, [("what?", "yes"), ("again?", "no")])
+    shape = SHAPES["chatml"]
+    ((context, completion),) = [t for row in encoded(shape, tmp_path, messages, turns="last") for t in learnt(row)]
+    assert context == encode_chat(shape.tokenizer, messages[:3])
+    assert decoded(shape.tokenizer, completion) == "no<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("qwen3", "<think>\nwhy\n</think>\n\nyes", "<think>\nwhy\n</think>\n\nyes"),
+        ("always-thinks", "<think>\nwhy\n</think>\n\nyes", "why\n</think>\n\nyes"),
+        ("always-thinks", "<think>why</think>yes", "why</think>yes"),
+        ("deepseek-r1", "<think>\nwhy\n</think>\n\nyes", "why\n</think>\n\nyes"),
+        ("deepseek-r1", "why</think>yes", "why</think>yes"),
+        ("chatml", "<think>\nwhy\n</think>\n\nyes", "<think>\nwhy\n</think>\n\nyes"),
+    ],
+)
+def test_thinking_within_the_content_is_learnt(name: str, content: str, said: str, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    messages = conversation(None, [("what?", content)])
+    ((context, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
+    assert context == encode_chat(shape.tokenizer, messages[:1])
+    assert decoded(shape.tokenizer, completion) == said + shape.end
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("qwen3", "<think>\nwhy\n</think>\n\nyes"), ("deepseek-r1", "why\n</think>\n\nyes")],
+)
+def test_thinking_beside_the_content_is_learnt_where_the_template_has_a_place_for_it(
+    name: str, said: str, tmp_path: Path
+) -> None:
+    shape = SHAPES[name]
+    messages = conversation(None, [("what?", "yes")])
+    messages[1]["reasoning_content"] = "why"
+    ((_, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
+    assert decoded(shape.tokenizer, completion) == said + shape.end
+
+
+def test_thinking_that_a_template_drops_from_the_turn_itself_is_learnt_as_it_was_written(tmp_path: Path) -> None:
+    given = SHAPES["deepseek-r1"]
+    shape = Shape(given.template.replace("<think>\\n", ""), given.end, given.specials, bos=given.bos)
+    messages = conversation(None, [("what?", "<think>why</think>yes")])
+    ((_, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
+    assert decoded(shape.tokenizer, completion) == "<think>why</think>yes" + given.end
+
+
+def test_weight_0_makes_a_turn_context_only(tmp_path: Path) -> None:
+    messages = conversation(None, [("what?", "yes"), ("again?", "no")])
+    messages[1]["weight"] = 0
+    shape = SHAPES["chatml"]
+    ((context, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
+    assert context == encode_chat(shape.tokenizer, conversation(None, [("what?", "yes"), ("again?", "")])[:3])
+    assert decoded(shape.tokenizer, completion) == "no<|im_end|>"
+
+
+def test_text_parts_are_joined_by_a_line_break(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "what"}, {"type": "text", "text": "is it?"}]
+    plain = conversation(None, [("what\nis it?", "yes")])
+    given = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "yes"}]}]
+    for name, shape in SHAPES.items():
+        assert encoded(shape, tmp_path, given) == encoded(shape, tmp_path, plain), name
+
+
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"where": "here"}}}
+
+
+def test_a_last_turn_of_calls_is_learnt_as_the_template_renders_it(tmp_path: Path) -> None:
+    messages: list[Message] = [{"role": "user", "content": "what?"}, {"role": "assistant", "content": None}]
+    messages[1]["tool_calls"] = [CALL]
+    shape = SHAPES["qwen2.5"]
+    ((context, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
+    assert context == encode_chat(shape.tokenizer, messages[:1])
+    assert decoded(shape.tokenizer, completion).split() == [
+        "<tool_call>", '{"name":', '"look",', '"arguments":', '{"where":', '"here"}}', "</tool_call><|im_end|>"
+    ]  # fmt: skip
+
+
+def calling(**beside: Any) -> list[Message]:
+    return [
+        {"role": "user", "content": "what?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL], **beside},
+        {"role": "tool", "content": "here"},
+        {"role": "assistant", "content": "yes"},
+    ]
+
+
+ASKED: Message = {"role": "user", "content": "what?"}
+YES: Message = {"role": "assistant", "content": "yes"}
+
+
+@pytest.mark.parametrize(
+    ("name", "messages", "beside", "problem"),
+    [
+        ("qwen2.5", [ASKED, YES], {"tools": [{"name": "look"}]}, ":1 has tools, which Generate cannot send"),
+        ("qwen2.5", calling(), {}, r"has messages\[1\].tool_calls, which changes the prompt of messages\[3\]"),
+        ("qwen2.5", calling(weight=0), {}, r"has messages\[1\].tool_calls, which changes the prompt"),
+        ("chatml", calling()[:2], {}, r"has messages\[1\].tool_calls, which the chat template does not render"),
+        ("deepseek-r1", calling()[:2], {}, r"has calls in messages\[1\]"),
+        ("chatml", [ASKED, {**YES, "reasoning_content": "why"}], {}, r"reasoning_content, which the chat template"),
+        ("qwen3", [ASKED, YES], {"chat_template_kwargs": {"enable_thinking": False}}, r"\(enable_thinking\)"),
+        ("chatml", [ASKED, YES], {"chat_template_kwargs": {"chat_template": "x"}}, r"\(chat_template\)"),
+        ("chatml", [ASKED, YES], {"chat_template_kwargs": {"tokenize": True}}, "cannot be rendered"),
+        ("chatml", [ASKED, {"role": "assistant", "content": None}], {}, r"messages\[1\].content is missing"),
+        ("chatml", [ASKED, {"role": "assistant", "content": 7}], {}, r"messages\[1\].content is a number"),
+        ("chatml", [ASKED, {"role": "assistant", "content": ["yes"]}], {}, r"content\[0\], which is "),
+        ("chatml", [{"role": "user", "content": [{"type": "image_url"}]}, YES], {}, "of type 'image_url'"),
+        ("chatml", [ASKED, {**YES, "weight": 0.5}], {}, r"messages\[1\].weight 0.5"),
+        ("chatml", [{**ASKED, "weight": 1}, YES], {}, "only the assistant's messages are learnt"),
+        ("chatml", [YES, ASKED, YES], {}, "begins with a message of the assistant"),
+        ("chatml", [ASKED], {}, "no message of the assistant"),
+        ("chatml", [ASKED, {"role": "assistant"}], {}, r"messages\[1\].content is missing"),
+        ("chatml", [ASKED, "yes"], {}, r"messages\[1\], which is "),
+        ("chatml", {"role": "user"}, {}, "messages is an object"),
+        ("chatml", [ASKED, {**YES, "content": "yes<|im_end|>no"}], {}, r"'<\|im_end\|>' within messages\[1\].content"),
+        ("gemma", [{"role": "system", "content": "be brief"}, ASKED, YES], {}, "System role not supported"),
+        ("mistral", [ASKED, YES, YES], {}, "roles must alternate"),
+        ("chatml", [ASKED, {**YES, "content": "\ud800"}], {}, "lone surrogate in messages"),
+    ],
+)  # fmt: skip
+def test_what_the_server_cannot_send_or_the_template_cannot_render_is_refused(
+    name: str, messages: list[Message], beside: dict[str, Any], problem: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=problem) as refused:
+        encoded(SHAPES[name], tmp_path, messages, **beside)
+    assert refused.value.reason == "INVALID_DATA"
+    assert refused.value.metadata["line"] == "1"
+    assert "field" in refused.value.metadata or "role" in problem
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_template_arguments_that_change_nothing_are_followed(value: bool, tmp_path: Path) -> None:
+    given = {"enable_thinking": True, "unknown": value}
+    shape = SHAPES["qwen3"]
+    assert encoded(shape, tmp_path, [ASKED, YES], chat_template_kwargs=given) == encoded(shape, tmp_path, [ASKED, YES])
+
+
+def test_keys_that_no_template_reads_are_ignored(tmp_path: Path) -> None:
+    shape = SHAPES["qwen2.5"]
+    given = [{**ASKED, "name": "ada", "id": 7}, {**YES, "id": 8, "tool_calls": None, "refusal": None}]
+    assert encoded(shape, tmp_path, given, source="x", tools=[]) == encoded(shape, tmp_path, [ASKED, YES])
+
+
+def test_a_template_that_closes_no_turn_is_learnt_whole_and_told(tmp_path: Path) -> None:
+    opening = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    shape = Shape("{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}" + opening, "</s>", ())
+    made = Encoder(shape.tokenizer, shape.ends, LONG)(row_of(tmp_path, [ASKED, YES]))
+    assert [decoded(shape.tokenizer, ids) for row in made.kept for _, ids in learnt(row)] == ["yes;"]
+    assert not made.ended
+
+
+def test_a_token_that_closes_the_turn_but_does_not_stop_the_server_is_learnt_and_told(tmp_path: Path) -> None:
+    shape = SHAPES["gemma"]
+    made = Encoder(shape.tokenizer, frozenset([shape.tokenizer.eos_token_id]), LONG)(row_of(tmp_path, [ASKED, YES]))
+    assert [decoded(shape.tokenizer, ids) for row in made.kept for _, ids in learnt(row)] == ["yes<end_of_turn>"]
+    assert not made.ended
+
+
+def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:
+    shape = Shape("", "<|im_end|>", ())
+    with pytest.raises(InvalidArgumentError, match="no chat template"):
+        encoded(shape, tmp_path, [ASKED, YES])

@@ -1,0 +1,265 @@
+"""Training data: files that are JSONL and files that are not, where a prompt ends, and rows that teach nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltamux.errors import InvalidArgumentError, InvalidConfigError
+from deltamux.prompts import encode_text
+from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, train
+from deltamux_trainers.completions import end_tokens
+from deltamux_trainers.data import IGNORED, Encoded, Encoder, load_data
+from deltamux_trainers.rows import MAX_LINE_BYTES, PromptRow, TextRow, read_rows
+from trainers.templates import SHAPES, byte_level, decoded, metaspace
+
+BYTES = byte_level(["</s>"], eos="</s>", bos=None, chat_template=None)
+WITH_BOS = byte_level(["<s>", "</s>"], eos="</s>", bos="<s>", chat_template=None)
+SPACES = metaspace(["<s>", "</s>"], eos="</s>", bos="<s>", chat_template=None)
+TOKENIZERS = {"byte-level": BYTES, "byte-level with bos": WITH_BOS, "metaspace": SPACES}
+
+
+def encoder(tokenizer: Any, max_length: int = 1 << 20) -> Encoder:
+    return Encoder(tokenizer, frozenset([tokenizer.eos_token_id]), max_length)
+
+
+def written(tmp_path: Path, *rows: object) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return file
+
+
+def labels_of(row: Encoded) -> list[int]:
+    return [label for label in row.labels if label != IGNORED]
+
+
+# Where a prompt ends.
+
+PIECES = st.sampled_from(["answer", "yes", "no", "(", ")", ": ", " ", "\n", "é", "e\u0301", "▁", "👍", "the"])
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(
+    prompt=st.lists(PIECES, min_size=1, max_size=5).map("".join), completion=st.lists(PIECES, max_size=4).map("".join)
+)
+def test_a_completion_is_learnt_behind_the_prompt_that_the_server_sends(
+    name: str, prompt: str, completion: str
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    (row,) = encoder(tokenizer)(PromptRow("f:1", 1, prompt, completion)).kept
+    sent = encode_text(tokenizer, prompt)
+    assert list(row.input_ids[: len(sent)]) == sent
+    assert row.labels == (*[IGNORED] * len(sent), *row.input_ids[len(sent) :])
+    assert row.input_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.eos_token_id not in row.input_ids[len(sent) : -1]
+    # A decoder of ▁ makes a space of every one, and drops the first.
+    opening = tokenizer.bos_token or ""
+    text = (prompt + completion).replace("▁", " ") if name == "metaspace" else prompt + completion
+    assert decoded(tokenizer, row.input_ids[:-1]).removeprefix(opening).lstrip() == text.lstrip()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "learnt"),
+    [("answer: (", "yes", "yes</s>"), ("answer:", " yes", " yes</s>"), ("answer: ", "yes", "yes</s>")],
+)
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_no_space_is_learnt_that_the_completion_does_not_have(
+    name: str, prompt: str, completion: str, learnt: str
+) -> None:
+    tokenizer = TOKENIZERS[name]
+    (row,) = encoder(tokenizer)(PromptRow("f:1", 1, prompt, completion)).kept
+    pieces = tokenizer.convert_ids_to_tokens(labels_of(row))
+    assert "".join(pieces).replace("▁", " ").replace("Ġ", " ") == learnt
+
+
+@pytest.mark.parametrize("completion", ["yes", "yes</s>", "yes</s>\n"])
+def test_the_end_token_is_learnt_once_behind_a_completion(completion: str) -> None:
+    (row,) = encoder(BYTES)(PromptRow("f:1", 1, "answer: ", completion)).kept
+    assert decoded(BYTES, labels_of(row)) == "yes</s>"
+
+
+@pytest.mark.parametrize(("text", "ends"), [("what is it", "it</s>"), ("it</s>", "it</s>"), ("it</s>\n", "it</s>\n")])
+def test_the_end_token_is_learnt_once_behind_a_text(text: str, ends: str) -> None:
+    (row,) = encoder(BYTES)(TextRow("f:1", 1, text)).kept
+    assert decoded(BYTES, row.input_ids).endswith(ends)
+    assert row.input_ids.count(BYTES.eos_token_id) == 1
+    assert row.labels == (IGNORED, *row.input_ids[1:])
+
+
+def test_the_end_tokens_are_the_tokenizers_and_those_of_the_generation_config(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
+    assert end_tokens(str(tmp_path), BYTES) == {7, 8, BYTES.eos_token_id}
+    (tmp_path / "generation_config.json").unlink()
+    config = json.loads((directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": 9}))
+    assert end_tokens(str(tmp_path), BYTES) == {9, BYTES.eos_token_id}
+
+
+# Files.
+
+SEPARATORS = "a\u2028b\u2029c\u0085d\x0ce\x0bf\x1cg"
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_only_a_line_feed_ends_a_row(ending: str, mark: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [json.dumps({"text": SEPARATORS}, ensure_ascii=False), "", '{"prompt": "a", "completion": "b"}']
+    file.write_bytes((mark + ending.join(rows)).encode())
+    texts, prompts = read_rows(file)
+    assert isinstance(texts, TextRow)
+    assert texts.text == SEPARATORS
+    assert isinstance(prompts, PromptRow)
+    assert (prompts.line, prompts.where) == (3, f"{file}:3")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "has no rows"),
+        (b"\n \n", "has no rows"),
+        (gzip.compress(b'{"text": "a"}\n'), "is gzip data: unpack it first"),
+        ('{"text": "a"}\n'.encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
+        (b"PAR1....", "is a Parquet file"),
+        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r":2 is not UTF-8 \(byte 0xe9 at 13\): save the file as UTF-8"),
+        (b'[{"text": "a"}]\n', "like a JSON array: one object a line is needed"),
+        (b'[\n{"text": "a"},\n{"text": "b"}\n]\n', "like a JSON array"),
+        (b'{"text": "a"}\n[1]\n', ":2 is not a JSON object"),
+        (b'{"text": "a"}\n{"text": "b', ":2 is not valid JSON: Unterminated string"),
+        (b'{\n"text": "a"\n}\n', ":1 is not valid JSON: .* a row is one object on one line"),
+        (b'{"text": "a"}{"text": "b"}\n', ":1 is not valid JSON: Extra data"),
+        (b'{"text": "' + b"a" * MAX_LINE_BYTES + b'"}\n', ":1 is longer than 16 MiB"),
+        (b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", ":1 is nested too deeply"),
+        (b'{"text": "a", "text": "b"}\n', ":1 is not valid JSON: the key 'text' is there twice"),
+        (b'{"text": ' + b"9" * 5000 + b"}\n", ":1 is not valid JSON"),
+        (b'{"text": "\\ud800"}\n', ":1 has a lone surrogate in text"),
+        (b'{"text": "a", "prompt": "b", "completion": "c"}\n', ":1 has text and prompt: a row has one of"),
+        (b'{"text": "a", "messages": []}\n', ":1 has text and messages"),
+        (b'{"prompt": "a"}\n', ":1 is not a row: completion is missing"),
+        (b'{"prompt": ["a"], "completion": "b"}\n', ":1 is not a row: prompt is a list"),
+        (b'{"prompt": "a", "completion": null}\n', ":1 is not a row: completion is missing"),
+        (b'{"completion": "a"}\n', ":1 has neither text, nor prompt and completion, nor messages"),
+        (b'{"text": 7}\n', ":1 is not a row: text is a number"),
+        (b'{"prompt": "a", "completion": "b", "tools": [{}]}\n', ":1 has tools, which Generate cannot send"),
+        (b"{}\n", ":1 has neither"),
+    ],
+)
+def test_a_file_that_is_not_jsonl_is_refused_in_a_sentence(content: bytes, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(InvalidArgumentError, match=problem) as refused:
+        read_rows(file)
+    assert refused.value.reason == "INVALID_DATA"
+    assert refused.value.metadata["file"] == str(file)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "."])
+def test_a_file_that_cannot_be_read_is_refused_in_a_sentence(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="cannot be read"):
+        read_rows(tmp_path / name)
+
+
+def test_a_limit_reads_no_further(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"text": "a"}\n{"text": "b"}\nnot JSON\n')
+    assert [row.line for row in read_rows(file, limit=2)] == [1, 2]
+
+
+# Rows that teach nothing, and rows that are cut.
+
+LONG: dict[str, Any] = {"prompt": "what is it? " * 9, "completion": "yes"}
+SHORT: dict[str, Any] = {"prompt": "it: ", "completion": "yes"}
+
+
+def test_rows_that_teach_nothing_are_left_out_and_told_with_their_lines(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = written(tmp_path, LONG, SHORT, LONG, {"text": ""}, {"prompt": "", "completion": ""})
+    with caplog.at_level(logging.WARNING):
+        data = load_data(file, encoder(BYTES, 16))
+    assert [row.line for row in data.rows] == [2]
+    assert data.untaught == (1, 3, 4, 5)
+    assert "4 of 5 rows are left out" in caplog.text
+    assert "lines 1, 3, 4, 5" in caplog.text
+
+
+def test_rows_that_are_cut_are_told_with_their_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = written(tmp_path, SHORT, {"prompt": "it: ", "completion": "yes and no " * 20})
+    with caplog.at_level(logging.WARNING):
+        data = load_data(file, encoder(BYTES, 16))
+    assert data.truncated == (2,)
+    assert len(data.encoded[1].input_ids) == 16
+    assert BYTES.eos_token_id not in data.encoded[1].labels, "what is cut has no end"
+    assert "1 rows are cut at max_length 16: line 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([LONG, LONG], r"all 2 rows teach nothing \(their prompts fill max_length 16\): lines 1, 2"),
+        ([{"text": ""}], r"all 1 rows teach nothing \(they are empty"),
+        ([{"prompt": "", "completion": ""}] * 7, "lines 1, 2, 3, 4, 5 and 2 more"),
+    ],
+)
+def test_a_file_whose_rows_all_teach_nothing_is_refused(rows: list[object], problem: str, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=problem):
+        load_data(written(tmp_path, *rows), encoder(BYTES, 16))
+
+
+def test_turns_beyond_the_longest_sequence_are_left_out(tmp_path: Path) -> None:
+    turns = [("user", "what?"), ("assistant", "yes"), ("user", "again? " * 30), ("assistant", "no")]
+    file = written(tmp_path, {"messages": [{"role": role, "content": content} for role, content in turns]})
+    for name in ("chatml", "qwen3"):
+        shape = SHAPES[name]
+        data = load_data(file, Encoder(shape.tokenizer, shape.ends, 80))
+        assert data.truncated == (1,)
+        assert [decoded(shape.tokenizer, labels_of(row)) for row in data.encoded] == [
+            shape.answer.format("yes<|im_end|>")
+        ]
+
+
+def test_a_share_to_hold_out_takes_rows_whole(tmp_path: Path) -> None:
+    shape = SHAPES["qwen3"]
+    turns = [("user", "what?"), ("assistant", "yes"), ("user", "again?"), ("assistant", "no")]
+    rows = [[("user", f"row {n}"), *turns[1:]] for n in range(8)]
+    file = written(tmp_path, *({"messages": [{"role": r, "content": c} for r, c in row]} for row in rows))
+    kept, held_out = load_data(file, Encoder(shape.tokenizer, shape.ends)).split(0.25, seed=0)
+    numbers = [{decoded(shape.tokenizer, e.input_ids).split("row ")[1][0] for e in side} for side in (kept, held_out)]
+    assert [len(side) for side in (kept, held_out)] == [12, 4]
+    assert not numbers[0] & numbers[1]
+
+
+def test_training_on_rows_that_teach_nothing_is_refused(directory: Path, tmp_path: Path) -> None:
+    options = {"method": "lora", "model": str(directory), "data": written(tmp_path, LONG), "quiet": True}
+    with pytest.raises(InvalidArgumentError, match="all 1 rows teach nothing"):
+        train(TrainOptions(**options, output=tmp_path / "out", max_length=16))  # type: ignore[arg-type]  # as given
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_an_evaluation_over_no_token_has_no_perplexity(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match="all 1 rows teach nothing"):
+        evaluate(EvaluateOptions(str(directory), written(tmp_path, LONG), max_length=16))
+
+
+def test_an_evaluation_counts_what_it_cuts_and_leaves_out(directory: Path, tmp_path: Path) -> None:
+    data = written(tmp_path, SHORT, LONG, {"prompt": "it: ", "completion": "yes and no " * 20})
+    done = evaluate(EvaluateOptions(str(directory), data, max_length=16))
+    assert (done.rows, done.untaught_rows, done.truncated_rows) == (2, 1, 1)
+    assert done.perplexity > 1.0
+
+
+def test_exact_matches_need_prompts(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=":2 has no prompt and completion, which exact matches need"):
+        evaluate(EvaluateOptions(str(directory), written(tmp_path, SHORT, {"text": "it is"}), generate=True))
+
+
+def test_the_turns_are_all_or_the_last(tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="turns is one of all, last, not 'first'"):
+        EvaluateOptions("base", tmp_path / "data.jsonl", turns="first")

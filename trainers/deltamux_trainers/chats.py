@@ -1,0 +1,210 @@
+"""Turns of a conversation as token ids: the prompt that the server sends for the turn, and what it is to answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from deltamux.errors import InvalidArgumentError
+from deltamux.prompts import encode_rendered, render_chat
+from deltamux_trainers.completions import follow, up_to_the_end
+from deltamux_trainers.rows import ChatRow
+
+SAID_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold a part of what the assistant says."""
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+
+_CONTENT = "\ue000\ue001\ue000"
+_MARK = "\ue000\ue002\ue000"
+"""Contents of messages that show what a template puts around them: private characters, in no text."""
+_OPENED = re.compile(r"\s*<(\w+)>\s*")
+
+
+class Turn(NamedTuple):
+    """Token ids of one turn.
+
+    Attributes:
+        context: what `Generate` makes of the messages before the turn.
+        completion: what is learnt; ended: whether the server stops at its last token.
+    """
+
+    context: list[int]
+    completion: list[int]
+    ended: bool
+
+
+def encode_turn(row: ChatRow, index: int, tokenizer: Any, ends: Collection[int]) -> Turn:
+    """Tokenises the assistant's message at an index as the answer to the messages before it.
+
+    Raises:
+        InvalidArgumentError: INVALID_DATA; the template refuses the messages, renders something that `Generate` cannot
+            send, leaves out something that the assistant says, or does not let the turn follow its prompt.
+    """
+    rendering = _Rendering(row, index, tokenizer)
+    context = encode_rendered(tokenizer, rendering.prompt)
+    answer = rendering.answer()
+    ids = follow(tokenizer, context, rendering.prompt, answer, encode_rendered)
+    if ids is None:
+        raise row.refused(f"has messages[{index}], which the tokenizer cannot tokenise behind its prompt", "messages")
+    completion = up_to_the_end(ids, tokenizer, ends)
+    if tokenizer.decode(completion.beyond, skip_special_tokens=True).strip():
+        end = tokenizer.decode(completion.ids[-1:])
+        raise row.refused(
+            f"has {end!r} within messages[{index}].content: the server stops there and never generates what follows",
+            f"messages[{index}].content",
+        )
+    return Turn(context, completion.ids, completion.ended)
+
+
+class _Rendering:
+    """What the template makes of one turn.
+
+    Attributes:
+        prompt: the text that the server makes of the messages before the turn.
+    """
+
+    def __init__(self, row: ChatRow, index: int, tokenizer: Any) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise row.refused(
+                "has messages, but the base model's tokenizer has no chat template: use prompt and completion",
+                "messages",
+            )
+        self._row, self._index, self._tokenizer = row, index, tokenizer
+        # What a client can send: a role and a text.
+        self._sent = [{"role": m["role"], "content": m["content"] or ""} for m in row.messages[:index]]
+        self.prompt = self._render(self._sent, True)
+        self._check_prompt()
+
+    def answer(self) -> str:
+        """Returns what follows the prompt: the message as the template renders it, and how it closes the turn."""
+        message = self._message()
+        after = self._turn(message)
+        content = _squashed(message["content"] or "")
+        if after.startswith(self.prompt) and content in _squashed(after[len(self.prompt) :]):
+            self._check_said(message, after)
+            return after[len(self.prompt) :]
+        return self._spliced(message, after)
+
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], opens: bool, arguments: Mapping[str, Any] | None = None
+    ) -> str:
+        try:
+            return render_chat(self._tokenizer, messages, add_generation_prompt=opens, **(arguments or {}))
+        except (InvalidArgumentError, TypeError) as error:  # of TypeError: an argument that is one of the function's
+            raise self._row.refused(f"cannot be rendered up to messages[{self._index}]: {error}", "messages") from error
+
+    def _turn(self, message: Mapping[str, Any]) -> str:
+        return self._render([*self._sent, message], False, self._row.arguments)
+
+    def _check_prompt(self) -> None:
+        """Refuses what the template renders of a row and the server never would."""
+        before = self._row.messages[: self._index]
+        peculiar = [key for m in before for key, value in m.items() if key not in ("role", "content") and value]
+        if not peculiar and not self._row.arguments:
+            return
+        if self._render([dict(m) for m in before], True, self._row.arguments) == self.prompt:
+            return
+        if self._render(self._sent, True, self._row.arguments) != self.prompt:
+            names, field = ", ".join(self._row.arguments), "chat_template_kwargs"
+            problem = f"has {field} ({names})"
+        else:
+            field = self._first_peculiar(before)
+            problem = f"has {field}"
+        raise self._row.refused(
+            f"{problem}, which changes the prompt of messages[{self._index}], and which Generate cannot send: write it "
+            "as content, or the row as prompt and completion",
+            field,
+        )
+
+    def _first_peculiar(self, before: tuple[Mapping[str, Any], ...]) -> str:
+        for at, message in enumerate(before):
+            for key, value in message.items():
+                if key not in ("role", "content") and value:
+                    one = [*self._sent[:at], {**self._sent[at], key: value}, *self._sent[at + 1 :]]
+                    if self._render(one, True) != self.prompt:
+                        return f"messages[{at}].{key}"
+        return "messages"
+
+    def _message(self) -> dict[str, Any]:
+        """Returns the message, without a content that the template would render as the word None."""
+        message = dict(self._row.messages[self._index])
+        if message["content"] is None and self._turn(message) == self._turn({**message, "content": "None"}):
+            message["content"] = ""
+        return message
+
+    def _check_said(self, message: Mapping[str, Any], after: str) -> None:
+        for key in SAID_KEYS:
+            if message.get(key):
+                without = {**{k: v for k, v in message.items() if k != key}, "content": message["content"] or ""}
+                if self._turn(without) == after:
+                    field = f"messages[{self._index}].{key}"
+                    raise self._row.refused(
+                        f"has {field}, which the chat template does not render: write it as content", field
+                    )
+
+    def _spliced(self, message: Mapping[str, Any], after: str) -> str:
+        """Returns the answer where the template does not render the turn behind its prompt, or not whole.
+
+        Templates that leave out thinking do so, and those whose prompt opens a block (``<think>``) or places the system
+        message by what comes last. What the template puts around a content is taken from one of no text.
+        """
+        field = f"messages[{self._index}]"
+        if any(message.get(key) for key in ("tool_calls", "function_call")):
+            raise self._row.refused(
+                f"has calls in {field}, which the template does not render behind its prompt", field
+            )
+        shown = self._turn({"role": message["role"], "content": _CONTENT})
+        header, found, closing = shown.partition(_CONTENT)
+        edge = self._edge() if found and _CONTENT not in closing else None
+        if edge is None:
+            raise self._row.refused(
+                f"has {field}, which the chat template does not render as an answer to the messages before it", field
+            )
+        lead, opened = edge
+        content: str = message["content"]
+        if after.startswith(header) and after.endswith(closing):
+            rendered = after[len(header) : len(after) - len(closing)]
+            content = rendered if _squashed(rendered) == _squashed(content) else content
+        thought = next((message[key] for key in THOUGHT_KEYS if isinstance(message.get(key), str)), "")
+        if opened.strip():
+            return lead + self._continued(content, opened, thought) + closing
+        if thought:
+            self._check_said(message, after)
+        return lead + content + closing
+
+    def _edge(self) -> tuple[str, str] | None:
+        """Returns what the template puts before a turn's content beyond the prompt, and what the prompt has beyond it.
+
+        Both are read behind the last message before the turn, whose text is replaced by a mark for that: what comes
+        before it may differ (a system message that goes into the last user's).
+        """
+        marked = [*self._sent[:-1], {**self._sent[-1], "content": _MARK}]
+        turn = self._render([*marked, {"role": "assistant", "content": _CONTENT}], False, self._row.arguments)
+        _, prompt_has, behind_prompt = self._render(marked, True).rpartition(_MARK)
+        _, turn_has, behind_turn = turn.partition(_CONTENT)[0].rpartition(_MARK)
+        if not (prompt_has and turn_has):
+            return None
+        if behind_turn.startswith(behind_prompt):
+            return behind_turn[len(behind_prompt) :], ""
+        return ("", behind_prompt[len(behind_turn) :]) if behind_prompt.startswith(behind_turn) else None
+
+    def _continued(self, content: str, opened: str, thought: str) -> str:
+        """Returns the content as it goes on in the block that the prompt has opened."""
+        found = _OPENED.fullmatch(opened)
+        if found is None:
+            raise self._row.refused(
+                f"has messages[{self._index}], whose prompt ends with {opened!r}, which the content does not continue",
+                f"messages[{self._index}]",
+            )
+        start, end = f"<{found[1]}>", f"</{found[1]}>"
+        if thought:
+            return f"{thought}\n{end}\n\n{content}"
+        if content.lstrip().startswith(start):
+            space = opened[opened.index(start) + len(start) :]
+            return content.lstrip().removeprefix(start).removeprefix(space)
+        return content if end in content else f"\n{end}\n\n{content}"
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())
