@@ -140,8 +140,17 @@ class Method:
         from deltamux.deltas import merge_program
 
         program = self.program(config, base, tensors)
+        merged = self.own_merge(config, base, tensors)
+        return merge_program(program, base) if merged is None else merged
+
+    def own_merge(self, config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+        """Returns what the method's merge hook computes; None where it has none, and its ops are folded one by one.
+
+        Raises:
+            NotMergeableError: with the reason.
+        """
         merged = self._call("deltamux_merge", {"config": config, "base": base, "tensors": tensors})
-        return merge_program(program, base) if merged is None else dict(merged)
+        return None if merged is None else dict(merged)
 
     def checkpoint(self, config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Checkpoint:
         """Returns the files' content for trained tensors; PEFT loads it where PEFT has the method."""

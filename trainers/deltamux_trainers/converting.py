@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from deltamux.deltas import Checkpoint
 from deltamux.deltas.checkpoint import CONFIG_FILE, TENSORS_FILE, check_dtypes, read_config, read_tensors
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError
 from deltamux.registry import Registry
+from deltamux_trainers.writing import replacing
 
 SAFE_FILES = (TENSORS_FILE, "adapter.safetensors")
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
@@ -31,14 +31,25 @@ def convert(source: Path, destination: Path) -> str:
     """
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise FailedPreconditionError(f"{destination} is not empty: choose another destination", reason="OUTPUT_EXISTS")
-    method, checkpoint = Registry().recognise(read_foreign(source))
+    foreign = read_foreign(source)
+    _check_filled(foreign)
+    method, checkpoint = Registry().recognise(foreign)
     method.parse(checkpoint.config)
-    staging = destination.with_name(f".{destination.name}.writing")
-    shutil.rmtree(staging, ignore_errors=True)
-    checkpoint.write(staging)
-    shutil.rmtree(destination, ignore_errors=True)
-    staging.rename(destination)
+    with replacing(destination) as staging:
+        checkpoint.write(staging)
     return method.name
+
+
+def _check_filled(checkpoint: Checkpoint) -> None:
+    """Raises InvalidAdapterError where the files hold no values, as those of a sharded run that was not gathered."""
+    empty = [name for name, tensor in checkpoint.tensors.items() if tensor.numel() == 0]
+    if empty or not checkpoint.tensors:
+        what = f"{empty[0]} has no values" if empty else "the file holds no tensors"
+        raise InvalidAdapterError(
+            f"the adapter is empty: {what}. A run under ZeRO-3 or FSDP gathers its parameters before it saves them",
+            reason="EMPTY_ADAPTER",
+            metadata={"tensor": empty[0] if empty else ""},
+        )
 
 
 def read_foreign(directory: Path) -> Checkpoint:

@@ -1,20 +1,34 @@
-"""Merges an adapter into its base: a plain Hugging Face model that needs deltamux no more."""
+"""Merges an adapter into its base: a plain Hugging Face model that needs deltamux no more.
+
+The base's files are copied as they are; of its weights, file by file, those that the adapter changes are replaced. What
+is told of the error compares what was written with the base and the adapter, computed in float32.
+"""
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltamux.deltas import BaseModel, Checkpoint, Program, merge_program
-from deltamux.errors import BaseMismatchError, FailedPreconditionError, InvalidArgumentError, NotMergeableError
+from deltamux.deltas import BaseModel, Checkpoint, Program, attached, merge_program
+from deltamux.deltas.merge import rounded
+from deltamux.deltas.program import Placement
+from deltamux.deltas.weights import WeightFiles
+from deltamux.errors import BaseMismatchError, InvalidArgumentError, NotMergeableError
 from deltamux.registry import Method, Registry
-from deltamux_trainers.loading import describe_base
+from deltamux_trainers.loading import describe_base, load_model
+from deltamux_trainers.model_files import ModelFiles
+from deltamux_trainers.options import DTYPES
+from deltamux_trainers.writing import check_output, replacing
+
+PROBE_ROWS, PROBE_LENGTH = 2, 16
+"""Random tokens that the logits of the merged model are compared on."""
 
 
 @dataclass(frozen=True)
@@ -22,36 +36,168 @@ class MergeResult:
     """What a merge did.
 
     Attributes:
+        dtype: of the written weights; auto is that of each in the base.
         parameters: how many of the base's parameters changed.
-        error: how far the merged weights are, relatively, from the base's own with the adapter's ops folded in: zero
-            but for methods that merge into something else than the base's weights (QLoRA: the dequantised ones).
+        error: how far the changed weights are, as written, from the base's own with the adapter's ops folded in, in
+            float32: ||written - exact|| / ||exact|| over all of them. It holds the rounding to the written dtype, and
+            what the method merges into something else than the base's weights (QLoRA: the dequantised ones).
+        worst_error: of the weight that is furthest off; worst: its name.
+        logit_error: the largest difference between the logits of the written model and those of the base with the
+            adapter attached, both computed in float32, over random tokens; None where it was not asked for.
     """
 
     output: Path
     method: str
+    dtype: str
     parameters: int
     error: float
+    worst_error: float
+    worst: str
+    logit_error: float | None
 
 
 @torch.no_grad()
 def merge(
-    model: str, adapter: Path, output: Path, *, method_name: str | None = None, overwrite: bool = False
+    model: str,
+    adapter: Path,
+    output: Path,
+    *,
+    method_name: str | None = None,
+    overwrite: bool = False,
+    dtype: str = "auto",
+    verify: bool = True,
 ) -> MergeResult:
-    """Writes base and adapter as one model, in the base's dtype; the output is whole or not there.
+    """Writes base and adapter as one model; the output is whole or not there.
 
     Args:
         method_name: merge by this method instead of the one that the files say; ``qlora`` merges a LoRA into the
             dequantised weights that it was trained over.
+        dtype: of the written weights; auto keeps that of each.
+        verify: whether to compare logits, which loads base and result, one after the other, in float32.
     Raises:
         NotMergeableError: the method cannot be folded into weights; the message says why.
         BaseMismatchError: the adapter was made for another base.
-        FailedPreconditionError: the output exists and holds files, and `overwrite` is not set.
+        FailedPreconditionError: the output exists and holds files, and `overwrite` is not set; or the base is
+            quantised, or not whole.
     """
-    if output.exists() and any(output.iterdir()) and not overwrite:
-        raise FailedPreconditionError(
-            f"{output} is not empty: choose another output, or allow it to be overwritten", reason="OUTPUT_EXISTS"
-        )
+    if dtype not in ("auto", *DTYPES):
+        raise InvalidArgumentError(f"dtype is auto, {', '.join(DTYPES)}, not {dtype!r}", metadata={"field": "dtype"})
+    files = ModelFiles.locate(model)
+    check_output(output, (files.directory, adapter), overwrite=overwrite)
+    files.check_plain()
     base = describe_base(model)
+    method, checkpoint = _read_adapter(adapter, method_name, base)
+    merging = _Merging(method, checkpoint, base, files.weights)
+    with replacing(output) as staging:
+        files.copy_others(staging)
+        files.write_weights(staging, merging.changes, merging.kept, None if dtype == "auto" else getattr(torch, dtype))
+        logit_error = _logit_error(str(files.directory), base, merging.program, staging) if verify else None
+    losses = merging.losses
+    worst = max(losses, key=lambda name: losses[name].relative)
+    whole = _Loss(*(math.hypot(*column) for column in zip(*losses.values(), strict=True)))
+    return MergeResult(
+        output=output,
+        method=method.name,
+        dtype=dtype,
+        parameters=len(losses),
+        error=whole.relative,
+        worst_error=losses[worst].relative,
+        worst=worst,
+        logit_error=logit_error,
+    )
+
+
+class _Loss(NamedTuple):
+    """||written - exact|| and ||exact||, of a weight or of all."""
+
+    difference: float
+    size: float
+
+    @property
+    def relative(self) -> float:
+        return self.difference / self.size if self.size else 0.0
+
+
+class _Merging:
+    """Computes what an adapter changes, file by file, in float32, and what is lost when it is written.
+
+    Attributes:
+        program: of the adapter.
+        losses: by stored name of a written weight.
+    """
+
+    def __init__(self, method: Method, checkpoint: Checkpoint, base: BaseModel, weights: WeightFiles) -> None:
+        self._base = base = replace(base, _read=lambda name: weights.read(name).float())
+        self._weights = weights
+        config = method.parse(checkpoint.config)
+        self.program = method.program(config, base, checkpoint.tensors)
+        self._own = method.own_merge(config, base, checkpoint.tensors)
+        self._rows: dict[Path, list[Placement]] = {}
+        for row in self.program:
+            for file in self._files_of(row):
+                self._rows.setdefault(file, []).append(row)
+        self._exact: dict[str, Tensor] = {}
+        self.losses: dict[str, _Loss] = {}
+
+    def changes(self, file: Path) -> dict[str, Tensor]:
+        """Returns the changed tensors of a file by stored name, in float32."""
+        rows = self._rows.get(file, [])
+        try:
+            exact = merge_program(Program.of(rows), self._base) if rows else {}
+        except NotMergeableError:
+            if self._own is None:
+                raise
+            exact = self._own  # a method may merge what its ops cannot
+        merged = exact if self._own is None else self._own
+        self._exact = self._stored(file, exact)
+        return self._stored(file, merged)
+
+    def kept(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns a changed tensor as it is written, and notes what that loses."""
+        written = rounded(name, tensor, dtype)
+        exact = self._exact.get(name)
+        exact = (self._weights.read(name) if exact is None else exact).double()
+        self.losses[name] = _Loss(float((written.double() - exact).norm()), float(exact.norm()))
+        return written
+
+    def _files_of(self, row: Placement) -> set[Path]:
+        """Returns the files that hold a weight of an op's site; of a tied head, also those of the embedding."""
+        head = self._base.head
+        tied = {head.name, head.tied_to} if head is not None and head.tied_to is not None else set()
+        sites = tied if row.site in tied else {row.site}
+        names = {f"{site}.{field}" for site in sites for field in ("weight", "bias")}
+        found = {place[0] for place in map(self._place, names) if place is not None}
+        if not found and self._own is None:
+            # Virtual tokens and bottlenecks have no weight, and say so; what should have one is not in the files.
+            merge_program(Program.of([row]), self._base)
+            raise BaseMismatchError(f"the base's files hold no weight of {row.site}", metadata={"site": row.site})
+        return found
+
+    def _stored(self, file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns those of some parameters that a file holds, by the names that they have there."""
+        found = {}
+        for name, tensor in tensors.items():
+            for own in self._names_of(name):
+                place = self._place(own)
+                if place is not None and place[0] == file:
+                    found[place[1]] = tensor if own == name else tensor.clone()
+        return found
+
+    def _names_of(self, name: str) -> tuple[str, ...]:
+        """Returns a parameter's names: a tied head's weight may be stored once more, under its own."""
+        head = self._base.head
+        if head is None or head.tied_to is None or name != f"{head.tied_to}.weight":
+            return (name,)
+        return (name, f"{head.name}.weight")
+
+    def _place(self, name: str) -> tuple[Path, str] | None:
+        try:
+            return self._weights.place(name)
+        except KeyError:
+            return None
+
+
+def _read_adapter(adapter: Path, method_name: str | None, base: BaseModel) -> tuple[Method, Checkpoint]:
     registry = Registry()
     method, checkpoint = registry.recognise(Checkpoint.read(adapter))
     if method_name is not None:
@@ -59,22 +205,10 @@ def merge(
     declared = checkpoint.metadata.get("base_fingerprint")
     if declared and declared != base.fingerprint:
         raise BaseMismatchError(
-            f"the adapter was trained on a base with fingerprint {declared}, but {model} has {base.fingerprint}",
+            f"the adapter was trained on a base with fingerprint {declared}, but {base.name} has {base.fingerprint}",
             metadata={"declared": declared, "base": base.fingerprint},
         )
-    config = method.parse(checkpoint.config)
-    changed = method.merge(config, base, checkpoint.tensors)
-    merged: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    for name, tensor in changed.items():
-        merged.get_parameter(name).copy_(tensor)
-    staging = output.with_name(f".{output.name}.writing")
-    shutil.rmtree(staging, ignore_errors=True)
-    merged.save_pretrained(staging)
-    AutoTokenizer.from_pretrained(model).save_pretrained(staging)
-    shutil.rmtree(output, ignore_errors=True)
-    staging.rename(output)
-    error = _distance(changed, method.program(config, base, checkpoint.tensors), base)
-    return MergeResult(output, method.name, len(changed), error)
+    return method, checkpoint
 
 
 def _reader_of(wanted: Method, found: Method) -> Method:
@@ -86,15 +220,16 @@ def _reader_of(wanted: Method, found: Method) -> Method:
     return wanted
 
 
-def _distance(merged: dict[str, Tensor], program: Program, base: BaseModel) -> float:
-    """Returns ||merged - exact|| / ||exact|| over all merged weights, exact being the base's with the ops folded in."""
-    try:
-        exact = merge_program(program, base)
-    except NotMergeableError:
-        return 0.0
-    difference = size = 0.0
-    for name, tensor in merged.items():
-        expected = exact[name] if name in exact else base.tensor(name)
-        difference += float((tensor.double() - expected.double()).square().sum())
-        size += float(expected.double().square().sum())
-    return (difference / size) ** 0.5 if size else 0.0
+def _logit_error(model: str, base: BaseModel, program: Program, merged: Path) -> float:
+    """Returns the largest difference of the logits of two models, loaded one after the other, in float32."""
+    expected = _logits(model, base, program)
+    return float((_logits(str(merged), base, None) - expected).abs().max())
+
+
+def _logits(model: str, base: BaseModel, program: Program | None) -> Tensor:
+    loaded: Any = load_model(model, "float32", "cpu").eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(base.embedding.vocab_size, (PROBE_ROWS, PROBE_LENGTH), generator=generator)
+    with attached(loaded, base, program) if program else nullcontext():
+        logits: Tensor = loaded(ids).logits
+    return logits

@@ -90,6 +90,15 @@ def _add_merge(commands: Any) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR")
     parser.add_argument("--method", help="merge by this method (qlora: into the dequantised weights)")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output holds")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the written weights (default: that of each in the base)",
+    )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="do not load base and result, in float32, to compare their logits"
+    )
     add_json(parser)
     parser.set_defaults(run=_merge)
 
@@ -171,7 +180,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _merge(arguments: argparse.Namespace) -> None:
     from deltamux_trainers import merge
 
-    options = {"method_name": arguments.method, "overwrite": arguments.overwrite}
+    options = {
+        "method_name": arguments.method,
+        "overwrite": arguments.overwrite,
+        "dtype": arguments.dtype,
+        "verify": not arguments.no_verify,
+    }
     _show_result(lambda: merge(arguments.model, arguments.adapter, arguments.output, **options), arguments)
 
 

@@ -27,7 +27,7 @@ def merge_program(program: Program, base: BaseModel) -> dict[str, Tensor]:
 
     for site, op in _untied(base, program.placed(base)):
         merged.update(op.merge(site, read))
-    return {name: _rounded(name, tensor, _tensor(base, name).dtype) for name, tensor in merged.items()}
+    return {name: rounded(name, tensor, _tensor(base, name).dtype) for name, tensor in merged.items()}
 
 
 def _untied(base: BaseModel, rows: list[PlacedOp]) -> list[PlacedOp]:
@@ -51,12 +51,17 @@ def _tensor(base: BaseModel, name: str) -> Tensor:
     return base.tensor(name)
 
 
-def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    rounded = tensor.to(dtype)
-    if not torch.isfinite(rounded).all():
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a merged weight in the dtype that it is kept in.
+
+    Raises:
+        InvalidAdapterError: it is not finite there.
+    """
+    kept = tensor.to(dtype)
+    if not torch.isfinite(kept).all():
         raise InvalidAdapterError(
             f"merging makes {name} overflow in {dtype}: the adapter's change is too large for the base's dtype",
             reason="NOT_FINITE",
             metadata={"tensor": name},
         )
-    return rounded
+    return kept

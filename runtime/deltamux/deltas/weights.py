@@ -52,6 +52,18 @@ class WeightFiles:
     def names(self) -> list[str]:
         return sorted(self._files)
 
+    def files(self) -> dict[Path, list[str]]:
+        """Returns each file, with the names of the tensors in it, as they are stored."""
+        found: dict[Path, list[str]] = {}
+        for name in self.names():
+            found.setdefault(self._files[name], []).append(name)
+        return found
+
+    def place(self, name: str) -> tuple[Path, str]:
+        """Returns the file that holds a parameter, and the name that it has there; KeyError where there is none."""
+        stored = self._resolve(name)
+        return self._files[stored], stored
+
     def read(self, name: str) -> Tensor:
         stored = self._resolve(name)
         with safe_open(self._files[stored], framework="pt") as file:
