@@ -13,11 +13,13 @@ from typing import Any
 import grpc
 import pytest
 import torch
+from adapters import write_own
 from safetensors.torch import load_file, save_file
 
 from acceptance.process import ServerProcess
 from deltamux.client import Client
 from deltamux.client.channel import error_of
+from deltamux.deltas import BaseModel
 from deltamux.errors import DeltamuxError
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
@@ -157,10 +159,6 @@ def test_a_bad_adapter_is_refused_with_its_reason(case: str, client: Client, ada
 
 @pytest.mark.usefixtures("_traffic")
 def test_a_rank_beyond_the_budget_is_refused(client: Client, base_directory: Path, tmp_path: Path) -> None:
-    from adapters import write_own
-
-    from deltamux.deltas import BaseModel
-
     directory = write_own("lora", BaseModel.from_pretrained(base_directory), tmp_path / "wide", r=32)
     with pytest.raises(DeltamuxError, match="at most 16") as refused:
         client.upload_adapter(NAME, directory)
@@ -196,3 +194,23 @@ def test_a_resource_name_that_plays_tricks_is_refused(name: str, client: Client,
     with pytest.raises(DeltamuxError) as refused:
         client.upload_adapter(name, adapter)
     assert refused.value.reason == "INVALID_NAME"
+
+
+@pytest.mark.usefixtures("_traffic")
+def test_what_only_the_engine_refuses_is_refused_before_it_is_stored(
+    client: Client, base_directory: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    # It fits the base, but vLLM computes q_proj together with k_proj and v_proj: its input alone cannot be scaled.
+    fused: dict[str, Any] = {"target_modules": ["q_proj"], "feedforward_modules": ["q_proj"]}
+    refused = write_own("ia3", BaseModel.from_pretrained(base_directory), tmp_path / "fused", **fused)
+    name = "tenants/acme/adapters/steady"
+    client.upload_adapter(name, adapters["lora-1"])
+    before = client.generate([5, 6, 7], adapter=name, max_tokens=4, temperature=0.0)
+    with pytest.raises(DeltamuxError, match="fused with other projections") as raised:
+        client.upload_adapter(name, refused, promote=True)
+    assert (raised.value.code.name, raised.value.reason) == ("FAILED_PRECONDITION", "PROGRAM_REFUSED")
+    assert client.get_adapter(name).serving_version == 1
+    assert [version.version for version in client.list_adapter_versions(name)] == [1]
+    after = client.generate([5, 6, 7], adapter=name, max_tokens=4, temperature=0.0)
+    assert (after.token_ids, after.adapter_version) == (before.token_ids, f"{name}/versions/1")
+    client.delete_adapter(name)

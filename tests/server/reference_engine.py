@@ -117,6 +117,9 @@ class ReferenceEngine:
         if program.digest not in self.host:
             self.host[program.digest] = await asyncio.to_thread(Program.load, program.path, program.sha256)
 
+    async def check(self, program: ProgramRef) -> None:
+        await asyncio.to_thread(Program.load, program.path)
+
     async def pin(self, program: ProgramRef) -> None:
         await self.prepare(program)
         self.pinned.add(program.digest)

@@ -15,6 +15,7 @@ HELP = {
     "listen": "host:port (port 0 picks a free one) or unix:path",
     "max_active_adapters": "adapters that one batch may mix (default: 32 on a CPU, 8 on a GPU)",
     "max_host_adapters": "compiled adapters kept ready in host memory",
+    "max_pinned_adapters_per_tenant": "adapters that one tenant may pin",
     "max_model_len": "longest context in tokens (default: the model's)",
     "max_num_seqs": "most sequences in one batch",
     "dtype": "auto, float32, bfloat16 or float16",

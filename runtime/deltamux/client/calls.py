@@ -258,6 +258,7 @@ def _adapter(message: adapters_pb2.Adapter) -> Adapter:
         pinned=message.pinned,
         created=_time(message.create_time),
         updated=_time(message.update_time),
+        problem=message.problem,
     )
 
 

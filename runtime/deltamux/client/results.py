@@ -72,6 +72,7 @@ class Adapter:
     Attributes:
         serving_version: the version that the name means; previous_version: what a rollback returns to, None if nothing.
         canary_version, canary_percent: the version that gets a share of the traffic, if one does.
+        problem: why it is pinned and yet not in the engine's memory; "" where nothing is wrong.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Adapter:
     pinned: bool
     created: datetime
     updated: datetime
+    problem: str = ""
 
 
 @dataclass(frozen=True)

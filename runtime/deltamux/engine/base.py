@@ -232,6 +232,14 @@ class Engine(Protocol):
         """
         ...
 
+    async def check(self, program: ProgramRef) -> None:
+        """Loads a program and drops it again, so that no other has to make room: for one that is not stored yet.
+
+        Raises:
+            FailedPreconditionError: the engine cannot use the program.
+        """
+        ...
+
     async def pin(self, program: ProgramRef) -> None:
         """Brings a program into host memory and keeps it there, and in its device slot, until `unpin`.
 

@@ -133,6 +133,9 @@ class SupervisedEngine:
     async def prepare(self, program: ProgramRef) -> None:
         await self._ask(lambda engine: engine.prepare(program))
 
+    async def check(self, program: ProgramRef) -> None:
+        await self._ask(lambda engine: engine.check(program))
+
     async def pin(self, program: ProgramRef) -> None:
         """Pins a program in this engine and in those that follow; without one it is pinned in the next."""
         self._pins[program.digest] = program

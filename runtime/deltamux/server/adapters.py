@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -10,7 +11,7 @@ from typing import TypeVar
 from google.protobuf.empty_pb2 import Empty
 
 from deltamux.engine.base import Engine
-from deltamux.errors import InvalidArgumentError
+from deltamux.errors import DeltamuxError, InvalidArgumentError, NotFoundError
 from deltamux.server.caller import current_caller
 from deltamux.server.composing import NamedPart, mode_of, stage_composition
 from deltamux.server.events import EventHub
@@ -25,7 +26,8 @@ from deltamux.server.messages import (
     within_page,
 )
 from deltamux.server.names import parse_adapter, parse_adapter_or_version, parse_tenant, parse_version
-from deltamux.server.programs import Programs, program_of
+from deltamux.server.pins import Pins
+from deltamux.server.programs import Programs
 from deltamux.server.quarantine import Quarantine, Upload
 from deltamux.server.slots import Slots
 from deltamux.server.uploads import UploadLimits, read_header, receive_files
@@ -34,6 +36,7 @@ from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1 import adapters_pb2_grpc as pb_grpc
 
 T = TypeVar("T")
+log = logging.getLogger("deltamux.server")
 
 
 class AdaptersService(pb_grpc.AdaptersServicer):
@@ -44,6 +47,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         store: AdapterStore,
         engine: Engine,
         programs: Programs,
+        pins: Pins,
         quarantine: Quarantine,
         events: EventHub,
         uploads: Slots,
@@ -53,6 +57,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         self._store = store
         self._engine = engine
         self._programs = programs
+        self._pins = pins
         self._quarantine = quarantine
         self._events = events
         self._uploads = uploads
@@ -77,7 +82,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
                 await receive_files(header, messages, staged, self._limits, self._threads)
                 version = await self._quarantine.admit(staged, upload)
         await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
-        await self._load_if_serving(version)
+        await self._bring_up(version)
         return version_message(version)
 
     async def ComposeAdapter(self, request: pb.ComposeAdapterRequest, context: Context) -> pb.AdapterVersion:
@@ -89,7 +94,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             await self._run(lambda: stage_composition(self._store, parts, mode, staged))
             version = await self._quarantine.admit(staged, Upload(key, promote=promote, labels=dict(request.labels)))
         await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
-        await self._load_if_serving(version)
+        await self._bring_up(version)
         return version_message(version)
 
     def _part(self, part: pb.CompositionPart) -> NamedPart:
@@ -99,14 +104,14 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def GetAdapter(self, request: pb.GetAdapterRequest, context: Context) -> pb.Adapter:
         key = self._own(parse_adapter(request.name))
-        return adapter_message(await self._run(lambda: self._store.adapter(key)))
+        return self._message(await self._run(lambda: self._store.adapter(key)))
 
     async def ListAdapters(self, request: pb.ListAdaptersRequest, context: Context) -> pb.ListAdaptersResponse:
         tenant = self._own_tenant(request.parent)
         after, size = after_token(request.page_token), page_size(request.page_size)
         found = await self._run(lambda: self._store.adapters(tenant, after=after, limit=size + 1))
         token = page_token(found[size - 1].key.adapter) if len(found) > size else ""
-        return pb.ListAdaptersResponse(adapters=map(adapter_message, found[:size]), next_page_token=token)
+        return pb.ListAdaptersResponse(adapters=map(self._message, found[:size]), next_page_token=token)
 
     async def GetAdapterVersion(self, request: pb.GetAdapterVersionRequest, context: Context) -> pb.AdapterVersion:
         key = self._own_version(request.name)
@@ -143,6 +148,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         key = self._own(parse_adapter(request.name))
         record = await self._run(lambda: self._store.adapter(key))
         await self._run(lambda: self._store.delete_adapter(key))
+        await self._pins.remove(key)
         self._events.publish(key, pb.AdapterEvent(type=pb.AdapterEvent.DELETED, adapter=adapter_message(record)))
         return Empty()
 
@@ -155,15 +161,18 @@ class AdaptersService(pb_grpc.AdaptersServicer):
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.Adapter:
         key = self._own(parse_adapter(request.name))
         adapter = await self._run(lambda: self._store.adapter(key))
-        await self.pin(adapter)
-        return await self._changed(key, lambda: self._store.pin(key, True))
+        await self._pins.add(adapter)
+        try:
+            return await self._changed(key, lambda: self._store.pin(key, True))
+        except NotFoundError:  # it was deleted meanwhile
+            await self._pins.remove(key)
+            raise
 
     async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.Adapter:
         key = self._own(parse_adapter(request.name))
-        adapter = await self._run(lambda: self._store.adapter(key))
-        version = await self._run(lambda: self._store.version(VersionKey(*key, adapter.serving)))
-        await self._engine.unpin(version.compiled.digest)
-        return await self._changed(key, lambda: self._store.pin(key, False))
+        changed = await self._changed(key, lambda: self._store.pin(key, False))
+        await self._pins.remove(key)
+        return changed
 
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, context: Context
@@ -175,29 +184,25 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             async for event in subscription.events():
                 yield event
 
-    async def pin(self, adapter: AdapterRecord) -> None:
-        """Brings an adapter's serving version into the engine's memory, to stay."""
-        version = await self._run(lambda: self._store.version(VersionKey(*adapter.key, adapter.serving)))
-        await self._programs.prepare(version)
-        await self._engine.pin(program_of(version))
-
     async def _changed(self, key: AdapterKey, change: Callable[[], AdapterRecord]) -> pb.Adapter:
-        before = await self._run(lambda: self._store.adapter(key))
         record = await self._run(change)
-        if record.pinned and before.serving != record.serving:
-            await self._move_pin(before, record)
+        if record.pinned and not self._pins.holds(record):
+            await self._pins.follow(record)
         await self._publish(pb.AdapterEvent.UPDATED, key)
-        return adapter_message(record)
+        return self._message(record)
 
-    async def _move_pin(self, before: AdapterRecord, after: AdapterRecord) -> None:
-        old = await self._run(lambda: self._store.version(VersionKey(*before.key, before.serving)))
-        await self.pin(after)
-        await self._engine.unpin(old.compiled.digest)
+    async def _bring_up(self, version: VersionRecord) -> None:
+        """Loads a version that has just been stored, if its adapter serves it; failing, its first request does."""
+        try:
+            adapter = await self._run(lambda: self._store.adapter(version.key.parent))
+            if adapter.serving != version.key.number:
+                return
+            await (self._pins.follow(adapter) if adapter.pinned else self._programs.prepare(version))
+        except DeltamuxError as error:
+            log.warning("%s is stored, but not in the engine's memory yet: %s", version.key, error.message)
 
-    async def _load_if_serving(self, version: VersionRecord) -> None:
-        adapter = await self._run(lambda: self._store.adapter(version.key.parent))
-        if adapter.serving == version.key.number and self._engine.healthy:
-            await self._programs.prepare(version)
+    def _message(self, record: AdapterRecord) -> pb.Adapter:
+        return adapter_message(record, self._pins.problems.get(record.key, ""))
 
     async def _publish(self, kind: pb.AdapterEvent.Type.ValueType, key: AdapterKey, number: int = 0) -> None:
         record = await self._run(lambda: self._store.adapter(key))

@@ -30,6 +30,7 @@ from deltamux.server.limits import MAX_MESSAGE_BYTES
 from deltamux.server.listen import bind, check_exposure
 from deltamux.server.logs import bound_lines
 from deltamux.server.options import ServeOptions
+from deltamux.server.pins import Pins
 from deltamux.server.programs import Programs
 from deltamux.server.quarantine import Quarantine
 from deltamux.server.recompiling import Recompiler
@@ -134,10 +135,12 @@ async def running(
         threads = stack.enter_context(ThreadPoolExecutor(options.max_concurrent_uploads + 4, "deltamux-disk"))
         events = EventHub()
         programs = await _programs(options, store, engine, compiler, threads)
-        adapters = _adapters_service(options, store, engine, programs, compiler, events, threads)
-        _forget_removed(store, engine)
-        for pinned in store.pinned():
-            await adapters.pin(pinned)
+        in_all = max(1, options.max_host_adapters // 2)
+        pins = Pins(store, engine, programs, options.max_pinned_adapters_per_tenant, in_all, threads)
+        adapters = _adapters_service(options, store, engine, programs, pins, compiler, events, threads)
+        _forget_removed(store, engine, pins)
+        restoring = asyncio.create_task(pins.restore())
+        stack.callback(restoring.cancel)
         health = HealthMonitor(engine, SERVICES)
         server = _grpc_server(options, store)
         add_InferenceServicer_to_server(_inference_service(options, store, engine, programs), server)
@@ -225,6 +228,7 @@ def _adapters_service(
     store: AdapterStore,
     engine: Engine,
     programs: Programs,
+    pins: Pins,
     compiler: Compiler,
     events: EventHub,
     threads: ThreadPoolExecutor,
@@ -233,7 +237,8 @@ def _adapters_service(
         store,
         engine,
         programs,
-        Quarantine(store, compiler, engine.base, _budgets(options), threads),
+        pins,
+        Quarantine(store, compiler, engine, _budgets(options), threads),
         events,
         Slots(options.max_concurrent_uploads, "uploads"),
         UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds),
@@ -241,18 +246,23 @@ def _adapters_service(
     )
 
 
-def _forget_removed(store: AdapterStore, engine: Engine) -> None:
-    """Frees a program in the engine once no version has its content any more."""
+def _forget_removed(store: AdapterStore, engine: Engine, pins: Pins) -> None:
+    """Ends the pin of a version that is gone, and frees its program once no version has its content any more."""
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Future[None]] = set()
 
-    def forget(digest: str) -> None:
-        task = asyncio.ensure_future(engine.evict(digest))
+    async def forget(record: VersionRecord, last: bool) -> None:
+        await pins.forget(record)
+        if last:
+            await engine.evict(record.compiled.digest)
+
+    def begin(record: VersionRecord, last: bool) -> None:
+        task = asyncio.ensure_future(forget(record, last))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
     def removed(record: VersionRecord, last: bool) -> None:
-        if last and not loop.is_closed():
-            loop.call_soon_threadsafe(forget, record.compiled.digest)
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(begin, record, last)
 
     store.on_removed = removed

@@ -30,7 +30,7 @@ _STATES = {
 }
 
 
-def adapter_message(record: AdapterRecord) -> adapters_pb2.Adapter:
+def adapter_message(record: AdapterRecord, problem: str = "") -> adapters_pb2.Adapter:
     split = record.canary
     canary = None if split is None else adapters_pb2.Canary(version=split.number, percent=split.percent)
     return adapters_pb2.Adapter(
@@ -41,6 +41,7 @@ def adapter_message(record: AdapterRecord) -> adapters_pb2.Adapter:
         pinned=record.pinned,
         create_time=_timestamp(record.created),
         update_time=_timestamp(record.updated),
+        problem=problem,
     )
 
 

@@ -25,6 +25,8 @@ class ServeOptions:
         listen: ``host:port`` (port 0 picks a free one) or ``unix:path``.
         max_active_adapters: adapters that one batch may mix (device slots); None: 32 on a CPU, 8 on a GPU.
         max_host_adapters: compiled adapters kept ready in host memory.
+        max_pinned_adapters_per_tenant: adapters that one tenant may pin; all tenants together may pin half as many as
+            there are host adapters.
         max_model_len: longest context in tokens; None takes the model's own.
         max_num_seqs: most sequences in one batch.
         dtype: auto, float32, bfloat16 or float16.
@@ -58,6 +60,7 @@ class ServeOptions:
     listen: str = "127.0.0.1:8470"
     max_active_adapters: int | None = None
     max_host_adapters: int = 256
+    max_pinned_adapters_per_tenant: int = 8
     max_model_len: int | None = None
     max_num_seqs: int = 64
     dtype: str = "auto"
@@ -116,6 +119,7 @@ class ServeOptions:
 _COUNTS = (
     "max_active_adapters",
     "max_host_adapters",
+    "max_pinned_adapters_per_tenant",
     "max_num_seqs",
     "max_lora_rank",
     "max_virtual_tokens",

@@ -59,6 +59,11 @@ class Programs:
         async with self.using(record) as program:
             await self._engine.prepare(program)
 
+    async def pin(self, record: VersionRecord) -> None:
+        """Keeps a version's program in the engine's memory until the engine unpins it; raises like `using`."""
+        async with self.using(record) as program:
+            await self._engine.pin(program)
+
     async def _usable(self, record: VersionRecord) -> VersionRecord:
         changed = self._store.programs.is_of_another_base(record)
         if self._recompile is None:

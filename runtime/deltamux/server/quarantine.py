@@ -2,7 +2,7 @@
 
 The server's process hashes the files and parses none of them. The compiler's process reads them: the safetensors
 header by its bytes first, then the config against the method, the tensors against the base, the values and budgets.
-What it compiled is committed here.
+What it compiled is loaded by the engine, which may refuse it, and then committed here.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from deltamux.deltas import BaseModel
+from deltamux.engine.base import Engine, ProgramRef
 from deltamux.errors import InvalidAdapterError
 from deltamux.server.compile_job import Budgets, Job, packed
 from deltamux.server.compiler import Compiler
-from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter, VersionRecord, content_digest
+from deltamux.store import PROGRAM_FILE, AdapterKey, AdapterStore, CompiledAdapter, VersionRecord, content_digest
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class Upload:
 
 
 class Quarantine:
-    """Checks uploads against one base model, and commits what passes.
+    """Checks uploads against the engine and its base model, and commits what passes.
 
     Args:
         threads: run what touches the disk.
@@ -51,14 +51,15 @@ class Quarantine:
         self,
         store: AdapterStore,
         compiler: Compiler,
-        base: BaseModel,
+        engine: Engine,
         budgets: Budgets,
         threads: ThreadPoolExecutor,
     ) -> None:
         self._store = store
         self._compiler = compiler
-        self._base = base
-        self._packed = packed(base)
+        self._engine = engine
+        self._base = engine.base
+        self._packed = packed(engine.base)
         self._budgets = budgets
         self._threads = threads
 
@@ -70,6 +71,8 @@ class Quarantine:
             BaseMismatchError: they were made for another base.
             BudgetExceededError: they need more than the server gives one adapter.
             PluginError: their method's plugin failed, hung or crashed.
+            FailedPreconditionError: the engine cannot use them.
+            UnavailableError: the engine is down, so that nothing can be said of them.
         """
         digest = await self._run(lambda: _digest(staged, upload.expected_digest))
         job = Job(staged, upload.method, self._budgets, self._packed)
@@ -77,6 +80,7 @@ class Quarantine:
         compiled = CompiledAdapter(
             digest, found.method, found.rank, found.num_virtual_tokens, found.num_bytes, self._base.fingerprint
         )
+        await self._engine.check(ProgramRef(digest, staged / PROGRAM_FILE, found.num_virtual_tokens))
         return await self._run(
             lambda: self._store.commit(staged, upload.key, compiled, promote=upload.promote, labels=upload.labels)
         )

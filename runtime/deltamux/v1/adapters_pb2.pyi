@@ -81,6 +81,7 @@ class Adapter(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tenants/{tenant}/adapters/{adapter}`"""
     serving_version: _builtins.int
@@ -88,6 +89,8 @@ class Adapter(_message.Message):
     previous_version: _builtins.int
     """Number of the version served before; 0 if none. RollbackAdapter goes back to it."""
     pinned: _builtins.bool
+    problem: _builtins.str
+    """Why the adapter is pinned and yet not in the engine's memory; empty where nothing is wrong."""
     @_builtins.property
     def canary(self) -> Global___Canary:
         """Unset where all traffic goes to the serving version."""
@@ -106,10 +109,11 @@ class Adapter(_message.Message):
         pinned: _builtins.bool = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        problem: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "create_time", b"create_time", "update_time", b"update_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "create_time", b"create_time", "name", b"name", "pinned", b"pinned", "previous_version", b"previous_version", "serving_version", b"serving_version", "update_time", b"update_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canary", b"canary", "create_time", b"create_time", "name", b"name", "pinned", b"pinned", "previous_version", b"previous_version", "problem", b"problem", "serving_version", b"serving_version", "update_time", b"update_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -191,6 +191,7 @@ class AdaptersServicer:
 
     def PinAdapter(self, request, context):
         """Keeps the served version in the engine's memory whatever else is used, until it is unpinned.
+        RESOURCE_EXHAUSTED, PIN_BUDGET: the tenant, or all tenants together, have pinned as many as the server allows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

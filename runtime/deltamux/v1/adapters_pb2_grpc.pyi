@@ -66,7 +66,9 @@ class AdaptersStub:
     DeleteAdapterVersion: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterVersionRequest, _empty_pb2.Empty]
     """Deletes one version. FAILED_PRECONDITION while the adapter serves it."""
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.Adapter]
-    """Keeps the served version in the engine's memory whatever else is used, until it is unpinned."""
+    """Keeps the served version in the engine's memory whatever else is used, until it is unpinned.
+    RESOURCE_EXHAUSTED, PIN_BUDGET: the tenant, or all tenants together, have pinned as many as the server allows.
+    """
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.Adapter]
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.AdapterEvent]
     """Sends every matching adapter as it is now (type STATE), and then every change as it happens."""
@@ -108,7 +110,9 @@ class AdaptersAsyncStub(AdaptersStub):
     DeleteAdapterVersion: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterVersionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes one version. FAILED_PRECONDITION while the adapter serves it."""
     PinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.Adapter]  # type: ignore[assignment]
-    """Keeps the served version in the engine's memory whatever else is used, until it is unpinned."""
+    """Keeps the served version in the engine's memory whatever else is used, until it is unpinned.
+    RESOURCE_EXHAUSTED, PIN_BUDGET: the tenant, or all tenants together, have pinned as many as the server allows.
+    """
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.Adapter]  # type: ignore[assignment]
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.AdapterEvent]  # type: ignore[assignment]
     """Sends every matching adapter as it is now (type STATE), and then every change as it happens."""
@@ -213,7 +217,9 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.PinAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.Adapter, _abc.Awaitable[_adapters_pb2.Adapter]]:
-        """Keeps the served version in the engine's memory whatever else is used, until it is unpinned."""
+        """Keeps the served version in the engine's memory whatever else is used, until it is unpinned.
+        RESOURCE_EXHAUSTED, PIN_BUDGET: the tenant, or all tenants together, have pinned as many as the server allows.
+        """
 
     @_abc_1.abstractmethod
     def UnpinAdapter(

@@ -151,6 +151,9 @@ class VLLMEngine:
         async with self._host.lease(program):
             pass
 
+    async def check(self, program: ProgramRef) -> None:
+        await self._host.check(program)
+
     async def pin(self, program: ProgramRef) -> None:
         await self._host.pin(program)
 

@@ -7,8 +7,8 @@ the others the one worth least goes first (see `residency`). So a scheduled step
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
 from deltamux.engine.base import ProgramRef
@@ -71,6 +71,16 @@ class HostTier:
         if ref.digest not in self._residents:
             self._admit(ref)
 
+    async def check(self, ref: ProgramRef) -> None:
+        """Has the workers load a program, and drop it: it takes no other's place. Raises like `lease`."""
+        self._last_id += 1
+        program_id = self._last_id
+        try:
+            with _naming(ref.digest):
+                await self._link.load(program_id, ref.path, ref.sha256)
+        finally:
+            await self._link.drop(program_id)
+
     async def pin(self, ref: ProgramRef) -> None:
         """Makes a program ready and keeps it, in host memory and in its device slot, until `unpin`."""
         async with self.lease(ref):
@@ -124,21 +134,10 @@ class HostTier:
         """Loads a program, which holds its place meanwhile; then what is too much goes, even if nobody waited."""
         digest = resident.ref.digest
         try:
-            seconds = await self._link.load(resident.program_id, resident.ref.path, resident.ref.sha256)
+            with _naming(digest):
+                seconds = await self._link.load(resident.program_id, resident.ref.path, resident.ref.sha256)
             self._residency.charge(digest, max(seconds, LEAST_COST))
             resident.ready = True
-        except FailedPreconditionError as error:
-            raise FailedPreconditionError(
-                f"the engine cannot use program {digest[:12]}: {error.message}",
-                reason="PROGRAM_REFUSED",
-                metadata={"digest": digest},
-            ) from error
-        except DataLossError as error:
-            raise DataLossError(
-                f"program {digest[:12]} cannot be loaded: {error.message}",
-                reason=error.reason,
-                metadata={"digest": digest},
-            ) from error
         finally:
             if not resident.ready:
                 self._condemned.add(digest)
@@ -157,3 +156,16 @@ class HostTier:
     def _victim(self) -> str | None:
         condemned = (digest for digest in self._condemned if self._residency.idle(digest))
         return next(condemned, None) or self._residency.surplus()
+
+
+@contextmanager
+def _naming(digest: str) -> Iterator[None]:
+    """Names the program in what its load raises."""
+    try:
+        yield
+    except FailedPreconditionError as error:
+        problem = f"the engine cannot use program {digest[:12]}: {error.message}"
+        raise FailedPreconditionError(problem, reason="PROGRAM_REFUSED", metadata={"digest": digest}) from error
+    except DataLossError as error:
+        problem = f"program {digest[:12]} cannot be loaded: {error.message}"
+        raise DataLossError(problem, reason=error.reason, metadata={"digest": digest}) from error

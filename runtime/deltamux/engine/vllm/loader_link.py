@@ -195,7 +195,7 @@ def _check(states: list[str]) -> None:
         if state.startswith(DAMAGED):
             raise DataLossError(state.removeprefix(DAMAGED), reason="PROGRAM_DAMAGED")
         if state.startswith(FAILED):
-            raise FailedPreconditionError(state, reason="PROGRAM_REFUSED")
+            raise FailedPreconditionError(state.removeprefix(FAILED), reason="PROGRAM_REFUSED")
 
 
 def _gone() -> UnavailableError:

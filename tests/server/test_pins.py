@@ -1,0 +1,105 @@
+"""Pins: counted by adapter, bounded per tenant and in all; one that cannot be restored hinders nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from deltamux.client import AsyncClient
+from deltamux.errors import ResourceExhaustedError, UnavailableError
+from deltamux.server.app import running
+from deltamux.server.compiler import Compiler
+from server.conftest import engine_for, options
+from server.reference_engine import ReferenceEngine
+
+ONE, TWO, THREE = (f"tenants/acme/adapters/{name}" for name in ("one", "two", "three"))
+OTHERS = "tenants/globex/adapters/one"
+
+
+@asynccontextmanager
+async def serving(
+    base: Path, store: Path, compiler: Compiler, **given: object
+) -> AsyncIterator[tuple[AsyncClient, ReferenceEngine]]:
+    engine = engine_for(base)
+    async with (
+        running(options(base, store, **given), lambda _: engine, compiler) as server,
+        AsyncClient(server.address, timeout=60) as client,
+    ):
+        yield client, engine
+
+
+async def test_a_pin_belongs_to_one_adapter_and_follows_what_it_serves(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    async with serving(tiny_base, tmp_path / "store", shared_compiler) as (client, engine):
+        shared = (await client.upload_adapter(ONE, loras[0])).digest
+        assert (await client.upload_adapter(OTHERS, loras[0])).digest == shared
+        assert (await client.pin_adapter(ONE)).pinned
+        await client.pin_adapter(OTHERS)
+        await client.unpin_adapter(OTHERS)
+        assert engine.pinned == {shared}, "another tenant's adapter of equal content must not take the pin along"
+        other = (await client.upload_adapter(ONE, loras[1], promote=True)).digest
+        assert engine.pinned == {other}
+        await client.rollback(ONE)
+        assert engine.pinned == {shared}
+        await client.delete_adapter(ONE)
+        assert engine.pinned == set()
+
+
+async def test_pins_are_bounded_per_tenant_and_in_all(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    limits = {"max_pinned_adapters_per_tenant": 2, "max_host_adapters": 6}
+    third = "tenants/initech/adapters/one"
+    async with serving(tiny_base, tmp_path / "store", shared_compiler, **limits) as (client, _):
+        for name in (ONE, TWO, THREE, OTHERS, third):
+            await client.upload_adapter(name, loras[0])
+        for name in (ONE, TWO, TWO):
+            await client.pin_adapter(name)
+        with pytest.raises(ResourceExhaustedError, match="tenants/acme has pinned 2") as refused:
+            await client.pin_adapter(THREE)
+        assert refused.value.reason == "PIN_BUDGET"
+        await client.pin_adapter(OTHERS)
+        with pytest.raises(ResourceExhaustedError, match="all tenants together have pinned 3"):
+            await client.pin_adapter(third)
+        await client.unpin_adapter(TWO)
+        await client.pin_adapter(third)
+
+
+async def test_a_pin_that_cannot_be_restored_is_reported_and_the_others_are(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    store = tmp_path / "store"
+    async with serving(tiny_base, store, shared_compiler) as (client, _):
+        damaged = await client.upload_adapter(ONE, loras[0])
+        whole = await client.upload_adapter(TWO, loras[1])
+        for name in (ONE, TWO):
+            await client.pin_adapter(name)
+    shutil.rmtree(store / "objects" / damaged.digest[:2] / damaged.digest)
+    async with serving(tiny_base, store, shared_compiler) as (client, engine):
+        async with asyncio.timeout(30):
+            while not (await client.get_adapter(ONE)).problem or not engine.pinned:  # noqa: ASYNC110 - as an operator
+                await asyncio.sleep(0.02)
+        assert engine.pinned == {whole.digest}
+        assert (await client.get_adapter(ONE)).pinned, "what is wrong must not be forgotten with the restart"
+        assert (await client.get_adapter(TWO)).problem == ""
+        assert "not in the engine's memory" in (await client.list_adapters("tenants/acme"))[0].problem
+
+
+async def test_an_upload_while_the_engine_is_down_changes_nothing_and_says_when_to_come_back(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    slow = {"engine_restart_seconds": 30.0}
+    async with serving(tiny_base, tmp_path / "store", shared_compiler, **slow) as (client, engine):
+        await client.upload_adapter(ONE, loras[0])
+        engine.crash()
+        with pytest.raises(UnavailableError) as refused:
+            await client.upload_adapter(ONE, loras[1], promote=True)
+        assert refused.value.retry_after is not None
+        assert (await client.get_adapter(ONE)).serving_version == 1
+        assert len(await client.list_adapter_versions(ONE)) == 1
