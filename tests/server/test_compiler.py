@@ -38,6 +38,11 @@ BAD_HOOKS = {
         "PLUGIN_CRASHED",
         "'segfaults': deltamux_program ended its process by SIGSEGV",
     ),
+    "kills": (
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "PLUGIN_CRASHED",
+        "'kills': deltamux_program ended its process by SIGKILL",
+    ),
     "exits": ("sys.exit(3)", "PLUGIN_ERROR", "'exits' failed in deltamux_program: SystemExit: 3"),
     "raises": ("[][0]", "PLUGIN_ERROR", "'raises' failed in deltamux_program: IndexError"),
     "returns": ("return 42", "PLUGIN_ERROR", "'returns': deltamux_program returned int"),
@@ -79,6 +84,7 @@ def _third_party(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     plugins = {name: source for name, (source, _) in BAD_IMPORTS.items()}
     plugins |= {name: method(name, body) + BABBLE for name, (body, _, _) in BAD_HOOKS.items()}
     plugins |= {"starts": STARTS, "leaks": LEAKS, "good": method("good", "print('hello')"), "swells": SWELLS}
+    plugins["naps"] = method("naps", "time.sleep(1.5)")
     directory = install(tmp_path_factory.mktemp("third-party"), plugins)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(directory)
@@ -226,13 +232,45 @@ async def test_a_job_given_up_costs_nobody_the_process(compiler: Compiler, job: 
     assert compiler.pid == before
 
 
-async def test_a_process_that_ends_between_two_jobs_is_started_again(
+async def test_a_process_that_ends_between_two_jobs_is_started_again_before_the_next(
+    compiler: Compiler, job: Any, loras: list[Path]
+) -> None:
+    await compiler.started()
+    before = compiler.pid
+    psutil.Process(before).kill()
+    while compiler.pid in (before, None):  # noqa: ASYNC110 - another process cannot set an event
+        await asyncio.sleep(0.05)
+    assert (await compiler.compile(job(loras[0]))).method == "lora"
+
+
+async def test_a_job_in_the_moment_in_which_the_process_ends_is_compiled_all_the_same(
     compiler: Compiler, job: Any, loras: list[Path]
 ) -> None:
     await compiler.started()
     psutil.Process(compiler.pid).kill()
-    await asyncio.sleep(0.2)
     assert (await compiler.compile(job(loras[0]))).method == "lora"
+
+
+async def test_a_process_that_somebody_ends_during_a_job_costs_the_job_nothing_and_no_plugin_its_name(
+    compiler: Compiler, job: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await compiler.started()
+    before = compiler.pid
+    compiling = asyncio.create_task(compiler.compile(job(write_adapter(tmp_path / "naps", "naps"))))
+    await asyncio.sleep(0.5)
+    psutil.Process(before).kill()
+    assert (await compiling).method == "naps"
+    assert compiler.pid != before
+    assert "'naps': deltamux_program ended its process by SIGKILL: starting another" in caplog.text
+
+
+async def test_a_server_whose_compiler_does_not_start_says_so_and_is_never_ready(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_link, "CHILD_MODULE", "deltamux.server.nothing")
+    with pytest.raises(UnavailableError, match="compiler process does not start"):
+        async with running(options(tiny_base, tmp_path / "store"), lambda _: engine_for(tiny_base)):
+            raise AssertionError("a server is ready that cannot take an upload")
 
 
 async def test_where_no_process_can_be_started_uploads_are_turned_away(

@@ -67,17 +67,17 @@ class AdaptersService(pb_grpc.AdaptersServicer):
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context
     ) -> pb.AdapterVersion:
-        with self._uploads.take():
-            messages = aiter(request_iterator)
-            header = await read_header(messages, self._limits)
-            key = self._own(parse_adapter(header.adapter, "header.adapter"))
-            upload = Upload(
-                key,
-                method=header.method,
-                expected_digest=header.expected_digest,
-                promote=header.promote if header.HasField("promote") else None,
-                labels=dict(header.labels),
-            )
+        messages = aiter(request_iterator)
+        header = await read_header(messages, self._limits)
+        key = self._own(parse_adapter(header.adapter, "header.adapter"))
+        upload = Upload(
+            key,
+            method=header.method,
+            expected_digest=header.expected_digest,
+            promote=header.promote if header.HasField("promote") else None,
+            labels=dict(header.labels),
+        )
+        async with self._uploads.take(key.tenant):
             with self._store.staging() as staged:
                 await receive_files(header, messages, staged, self._limits, self._threads)
                 version = await self._quarantine.admit(staged, upload)
@@ -90,9 +90,11 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         parts = [self._part(part) for part in request.parts]
         mode = mode_of(request.mode)
         promote = request.promote if request.HasField("promote") else None
-        with self._uploads.take(), self._store.staging() as staged:
-            await self._run(lambda: stage_composition(self._store, parts, mode, staged))
-            version = await self._quarantine.admit(staged, Upload(key, promote=promote, labels=dict(request.labels)))
+        async with self._uploads.take(key.tenant):
+            with self._store.staging() as staged:
+                await self._run(lambda: stage_composition(self._store, parts, mode, staged))
+                upload = Upload(key, promote=promote, labels=dict(request.labels))
+                version = await self._quarantine.admit(staged, upload)
         await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
         await self._bring_up(version)
         return version_message(version)

@@ -132,6 +132,7 @@ async def running(
         engine = await _supervised(options, make_engine or vllm_engines())
         stack.push_async_callback(engine.stop)
         await engine.start()
+        await compiler.started()
         threads = stack.enter_context(ThreadPoolExecutor(options.max_concurrent_uploads + 4, "deltamux-disk"))
         events = EventHub()
         programs = await _programs(options, store, engine, compiler, threads)

@@ -92,7 +92,7 @@ def error_message(error: DeltamuxError) -> dict[str, Any]:
         "message": str(error.message)[:MAX_TEXT],
         "reason": str(error.reason),
         "metadata": {str(key): str(value)[:MAX_TEXT] for key, value in error.metadata.items()},
-        "retry_after": getattr(error, "retry_after", None),
+        "retry_after": error.retry_after,
     }
 
 

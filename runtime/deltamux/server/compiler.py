@@ -13,18 +13,31 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Self
 
-from deltamux.errors import DeltamuxError, PluginCrashedError, PluginError, PluginTimeoutError, UnavailableError
+from deltamux.errors import DeltamuxError, PluginCrashedError, PluginTimeoutError, UnavailableError
 from deltamux.server.compile_job import Compiled, Job, error_of
 from deltamux.server.compiler_link import CompilerLink, LinkFailedError
+from deltamux.server.slots import Slots
 
 log = logging.getLogger("deltamux.server")
 
 START_SECONDS = 300.0
 """Until the process has imported what is ours; a plugin's import then has the plugins' own limit."""
 
+ATTEMPTS = 2
+"""How often a job is tried whose process ends by no plugin's doing."""
+
+PAUSES = (0.0, 1.0, 5.0, 30.0, 60.0)
+"""Seconds before an idle process is started again, by how often the last ones ended within `SHORT_LIFE` seconds."""
+
+SHORT_LIFE = 60.0
+RETRY_SECONDS = 10.0
+
 
 class Compiler:
-    """Owns the compiler process; jobs run one at a time. Entering it begins to start the process, and jobs wait for it.
+    """Owns the compiler process; jobs run one at a time, tenants by turns. Entering it begins to start the process.
+
+    A process that ends while it has nothing to do is started again. A job whose process ends by no plugin's doing is
+    tried once more.
 
     Args:
         plugin_timeout: seconds for a plugin's import, and for one job.
@@ -39,7 +52,9 @@ class Compiler:
         self.broken: dict[str, str] = {}
         self._timeout = plugin_timeout
         self._skipped: dict[str, str] = {}
+        self._turns = Slots(1, "compilations", max_waiting=1 << 20)
         self._one_at_a_time = asyncio.Lock()
+        self._short_lives = 0
         self._link: CompilerLink | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -65,8 +80,11 @@ class Compiler:
         async with self._one_at_a_time:
             await self._ready()
 
-    async def compile(self, job: Job) -> Compiled:
+    async def compile(self, job: Job, tenant: str = "") -> Compiled:
         """Compiles an adapter. Cancelling it gives up the answer, not the job: the process is not to be had for that.
+
+        Args:
+            tenant: whose job it is; tenants whose jobs wait get their turns one after the other.
 
         Raises:
             DeltamuxError: as the files, the base or the plugin gave reason to.
@@ -74,26 +92,44 @@ class Compiler:
             PluginTimeoutError, PluginCrashedError: the process was ended, or ended itself, over the job.
             UnavailableError: there is no process, and none can be started.
         """
-        return await asyncio.shield(self._spawn(self._run(job)))
+        return await asyncio.shield(self._spawn(self._run(job, tenant)))
 
-    async def _run(self, job: Job) -> Compiled:
-        async with self._one_at_a_time:
-            link = await self._ready()
-            try:
-                answer = await link.ask(job.message(), self._timeout)
-                if answer.get("worn"):
-                    log.warning("some plugin keeps the memory of its jobs: starting another compiler process")
-                    await self._replace()
-                return _result(answer)
-            except (LinkFailedError, ValueError) as error:
-                refused = self._refusal(error, job)
-                log.error("%s: starting another compiler process", refused.message)
-                await self._replace()
-                raise refused from None
+    async def _run(self, job: Job, tenant: str) -> Compiled:
+        async with self._turns.take(tenant), self._one_at_a_time:
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    return await self._try(job)
+                except (LinkFailedError, ValueError) as error:
+                    refused = self._refusal(error, job)
+                    log.error("%s: starting another compiler process", refused.message)
+                    await self._drop()
+                    if attempt < ATTEMPTS and isinstance(error, LinkFailedError) and error.from_outside:
+                        continue
+                    self._spawn(self._warm())
+                    raise refused from None
+            raise AssertionError("the last attempt returns or raises")
 
-    async def _replace(self) -> None:
-        await self._drop()
-        self._spawn(self._warm())
+    async def _try(self, job: Job) -> Compiled:
+        link = await self._ready()
+        answer = await link.ask(job.message(), self._timeout)
+        if answer.get("worn"):
+            log.warning("some plugin keeps the memory of its jobs: starting another compiler process")
+            await self._drop()
+            self._spawn(self._warm())
+        return _result(answer)
+
+    async def _watch(self, link: CompilerLink) -> None:
+        """Starts another process once this one has ended while no job is at hand; one that is starts it itself."""
+        began = asyncio.get_running_loop().time()
+        await link.ended()
+        if self._link is not link or self._one_at_a_time.locked():
+            return
+        lived = asyncio.get_running_loop().time() - began
+        self._short_lives = self._short_lives + 1 if lived < SHORT_LIFE else 0
+        pause = PAUSES[min(self._short_lives, len(PAUSES)) - 1] if self._short_lives else 0.0
+        log.error("the compiler process has ended: starting another in %g s", pause)
+        await asyncio.sleep(pause)
+        await self._warm()
 
     async def _warm(self) -> None:
         with suppress(UnavailableError):  # it is in the log, and the next job tries again
@@ -108,6 +144,7 @@ class Compiler:
                 link = self._link = await CompilerLink.open()
                 answer = await link.ask({"skip": self._skipped}, START_SECONDS, self._timeout)
                 self._note(answer["methods"], answer["broken"])
+                self._spawn(self._watch(link))
                 return link
             except (LinkFailedError, LookupError, OSError, TypeError, ValueError) as error:
                 await self._drop()
@@ -121,6 +158,7 @@ class Compiler:
             raise UnavailableError(
                 "the server cannot compile adapters now: its compiler process does not start",
                 reason="COMPILER_UNAVAILABLE",
+                retry_after=RETRY_SECONDS,
             )
         self._skipped[step.plugin] = f"{step.what} {error}"
 
@@ -136,9 +174,15 @@ class Compiler:
         if link is not None:
             await link.close()
 
-    def _refusal(self, error: Exception, job: Job) -> PluginError:
+    def _refusal(self, error: Exception, job: Job) -> DeltamuxError:
         step = error.step if isinstance(error, LinkFailedError) else None
         timed_out = isinstance(error, LinkFailedError) and error.timed_out
+        if isinstance(error, LinkFailedError) and step is None and not timed_out:
+            return UnavailableError(
+                f"the compiler process {error}; send the upload again",
+                reason="COMPILER_UNAVAILABLE",
+                retry_after=RETRY_SECONDS,
+            )
         who = (
             f"plugin {step.plugin!r}: {step.what}" if step else f"compiling the adapter ({job.announced or 'unnamed'})"
         )

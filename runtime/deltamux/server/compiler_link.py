@@ -16,6 +16,10 @@ MAX_LINE = 1 << 24
 CHILD_MODULE = "deltamux.server.compiler_child"
 
 
+_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+"""SIGKILL is also how Linux ends a process when memory is short."""
+
+
 class Step(NamedTuple):
     """What the process said that it was about to run."""
 
@@ -28,12 +32,19 @@ class LinkFailedError(Exception):
 
     Attributes:
         step: what it ran last; None if it ran nothing of a plugin's.
+        status: how the process ended, as `subprocess` says it (minus the number of a signal); None if it has not.
     """
 
-    def __init__(self, problem: str, step: Step | None, *, timed_out: bool = False) -> None:
+    def __init__(self, problem: str, step: Step | None, *, timed_out: bool = False, status: int | None = None) -> None:
         super().__init__(problem)
         self.step = step
         self.timed_out = timed_out
+        self.status = status
+
+    @property
+    def from_outside(self) -> bool:
+        """Whether the end was no doing of a plugin, as far as can be told: none ran, or somebody ended the process."""
+        return not self.timed_out and (self.step is None or self.status in _FROM_OUTSIDE)
 
 
 class CompilerLink:
@@ -103,6 +114,10 @@ class CompilerLink:
         except OSError:
             raise await self._ended() from None
 
+    async def ended(self) -> None:
+        """Waits until the process has ended, whoever ends it."""
+        await asyncio.wait([self._watching])
+
     async def close(self) -> None:
         """Ends the process and what it started, at once."""
         self._end()
@@ -127,7 +142,7 @@ class CompilerLink:
         self._end()  # its end of the socket may be closed while it lives on
         status = await self._process.wait()
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        return LinkFailedError(f"ended its process {how}", self._step)
+        return LinkFailedError(f"ended its process {how}", self._step, status=status)
 
     async def _watch(self) -> None:
         """Once the process has ended ends what it started, which may hold the socket open."""

@@ -41,12 +41,12 @@ class InferenceService(pb_grpc.InferenceServicer):
         """The life of a request. The version it gets here is the one it keeps, whatever is promoted or deleted."""
         prompt, sampling = prompt_of(request, self._engine.max_model_len), sampling_of(request.sampling)
         request_id = secrets.token_hex(8)
-        with self._slots.take():
-            async with self._router.lease(request.adapter, request_id) as target:
-                emit = Responses(
-                    alternatives=bool(sampling.logprobs), adapter_version=target.name, request_id=request_id
-                )
-                chunks = self._engine.generate(prompt, sampling, target.program, request_id=request_id, stream=stream)
-                async with aclosing(chunks):
-                    async for chunk in chunks:
-                        yield emit.of(chunk)
+        async with (
+            self._slots.take(self._router.tenant_of(request.adapter)),
+            self._router.lease(request.adapter, request_id) as target,
+        ):
+            emit = Responses(alternatives=bool(sampling.logprobs), adapter_version=target.name, request_id=request_id)
+            chunks = self._engine.generate(prompt, sampling, target.program, request_id=request_id, stream=stream)
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield emit.of(chunk)

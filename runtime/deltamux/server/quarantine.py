@@ -76,7 +76,7 @@ class Quarantine:
         """
         digest = await self._run(lambda: _digest(staged, upload.expected_digest))
         job = Job(staged, upload.method, self._budgets, self._packed)
-        found = await self._compiler.compile(job)
+        found = await self._compiler.compile(job, upload.key.tenant)
         compiled = CompiledAdapter(
             digest, found.method, found.rank, found.num_virtual_tokens, found.num_bytes, self._base.fingerprint
         )

@@ -30,6 +30,19 @@ class Router:
         self._store = store
         self._programs = programs
 
+    def tenant_of(self, adapter: str) -> str:
+        """Returns whose work a request is: its adapter's tenant, or the caller's where it is for the base.
+
+        Raises:
+            NotFoundError: the adapter is another tenant's.
+        """
+        caller = current_caller()
+        if not adapter:
+            return caller.tenant or ""
+        key = parse_adapter_or_version(adapter, "adapter")
+        caller.check_may_see(key.tenant, adapter)
+        return key.tenant
+
     @asynccontextmanager
     async def lease(self, adapter: str, request_key: str) -> AsyncIterator[Target]:
         """Resolves a name once and keeps its version until the block ends.
