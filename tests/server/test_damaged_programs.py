@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deltamux.cli import main
 from deltamux.client import AsyncClient
 from deltamux.errors import DataLossError, FailedPreconditionError
 from deltamux.server.app import Running, running
@@ -131,7 +133,15 @@ async def test_programs_damaged_before_the_start_and_programs_of_another_base(
     there = await on(similar, recompiled, recompile=True)
     assert there != first
     assert await on(tiny_base, recompiled, recompile=True) == first
-    for program in (store / "objects").glob("*/*/program.safetensors"):
+    programs = list((store / "objects").glob("*/*/program.safetensors"))
+    for program in programs:
         flip(program)
     await on(tiny_base, damaged)
     assert await on(tiny_base, recompiled, recompile=True) == first
+    for program in programs:
+        program.unlink(missing_ok=True)
+    # One of the two is still for the other base.
+    for base in (similar, tiny_base):
+        await asyncio.to_thread(main, ["store", "check", str(store), "--repair", "--model", str(base)])
+    assert await asyncio.to_thread(main, ["store", "check", str(store)]) == 0
+    assert await on(tiny_base, recompiled) == first

@@ -5,16 +5,44 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from deltamux.deltas import BaseModel
+from deltamux.errors import DeltamuxError
 from deltamux.server.compile_job import Budgets, Job, packed
 from deltamux.server.compiler import Compiler
 from deltamux.store import AdapterStore, CompiledAdapter, VersionRecord
 from deltamux.store.objects import IDENTITY_FILES
 
+PLUGIN_SECONDS = 60.0
+
 log = logging.getLogger("deltamux.server")
+
+
+async def recompile_damaged(store: AdapterStore, model: str, budgets: Budgets) -> list[tuple[VersionRecord, str]]:
+    """Compiles every damaged program of a store anew on a base model, for the command line.
+
+    Returns:
+        a version of each content that was damaged, and why it still is; "" where it is whole now.
+    """
+    base = await asyncio.to_thread(BaseModel.from_pretrained, model)
+    store.programs.base_fingerprint = base.fingerprint
+    with ThreadPoolExecutor(1) as threads:
+        async with Compiler(PLUGIN_SECONDS) as compiler:
+            recompile = Recompiler(store, compiler, base, budgets, threads)
+            damaged = await asyncio.to_thread(store.programs.damaged)
+            return [(record, await _outcome(recompile, store, record)) for record in damaged]
+
+
+async def _outcome(recompile: Recompiler, store: AdapterStore, record: VersionRecord) -> str:
+    if store.programs.is_of_another_base(record):
+        return f"it is for a base with fingerprint {record.compiled.base_fingerprint}, and this one has another"
+    try:
+        await recompile(record)
+    except DeltamuxError as error:
+        return error.message
+    return ""
 
 
 class Recompiler:

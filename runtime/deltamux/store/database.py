@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deltamux.errors import FailedPreconditionError, ResourceExhaustedError
+from deltamux.errors import ResourceExhaustedError
 from deltamux.store import schema
 from deltamux.store.faults import FULL, Reserve, store_faults
-from deltamux.store.identity import Identity, IdentityFiles, check_belongs, mismatch, no_database
+from deltamux.store.identity import Identity, IdentityFiles
 from deltamux.store.objects import ObjectStore
 from deltamux.store.records import (
     AdapterKey,
@@ -27,10 +27,10 @@ from deltamux.store.records import (
     VersionRecord,
     VersionState,
 )
+from deltamux.store.vetting import DATABASE_FILE, check_present, vet
 
 T = TypeVar("T")
 
-DATABASE_FILE = "db.sqlite3"
 ADAPTER_ROWS = """
 SELECT a.*,
     (SELECT number FROM promotions p WHERE p.tenant = a.tenant AND p.adapter = a.adapter ORDER BY id DESC LIMIT 1)
@@ -69,50 +69,27 @@ class Database:
             self._connect(adopt)
 
     def _connect(self, adopt: bool) -> None:
-        path, files = self._root / DATABASE_FILE, None if adopt else self._files.read()
+        files = None if adopt else self._files.read()
         claimed = not adopt and (files is not None or next(self._objects.digests(), None) is not None)
-        present = path.exists() and path.stat().st_size > 0
-        if claimed and not present:
-            raise no_database(self._root, files, "empty" if path.exists() else "missing")
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        check_present(self._root, files, claimed=claimed)
+        self._connection = sqlite3.connect(self._root / DATABASE_FILE, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
         try:
-            self._bring_up_to_date(path, files, claimed=claimed, adopt=adopt)
+            version = vet(self._connection, self._root, files, claimed=claimed, adopt=adopt)
+            self._bring_up_to_date(version, files)
         except BaseException:
             self._connection.close()
             raise
 
-    def _bring_up_to_date(self, path: Path, files: Identity | None, *, claimed: bool, adopt: bool) -> None:
-        if (found := self.one("PRAGMA quick_check(1)")[0]) != "ok":
-            raise sqlite3_damage(path, found)
-        version = self.one("PRAGMA user_version")[0]
-        if version > schema.SCHEMA_VERSION:
-            raise FailedPreconditionError(
-                f"{path} has schema {version}, and this deltamux knows {schema.SCHEMA_VERSION}: start the one that "
-                "wrote it",
-                reason="STORE_SCHEMA",
-            )
-        blank = version == 0
-        if blank and self.one("SELECT 1 FROM sqlite_master"):
-            raise mismatch(self._root, f"{path} is a database, but not of deltamux")
-        if blank and claimed:
-            raise no_database(self._root, files, "empty")
-        if version == 1 and files is not None:
-            raise mismatch(self._root, f"{path} is an older copy, of schema 1", "STORE_OUTDATED")
-        # Only now is anything written.
+    def _bring_up_to_date(self, version: int, files: Identity | None) -> None:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
             self._connection.execute(f"PRAGMA {pragma}")
-        if blank:
+        if version == 0:
             schema.create(self._connection)
         elif version == 1:
             schema.migrate_from_first(self._connection, self._objects.program_sum)
-        if lacking := schema.missing(self._connection):
-            raise sqlite3_damage(path, f"it lacks {', '.join(lacking)}")
-        identity = self.identity()
-        if not adopt:
-            check_belongs(self._root, files, identity)
         if files is None:
-            self._files.write(identity)
+            self._files.write(self.identity())
         with self.transaction():
             pass  # from here on an earlier copy of the database is an older one
 
@@ -210,13 +187,6 @@ class Database:
             row["damage"],
             json.loads(row["labels"]),
         )
-
-
-def sqlite3_damage(path: Path, problem: str) -> sqlite3.DatabaseError:
-    """Returns what SQLite would raise if it had found a problem itself."""
-    error = sqlite3.DatabaseError(f"{path}: {problem}")
-    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-    return error
 
 
 def _time(seconds: float) -> datetime:

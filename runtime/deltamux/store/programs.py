@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from deltamux.errors import DataLossError, DeltamuxError
+from deltamux.errors import DataLossError, DeltamuxError, FailedPreconditionError
 from deltamux.store.admission import Admission
-from deltamux.store.database import Database
+from deltamux.store.database import VERSION_ROWS, Database
 from deltamux.store.faults import store_faults
-from deltamux.store.objects import ObjectStore
+from deltamux.store.objects import IDENTITY_FILES, ObjectStore, content_digest
 from deltamux.store.records import CompiledAdapter, VersionRecord
 
 log = logging.getLogger("deltamux.store")
@@ -95,6 +96,50 @@ class StoredPrograms:
                     metadata={"name": str(record.key), "digest": record.compiled.digest},
                 )
         return record.program.parent
+
+    def versions_of(self, digest: str) -> list[VersionRecord]:
+        """Returns the versions of a content, without those that drain."""
+        rows = self._database.all(f"{VERSION_ROWS} AND digest = ? AND state = 'READY'", digest)
+        return [self._database.version(row) for row in rows]
+
+    def damaged(self) -> list[VersionRecord]:
+        """Reads every program, and marks it by what is found; returns a version of each that is missing or damaged."""
+        found: list[VersionRecord] = []
+        for row in self._database.all("SELECT DISTINCT digest FROM versions WHERE state = 'READY'"):
+            record = self.versions_of(row["digest"])[0]
+            present = self._objects.program_sum(row["digest"])
+            if present == record.program_sha256:
+                self.mark_whole(record)
+                continue
+            self.mark_damaged(record, "its file is missing" if present is None else "its file is damaged")
+            found.append(record)
+        return found
+
+    def repair_upload(self, directory: Path, staged: Path) -> list[VersionRecord]:
+        """Puts an upload's files in the place of those that are missing or damaged.
+
+        Args:
+            directory: with the files as they were uploaded.
+            staged: an empty directory from `AdapterStore.staging`.
+        Returns:
+            the versions of that content; none where the store does not know it.
+        Raises:
+            FailedPreconditionError: the directory is not an upload.
+        """
+        try:
+            for name in IDENTITY_FILES:
+                shutil.copy(directory / name, staged / name)
+        except OSError as error:
+            raise FailedPreconditionError(
+                f"{directory} is not an upload: {' and '.join(IDENTITY_FILES)} cannot be read there ({error.strerror})",
+                reason="NO_UPLOAD",
+            ) from error
+        with self._moving, store_faults(self._root):
+            digest = content_digest(staged)
+            records = self.versions_of(digest)
+            if records:
+                self._objects.put(staged, digest, keep_program=True)
+        return records
 
     def replace(self, staged: Path, compiled: CompiledAdapter) -> None:
         """Puts a newly compiled program, and the files beside it, in the place of a content's former ones.

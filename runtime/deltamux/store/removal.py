@@ -80,6 +80,18 @@ class Removal:
                     run("INSERT OR IGNORE INTO garbage VALUES (?)", digest)
         return gone
 
+    def collect_orphans(self) -> list[str]:
+        """Removes the objects that no version refers to."""
+        orphans = [digest for digest in self._objects.digests() if not self._referenced(digest)]
+
+        def mark() -> None:
+            with self._database.transaction():
+                for digest in orphans:
+                    self._database.run("INSERT OR IGNORE INTO garbage VALUES (?)", digest)
+
+        self._database.freeing(mark)
+        return sorted(self._collect(orphans))
+
     def discard(self, digest: str) -> None:
         """Removes the objects of a content that is marked; what cannot be removed keeps its mark."""
         try:

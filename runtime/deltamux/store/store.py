@@ -7,7 +7,6 @@ that this store has not marked before.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import threading
 import time
@@ -15,11 +14,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import IO
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store.admission import Admission
 from deltamux.store.database import ADAPTER_ROWS, VERSION_ROWS, Database
 from deltamux.store.faults import store_faults
+from deltamux.store.lock import lock_store
 from deltamux.store.objects import ObjectStore
 from deltamux.store.programs import StoredPrograms
 from deltamux.store.records import AdapterKey, AdapterRecord, CompiledAdapter, VersionKey, VersionRecord, VersionState
@@ -37,7 +38,7 @@ class AdapterStore:
         programs: the versions' compiled programs.
     """
 
-    def __init__(self, root: Path, lock_file: object, *, adopt: bool = False) -> None:
+    def __init__(self, root: Path, lock_file: IO[str], *, adopt: bool = False) -> None:
         self.root = root
         self._lock_file = lock_file
         self._objects = ObjectStore(root)
@@ -70,25 +71,16 @@ class AdapterStore:
             ResourceExhaustedError: the disk is full (STORE_FULL).
         """
         root = Path(root)
-        with store_faults(root, opening=True):
-            root.mkdir(parents=True, exist_ok=True)
-            lock_file = (root / "lock").open("a")
+        lock_file = lock_store(root)
         try:
-            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return cls(root, lock_file, adopt=adopt)
-        except BlockingIOError:
-            lock_file.close()
-            raise FailedPreconditionError(
-                f"the store {root} is in use by another process: stop that server, or give this one a store of its own",
-                reason="STORE_IN_USE",
-            ) from None
         except BaseException:
             lock_file.close()
             raise
 
     def close(self) -> None:
         self._database.close()
-        self._lock_file.close()  # type: ignore[attr-defined]  # an open file
+        self._lock_file.close()
 
     @property
     def on_removed(self) -> Removed:
@@ -165,6 +157,11 @@ class AdapterStore:
             compiled.num_virtual_tokens, compiled.num_bytes, json.dumps(dict(labels)), now,
         )  # fmt: skip
         return number
+
+    def collect_orphans(self) -> list[str]:
+        """Marks the objects that no row refers to as garbage, and removes them; returns their digests."""
+        with self._moving:
+            return self._removal.collect_orphans()
 
     # Look up.
 

@@ -1,0 +1,159 @@
+"""`deltamux store …`: check, repair, clean, back up and restore the directory that a server keeps adapters in."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltamux.cli.output import add_json
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_commands(commands: Any) -> None:
+    parser = commands.add_parser("store", help="check, repair, back up and restore a store")
+    group = parser.add_subparsers(metavar="COMMAND", required=True)
+    check = _command(group, "check", _check, "check every stored program, rows against files and files against rows")
+    check.add_argument(
+        "--repair",
+        nargs="*",
+        type=Path,
+        metavar="UPLOAD_DIR",
+        help="put the files of these uploads in the place of damaged ones, and note the state of every program",
+    )
+    check.add_argument("--model", help="with --repair: the base model, to compile damaged programs anew")
+    check.add_argument(
+        "--adopt",
+        action="store_true",
+        help="accept the database that is there, or none, for the objects; versions that it lacks are given up",
+    )
+    gc = _command(group, "gc", _gc, "list the objects that no version refers to, or remove them")
+    gc.add_argument("--yes", action="store_true", help="remove them")
+    backup = _command(group, "backup", _backup, "copy a store, also one that a server uses")
+    backup.add_argument("target", type=Path, help="a directory that does not exist, or is empty")
+    restore = _command(group, "restore", _restore, "make a store what a backup holds", first="backup")
+    restore.add_argument("store", type=Path, help="the store's directory; what it holds is moved aside")
+
+
+def _command(group: Any, name: str, run: Run, text: str, *, first: str = "store") -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = group.add_parser(name, help=text, description=text.capitalize() + ".")
+    parser.add_argument(first, type=Path, help=f"the {first}'s directory")
+    add_json(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from deltamux.store import AdapterStore
+    from deltamux.store.inspection import inspect
+
+    said: list[str] = []
+    if arguments.adopt:
+        AdapterStore.open(arguments.store, adopt=True).close()
+        said.append("the database is accepted as it is; `deltamux store gc` removes the objects that it does not know")
+    if arguments.repair is not None:
+        store = AdapterStore.open(arguments.store)
+        try:
+            said += _repair(store, arguments.repair, arguments.model)
+        finally:
+            store.close()
+    return _tell(inspect(arguments.store), said, as_json=arguments.json)
+
+
+def _repair(store: Any, uploads: Sequence[Path], model: str | None) -> list[str]:
+    said: list[str] = []
+    for directory in uploads:
+        with store.staging() as staged:
+            records = store.programs.repair_upload(directory, staged)
+        names = ", ".join(str(record.key) for record in records)
+        said.append(f"{directory}: the files of {names}" if names else f"{directory}: no version has these files")
+    if model is None:
+        if store.programs.damaged():
+            said.append("damaged programs are compiled anew with `--model BASE`, or by `deltamux serve --recompile`")
+        return said
+    return said + _recompile(store, model)
+
+
+def _recompile(store: Any, model: str) -> list[str]:
+    import asyncio
+
+    from deltamux.server.compile_job import Budgets
+    from deltamux.server.options import ServeOptions
+    from deltamux.server.recompiling import recompile_damaged
+
+    limits = ServeOptions(model=model, store=store.root)
+    budgets = Budgets(limits.max_lora_rank, limits.max_virtual_tokens, limits.max_adapter_bytes)
+    results = asyncio.run(recompile_damaged(store, model, budgets))
+    return [f"{record.key}: {problem or 'compiled anew'}" for record, problem in results]
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from deltamux.store import AdapterStore
+    from deltamux.store.inspection import Kind, inspect
+
+    if not arguments.yes:
+        orphans = [finding.digest for finding in inspect(arguments.store).of_kind(Kind.ORPHAN)]
+        return _tell_orphans(orphans, "no version refers to; `--yes` removes them", as_json=arguments.json)
+    store = AdapterStore.open(arguments.store)
+    try:
+        removed = store.collect_orphans()
+    finally:
+        store.close()
+    return _tell_orphans(removed, "were removed", as_json=arguments.json)
+
+
+def _tell_orphans(digests: Sequence[str], what: str, *, as_json: bool) -> int:
+    if as_json:
+        print(json.dumps(list(digests), indent=2))
+        return 0
+    print(f"{len(digests)} objects that {what}" if digests else "every object belongs to a version")
+    for digest in digests:
+        print(f"  {digest}")
+    return 0
+
+
+def _backup(arguments: argparse.Namespace) -> int:
+    from deltamux.store.backup import backup
+
+    report = backup(arguments.store, arguments.target)
+    return _tell(report, [f"{arguments.store} was copied to {arguments.target}"], as_json=arguments.json)
+
+
+def _restore(arguments: argparse.Namespace) -> int:
+    from deltamux.store.backup import restore
+
+    restored = restore(arguments.backup, arguments.store)
+    said = [f"{arguments.store} is what {arguments.backup} holds"]
+    if restored.aside is not None:
+        said.append(f"what was there before lies in {restored.aside}; delete it when it is not needed")
+    return _tell(restored.report, said, as_json=arguments.json)
+
+
+def _tell(report: Any, said: Sequence[str], *, as_json: bool) -> int:
+    """Prints what was done and found; returns the exit status: 1 where something is wrong."""
+    if as_json:
+        findings = [
+            {"kind": f.kind, "digest": f.digest, "versions": f.versions, "message": f.message} for f in report.findings
+        ]
+        document = {
+            "store_id": report.identity.store_id,
+            "generation": report.identity.generation,
+            "base_fingerprint": report.identity.base_fingerprint,
+            "versions": report.versions,
+            "contents": report.contents,
+            "done": list(said),
+            "findings": findings,
+        }
+        print(json.dumps(document, indent=2))
+        return 1 if findings else 0
+    for line in said:
+        print(line)
+    for finding in report.findings:
+        print(f"{finding.kind}: {', '.join(finding.versions) or finding.digest}")
+        print(f"  {finding.message} (object {finding.digest[:12]})")
+    wrong = f"{len(report.findings)} problems" if report.findings else "all of them whole"
+    print(f"store {report.identity}: {report.versions} versions of {report.contents} contents, {wrong}")
+    return 1 if report.findings else 0

@@ -1,0 +1,166 @@
+"""`deltamux store backup` and `restore`: a store copied while it serves, every file checked, and put back."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from deltamux.errors import FailedPreconditionError
+from deltamux.store.faults import store_faults
+from deltamux.store.identity import GENERATION_FILE, IDENTITY_FILE, IdentityFiles
+from deltamux.store.inspection import ATTEMPTS, Report, Snapshot, inspect, reading
+from deltamux.store.lock import lock_store
+from deltamux.store.objects import PROGRAM_FILE, ObjectStore
+from deltamux.store.vetting import DATABASE_FILE, identity_in
+
+ADMIN_KEY = "admin.key"
+PARTS = (DATABASE_FILE, f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm", IDENTITY_FILE, GENERATION_FILE, "objects")
+
+
+class Restored(NamedTuple):
+    """Attributes:
+    report: what the restored store holds.
+    aside: where what was there before lies now; None where nothing was.
+    """
+
+    report: Report
+    aside: Path | None
+
+
+def backup(root: Path, target: Path) -> Report:
+    """Copies a store, which may be in use, to a new directory that is complete once it has its name.
+
+    The copy is the store as it was at one moment: the database is copied first, and again where an object that it
+    refers to has changed or gone since.
+
+    Raises:
+        FailedPreconditionError: there is no usable store, or the target is not empty (BACKUP_EXISTS).
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FailedPreconditionError(
+            f"{target} exists already: give a directory that does not, or an empty one", reason="BACKUP_EXISTS"
+        )
+    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    with store_faults(target.parent, opening=True):
+        partial.mkdir(parents=True)
+        try:
+            with reading(root) as connection:
+                snapshot = _copy(root, partial, connection)
+            _keep_only(partial, snapshot.versions)
+            with closing(IdentityFiles(partial)) as files:
+                files.write(snapshot.identity)
+            if (root / ADMIN_KEY).is_file():
+                shutil.copy2(root / ADMIN_KEY, partial / ADMIN_KEY)
+            report = inspect(partial)
+            os.sync()
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return report
+
+
+def restore(source: Path, root: Path) -> Restored:
+    """Makes a store what a backup holds. What is there already is moved aside, into a directory of the store.
+
+    The restored store has an id of its own, so that no database of the former one is taken for its own.
+
+    Raises:
+        FailedPreconditionError: there is no usable backup, or the store is in use (STORE_IN_USE).
+    """
+    with store_faults(root, opening=True), lock_store(root):
+        fresh = root / f".restoring-{secrets.token_hex(4)}"
+        try:
+            with reading(source) as connection:
+                fresh.mkdir()
+                _copy(source, fresh, connection)
+            _renew_identity(fresh)
+            report = inspect(fresh)
+            os.sync()
+            aside = _move_aside(root)
+            for path in sorted(fresh.iterdir(), reverse=True):  # the database last: what is incomplete is refused
+                path.rename(root / path.name)
+            if (source / ADMIN_KEY).is_file() and not (root / ADMIN_KEY).exists():
+                shutil.copy2(source / ADMIN_KEY, root / ADMIN_KEY)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return Restored(report, aside)
+
+
+def _copy(root: Path, target: Path, connection: sqlite3.Connection) -> Snapshot:
+    """Copies the database and the objects that it refers to; returns what the copied database says of them."""
+    for _ in range(ATTEMPTS):
+        snapshot = _copy_database(connection, target)
+        lost = [digest for digest in snapshot.versions if not _copy_object(root, target, digest, snapshot)]
+        if not lost or identity_in(connection) == snapshot.identity:
+            break
+    return snapshot
+
+
+def _copy_database(connection: sqlite3.Connection, target: Path) -> Snapshot:
+    path = target / DATABASE_FILE
+    path.unlink(missing_ok=True)
+    with closing(sqlite3.connect(path, isolation_level=None)) as copy:
+        connection.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")  # one file, which can be read wherever it lies
+        return Snapshot.of(copy)
+
+
+def _copy_object(root: Path, target: Path, digest: str, snapshot: Snapshot) -> bool:
+    """Copies an object unless the copy is there; returns whether its program is the one that the database means."""
+    source, copy = ObjectStore(root).path(digest), ObjectStore(target).path(digest)
+    wanted = snapshot.programs.get(digest)
+    if ObjectStore(target).program_sum(digest) == wanted:
+        return True
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    try:
+        sums = {path.name: _copy_file(path, copy / path.name) for path in source.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return sums.get(PROGRAM_FILE) == wanted
+
+
+def _copy_file(source: Path, target: Path) -> str:
+    """Copies a file; returns the sha256 of what was copied. No hard link: damage of the one must not be the other's."""
+    digest = hashlib.sha256()
+    with source.open("rb") as file, target.open("wb") as copy:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+            copy.write(piece)
+    return digest.hexdigest()
+
+
+def _keep_only(target: Path, digests: Iterable[str]) -> None:
+    kept, objects = set(digests), ObjectStore(target)
+    for digest in list(objects.digests()):
+        if digest not in kept:
+            shutil.rmtree(objects.path(digest))
+
+
+def _renew_identity(target: Path) -> None:
+    with closing(sqlite3.connect(target / DATABASE_FILE, isolation_level=None)) as connection:
+        connection.execute("UPDATE identity SET store_id = ?", (secrets.token_hex(16),))
+        with closing(IdentityFiles(target)) as files:
+            files.write(identity_in(connection))
+
+
+def _move_aside(root: Path) -> Path | None:
+    present = [root / name for name in PARTS if (root / name).exists()]
+    if not present:
+        return None
+    aside = root / time.strftime("replaced-%Y%m%dT%H%M%S")
+    aside.mkdir()
+    for path in present:
+        path.rename(aside / path.name)
+    return aside

@@ -1,0 +1,154 @@
+"""`deltamux store check`: every program against its checksum, rows against files and files against rows. Reads only."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from deltamux.errors import FailedPreconditionError
+from deltamux.store import schema
+from deltamux.store.faults import store_faults
+from deltamux.store.identity import Identity, IdentityFiles
+from deltamux.store.objects import ObjectStore
+from deltamux.store.vetting import DATABASE_FILE, check_present, identity_in, vet
+
+ATTEMPTS = 5
+"""How often a store that is in use is looked at anew where it has changed between the database and the files."""
+
+
+class Kind(StrEnum):
+    """What is wrong with a content."""
+
+    PROGRAM_MISSING = "PROGRAM_MISSING"
+    PROGRAM_DAMAGED = "PROGRAM_DAMAGED"
+    UPLOAD_DAMAGED = "UPLOAD_DAMAGED"
+    ORPHAN = "ORPHAN"
+
+
+MEANINGS = {
+    Kind.PROGRAM_MISSING: "the compiled program is missing, and the versions cannot be served",
+    Kind.PROGRAM_DAMAGED: "the compiled program is not what was stored, and the versions are refused",
+    Kind.UPLOAD_DAMAGED: "an uploaded file is missing or not what was uploaded; the versions serve as long as their "
+    "program is whole",
+    Kind.ORPHAN: "no version refers to this object; `deltamux store gc` removes it",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is wrong.
+
+    Attributes:
+        versions: names of the versions that it concerns.
+    """
+
+    kind: Kind
+    digest: str
+    versions: tuple[str, ...] = ()
+
+    @property
+    def message(self) -> str:
+        return MEANINGS[self.kind]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a look at a store has found.
+
+    Attributes:
+        versions, contents: how many there are; versions of equal files share one content.
+    """
+
+    root: Path
+    identity: Identity
+    versions: int
+    contents: int
+    findings: tuple[Finding, ...]
+
+    def of_kind(self, *kinds: Kind) -> list[Finding]:
+        return [finding for finding in self.findings if finding.kind in kinds]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A database's view of the objects: of each content its program's sha256, and the versions that have it."""
+
+    identity: Identity
+    programs: dict[str, str]
+    versions: dict[str, tuple[str, ...]]
+    garbage: frozenset[str]
+
+    @classmethod
+    def of(cls, connection: sqlite3.Connection) -> Snapshot:
+        connection.execute("BEGIN")
+        versions: dict[str, tuple[str, ...]] = {}
+        for tenant, adapter, number, digest in connection.execute(
+            "SELECT tenant, adapter, number, digest FROM versions ORDER BY tenant, adapter, number"
+        ):
+            versions[digest] = (*versions.get(digest, ()), f"tenants/{tenant}/adapters/{adapter}/versions/{number}")
+        programs: dict[str, str] = dict(connection.execute("SELECT digest, sha256 FROM programs"))
+        garbage = frozenset(row[0] for row in connection.execute("SELECT digest FROM garbage"))
+        identity = identity_in(connection)
+        connection.execute("COMMIT")
+        return cls(identity, programs, versions, garbage)
+
+
+@contextmanager
+def reading(root: Path) -> Iterator[sqlite3.Connection]:
+    """Yields a connection that reads a store's database, which may be in use; checks that it belongs to the objects.
+
+    Raises:
+        FailedPreconditionError: there is no store, or its database cannot be used; the message says what to do.
+    """
+    files = IdentityFiles(root).read()
+    claimed = files is not None or next(ObjectStore(root).digests(), None) is not None
+    check_present(root, files, claimed=claimed)
+    if not (root / DATABASE_FILE).exists():
+        raise FailedPreconditionError(f"{root} is not a store", reason="NO_STORE")
+    with store_faults(root, opening=True):
+        uri = f"{(root / DATABASE_FILE).absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+            if vet(connection, root, files, claimed=claimed) < schema.SCHEMA_VERSION:
+                raise FailedPreconditionError(
+                    f"the store {root} is of an earlier deltamux: start the server once, which brings it up to date",
+                    reason="STORE_SCHEMA",
+                )
+            yield connection
+
+
+def inspect(root: Path) -> Report:
+    """Looks at a whole store, which may be in use, and changes nothing.
+
+    Raises:
+        FailedPreconditionError: there is no store, or its database cannot be used.
+    """
+    objects = ObjectStore(root)
+    with reading(root) as connection, store_faults(root, opening=True):
+        for _ in range(ATTEMPTS):
+            snapshot = Snapshot.of(connection)
+            findings = [*_lost(objects, snapshot), *_orphans(objects, snapshot)]
+            # What is in use may have changed between the rows and the files.
+            if not findings or identity_in(connection) == snapshot.identity:
+                break
+    count = sum(map(len, snapshot.versions.values()))
+    return Report(root, snapshot.identity, count, len(snapshot.versions), tuple(findings))
+
+
+def _lost(objects: ObjectStore, snapshot: Snapshot) -> Iterator[Finding]:
+    for digest, names in sorted(snapshot.versions.items(), key=lambda item: item[1]):
+        found = objects.program_sum(digest)
+        if found is None:
+            yield Finding(Kind.PROGRAM_MISSING, digest, names)
+        elif found != snapshot.programs.get(digest):
+            yield Finding(Kind.PROGRAM_DAMAGED, digest, names)
+        if not objects.upload_is_whole(digest):
+            yield Finding(Kind.UPLOAD_DAMAGED, digest, names)
+
+
+def _orphans(objects: ObjectStore, snapshot: Snapshot) -> Iterator[Finding]:
+    known = snapshot.versions.keys() | snapshot.garbage
+    return (Finding(Kind.ORPHAN, digest) for digest in sorted(objects.digests()) if digest not in known)

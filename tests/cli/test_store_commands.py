@@ -1,0 +1,245 @@
+"""`deltamux store`: what it finds is said in sentences and by its exit status, and all damage has a way out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from store.uploads import KEY, copy_of, objects, upload
+
+from deltamux.cli import main
+from deltamux.errors import FailedPreconditionError
+from deltamux.store import AdapterKey, AdapterStore
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A closed store: one content that two tenants share, and another."""
+    root = tmp_path / "store"
+    store = AdapterStore.open(root)
+    upload(store, "one")
+    upload(store, "one", AdapterKey("globex", "mails"))
+    upload(store, "two")
+    store.close()
+    return root
+
+
+def program(root: Path, content: str) -> Path:
+    return next(p for p in (root / "objects").glob("*/*/*.safetensors") if p.read_text() == f"compiled {content}")
+
+
+def flip_program(root: Path) -> None:
+    path = program(root, "one")
+    path.write_text("compilee one")
+
+
+def remove_program(root: Path) -> None:
+    program(root, "one").unlink()
+
+
+def remove_object(root: Path) -> None:
+    shutil.rmtree(program(root, "one").parent)
+
+
+def flip_upload(root: Path) -> None:
+    (program(root, "one").parent / "adapter_model.safetensors").write_text("onf")
+
+
+def add_orphan(root: Path) -> None:
+    (root / "objects" / "ab" / ("ab" * 32)).mkdir(parents=True)
+
+
+def check(root: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, dict[str, list[str]]]:
+    status = main(["store", "check", str(root), "--json", *options])
+    found = json.loads(capsys.readouterr().out)["findings"]
+    return status, {finding["kind"]: finding["versions"] for finding in found}
+
+
+ONE = ["tenants/acme/adapters/tickets/versions/1", "tenants/globex/adapters/mails/versions/1"]
+
+
+def test_a_whole_store_is_said_to_be_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = copy_of(root, root.parent / "before")
+    assert main(["store", "check", str(root)]) == 0
+    assert "3 versions of 2 contents, all of them whole" in capsys.readouterr().out
+    for path in before.rglob("*"):
+        if path.is_file():
+            assert (root / path.relative_to(before)).read_bytes() == path.read_bytes(), "a check changes nothing"
+
+
+@pytest.mark.parametrize(
+    ("harm", "expected"),
+    [
+        (flip_program, {"PROGRAM_DAMAGED": ONE}),
+        (remove_program, {"PROGRAM_MISSING": ONE}),
+        (remove_object, {"PROGRAM_MISSING": ONE, "UPLOAD_DAMAGED": ONE}),
+        (flip_upload, {"UPLOAD_DAMAGED": ONE}),
+        (add_orphan, {"ORPHAN": []}),
+    ],
+)
+@pytest.mark.parametrize("in_use", [False, True])
+def test_damage_of_every_kind_is_found_also_while_the_store_is_in_use(
+    in_use: bool,
+    harm: Callable[[Path], None],
+    expected: dict[str, list[str]],
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    harm(root)
+    store = AdapterStore.open(root) if in_use else None
+    assert check(root, capsys) == (1, expected)
+    assert main(["store", "check", str(root)]) == 1
+    said = capsys.readouterr().out
+    assert all(kind in said and all(name in said for name in names) for kind, names in expected.items())
+    if store is not None:
+        store.close()
+
+
+def test_a_store_that_was_killed_is_checked_as_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = AdapterStore.open(root)
+    upload(store, "three")
+    killed = copy_of(root, root.parent / "killed")
+    store.close()
+    assert main(["store", "check", str(killed)]) == 0
+    assert "4 versions of 3 contents" in capsys.readouterr().out
+
+
+def test_an_uploads_files_are_put_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "upload"
+    directory.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (directory / name).write_text("one")
+    flip_upload(root)
+    assert check(root, capsys, "--repair", str(directory)) == (0, {})
+    remove_object(root)
+    status, found = check(root, capsys, "--repair", str(directory))
+    assert (status, found) == (1, {"PROGRAM_MISSING": ONE})
+    store = AdapterStore.open(root)
+    assert store.versions(KEY)[0].damage == "its file is missing"
+    upload(store, "one")
+    store.close()
+    assert check(root, capsys) == (0, {})
+
+
+def test_what_is_no_upload_is_refused_and_what_is_unknown_is_said(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["store", "check", str(root), "--repair", str(tmp_path)]) == 1
+    assert "is not an upload" in capsys.readouterr().err
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("unknown")
+    assert main(["store", "check", str(root), "--repair", str(tmp_path)]) == 0
+    assert "no version has these files" in capsys.readouterr().out
+
+
+def test_orphans_are_removed_when_that_is_confirmed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_orphan(root)
+    before = objects(root)
+    assert main(["store", "gc", str(root)]) == 0
+    assert "1 objects that no version refers to" in capsys.readouterr().out
+    assert objects(root) == before
+    assert main(["store", "gc", str(root), "--yes"]) == 0
+    assert objects(root) == before - {"ab" * 32}
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert check(root, capsys) == (0, {})
+
+
+@pytest.mark.parametrize("state", ["missing", "empty"])
+def test_without_its_database_a_store_is_refused_and_adopted_when_asked(
+    state: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = objects(root)
+    (root / "db.sqlite3").unlink() if state == "missing" else (root / "db.sqlite3").write_bytes(b"")
+    assert main(["store", "check", str(root)]) == 1
+    said = capsys.readouterr().err
+    assert "store restore" in said
+    assert "--adopt" in said
+    status, found = check(root, capsys, "--adopt")
+    assert (status, set(found)) == (1, {"ORPHAN"})
+    assert objects(root) == before
+
+
+@pytest.mark.parametrize("where", ["no store", "no directory"])
+@pytest.mark.parametrize("command", ["check", "gc", "backup"])
+def test_where_there_is_no_store_that_is_said(
+    command: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path if where == "no store" else tmp_path / "nothing"
+    more = [str(tmp_path / "target")] if command == "backup" else []
+    assert main(["store", command, str(directory), *more]) == 1
+    assert "is not a store" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_backup_is_the_store_and_survives_its_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = root.parent / "backup"
+    store = AdapterStore.open(root)  # in use
+    assert main(["store", "backup", str(root), str(target)]) == 0
+    assert "3 versions of 2 contents, all of them whole" in capsys.readouterr().out
+    upload(store, "three")
+    store.close()
+    flip_program(root)
+    (root / "db.sqlite3").unlink()
+    assert main(["store", "restore", str(target), str(root)]) == 0
+    said = capsys.readouterr().out
+    aside = next(root.glob("replaced-*"))
+    assert str(aside) in said
+    assert len(objects(aside)) == 3
+    store = AdapterStore.open(root)
+    with store.lease(KEY) as held:
+        assert held.program.read_text() == "compiled one"
+    assert upload(store, "four").key.number == 3
+    store.close()
+    assert check(root, capsys) == (0, {})
+    # The backup's database belongs to the backup: beside the objects of the restored store it is refused.
+    shutil.copy(target / "db.sqlite3", root / "db.sqlite3")
+    with pytest.raises(FailedPreconditionError, match="the objects are of store"):
+        AdapterStore.open(root)
+
+
+def test_a_backup_of_a_damaged_store_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip_program(root)
+    assert main(["store", "backup", str(root), str(root.parent / "backup")]) == 1
+    assert "PROGRAM_DAMAGED" in capsys.readouterr().out
+    assert main(["store", "backup", str(root), str(root.parent / "backup")]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_store_in_use_is_neither_restored_nor_cleaned(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["store", "backup", str(root), str(root.parent / "backup")]) == 0
+    store = AdapterStore.open(root)
+    for command in (["restore", str(root.parent / "backup"), str(root)], ["gc", str(root), "--yes"]):
+        assert main(["store", *command]) == 1
+        assert "in use by another process" in capsys.readouterr().err
+    store.close()
+
+
+def test_backups_made_while_adapters_come_and_go_are_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = AdapterStore.open(root)
+    over = threading.Event()
+
+    def change() -> None:
+        number = 0
+        while not over.is_set():
+            key = AdapterKey("acme", f"a{number % 7}")
+            upload(store, f"content {number}" * 100, key)
+            store.delete_adapter(key)
+            number += 1
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for number in range(5):
+            assert main(["store", "backup", str(root), str(root.parent / f"backup-{number}")]) == 0
+    finally:
+        over.set()
+        thread.join()
+        store.close()
+    capsys.readouterr()
+    for number in range(5):
+        assert check(root.parent / f"backup-{number}", capsys) == (0, {})
+        AdapterStore.open(root.parent / f"backup-{number}").close()
