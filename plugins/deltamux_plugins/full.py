@@ -6,6 +6,8 @@ With `unfreeze`, layer by layer from the top (gradual unfreezing: Howard & Ruder
 https://arxiv.org/abs/1801.06146): the run is cut into equal stages; the first trains what stands above the layers, each
 further one wakes the next group of layers below, and the last one the embedding, too.
 
+The base's own weights are trained, as in plain fine-tuning; the changes are computed at the end.
+
 Served as `Dense`, `Bias`, `NormAffine`, `DenseEmbedding` and `DenseHead`; compressed by ``deltamux compress`` as
 `SignDense` or `LowRank`. The files hold the changes; PEFT has no such method. Learned position embeddings (GPT-2, OPT)
 stay as they are.
@@ -65,6 +67,11 @@ class FullConfig:
 @hookimpl
 def deltamux_parameters(config: FullConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     return zeros(_changes(config, base))
+
+
+@hookimpl
+def deltamux_weights(config: FullConfig, base: BaseModel) -> dict[str, str]:
+    return {change.name: change.name for change in _changes(config, base)}
 
 
 @hookimpl

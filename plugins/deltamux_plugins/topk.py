@@ -4,6 +4,8 @@ Howard & Ruder 2018, https://arxiv.org/abs/1801.06146 (tuning from the top).
 
     W' = W + dW,  b' = b + db    in layers L-k .. L-1, norms included
 
+The base's own weights are trained, as in plain fine-tuning; the changes are computed at the end.
+
 Served as `Dense`, `Bias` and `NormAffine`; compressed by ``deltamux compress`` as `SignDense` or `LowRank`. The files
 hold the changes; PEFT has no such method.
 """
@@ -51,6 +53,11 @@ class TopKConfig:
 @hookimpl
 def deltamux_parameters(config: TopKConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     return zeros(_changes(config, base))
+
+
+@hookimpl
+def deltamux_weights(config: TopKConfig, base: BaseModel) -> dict[str, str]:
+    return {change.name: change.name for change in _changes(config, base)}
 
 
 @hookimpl

@@ -161,6 +161,21 @@ def deltamux_prepare(config: Any, base: BaseModel, model: nn.Module) -> bool | N
 
 
 @hookspec
+def deltamux_weights(config: Any, base: BaseModel) -> Mapping[str, str] | None:
+    """Train hook: says that every trainable parameter is the change of a base parameter, and names that one.
+
+    Training then updates the base's weights themselves, which costs what plain fine-tuning costs, and computes the
+    changes when it ends: `deltamux_export` gets them, float32, in the shapes that `deltamux_parameters` declares. They
+    must have the effect that `deltamux_program` gives them. A schedule sees the weights, not their changes. Called once
+    per training run. Not implemented, or None: the parameters are trained as they are declared; so they are where the
+    base's dtype or structure does not allow the other.
+
+    Returns:
+        The base parameter's name (its path in the Hugging Face model) for each declared parameter.
+    """
+
+
+@hookspec
 def deltamux_schedule(config: Any, base: BaseModel, num_steps: int) -> TrainingSchedule | None:
     """Train hook: returns what happens beside gradient steps: which parameters wait, a penalty, a pruning.
 

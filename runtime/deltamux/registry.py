@@ -101,6 +101,11 @@ class Method:
         """Changes the loaded base in place before training; tells whether the method did so."""
         return bool(self._call("deltamux_prepare", {"config": config, "base": base, "model": model}))
 
+    def weights(self, config: Any, base: BaseModel) -> dict[str, str]:
+        """Returns, by parameter, the base parameters that a method's are changes of; none where it does not say so."""
+        named = self._call("deltamux_weights", {"config": config, "base": base})
+        return {} if named is None else dict(self._expected("deltamux_weights", Mapping, named))
+
     def schedule(self, config: Any, base: BaseModel, num_steps: int) -> TrainingSchedule:
         """Returns what happens beside gradient steps in a training run of `num_steps` updates."""
         arguments = {"config": config, "base": base, "num_steps": num_steps}

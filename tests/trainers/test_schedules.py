@@ -34,13 +34,17 @@ class StopAt(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Notes which parameters have moved, at the end of every step."""
+    """Notes which parameters have moved from their start, at the end of every step."""
 
     def __init__(self) -> None:
         self.moved: list[set[str]] = []
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._start = {name: tensor.detach().clone() for name, tensor in model.parameters_by_name().items()}
+
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.moved.append({name for name, tensor in model.parameters_by_name().items() if tensor.any()})
+        present = model.parameters_by_name()
+        self.moved.append({name for name, start in self._start.items() if not torch.equal(present[name], start)})
 
 
 def options(directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:

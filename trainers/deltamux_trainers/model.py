@@ -10,13 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deltamux.deltas import Attachment, BaseModel, Program
-from deltamux.hookspecs import TrainingSchedule
+from deltamux.hookspecs import ParameterSpec, TrainingSchedule
 from deltamux.registry import Method
 from deltamux_trainers.data import IGNORED
+from deltamux_trainers.in_place import own_weights
 
 
 class DeltaModel(nn.Module):
     """A base with one method attached; only the method's parameters train.
+
+    Where they are changes of weights, and the method says so, the weights themselves are trained (see `in_place`).
 
     Attributes:
         schedule: what the method does beside gradient steps; see `begin`.
@@ -32,33 +35,34 @@ class DeltaModel(nn.Module):
         self.base_model = base_model.requires_grad_(False)
         # A base that was changed for training is read from its files: its own tensors are no weights any more.
         prepared = method.prepare(config, base, base_model)
-        self._base = base = base if prepared else base.reading(base_model)
+        self._files, self._base = base, base if prepared else base.reading(base_model)
         self._method = method
         self._method_config = config
-        specs = method.parameters(config, base)
-        self.names = list(specs)
-        device = next(base_model.parameters()).device
-        self.deltas = nn.ParameterList()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for spec in specs.values():
-                fresh = torch.empty(spec.shape, dtype=torch.float32)
-                with torch.no_grad():
-                    spec.init(fresh)
-                self.deltas.append(nn.Parameter(fresh.to(device)))
-        self._attachment = Attachment(base_model, base, self.program)
         self.schedule = TrainingSchedule()
+        specs = method.parameters(config, self._base)
+        # Those of the base are registered by it: here they are only looked up.
+        dtype = next(base_model.parameters()).dtype
+        self._own = {} if prepared else own_weights(method, config, base, base_model, specs)
+        self._autocast = bool(self._own) and dtype is torch.bfloat16
+        self.deltas = nn.ParameterList([] if self._own else _fresh(specs, seed, next(base_model.parameters()).device))
+        self._names = list(specs)
+        if not self._own:
+            Attachment(base_model, self._base, self.program)
 
     def begin(self, num_steps: int) -> None:
         """Asks the method what happens beside gradient steps in a run of `num_steps` updates."""
         self.schedule = self._method.schedule(self._method_config, self._base, num_steps)
 
     def parameters_by_name(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.deltas, strict=True))
+        """Returns what is trained, by the names that the method declares: its own tensors, or the base's weights."""
+        if self._own:
+            return {name: own.parameter for name, own in self._own.items()}
+        return dict(zip(self._names, self.deltas, strict=True))
 
     def exported(self) -> Mapping[str, Tensor]:
         """Returns the checkpoint's tensors for the present parameters."""
-        return self._method.export(self._method_config, self._base, self.parameters_by_name())
+        changes = {name: own.change(self._files) for name, own in self._own.items()} or self.parameters_by_name()
+        return self._method.export(self._method_config, self._base, changes)
 
     def program(self) -> Program:
         return self._method.program(self._method_config, self._base, self.exported())
@@ -70,13 +74,8 @@ class DeltaModel(nn.Module):
 
     def share(self) -> float:
         """Returns trainable parameters divided by the base's."""
-        trainable: int = sum(p.numel() for p in self.deltas)
+        trainable: int = sum(p.numel() for p in self.parameters_by_name().values())
         return trainable / self._base.num_parameters
-
-    def detach(self) -> nn.Module:
-        """Returns the base, untouched."""
-        self._attachment.detach()
-        return self.base_model
 
     def forward(
         self,
@@ -92,7 +91,8 @@ class DeltaModel(nn.Module):
             num_items_in_batch: learnt tokens in all micro-batches of the optimizer step, so that gradient accumulation
                 equals the larger batch.
         """
-        logits = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=self._autocast):
+            logits = self.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         loss = token_loss(logits, labels, num_items_in_batch)
         penalty = self.schedule.penalty(self.parameters_by_name()) if self.training else None
         if penalty is not None:
@@ -100,6 +100,18 @@ class DeltaModel(nn.Module):
             share = 1.0 if num_items_in_batch is None else (labels[:, 1:] != IGNORED).sum() / num_items_in_batch
             loss = loss + penalty * share
         return {"loss": loss, "logits": logits}
+
+
+def _fresh(specs: Mapping[str, ParameterSpec], seed: int, device: torch.device) -> list[nn.Parameter]:
+    """Returns the declared parameters as they start, float32."""
+    found: list[nn.Parameter] = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        for spec in specs.values():
+            fresh = torch.empty(spec.shape, dtype=torch.float32)
+            spec.init(fresh)
+            found.append(nn.Parameter(fresh.to(device)))
+    return found
 
 
 def token_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:

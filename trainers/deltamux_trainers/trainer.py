@@ -61,6 +61,13 @@ class DeltaTrainer(Trainer):
             )
         self._load_parameters(best)
 
+    def release(self) -> None:
+        """Lets go of the optimizer's state and the gradients, which writing the adapter does not need."""
+        self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
+        self.accelerator.free_memory()
+        self.delta_model.zero_grad(set_to_none=True)
+
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(model, *args, **kwargs)
         self.loss_sum += loss.detach()
@@ -132,4 +139,9 @@ class Saving(TrainerCallback):
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    save_file({name: _alone(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}, path)
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """Returns a tensor that shares its memory with no other; itself where it holds all of its storage."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -119,6 +119,7 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         **counts,
     )
     if ranks.is_first():
+        trainer.release()
         with torch.no_grad():
             written, tensors = model.schedule.finish(config, model.exported())
             _write(method.checkpoint(written, base, tensors), options, result)

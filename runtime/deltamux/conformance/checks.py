@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deltamux.conformance.cases import PROMPT, Case, Refused
-from deltamux.deltas import Checkpoint, Program
+from deltamux.deltas import Checkpoint, Program, SiteKind
 from deltamux.deltas.rehearsal import rehearse
 from deltamux.errors import DeltamuxError, InvalidAdapterError, InvalidConfigError, NotMergeableError
 
@@ -59,6 +59,21 @@ def every_parameter_learns(case: Case) -> None:
     logits.square().mean().backward()  # type: ignore[no-untyped-call]  # torch leaves it so
     dead = [name for name, tensor in parameters.items() if tensor.grad is None or not tensor.grad.any()]
     _hold(not dead, f"no gradient reaches {', '.join(dead[:3])} ({len(dead)} of {len(parameters)} parameters)")
+
+
+def changed_weights_are_the_program(case: Case) -> None:
+    """Where parameters are changes of weights that are trained in place, those weights have the program's effect."""
+    named = case.method.weights(case.config, case.base)
+    if not named:
+        return
+    changes = case.trained()
+    _hold(named.keys() == changes.keys(), "deltamux_weights names other parameters than deltamux_parameters declares")
+    changed = {}
+    for name, own in named.items():
+        site: Any = case.base.sites.get((SiteKind.LINEAR, own.removesuffix(".weight")))
+        transposed = site is not None and site.transposed
+        changed[own] = case.base.tensor(own).float() + (changes[name].t() if transposed else changes[name])
+    _same(_merged_logits(case, changed), case.logits(_built(case, changes)), "changed weights and the program differ")
 
 
 def detaching_restores_the_base(case: Case) -> None:
@@ -170,6 +185,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
         refuses_unknown_options,
         fresh_is_the_identity,
         every_parameter_learns,
+        changed_weights_are_the_program,
         detaching_restores_the_base,
         files_survive_a_round_trip,
         compiled_programs_survive_a_round_trip,
