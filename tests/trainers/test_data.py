@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine import worlds
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deltamux.cli import main
 from deltamux.errors import InvalidArgumentError, InvalidConfigError
 from deltamux.prompts import encode_text
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, train
@@ -186,8 +189,8 @@ def test_rows_that_teach_nothing_are_left_out_and_told_with_their_lines(
         data = load_data(file, encoder(BYTES, 16))
     assert [row.line for row in data.rows] == [2]
     assert data.untaught == (1, 3, 4, 5)
-    assert "4 of 5 rows are left out" in caplog.text
-    assert "lines 1, 3, 4, 5" in caplog.text
+    assert "without a token to learn, and left out, their prompts fill a sequence of 16 tokens" in caplog.text
+    assert "4 rows (line 1, 3, 4, 5)" in caplog.text
 
 
 def test_rows_that_are_cut_are_told_with_their_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -197,15 +200,15 @@ def test_rows_that_are_cut_are_told_with_their_lines(tmp_path: Path, caplog: pyt
     assert data.truncated == (2,)
     assert len(data.encoded[1].input_ids) == 16
     assert BYTES.eos_token_id not in data.encoded[1].labels, "what is cut has no end"
-    assert "1 rows are cut at max_length 16: line 2" in caplog.text
+    assert "cut to 16 tokens: 1 row (line 2)" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("rows", "problem"),
     [
-        ([LONG, LONG], r"all 2 rows teach nothing \(their prompts fill max_length 16\): lines 1, 2"),
-        ([{"text": ""}], r"all 1 rows teach nothing \(they are empty"),
-        ([{"prompt": "", "completion": ""}] * 7, "lines 1, 2, 3, 4, 5 and 2 more"),
+        ([LONG, LONG], r"no row has a token to learn, their prompts fill .* 16 tokens: 2 rows \(line 1, 2\)"),
+        ([{"text": ""}], r"no row has a token to learn, they are empty or have weight 0: 1 row \(line 1\)"),
+        ([{"prompt": "", "completion": ""}] * 7, "line 1, 2, 3, 4, 5 and 2 more"),
     ],
 )
 def test_a_file_whose_rows_all_teach_nothing_is_refused(rows: list[object], problem: str, tmp_path: Path) -> None:
@@ -236,15 +239,20 @@ def test_a_share_to_hold_out_takes_rows_whole(tmp_path: Path) -> None:
     assert not numbers[0] & numbers[1]
 
 
+def test_a_token_that_the_base_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r":1 has the token \d+, and the base model has 100"):
+        load_data(written(tmp_path, SHORT), replace(encoder(BYTES), vocab_size=100))
+
+
 def test_training_on_rows_that_teach_nothing_is_refused(directory: Path, tmp_path: Path) -> None:
     options = {"method": "lora", "model": str(directory), "data": written(tmp_path, LONG), "quiet": True}
-    with pytest.raises(InvalidArgumentError, match="all 1 rows teach nothing"):
+    with pytest.raises(InvalidArgumentError, match="no row has a token to learn"):
         train(TrainOptions(**options, output=tmp_path / "out", max_length=16))  # type: ignore[arg-type]  # as given
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
 def test_an_evaluation_over_no_token_has_no_perplexity(directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match="all 1 rows teach nothing"):
+    with pytest.raises(InvalidArgumentError, match="no row has a token to learn"):
         evaluate(EvaluateOptions(str(directory), written(tmp_path, LONG), max_length=16))
 
 
@@ -253,6 +261,26 @@ def test_an_evaluation_counts_what_it_cuts_and_leaves_out(directory: Path, tmp_p
     done = evaluate(EvaluateOptions(str(directory), data, max_length=16))
     assert (done.rows, done.untaught_rows, done.truncated_rows) == (2, 1, 1)
     assert done.perplexity > 1.0
+
+
+@pytest.mark.parametrize(("method", "config"), [("lora", {}), ("prompt", {"num_virtual_tokens": 8})])
+def test_no_sequence_is_longer_than_the_bases_context_beside_virtual_tokens(
+    method: str, config: dict[str, Any], tmp_path: Path
+) -> None:
+    base = worlds.save_base(tmp_path / "base", "gpt2")  # 256 learnt positions: one more would be an error
+    data = written(tmp_path, SHORT, {"prompt": "it: ", "completion": "yes and no " * 60})
+    options = TrainOptions(method, str(base), data, tmp_path / "out", config=config, max_steps=1, quiet=True)
+    assert train(options).truncated_rows == 1
+    assert evaluate(EvaluateOptions(str(base), data, tmp_path / "out")).truncated_rows == 1
+
+
+@pytest.mark.parametrize("words", [["--max-length", "16"], ["--turns", "last", "--max-length", "16"]])
+def test_the_command_evaluates_within_a_length_and_tells_what_is_cut(
+    words: list[str], directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = written(tmp_path, SHORT, LONG)
+    assert main(["evaluate", "--model", str(directory), "--data", str(data), "--json", *words]) == 0
+    assert json.loads(capsys.readouterr().out)["untaught_rows"] == 1
 
 
 def test_exact_matches_need_prompts(directory: Path, tmp_path: Path) -> None:

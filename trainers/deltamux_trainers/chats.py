@@ -26,7 +26,8 @@ class Turn(NamedTuple):
 
     Attributes:
         context: what `Generate` makes of the messages before the turn.
-        completion: what is learnt; ended: whether the server stops at its last token.
+        completion: what is learnt; empty where the context is too long.
+        ended: whether the server stops at its last token.
     """
 
     context: list[int]
@@ -34,8 +35,11 @@ class Turn(NamedTuple):
     ended: bool
 
 
-def encode_turn(row: ChatRow, index: int, tokenizer: Any, ends: Collection[int]) -> Turn:
+def encode_turn(row: ChatRow, index: int, tokenizer: Any, ends: Collection[int], max_length: int) -> Turn:
     """Tokenises the assistant's message at an index as the answer to the messages before it.
+
+    Args:
+        max_length: tokens of a context from which on its answer is not looked at.
 
     Raises:
         InvalidArgumentError: INVALID_DATA; the template refuses the messages, renders something that `Generate` cannot
@@ -43,6 +47,8 @@ def encode_turn(row: ChatRow, index: int, tokenizer: Any, ends: Collection[int])
     """
     rendering = _Rendering(row, index, tokenizer)
     context = encode_rendered(tokenizer, rendering.prompt)
+    if len(context) >= max_length:
+        return Turn(context, [], True)
     answer = rendering.answer()
     ids = follow(tokenizer, context, rendering.prompt, answer, encode_rendered)
     if ids is None:

@@ -76,9 +76,22 @@ class Encoder:
     vocab_size: int | None = None
 
     @classmethod
-    def of(cls, base: BaseModel, tokenizer: Any, max_length: int = 1024, turns: str = "all") -> Encoder:
-        """Returns the encoder of a base model that was read from its files."""
-        return cls(tokenizer, end_tokens(base.name, tokenizer), max_length, turns, base.dims.vocab_size)
+    def of(
+        cls,
+        base: BaseModel,
+        tokenizer: Any,
+        max_length: int = 1024,
+        turns: str = "all",
+        num_virtual_tokens: int = 0,
+    ) -> Encoder:
+        """Returns the encoder of a base model that was read from its files.
+
+        Args:
+            max_length: what the base's context holds beside the adapter's virtual tokens is a limit as well.
+        """
+        room = base.dims.max_position - num_virtual_tokens
+        ends = end_tokens(base.name, tokenizer)
+        return cls(tokenizer, ends, max(0, min(max_length, room)), turns, base.dims.vocab_size)
 
     def __call__(self, row: Row) -> Sequences:
         """Encodes a row.
@@ -86,30 +99,32 @@ class Encoder:
         Raises:
             InvalidArgumentError: INVALID_DATA, a conversation that the chat template or `Generate` cannot take.
         """
-        ended = True
+        made = self._made(row)
+        self._check_vocabulary(row, made)
+        kept = tuple(each for each in (_encoded(whole, self.max_length) for whole in made) if each.learnt)
+        truncated = any(whole.cut or len(whole.ids) > self.max_length for whole in made)
+        return Sequences(kept, truncated, all(whole.ended for whole in made))
+
+    def _made(self, row: Row) -> list[_Whole]:
         if isinstance(row, TextRow):
-            whole = [self._text(row)] if row.text else []
-        elif isinstance(row, PromptRow):
-            whole = [self._prompt(row)] if row.prompt or row.completion else []
-        else:
-            assert isinstance(row, ChatRow)
-            whole, ended = self._chat(row)
-        outside = next(
-            (t for ids, _ in whole for t in ids if self.vocab_size is not None and t >= self.vocab_size), None
-        )
-        if outside is not None:
+            return [self._text(row)] if row.text else []
+        if isinstance(row, PromptRow):
+            return [self._prompt(row)] if row.prompt or row.completion else []
+        assert isinstance(row, ChatRow)
+        return self._chat(row)
+
+    def _check_vocabulary(self, row: Row, made: Sequence[_Whole]) -> None:
+        highest = max((max(whole.ids, default=0) for whole in made), default=0)
+        if self.vocab_size is not None and highest >= self.vocab_size:
             raise row.refused(
-                f"has the token {outside}, which the base model does not have: its tokenizer is another's"
+                f"has the token {highest}, and the base model has {self.vocab_size}: the tokenizer belongs to another"
             )
-        cut = [_encoded(ids, labels, self.max_length) for ids, labels in whole]
-        truncated = any(len(ids) > self.max_length for ids, _ in whole)
-        return Sequences(tuple(each for each in cut if each.learnt), truncated, ended)
 
-    def _text(self, row: TextRow) -> tuple[list[int], list[int]]:
+    def _text(self, row: TextRow) -> _Whole:
         ids = closed(encode_text(self.tokenizer, row.text), self.tokenizer, self.ends)
-        return ids, ids
+        return _Whole(ids, ids)
 
-    def _prompt(self, row: PromptRow) -> tuple[list[int], list[int]]:
+    def _prompt(self, row: PromptRow) -> _Whole:
         context = encode_text(self.tokenizer, row.prompt)
         ids = follow(self.tokenizer, context, row.prompt, row.completion, encode_text)
         if ids is None:
@@ -117,22 +132,34 @@ class Encoder:
         end = up_to_the_end(ids, self.tokenizer, self.ends)
         blank = not self.tokenizer.decode(end.beyond, skip_special_tokens=True).strip()
         ids = end.ids if end.ended and blank else closed(ids, self.tokenizer, self.ends)
-        return context + ids, [IGNORED] * len(context) + ids
+        return _Whole(context + ids, [IGNORED] * len(context) + ids)
 
-    def _chat(self, row: ChatRow) -> tuple[list[tuple[list[int], list[int]]], bool]:
+    def _chat(self, row: ChatRow) -> list[_Whole]:
         """Returns the conversation's turns: one sequence for as long as a prompt continues what came before it."""
-        whole: list[tuple[list[int], list[int]]] = []
-        ended = True
+        made: list[_Whole] = []
         for index in row.learnt[-1:] if self.turns == "last" else row.learnt:
-            turn = encode_turn(row, index, self.tokenizer, self.ends)
-            ended = ended and turn.ended
-            ids, labels = whole[-1] if whole else ([], [])
-            if not whole or turn.context[: len(ids)] != ids:
-                whole.append((ids := [], labels := []))
-            added = turn.context[len(ids) :]
-            ids += added + turn.completion
-            labels += [IGNORED] * len(added) + turn.completion
-        return whole, ended
+            turn = encode_turn(row, index, self.tokenizer, self.ends, self.max_length)
+            if not made or turn.context[: len(made[-1].ids)] != made[-1].ids:
+                made.append(_Whole([], []))
+            whole = made[-1]
+            added = turn.context[len(whole.ids) :]
+            whole.ids += added + turn.completion
+            whole.labels += [IGNORED] * len(added) + turn.completion
+            whole.ended = whole.ended and turn.ended
+            if not turn.completion:  # what follows has this context before it, and is as long at least
+                whole.cut = True
+                break
+        return made
+
+
+@dataclass
+class _Whole:
+    """A sequence before it is cut to the longest allowed; `cut`: whether turns were left out of it."""
+
+    ids: list[int]
+    labels: list[int]
+    ended: bool = True
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -185,26 +212,32 @@ def load_data(path: Path, encoder: Encoder, limit: int | None = None) -> Data:
         tuple(row.line for row, made in encoded if made.truncated and made.kept),
         tuple(row.line for row, made in encoded if not made.ended),
     )
-    limited = any(made.truncated for _, made in encoded if not made.kept)
-    why = "their prompts fill max_length {}" if limited else "they are empty, or all their messages have weight 0"
-    untaught = f"teach nothing ({why.format(encoder.max_length)}): {_lines(data.untaught)}"
+    _tell(data, any(made.truncated for _, made in encoded if not made.kept))
+    return data
+
+
+def _tell(data: Data, too_long: bool) -> None:
+    """Logs what became of a file's rows, and refuses a file that teaches nothing."""
+    why = (
+        f"their prompts fill a sequence of {data.max_length} tokens" if too_long else "they are empty or have weight 0"
+    )
     if not data.rows:
         raise InvalidArgumentError(
-            f"{path}: all {len(rows)} rows {untaught}", reason="INVALID_DATA", metadata={"file": str(path)}
+            f"{data.path}: no row has a token to learn, {why}: {_lines(data.untaught)}",
+            reason="INVALID_DATA",
+            metadata={"file": str(data.path)},
         )
     if data.untaught:
-        logger.warning("%s: %d of %d rows are left out, they %s", path, len(data.untaught), len(rows), untaught)
+        logger.warning("%s: without a token to learn, and left out, %s: %s", data.path, why, _lines(data.untaught))
     if data.truncated:
-        shown = _lines(data.truncated)
-        logger.warning("%s: %d rows are cut at max_length %d: %s", path, len(data.truncated), encoder.max_length, shown)
+        logger.warning("%s: cut to %d tokens: %s", data.path, data.max_length, _lines(data.truncated))
     if data.open_ended:
         logger.warning(
-            "%s: the chat template closes turns with no token at which the server stops (%s): give requests a stop "
-            "string, or the base's generation_config.json the token as eos_token_id",
-            path,
+            "%s: the chat template closes turns with no token at which the server stops: give requests a stop string, "
+            "or generation_config.json of the base the token as eos_token_id: %s",
+            data.path,
             _lines(data.open_ended),
         )
-    return data
 
 
 def collate(rows: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
@@ -220,12 +253,13 @@ def collate(rows: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
     return padded
 
 
-def _encoded(ids: Sequence[int], labels: Sequence[int], max_length: int) -> Encoded:
+def _encoded(whole: _Whole, max_length: int) -> Encoded:
+    ids, labels = whole.ids[:max_length], whole.labels[:max_length]
     # The first token follows nothing, so it is never predicted.
-    return Encoded(tuple(ids[:max_length]), (IGNORED, *labels[1:max_length])[: len(ids)])
+    return Encoded(tuple(ids), (IGNORED, *labels[1:]) if ids else ())
 
 
 def _lines(numbers: Sequence[int]) -> str:
     shown = ", ".join(map(str, numbers[:SHOWN_LINES]))
     more = f" and {len(numbers) - SHOWN_LINES} more" if len(numbers) > SHOWN_LINES else ""
-    return f"line{'s' if len(numbers) > 1 else ''} {shown}{more}"
+    return f"{len(numbers)} row{'s' if len(numbers) > 1 else ''} (line {shown}{more})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deltamux.deltas import BaseModel, Checkpoint, attached
+from deltamux.deltas import BaseModel, Checkpoint, Program, attached
 from deltamux.prompts import encode_text
 from deltamux.registry import Registry
 from deltamux_trainers.data import IGNORED, Encoded, Encoder, collate, load_data
@@ -55,12 +55,14 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
     """
     pick_device(options.device)
     base, tokenizer = describe_base(options.model), load_tokenizer(options.model)
-    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns)
+    program = read_program(options.adapter, base)
+    virtual = program.num_virtual_tokens if program else 0
+    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns, virtual)
     data = load_data(options.data, encoder, options.limit)
     if options.generate:
         _check_prompts(data.rows)
     model = load_model(options.model, options.dtype, options.device).eval()
-    with attachment(model, base, options.adapter):
+    with attached(model, base, program) if program else nullcontext():
         total, right, count = 0.0, 0, 0
         for batch in _batches(data.encoded, options.batch_size):
             loss, hits, tokens = _score(model, batch, tokenizer.pad_token_id or 0)
@@ -71,12 +73,12 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
     return EvalResult(len(data.rows), count, loss, math.exp(min(loss, 80.0)), right / count, matches, untaught, cut)
 
 
-def attachment(model: nn.Module, base: BaseModel, adapter: Path | None) -> AbstractContextManager[Any]:
-    """Attaches the adapter of a directory for the length of a block; None leaves the base as it is."""
+def read_program(adapter: Path | None, base: BaseModel) -> Program | None:
+    """Returns the program of an adapter's directory; None of None."""
     if adapter is None:
-        return nullcontext()
+        return None
     method, checkpoint = Registry().recognise(Checkpoint.read(adapter))
-    return attached(model, base, method.program(method.parse(checkpoint.config), base, checkpoint.tensors))
+    return method.program(method.parse(checkpoint.config), base, checkpoint.tensors)
 
 
 def answer(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:

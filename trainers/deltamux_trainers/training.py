@@ -80,7 +80,7 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
     _check_output(options)
     pick_device(options.device)
     base, tokenizer = describe_base(options.model), load_tokenizer(options.model)
-    rows, eval_rows, counts = _datasets(options, base, tokenizer)
+    rows, eval_rows, counts = _datasets(options, config, base, tokenizer)
     rate = options.rate(method.info, base.dims.hidden_size)
     arguments = _arguments(options, rate, bool(eval_rows))
     determined_by = _determined_by(options, config, base, rate, arguments)
@@ -174,10 +174,10 @@ def _callbacks(options: TrainOptions) -> list[TrainerCallback]:
 
 
 def _datasets(
-    options: TrainOptions, base: BaseModel, tokenizer: Any
+    options: TrainOptions, config: Any, base: BaseModel, tokenizer: Any
 ) -> tuple[list[Encoded], list[Encoded], dict[str, int]]:
     """Returns what is trained on, what is evaluated on, and the counts of the result."""
-    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns)
+    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns, _virtual_tokens(config))
     data = load_data(options.data, encoder)
     counts = {"untaught_rows": len(data.untaught), "truncated_rows": len(data.truncated)}
     if options.eval_data is not None:
@@ -189,6 +189,13 @@ def _datasets(
             metadata={"field": "eval_fraction"},
         )
     return *data.split(fraction, options.seed), counts
+
+
+def _virtual_tokens(config: Any) -> int:
+    """Returns the virtual tokens of a method's options; a composite's parts have options of their own."""
+    parts = [getattr(config, each.name) for each in dataclasses.fields(config)]
+    of_parts = sum(_virtual_tokens(part) for part in parts if dataclasses.is_dataclass(part))
+    return of_parts + int(getattr(config, "num_virtual_tokens", 0))
 
 
 def _determined_by(
