@@ -27,6 +27,8 @@ HELP = {
     "max_virtual_tokens": "most virtual tokens that an uploaded adapter may have",
     "max_adapter_bytes": "largest upload, in bytes",
     "max_concurrent_uploads": "uploads at once",
+    "upload_idle_seconds": "how long an upload may send nothing",
+    "upload_min_bytes_per_second": "least mean rate of an upload",
     "max_pending_requests": "generations at once, waiting ones included",
     "plugin_timeout_seconds": "how long a plugin may take to be imported, and to compile one upload",
     "recompile": "compile stored adapters anew whose program is damaged or for another base, when they are used",

@@ -26,8 +26,7 @@ from deltamux.server.events import EventHub
 from deltamux.server.health import HealthMonitor
 from deltamux.server.inference import InferenceService
 from deltamux.server.interceptors import Around, AroundInterceptor, errors_become_statuses
-from deltamux.server.limits import MAX_MESSAGE_BYTES
-from deltamux.server.listen import bind, check_exposure
+from deltamux.server.listen import SERVER_OPTIONS, bind, check_exposure
 from deltamux.server.logs import bound_lines
 from deltamux.server.options import ServeOptions
 from deltamux.server.pins import Pins
@@ -51,6 +50,9 @@ SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in ((inference_pb2, "Inference"), (adapters_pb2, "Adapters"), (tenants_pb2, "Tenants"))
 )
+UPLOAD_PATIENCE = 30.0
+"""Seconds that an upload waits for a slot."""
+
 EngineFactory = Callable[[EngineOptions], Engine]
 
 
@@ -190,14 +192,9 @@ def _grpc_server(options: ServeOptions, store: AdapterStore) -> grpc.aio.Server:
     identify: Around = everybody_is_administrator()
     if options.auth == "keys":
         identify = key_decides(store, admin_key(options.admin_key_file or options.store / "admin.key"))
-    limits = [
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ]
-    # Two servers on one port would share its connections between them at random.
     return grpc.aio.server(
         interceptors=[AroundInterceptor(errors_become_statuses), AroundInterceptor(identify), CheckedRequests()],
-        options=[*limits, ("grpc.so_reuseport", 0)],
+        options=SERVER_OPTIONS,
     )
 
 
@@ -241,10 +238,15 @@ def _adapters_service(
         pins,
         Quarantine(store, compiler, engine, _budgets(options), threads),
         events,
-        Slots(options.max_concurrent_uploads, "uploads"),
-        UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds),
+        _upload_slots(options.max_concurrent_uploads),
+        UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds, options.upload_min_bytes_per_second),
         threads,
     )
+
+
+def _upload_slots(limit: int) -> Slots:
+    """A quarter of the slots is out of reach of any one tenant; what is beyond the limit waits for half a minute."""
+    return Slots(limit, "uploads", per_tenant=limit - limit // 4, max_waiting=16 * limit, patience=UPLOAD_PATIENCE)
 
 
 def _forget_removed(store: AdapterStore, engine: Engine, pins: Pins) -> None:

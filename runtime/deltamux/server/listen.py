@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
 
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux.server.limits import MAX_MESSAGE_BYTES
 from deltamux.server.options import ServeOptions
+
+MAX_UNSEEN_CALLS = 1 << 16
+
+SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Two servers on one port would share its connections between them at random.
+    ("grpc.so_reuseport", 0),
+    # A call beyond these, or one that is not looked at within that time, gRPC cancels without a word: so many wait that
+    # every call is answered, be it by the refusal of the server's own limits.
+    ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
+    ("grpc.server_max_unrequested_time_in_server", 600),
+    # Clients may ask as often as they like whether a silent connection lives; the server asks as well, so that what a
+    # vanished client holds is freed.
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
 
 
 def check_exposure(options: ServeOptions) -> None:

@@ -41,6 +41,8 @@ class ServeOptions:
         max_concurrent_uploads: uploads at once; one more is told to come back.
         max_pending_requests: generations at once, waiting ones included; one more is told to come back.
         upload_idle_seconds: an upload that sends nothing for so long is given up.
+        upload_min_bytes_per_second: least mean rate of an upload, its first `upload_idle_seconds` left out; one that is
+            slower is given up.
         plugin_timeout_seconds: how long a plugin may take to be imported, and to compile one upload; then its process
             is ended, and the upload refused.
         recompile: compile stored adapters anew, when they are used, whose program is damaged or for another base.
@@ -75,6 +77,7 @@ class ServeOptions:
     max_concurrent_uploads: int = 8
     max_pending_requests: int = 1024
     upload_idle_seconds: float = 60.0
+    upload_min_bytes_per_second: int = 256 << 10
     plugin_timeout_seconds: float = 60.0
     recompile: bool = False
     on_engine_death: str = "restart"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from concurrent.futures import Executor
 from contextlib import ExitStack
@@ -30,12 +31,13 @@ class UploadLimits:
     """Attributes:
     max_bytes: all files together.
     idle_seconds: longest silence between two messages.
-    total_seconds: longest upload.
+    min_bytes_per_second: an upload may be waited for as long as its bytes take at this rate, and `idle_seconds` more.
+        So it has a deadline by its size, and one that trickles ends early.
     """
 
     max_bytes: int
     idle_seconds: float = 60.0
-    total_seconds: float = 3600.0
+    min_bytes_per_second: int = 256 << 10
 
 
 async def read_header(messages: AsyncIterator[pb.UploadAdapterRequest], limits: UploadLimits) -> pb.UploadHeader:
@@ -45,7 +47,7 @@ async def read_header(messages: AsyncIterator[pb.UploadAdapterRequest], limits: 
         InvalidArgumentError: the stream does not begin with a header.
         InvalidAdapterError: the list of files is refused.
     """
-    first = await _next(messages, limits)
+    first = await _Paced(messages, limits).next()
     if first is None or first.WhichOneof("message") != "header":
         raise InvalidArgumentError(
             "an upload begins with its header", reason="UPLOAD_PROTOCOL", metadata={"field": "header"}
@@ -92,14 +94,11 @@ async def receive_files(
         DeadlineExceededError: the upload went silent, or takes too long.
     """
     loop = asyncio.get_running_loop()
-    try:
-        async with asyncio.timeout(limits.total_seconds):
-            with _Incoming.open(directory, header.files) as incoming:
-                while (message := await _next(messages, limits)) is not None:
-                    await loop.run_in_executor(threads, incoming.add, _chunk(message))
-                await loop.run_in_executor(threads, incoming.check_complete)
-    except TimeoutError:
-        raise _too_slow(f"did not end within {limits.total_seconds:.0f} s") from None
+    paced = _Paced(messages, limits)
+    with _Incoming.open(directory, header.files) as incoming:
+        while (message := await paced.next()) is not None:
+            await loop.run_in_executor(threads, incoming.add, _chunk(message))
+        await loop.run_in_executor(threads, incoming.check_complete)
 
 
 @dataclass
@@ -180,15 +179,32 @@ def _chunk(message: pb.UploadAdapterRequest) -> pb.FileChunk:
     return message.chunk
 
 
-async def _next(
-    messages: AsyncIterator[pb.UploadAdapterRequest], limits: UploadLimits
-) -> pb.UploadAdapterRequest | None:
-    """Returns the next message, or None at the end."""
-    try:
-        async with asyncio.timeout(limits.idle_seconds):
-            return await anext(messages, None)
-    except TimeoutError:
-        raise _too_slow(f"was silent for {limits.idle_seconds:.0f} s") from None
+class _Paced:
+    """Messages that must come at a least rate; the time that the server takes over them does not count."""
+
+    def __init__(self, messages: AsyncIterator[pb.UploadAdapterRequest], limits: UploadLimits) -> None:
+        self._messages = messages
+        self._limits = limits
+        self._waited = 0.0
+        self._received = 0
+
+    async def next(self) -> pb.UploadAdapterRequest | None:
+        """Returns the next message, or None at the end; raises DeadlineExceededError if it does not come in time."""
+        idle, rate = self._limits.idle_seconds, self._limits.min_bytes_per_second
+        left = idle + self._received / rate - self._waited
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(min(idle, left)):
+                message = await anext(self._messages, None)
+        except TimeoutError:
+            if left < idle:
+                raise _too_slow(
+                    f"came at less than {rate} bytes per second ({self._received} bytes in {self._waited + left:.0f} s)"
+                ) from None
+            raise _too_slow(f"was silent for {idle:.0f} s") from None
+        self._waited += time.monotonic() - began
+        self._received += len(message.chunk.data) if message is not None else 0
+        return message
 
 
 def _too_slow(problem: str) -> DeadlineExceededError:

@@ -1,0 +1,166 @@
+"""More work than the server takes on, over a real socket: everybody gets an answer that says when to come back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # its .pyi files come without py.typed
+from grpc_status import rpc_status
+
+from deltamux.client import AsyncClient
+from deltamux.client.uploads import upload_messages
+from deltamux.server.app import Running, running
+from deltamux.server.compiler import Compiler
+from deltamux.v1 import adapters_pb2 as pb
+from deltamux.v1 import inference_pb2
+from deltamux.v1.adapters_pb2_grpc import AdaptersStub
+from deltamux.v1.inference_pb2_grpc import InferenceStub
+from server.conftest import engine_for, options
+
+ACME, GLOBEX = "tenants/acme/adapters/tickets", "tenants/globex/adapters/tickets"
+
+
+def retry_delay(error: grpc.RpcError) -> float | None:
+    """Returns the seconds of a status's RetryInfo."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # an RpcError of a call is a Call, too
+    for detail in status.details if status is not None else ():
+        info = error_details_pb2.RetryInfo()
+        if detail.Is(info.DESCRIPTOR) and detail.Unpack(info):
+            return float(info.retry_delay.ToMilliseconds() / 1000)
+    return None
+
+
+@asynccontextmanager
+async def limited(base: Path, store: Path, compiler: Compiler, **given: Any) -> AsyncIterator[Running]:
+    async with running(options(base, store, **given), lambda _: engine_for(base), compiler) as server:
+        yield server
+
+
+async def test_each_of_thousands_of_calls_at_once_is_served_or_told_when_to_come_back(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+) -> None:
+    channels = 2
+
+    def call(address: str) -> Counter[str]:
+        request = inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(values=[5, 6]))
+        request.sampling.max_tokens = 1
+        own = [("grpc.use_local_subchannel_pool", 1)]
+        opened = [grpc.insecure_channel(address, options=own) for _ in range(channels)]
+        stubs = [InferenceStub(channel) for channel in opened]
+        futures = [stubs[number % channels].Generate.future(request, timeout=120) for number in range(2500)]
+        outcomes = Counter(outcome(future) for future in futures)
+        for channel in opened:
+            channel.close()
+        return outcomes
+
+    def outcome(future: Any) -> str:
+        error = future.exception()
+        if error is None:
+            return "served"
+        return f"{error.code().name}{'' if retry_delay(error) is None else ' with a time to come back'}"
+
+    async with limited(tiny_base, tmp_path / "store", shared_compiler, max_pending_requests=50) as server:
+        outcomes = await asyncio.to_thread(call, server.address)
+    assert set(outcomes) == {"served", "RESOURCE_EXHAUSTED with a time to come back"}
+    assert outcomes["served"] >= 50
+
+
+class Stalled:
+    """Uploads that send their header, or nothing at all, and no byte of a file."""
+
+    def __init__(self, address: str, adapter: Path) -> None:
+        self._channel = grpc.aio.insecure_channel(address)
+        self._adapter = adapter
+        self._calls: list[Any] = []
+
+    async def __aenter__(self) -> Stalled:
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        for call in self._calls:
+            call.cancel()
+        await self._channel.close()
+
+    async def begin(self, count: int, name: str | None = None) -> None:
+        for _ in range(count):
+            call: Any = AdaptersStub(self._channel).UploadAdapter()  # type: ignore[call-arg]  # messages come by write
+            if name is not None:
+                await call.write(next(upload_messages(name, self._adapter)))
+            else:
+                await call.wait_for_connection()
+            self._calls.append(call)
+        await asyncio.sleep(0.3)
+
+
+async def test_uploads_of_one_tenant_that_stall_do_not_keep_another_from_uploading(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(
+            limited(tiny_base, tmp_path / "store", shared_compiler, max_concurrent_uploads=4)
+        )
+        client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
+        stalled = await stack.enter_async_context(Stalled(server.address, loras[0]))
+        await stalled.begin(8, ACME)
+        began = time.monotonic()
+        assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"
+        assert time.monotonic() - began < 20
+
+
+async def test_an_upload_waits_for_those_that_stall_to_be_given_up(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    given: dict[str, Any] = {"max_concurrent_uploads": 1, "upload_idle_seconds": 1.0}
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(limited(tiny_base, tmp_path / "store", shared_compiler, **given))
+        client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
+        stalled = await stack.enter_async_context(Stalled(server.address, loras[0]))
+        await stalled.begin(2, ACME)
+        assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"
+
+
+async def test_a_call_that_says_nothing_takes_no_slot(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    async with AsyncExitStack() as stack:
+        server = await stack.enter_async_context(
+            limited(tiny_base, tmp_path / "store", shared_compiler, max_concurrent_uploads=1)
+        )
+        client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
+        stalled = await stack.enter_async_context(Stalled(server.address, loras[0]))
+        await stalled.begin(5)
+        began = time.monotonic()
+        assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"
+        assert time.monotonic() - began < 20
+
+
+async def test_an_upload_that_trickles_is_given_up_for_its_rate(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    given: dict[str, Any] = {"upload_idle_seconds": 1.0, "upload_min_bytes_per_second": 1 << 20}
+    header, first, *_ = upload_messages(ACME, loras[0])
+
+    async def trickle() -> AsyncIterator[pb.UploadAdapterRequest]:
+        yield header
+        for place in range(len(first.chunk.data)):
+            chunk = pb.FileChunk(path=first.chunk.path, data=first.chunk.data[place : place + 1])
+            yield pb.UploadAdapterRequest(chunk=chunk)
+            await asyncio.sleep(0.05)
+
+    async with limited(tiny_base, tmp_path / "store", shared_compiler, **given) as server:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            began = time.monotonic()
+            with pytest.raises(grpc.aio.AioRpcError, match="less than 1048576 bytes per second") as refused:
+                await AdaptersStub(channel).UploadAdapter(trickle(), timeout=60)
+            assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert time.monotonic() - began < 10
+        async with AsyncClient(server.address, timeout=60) as client:
+            assert (await client.upload_adapter(ACME, loras[0])).state == "READY"
