@@ -27,7 +27,7 @@ def save_base(directory: Path, architecture: str) -> Path:
             else:
                 parameter.normal_(std=0.08)
     model.save_pretrained(directory)
-    _tokenizer().save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
     return directory
 
 
@@ -59,7 +59,7 @@ def _config(architecture: str) -> Any:
     )
 
 
-def _tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
@@ -25,7 +26,7 @@ from deltamux.engine.checks import check_prompt, check_sampling
 from deltamux.engine.vllm.host_tier import HostTier
 from deltamux.engine.vllm.loader_link import LoaderLink
 from deltamux.engine.vllm.processes import Launch, end, family, spawning
-from deltamux.errors import FailedPreconditionError, UnavailableError
+from deltamux.errors import DeltamuxError, FailedPreconditionError, UnavailableError
 
 if TYPE_CHECKING:
     import psutil
@@ -72,7 +73,23 @@ class VLLMEngine:
         self._prompts: Prompts | None = None
 
     async def start(self) -> None:
-        """Loads the base model; returns when the engine takes requests."""
+        """Loads the base model; returns when the engine takes requests.
+
+        Raises:
+            FailedPreconditionError: it cannot be loaded, or cannot run (see `warmup`); its processes have ended.
+        """
+        try:
+            await self._start()
+        except BaseException as error:
+            await self.stop()
+            if isinstance(error, DeltamuxError) or not isinstance(error, Exception):
+                raise
+            raise FailedPreconditionError(
+                f"vLLM did not start with the base model {self._options.model}: {error}",
+                reason="ENGINE_START_FAILED",
+            ) from error
+
+    async def _start(self) -> None:
         _set_environment()
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.usage.usage_lib import UsageContext
@@ -80,9 +97,12 @@ class VLLMEngine:
 
         from deltamux.engine.vllm.outputs import Pace
         from deltamux.engine.vllm.prompts import Prompts
+        from deltamux.engine.vllm.warmup import check_head_size, warm_up
 
         config = await asyncio.to_thread(_engine_config, AsyncEngineArgs(**_engine_arguments(self._options)))
         assert config.lora_config is not None
+        if config.device_config.device_type == "cpu":
+            check_head_size(config)
         self._num_slots = config.lora_config.max_loras
 
         def launch() -> AsyncLLM:
@@ -100,6 +120,9 @@ class VLLMEngine:
         self._pace = Pace.of(llm)
         self.max_model_len = llm.model_config.max_model_len
         self._prompts = await asyncio.to_thread(Prompts, llm.get_tokenizer(), self.max_model_len)
+        began = time.perf_counter()
+        await warm_up(self, config)
+        logger.info("warm-up took %.2f s", time.perf_counter() - began)
 
     async def stop(self) -> None:
         """Ends vLLM's processes and waits until they are gone; requests under way end with UNAVAILABLE."""
@@ -180,6 +203,18 @@ class VLLMEngine:
         A question to the worker would keep it looking for the next one, at full speed, for a second.
         """
         await self._while_alive(self._engine.is_sleeping())
+
+    async def bound_sites(self) -> list[tuple[str, str]]:
+        """Returns kind and name of every site that takes ops, in every worker."""
+        answers: list[Any] = await self.call_workers("delta_bound")
+        bound = {(str(kind), str(name)) for kind, name in answers[0]}
+        for answer in answers[1:]:
+            bound &= {(str(kind), str(name)) for kind, name in answer}
+        return sorted(bound)
+
+    async def last_words(self) -> str:
+        """Returns what ended an engine that has died, as its worker said; "" if it did not."""
+        return await self._link.last_words() if self._link is not None and not self.healthy else ""
 
     async def device_programs(self) -> list[int]:
         """Returns the workers' ids of the programs in device slots, the last to come there last."""

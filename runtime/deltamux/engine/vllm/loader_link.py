@@ -31,6 +31,9 @@ LAST_POLL = 0.02
 """Seconds between looks, where no socket leads to a worker, at a program that loads: doubling from first to last."""
 
 LINE_LIMIT = 1 << 20
+MAX_PROBLEM = 1000
+LAST_WORDS_SECONDS = 2.0
+"""How long a worker's connection may stay open after the engine has died: what it said last is read by then."""
 
 
 class LoaderServer:
@@ -43,6 +46,7 @@ class LoaderServer:
     def __init__(self, loader: ProgramLoader, path: Path) -> None:
         self._loader = loader
         self._writing = threading.Lock()
+        self._connection: socket.socket | None = None
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(1)
@@ -50,7 +54,7 @@ class LoaderServer:
 
     def _serve(self) -> None:
         with self._listener:
-            connection, _ = self._listener.accept()
+            self._connection = connection = self._listener.accept()[0]
         # A connection that breaks means that the front end has gone; vLLM ends this process then.
         with connection, connection.makefile("rb") as lines, contextlib.suppress(OSError):
             for line in lines:
@@ -67,9 +71,16 @@ class LoaderServer:
     def _answer(self, program_id: int, future: Future[Loaded], connection: socket.socket) -> None:
         state = outcome(future)
         seconds = future.result().seconds if state == "ready" else 0.0
-        line = json.dumps({"program": program_id, "state": state, "seconds": seconds}) + "\n"
+        self._say({"program": program_id, "state": state, "seconds": seconds}, connection)
+
+    def report(self, problem: str) -> None:
+        """Tells the front end why this worker is about to end."""
+        if self._connection is not None:
+            self._say({"failure": problem[:MAX_PROBLEM]}, self._connection)
+
+    def _say(self, message: dict[str, Any], connection: socket.socket) -> None:
         with self._writing, contextlib.suppress(OSError):
-            connection.sendall(line.encode())
+            connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 class _Answer(NamedTuple):
@@ -83,6 +94,7 @@ class _Connection:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
         self._pending: dict[int, asyncio.Future[_Answer]] = {}
+        self.failure = ""
         self._reading = asyncio.create_task(self._read(reader))
 
     @classmethod
@@ -96,6 +108,11 @@ class _Connection:
         self._pending[program_id] = answer
         self._send({"load": program_id, "path": str(path), "sha256": sha256})
         return await answer
+
+    async def last_words(self) -> str:
+        """Waits for the worker's end, but not long; returns why it ended, "" if it did not say."""
+        await asyncio.wait([self._reading], timeout=LAST_WORDS_SECONDS)
+        return self.failure
 
     def drop(self, program_id: int) -> None:
         if not self._reading.done():
@@ -114,6 +131,9 @@ class _Connection:
         try:
             while line := await reader.readline():
                 message = json.loads(line)
+                if "failure" in message:
+                    self.failure = message["failure"]
+                    continue
                 pending = self._pending.pop(message["program"], None)
                 if pending is not None and not pending.done():
                     pending.set_result(_Answer(message["state"], message["seconds"]))
@@ -173,6 +193,11 @@ class LoaderLink:
             connection.drop(program_id)
         if at_once or not self._connections:
             await self._call("delta_unload", (program_id,))
+
+    async def last_words(self) -> str:
+        """Returns what a worker of an engine that has died raised in its last step; "" if none said so."""
+        words = [await connection.last_words() for connection in self._connections]
+        return next(filter(None, words), "")
 
     async def pin(self, program_id: int, pinned: bool) -> None:
         await self._call("delta_pin", (program_id, pinned))

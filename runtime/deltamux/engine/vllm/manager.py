@@ -111,6 +111,10 @@ class DeltaManager:
         if program_id in self._slots:
             self._residency.pin(program_id, pinned)
 
+    def bound(self) -> list[tuple[str, str]]:
+        """Returns kind and name of every site that takes ops."""
+        return [(str(kind), name) for kind, name in self._binding.lanes]
+
     def resident(self) -> dict[str, list[int]]:
         """Returns the program ids in each tier, those in slots in the order in which they came, and which is folded."""
         folded = self._folding.folded if self._folding is not None else None

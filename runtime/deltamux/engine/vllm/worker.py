@@ -53,6 +53,7 @@ class DeltaWorkerMixin:
 
     model_runner: Any
     rank: int
+    _link: LoaderServer | None = None
 
     def init_device(self) -> None:
         end_with_parent()
@@ -75,11 +76,24 @@ class DeltaWorkerMixin:
         loader = self._deltas.loader
         path = Path(directory) / f"worker-{self.rank}.sock"
         try:
-            LoaderServer(loader, path)
+            self._link = LoaderServer(loader, path)
         except OSError:
             return None
         loader.use_cores(cores)
         return str(path)
+
+    def execute_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs a step. What it raises ends the engine; the front end is told before."""
+        try:
+            return super().execute_model(*args, **kwargs)  # type: ignore[misc]  # as above
+        except Exception as error:
+            if self._link is not None:
+                self._link.report(f"{type(error).__name__}: {error}")
+            raise
+
+    def delta_bound(self) -> list[tuple[str, str]]:
+        """Returns kind and name of every site that takes ops."""
+        return self._deltas.bound()
 
     def delta_load(self, program_id: int, path: str, sha256: str) -> None:
         self._deltas.loader.load(program_id, Path(path), sha256)

@@ -1,0 +1,77 @@
+"""A base that cannot run is told at the start, with the cause, and not by its first request."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import transformers
+
+from deltamux.conformance.bases import byte_tokenizer
+from deltamux.deltas import BaseModel, Bottleneck, KVPrefix, LowRank, NormAffine, SiteKind, SoftPrompt
+from deltamux.engine.base import EngineOptions
+from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.warmup import rehearsals
+from deltamux.errors import FailedPreconditionError
+from engine.conftest import OPTIONS
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
+BASES: dict[str, tuple[Any, dict[str, Any], str, str]] = {
+    "heads of size 16": (transformers.LlamaConfig, {"num_attention_heads": 4}, "BASE_CANNOT_RUN", "heads have size 16"),
+    "experts": (transformers.Qwen3MoeConfig, EXPERTS, "BASE_CANNOT_RUN", "mixture of experts"),
+    "transformers' modules": (transformers.Olmo2Config, {}, "BASE_TAKES_NO_DELTAS", "no implementation of its own"),
+}
+
+
+@pytest.mark.parametrize("case", BASES)
+async def test_a_base_that_cannot_run_is_refused_with_the_cause(case: str, tmp_path: Path) -> None:
+    kind, given, reason, cause = BASES[case]
+    config: Any = kind(**{**SIZES, **given})
+    model: Any = transformers.AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers
+    model.to(torch.float32).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    before = set(psutil.Process().children(recursive=True))
+    engine = VLLMEngine(EngineOptions(str(tmp_path), enforce_eager=True, **OPTIONS))  # type: ignore[arg-type]  # common ones
+    with pytest.raises(FailedPreconditionError, match=re.escape(cause)) as refused:
+        await engine.start()
+    assert refused.value.reason == reason
+    left = [p for p in set(psutil.Process().children(recursive=True)) - before if "EngineCore" in " ".join(p.cmdline())]
+    assert not left, "an engine that is refused must leave no process"
+
+
+async def test_a_warm_up_leaves_nothing_in_the_engine(engine: VLLMEngine) -> None:
+    stats = await engine.stats()
+    assert not any(digest.startswith("warm-up") for digest in engine._host.digests())
+    assert stats.running == 0
+
+
+def test_rehearsals_put_an_op_at_every_site_that_takes_one(base: BaseModel) -> None:
+    bound = [(str(kind), name) for kind, name in base.sites]
+    programs = rehearsals(base, bound)
+    placed = {(op.site_kind, site) for program in programs for site, op in program}
+    assert placed == {site for site in base.sites if site[0] is not SiteKind.HEAD}
+    assert {type(op) for program in programs for _, op in program} == {
+        LowRank,
+        Bottleneck,
+        NormAffine,
+        KVPrefix,
+        SoftPrompt,
+    }
+    assert rehearsals(base, [("linear", base.linears[0].name)])[0].placements[0].site == base.linears[0].name
+    assert rehearsals(base, []) == []
