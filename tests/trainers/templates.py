@@ -23,7 +23,6 @@ class Shape:
     Attributes:
         end: the token that closes the assistant's turn; the tokenizer's end-of-sequence token, unless `eos` is another.
         system: whether the template takes a system message.
-        closing: what the template puts behind a turn's content where another follows.
         answer: what is learnt of an answer, before the end token; ``{}`` is the content.
     """
 
@@ -57,10 +56,12 @@ def decoded(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
     return text
 
 
-def byte_level(specials: list[str], *, eos: str, bos: str | None, chat_template: str | None) -> PreTrainedTokenizerFast:
-    """A byte-level BPE, with merges over spaces and brackets."""
+def byte_level(
+    specials: list[str], *, eos: str, bos: str | None, chat_template: str | None, add_prefix_space: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=420,
@@ -72,8 +73,13 @@ def byte_level(specials: list[str], *, eos: str, bos: str | None, chat_template:
     return _wrapped(bpe, eos, bos, chat_template)
 
 
-def metaspace(specials: list[str], *, eos: str, bos: str | None, chat_template: str | None) -> PreTrainedTokenizerFast:
-    """A BPE over text whose spaces are ▁, one of them put in front, with bytes for what it does not know."""
+def metaspace(
+    specials: list[str], *, eos: str, bos: str | None, chat_template: str | None, first_alone: bool = False
+) -> PreTrainedTokenizerFast:
+    """A BPE over text whose spaces are ▁, with bytes for what it does not know.
+
+    One ▁ more is put in front of every text between special tokens, or (`first_alone`) of what begins with a text.
+    """
     pieces = ["<unk>", *(s for s in specials if s != "<unk>"), *(f"<0x{byte:02X}>" for byte in range(256))]
     bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=pieces, show_progress=False)
@@ -81,7 +87,10 @@ def metaspace(specials: list[str], *, eos: str, bos: str | None, chat_template: 
     bpe.train_from_iterator(TEXT * 4, trainer)
     state = bpe.model
     made = Tokenizer(state)
-    made.normalizer = bpe.normalizer
+    if first_alone:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    else:
+        made.normalizer = bpe.normalizer
     made.add_special_tokens([s for s in pieces if not s.startswith("<0x")])
     made.decoder = decoders.Sequence(
         [
@@ -228,6 +237,18 @@ R1 = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|Assistant|><think>\\n' }}{%- endif %}"""
 
+GLM4 = """\
+[gMASK]<sop>
+{%- for m in messages %}{{- '<|' + m.role + '|>\\n' + m.content }}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
+
+LEAVES_THE_LAST_TURN_OPEN = """\
+{%- for m in messages %}
+{{- '<|im_start|>' + m.role + '\\n' + m.content }}
+{%- if not (loop.last and m.role == 'assistant') %}{{- '<|im_end|>\\n' }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
+
 _IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 SHAPES: dict[str, Shape] = {
     "chatml": Shape(CHATML, "<|im_end|>", _IM),
@@ -245,6 +266,8 @@ SHAPES: dict[str, Shape] = {
     "mistral": Shape(MISTRAL, "</s>", ("[INST]", "[/INST]"), bos="<s>", answer=" {}", metaspace=True),
     "gemma": Shape(GEMMA, "<end_of_turn>", ("<start_of_turn>",), eos="<eos>", bos="<bos>", system=False),
     "phi": Shape(PHI, "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>"), eos="<|endoftext|>"),
+    "glm4": Shape(GLM4, "<|user|>", ("<|system|>", "<|assistant|>", "[gMASK]", "<sop>"), eos="<|endoftext|>"),
+    "last-turn-open": Shape(LEAVES_THE_LAST_TURN_OPEN, "<|im_end|>", _IM),
     "deepseek-r1": Shape(
         R1, "<|end_of_sentence|>", ("<|User|>", "<|Assistant|>"), bos="<|begin|>", answer="\n</think>\n\n{}"
     ),

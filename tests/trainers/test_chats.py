@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltamux.errors import InvalidArgumentError
-from deltamux.prompts import encode_chat, render_chat
+from deltamux.prompts import encode_rendered, render_chat, render_chat_within
 from deltamux_trainers.data import IGNORED, Encoded, Encoder
 from deltamux_trainers.rows import read_rows
 from trainers.templates import SHAPES, Shape, decoded
@@ -33,6 +33,11 @@ def encoded(
     shape: Shape, tmp_path: Path, messages: Sequence[Message], turns: str = "all", **beside: Any
 ) -> list[Encoded]:
     return list(Encoder(shape.tokenizer, shape.ends, LONG, turns)(row_of(tmp_path, messages, **beside)).kept)
+
+
+def served(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Returns the tokens that the server makes of a chat."""
+    return encode_rendered(tokenizer, render_chat_within(tokenizer, messages, max_chars=1 << 20, max_seconds=60))
 
 
 def learnt(row: Encoded) -> Iterator[tuple[list[int], list[int]]]:
@@ -65,7 +70,7 @@ def test_every_turn_is_trained_behind_what_the_server_sends_for_it(
     spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     rows = encoded(shape, tmp_path_factory.getbasetemp(), messages)
     turns = [turn for row in rows for turn in learnt(row)]
-    assert [context for context, _ in turns] == [encode_chat(shape.tokenizer, messages[:index]) for index in spoken]
+    assert [context for context, _ in turns] == [served(shape.tokenizer, messages[:index]) for index in spoken]
     for index, (context, completion) in zip(spoken, turns, strict=True):
         assert [token for token in completion if token in shape.ends] == completion[-1:]
         said = shape.answer.format(messages[index]["content"]) + shape.end
@@ -101,6 +106,8 @@ def test_turns_share_a_row_while_each_prompt_continues_the_last_answer(tmp_path:
         "mistral": 2,  # the system message goes into the last message of the user
         "gemma": 1,
         "phi": 1,
+        "glm4": 1,
+        "last-turn-open": 1,
         "deepseek-r1": 2,
     }  # fmt: skip
 
@@ -109,7 +116,7 @@ def test_the_last_turn_alone_is_learnt_where_that_is_asked_for(tmp_path: Path) -
     messages = conversation(None, [("what?", "yes"), ("again?", "no")])
     shape = SHAPES["chatml"]
     ((context, completion),) = [t for row in encoded(shape, tmp_path, messages, turns="last") for t in learnt(row)]
-    assert context == encode_chat(shape.tokenizer, messages[:3])
+    assert context == served(shape.tokenizer, messages[:3])
     assert decoded(shape.tokenizer, completion) == "no<|im_end|>"
 
 
@@ -128,7 +135,7 @@ def test_thinking_within_the_content_is_learnt(name: str, content: str, said: st
     shape = SHAPES[name]
     messages = conversation(None, [("what?", content)])
     ((context, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
-    assert context == encode_chat(shape.tokenizer, messages[:1])
+    assert context == served(shape.tokenizer, messages[:1])
     assert decoded(shape.tokenizer, completion) == said + shape.end
 
 
@@ -159,7 +166,7 @@ def test_weight_0_makes_a_turn_context_only(tmp_path: Path) -> None:
     messages[1]["weight"] = 0
     shape = SHAPES["chatml"]
     ((context, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
-    assert context == encode_chat(shape.tokenizer, conversation(None, [("what?", "yes"), ("again?", "")])[:3])
+    assert context == served(shape.tokenizer, conversation(None, [("what?", "yes"), ("again?", "")])[:3])
     assert decoded(shape.tokenizer, completion) == "no<|im_end|>"
 
 
@@ -179,7 +186,7 @@ def test_a_last_turn_of_calls_is_learnt_as_the_template_renders_it(tmp_path: Pat
     messages[1]["tool_calls"] = [CALL]
     shape = SHAPES["qwen2.5"]
     ((context, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
-    assert context == encode_chat(shape.tokenizer, messages[:1])
+    assert context == served(shape.tokenizer, messages[:1])
     assert decoded(shape.tokenizer, completion).split() == [
         "<tool_call>", '{"name":', '"look",', '"arguments":', '{"where":', '"here"}}', "</tool_call><|im_end|>"
     ]  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 from engine import worlds
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from deltamux.cli import main
 from deltamux.errors import InvalidArgumentError, InvalidConfigError
@@ -26,7 +27,15 @@ from trainers.templates import SHAPES, byte_level, decoded, metaspace
 BYTES = byte_level(["</s>"], eos="</s>", bos=None, chat_template=None)
 WITH_BOS = byte_level(["<s>", "</s>"], eos="</s>", bos="<s>", chat_template=None)
 SPACES = metaspace(["<s>", "</s>"], eos="</s>", bos="<s>", chat_template=None)
-TOKENIZERS = {"byte-level": BYTES, "byte-level with bos": WITH_BOS, "metaspace": SPACES}
+PREFIXED = byte_level(["</s>"], eos="</s>", bos=None, chat_template=None, add_prefix_space=True)
+FIRST = metaspace(["<s>", "</s>"], eos="</s>", bos=None, chat_template=None, first_alone=True)
+TOKENIZERS = {
+    "byte-level": BYTES,
+    "byte-level with bos": WITH_BOS,
+    "byte-level with a space in front": PREFIXED,
+    "metaspace": SPACES,
+    "metaspace, first": FIRST,
+}
 
 
 def encoder(tokenizer: Any, max_length: int = 1 << 20) -> Encoder:
@@ -64,7 +73,7 @@ def test_a_completion_is_learnt_behind_the_prompt_that_the_server_sends(
     assert tokenizer.eos_token_id not in row.input_ids[len(sent) : -1]
     # A decoder of ▁ makes a space of every one, and drops the first.
     opening = tokenizer.bos_token or ""
-    text = (prompt + completion).replace("▁", " ") if name == "metaspace" else prompt + completion
+    text = (prompt + completion).replace("▁", " ") if "metaspace" in name else prompt + completion
     assert decoded(tokenizer, row.input_ids[:-1]).removeprefix(opening).lstrip() == text.lstrip()
 
 
@@ -80,6 +89,15 @@ def test_no_space_is_learnt_that_the_completion_does_not_have(
     (row,) = encoder(tokenizer)(PromptRow("f:1", 1, prompt, completion)).kept
     pieces = tokenizer.convert_ids_to_tokens(labels_of(row))
     assert "".join(pieces).replace("▁", " ").replace("Ġ", " ") == learnt
+
+
+def test_a_tokenizer_that_closes_every_prompt_is_followed_as_the_server_does() -> None:
+    closing = byte_level(["</s>"], eos="</s>", bos=None, chat_template=None)
+    processor = processors.TemplateProcessing("$A </s>", None, [("</s>", closing.get_vocab()["</s>"])])
+    closing.backend_tokenizer.post_processor = processor
+    (row,) = encoder(closing)(PromptRow("f:1", 1, "answer:", " yes")).kept
+    assert decoded(closing, row.input_ids) == "answer:</s> yes</s>"
+    assert decoded(closing, labels_of(row)) == " yes</s>"
 
 
 @pytest.mark.parametrize("completion", ["yes", "yes</s>", "yes</s>\n"])
@@ -272,6 +290,43 @@ def test_no_sequence_is_longer_than_the_bases_context_beside_virtual_tokens(
     options = TrainOptions(method, str(base), data, tmp_path / "out", config=config, max_steps=1, quiet=True)
     assert train(options).truncated_rows == 1
     assert evaluate(EvaluateOptions(str(base), data, tmp_path / "out")).truncated_rows == 1
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (gzip.compress(b"{}"), "is gzip data"),
+        (b'{"text": "caf\xe9"}\n', ":1 is not UTF-8"),
+        (b'[{"text": "a"}]', "like a JSON array"),
+        (b'{"text": "a"}\n{"text": "b', ":2 is not valid JSON"),
+        (b'{"text": ""}\n', "no row has a token to learn"),
+        (b'{"messages": []}\n', "no message of the assistant"),
+    ],
+)
+def test_the_commands_refuse_data_in_a_sentence_before_the_weights_are_loaded(
+    command: str,
+    content: bytes,
+    sentence: str,
+    directory: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def must_not_run(*arguments: object) -> None:
+        raise AssertionError("the base is loaded")
+
+    monkeypatch.setattr(
+        f"deltamux_trainers.{'training' if command == 'train' else 'evaluation'}.load_model", must_not_run
+    )
+    (file := tmp_path / "rows.jsonl").write_bytes(content)
+    words = ["--method", "lora", "--output", str(tmp_path / "out")] if command == "train" else []
+    assert main([command, "--model", str(directory), "--data", str(file), *words]) == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: {file}")
+    assert sentence in printed.splitlines()[0]
+    assert "INVALID_DATA" in printed
+    assert "Traceback" not in printed
 
 
 @pytest.mark.parametrize("words", [["--max-length", "16"], ["--turns", "last", "--max-length", "16"]])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from deltamux.errors import InvalidArgumentError
 from deltamux.prompts import encode_rendered, render_chat
-from deltamux_trainers.completions import follow, up_to_the_end
+from deltamux_trainers.completions import Completion, follow, up_to_the_end
 from deltamux_trainers.rows import ChatRow
 
 SAID_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
@@ -50,17 +50,26 @@ def encode_turn(row: ChatRow, index: int, tokenizer: Any, ends: Collection[int],
     if len(context) >= max_length:
         return Turn(context, [], True)
     answer = rendering.answer()
-    ids = follow(tokenizer, context, rendering.prompt, answer, encode_rendered)
-    if ids is None:
-        raise row.refused(f"has messages[{index}], which the tokenizer cannot tokenise behind its prompt", "messages")
-    completion = up_to_the_end(ids, tokenizer, ends)
-    if tokenizer.decode(completion.beyond, skip_special_tokens=True).strip():
+    completion = _completion(row, index, tokenizer, ends, context, rendering.prompt, answer)
+    if not completion.ended:
+        behind = _completion(row, index, tokenizer, ends, context, rendering.prompt, rendering.behind(answer))
+        completion = behind if behind.ended else completion
+    elif tokenizer.decode(completion.beyond, skip_special_tokens=True).strip():
         end = tokenizer.decode(completion.ids[-1:])
         raise row.refused(
             f"has {end!r} within messages[{index}].content: the server stops there and never generates what follows",
             f"messages[{index}].content",
         )
     return Turn(context, completion.ids, completion.ended)
+
+
+def _completion(
+    row: ChatRow, index: int, tokenizer: Any, ends: Collection[int], context: list[int], prompt: str, answer: str
+) -> Completion:
+    ids = follow(tokenizer, context, prompt, answer, encode_rendered)
+    if ids is None:
+        raise row.refused(f"has messages[{index}], which the tokenizer cannot tokenise behind its prompt", "messages")
+    return up_to_the_end(ids, tokenizer, ends)
 
 
 class _Rendering:
@@ -91,6 +100,18 @@ class _Rendering:
             self._check_said(message, after)
             return after[len(self.prompt) :]
         return self._spliced(message, after)
+
+    def behind(self, answer: str) -> str:
+        """Returns the answer with what the template puts behind it where the user goes on; or "" where it differs.
+
+        Some templates close a turn by the header of the next one, or leave the last turn open.
+        """
+        goes_on = [*self._sent, self._message(), {"role": "user", "content": _MARK}]
+        try:
+            text, found, _ = self._render(goes_on, False, self._row.arguments).partition(_MARK)
+        except InvalidArgumentError:  # a template that does not take a user's message there
+            return ""
+        return text.removeprefix(self.prompt) if found and text.startswith(self.prompt + answer.rstrip()) else ""
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], opens: bool, arguments: Mapping[str, Any] | None = None

@@ -18,6 +18,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel
 from deltamux.errors import InvalidArgumentError
 from deltamux.prompts import encode_text
+from deltamux_trainers import ranks
 from deltamux_trainers.chats import encode_turn
 from deltamux_trainers.completions import closed, end_tokens, follow, up_to_the_end
 from deltamux_trainers.rows import ChatRow, PromptRow, Row, TextRow, read_rows
@@ -227,6 +228,8 @@ def _tell(data: Data, too_long: bool) -> None:
             reason="INVALID_DATA",
             metadata={"file": str(data.path)},
         )
+    if not ranks.is_first():
+        return
     if data.untaught:
         logger.warning("%s: without a token to learn, and left out, %s: %s", data.path, why, _lines(data.untaught))
     if data.truncated:
