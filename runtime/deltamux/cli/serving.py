@@ -46,11 +46,13 @@ _TYPES: dict[str, Any] = {"int": int, "int | None": int, "float": float, "Path":
 
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser("serve", help="start the server", description="Start the server.")
-    from deltamux.server.options import ServeOptions
+    from deltamux.server.options import RANGES, ServeOptions
 
     for field in dataclasses.fields(ServeOptions):
         if field.name in HELP:
-            _add_option(parser, field)
+            _add_option(
+                parser, field, f"{allowed.low:g} to {allowed.high:.10g}" if (allowed := RANGES.get(field.name)) else ""
+            )
     parser.add_argument(
         "--engine-arg",
         action="append",
@@ -61,7 +63,7 @@ def add_commands(commands: Any) -> None:
     parser.set_defaults(run=_serve)
 
 
-def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
+def _add_option(parser: argparse.ArgumentParser, field: Any, allowed: str) -> None:
     flag, text = f"--{field.name.replace('_', '-')}", HELP[field.name]
     if field.type == "bool":
         # What is on by default has a flag that turns it off.
@@ -70,7 +72,9 @@ def _add_option(parser: argparse.ArgumentParser, field: Any) -> None:
         parser.add_argument(flag, dest=field.name, action=action, help=text)
         return
     required = field.default is dataclasses.MISSING
-    shown = "" if required or field.default is None else f" (default: {field.default})"
+    notes = [] if required or field.default is None else [f"default: {field.default}"]
+    notes += [allowed] if allowed else []
+    shown = f" ({'; '.join(notes)})" if notes else ""
     default = None if required else field.default
     parser.add_argument(flag, required=required, type=_TYPES[field.type], default=default, help=text + shown)
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import Engine, EngineOptions
@@ -33,6 +32,7 @@ from deltamux.server.pins import Pins
 from deltamux.server.programs import Programs
 from deltamux.server.quarantine import Quarantine
 from deltamux.server.recompiling import Recompiler
+from deltamux.server.reflection import add_reflection
 from deltamux.server.requests import CheckedRequests
 from deltamux.server.routing import Router
 from deltamux.server.slots import Slots
@@ -127,6 +127,10 @@ async def running(
     async with AsyncExitStack() as stack:
         store = await asyncio.to_thread(AdapterStore.open, options.store)
         stack.callback(store.close)
+        server = _grpc_server(options, store)
+        # Before anything is loaded, which takes long: an address that is taken is told at once.
+        address = bind(server, options)
+        stack.push_async_callback(server.stop, None)
         # It starts beside the engine, which takes longer.
         compiler = shared_compiler or Compiler(options.plugin_timeout_seconds)
         if compiler is not shared_compiler:
@@ -145,12 +149,10 @@ async def running(
         restoring = asyncio.create_task(pins.restore())
         stack.callback(restoring.cancel)
         health = HealthMonitor(engine, SERVICES)
-        server = _grpc_server(options, store)
         add_InferenceServicer_to_server(_inference_service(options, store, engine, programs), server)
         add_AdaptersServicer_to_server(adapters, server)
         add_TenantsServicer_to_server(TenantsService(store, events, threads), server)
         _add_standard_services(server, health)
-        address = bind(server, options)
         async with _started(server, health, events, options.drain_seconds):
             yield Running(address, engine, store)
 
@@ -165,8 +167,7 @@ async def _supervised(options: ServeOptions, make_engine: EngineFactory) -> Supe
 
 def _add_standard_services(server: grpc.aio.Server, health: HealthMonitor) -> None:
     health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
-    names = (*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    add_reflection((*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)
 
 
 @asynccontextmanager

@@ -50,9 +50,28 @@ def admin_key(file: Path) -> str:
 
 
 def _presented(context: Context) -> str:
-    metadata = {str(key).lower(): str(value) for key, value in context.invocation_metadata() or ()}
-    bearer = metadata.get("authorization", "")
-    return bearer.removeprefix("Bearer ").strip() if bearer.startswith("Bearer ") else metadata.get("x-api-key", "")
+    """Returns the key that a call presents, or ""; raises UnauthenticatedError if it is not one key in one place."""
+    values = [
+        (key, value if isinstance(value, str) else value.decode("latin-1"))
+        for key, value in context.invocation_metadata() or ()
+        if key in ("authorization", "x-api-key")
+    ]
+    if not values:
+        return ""
+    if len(values) > 1:
+        raise UnauthenticatedError(
+            f"the call has {len(values)} credentials: send one, as authorization or as x-api-key",
+            reason="KEY_AMBIGUOUS",
+        )
+    key, value = values[0]
+    if key == "x-api-key":
+        return value.strip()
+    scheme, _, credentials = value.strip().partition(" ")
+    if scheme.lower() != "bearer":
+        raise UnauthenticatedError(
+            "the authorization's scheme is not Bearer: send `authorization: Bearer KEY`", reason="KEY_SCHEME"
+        )
+    return credentials.strip()
 
 
 def _caller(presented: str, store: AdapterStore, admin: str) -> Caller:

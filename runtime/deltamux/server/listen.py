@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import grpc
 
-from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux.errors import FailedPreconditionError
 from deltamux.server.limits import MAX_MESSAGE_BYTES
-from deltamux.server.options import ServeOptions
+from deltamux.server.options import ServeOptions, split_address
 
 MAX_UNSEEN_CALLS = 1 << 16
 
@@ -65,23 +67,13 @@ def is_loopback(listen: str) -> bool:
         return host == "localhost"
 
 
-def split_address(listen: str) -> tuple[str, int]:
-    """Returns host and port of ``host:port``; an IPv6 host stands in brackets."""
-    host, colon, port = listen.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidConfigError(
-            f"{listen!r} is no address to listen on: give host:port such as 127.0.0.1:8470, or unix:path",
-            metadata={"field": "listen"},
-        )
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
 def bind(server: grpc.aio.Server, options: ServeOptions) -> str:
     """Takes the port and returns the address that clients use.
 
     Raises:
-        FailedPreconditionError: the address is taken or not this machine's, or the TLS files cannot be read.
+        FailedPreconditionError: the address is taken or not this machine's, or the TLS files cannot be used.
     """
+    check_tls(options)
     try:
         if options.tls_cert is None:
             port = server.add_insecure_port(options.listen)
@@ -96,13 +88,42 @@ def bind(server: grpc.aio.Server, options: ServeOptions) -> str:
     return options.listen if options.listen.startswith("unix:") else f"{options.listen.rpartition(':')[0]}:{port}"
 
 
+def check_tls(options: ServeOptions) -> None:
+    """Raises FailedPreconditionError, reason TLS_FILES, that says what is wrong with the certificate or its key."""
+    if options.tls_cert is None or options.tls_key is None:
+        return
+    certificate, key = _pem(options.tls_cert), _pem(options.tls_key)
+    if b"-----BEGIN CERTIFICATE-----" not in certificate:
+        raise _tls_files(options.tls_cert, "holds no certificate in PEM; --tls-cert is the certificate, with its chain")
+    if b"PRIVATE KEY-----" not in key:
+        raise _tls_files(options.tls_key, "holds no private key in PEM; --tls-key is the certificate's key")
+    if b"ENCRYPTED" in key:
+        raise _tls_files(options.tls_key, "is encrypted; give a key without a passphrase, readable by the server alone")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_verify_locations(cadata=certificate.decode("ascii", "ignore"))
+    except (ssl.SSLError, ValueError):
+        raise _tls_files(options.tls_cert, "holds a damaged certificate") from None
+    try:
+        context.load_cert_chain(options.tls_cert, options.tls_key)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise _tls_files(options.tls_key, f"is not the key of the certificate in {options.tls_cert}") from None
+        raise _tls_files(options.tls_key, f"cannot be used with {options.tls_cert}: {error.reason or error}") from None
+
+
+def _pem(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise _tls_files(file, f"cannot be read: {error.strerror}") from None
+
+
+def _tls_files(file: Path, problem: str) -> FailedPreconditionError:
+    return FailedPreconditionError(f"TLS: {file} {problem}", reason="TLS_FILES", metadata={"file": str(file)})
+
+
 def _credentials(options: ServeOptions) -> grpc.ServerCredentials:
     assert options.tls_cert is not None
     assert options.tls_key is not None
-    try:
-        pair = (options.tls_key.read_bytes(), options.tls_cert.read_bytes())
-    except OSError as error:
-        raise FailedPreconditionError(
-            f"the TLS files cannot be read: {error}", reason="TLS_FILES", metadata={"file": str(error.filename)}
-        ) from error
-    return grpc.ssl_server_credentials([pair])
+    return grpc.ssl_server_credentials([(_pem(options.tls_key), _pem(options.tls_cert))])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from deltamux.engine.base import EngineOptions
 from deltamux.errors import InvalidConfigError
@@ -91,17 +91,22 @@ class ServeOptions:
     insecure: bool = False
 
     def __post_init__(self) -> None:
-        if self.auth not in AUTH_MODES:
-            raise _invalid("auth", f"must be one of {', '.join(AUTH_MODES)}, not {self.auth!r}")
-        if self.on_engine_death not in DEATH_MODES:
-            raise _invalid("on_engine_death", f"must be one of {', '.join(DEATH_MODES)}, not {self.on_engine_death!r}")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                raise _invalid(name, f"must be one of {', '.join(choices)}, not {value!r}")
+        for name, allowed in RANGES.items():
+            if (value := getattr(self, name)) is None and _default(name) is None:
+                continue
+            if not allowed.holds(value):
+                raise _invalid(name, f"must be {allowed}, not {value!r}")
+        if not self.model:
+            raise _invalid("model", "is empty: give a directory or a Hugging Face id")
+        if not self.listen.startswith("unix:"):
+            split_address(self.listen)
+        elif self.listen == "unix:":
+            raise _invalid("listen", "names no path behind unix:")
         if (self.tls_cert is None) != (self.tls_key is None):
             raise _invalid("tls_cert", "and tls_key go together: give both, or none")
-        if not self.plugin_timeout_seconds > 0:
-            raise _invalid("plugin_timeout_seconds", f"must be more than 0, not {self.plugin_timeout_seconds}")
-        for name in _COUNTS:
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise _invalid(name, f"must be at least 1, not {value}")
 
     def engine_options(self) -> EngineOptions:
         return EngineOptions(
@@ -119,18 +124,68 @@ class ServeOptions:
         )
 
 
-_COUNTS = (
-    "max_active_adapters",
-    "max_host_adapters",
-    "max_pinned_adapters_per_tenant",
-    "max_num_seqs",
-    "max_lora_rank",
-    "max_virtual_tokens",
-    "max_adapter_bytes",
-    "max_concurrent_uploads",
-    "max_pending_requests",
-    "engine_restarts",
-)
+class Range(NamedTuple):
+    """The numbers that an option takes, both ends included; whole numbers where `low` is one."""
+
+    low: float
+    high: float
+
+    def holds(self, value: object) -> bool:
+        kinds: tuple[type, ...] = (int,) if self.whole else (int, float)
+        # A NaN compares as false with everything.
+        return type(value) in kinds and self.low <= value <= self.high  # type: ignore[operator]  # a number by now
+
+    @property
+    def whole(self) -> bool:
+        return isinstance(self.low, int)
+
+    def __str__(self) -> str:
+        return f"{'a whole number' if self.whole else 'a number'} from {self.low:g} to {self.high:.10g}"
+
+
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+    "device": ("auto", "cpu", "cuda"),
+    "on_engine_death": DEATH_MODES,
+    "auth": AUTH_MODES,
+}
+"""The options that take one of several words."""
+
+RANGES: Mapping[str, Range] = {
+    "max_active_adapters": Range(1, 4096),
+    "max_host_adapters": Range(1, 1_000_000),
+    "max_pinned_adapters_per_tenant": Range(1, 1_000_000),
+    "max_model_len": Range(1, 1 << 27),
+    "max_num_seqs": Range(1, 1 << 16),
+    "kv_cache_gib": Range(0.01, 65536.0),
+    "max_lora_rank": Range(1, 1 << 16),
+    "max_virtual_tokens": Range(1, 1 << 20),
+    "max_adapter_bytes": Range(1, 1 << 44),
+    "max_concurrent_uploads": Range(1, 1024),
+    "max_pending_requests": Range(1, 1_000_000),
+    "upload_idle_seconds": Range(0.1, 3600.0),
+    "upload_min_bytes_per_second": Range(1, 1 << 34),
+    "plugin_timeout_seconds": Range(0.1, 86400.0),
+    "engine_restarts": Range(0, 1000),
+    "engine_restart_seconds": Range(0.0, 3600.0),
+    "drain_seconds": Range(0.0, 86400.0),
+}
+"""The options that are numbers; one whose default is None takes None as well."""
+
+
+def split_address(listen: str) -> tuple[str, int]:
+    """Returns host and port of ``host:port``; an IPv6 host stands in brackets."""
+    host, colon, port = listen.rpartition(":")
+    if not (colon and host and port.isdecimal() and port.isascii()) or len(port) > 5 or int(port) > 65535:
+        raise InvalidConfigError(
+            f"{listen!r} is not an address to listen on: give host:port such as 127.0.0.1:8470, or unix:path",
+            metadata={"field": "listen"},
+        )
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def _default(name: str) -> Any:
+    return ServeOptions.__dataclass_fields__[name].default
 
 
 def _invalid(name: str, problem: str) -> InvalidConfigError:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
+from functools import cache
 
 import grpc
 from google.protobuf import any_pb2, message
@@ -19,11 +22,14 @@ MAX_VALUE_BYTES = 200
 MAX_METADATA = 8
 """A status travels in the trailers, which every client bounds to 8 KiB: a longer one would reach nobody."""
 
+_PATHS = re.compile(r"""'/[^'\n]*'|"/[^"\n]*"|(?<![\w.#-])/+[^\s'"`<>:,;()\[\]{}|]+""")
+
 
 def status_of(error: DeltamuxError) -> status_pb2.Status:
     """Returns the error as its status with ErrorInfo, and BadRequest or RetryInfo where it knows field or time."""
-    metadata = {_clip(k, MAX_VALUE_BYTES): _clip(v, MAX_VALUE_BYTES) for k, v in _first(error.metadata).items()}
-    text = _clip(error.message, MAX_MESSAGE_BYTES)
+    shown = {k: without_paths(v) for k, v in _first(error.metadata).items()}
+    metadata = {_clip(k, MAX_VALUE_BYTES): _clip(v, MAX_VALUE_BYTES) for k, v in shown.items()}
+    text = _clip(without_paths(error.message), MAX_MESSAGE_BYTES)
     details: list[message.Message] = [
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
     ]
@@ -38,6 +44,29 @@ def status_of(error: DeltamuxError) -> status_pb2.Status:
         details.append(retry)
     code: int = grpc.StatusCode[error.status].value[0]
     return status_pb2.Status(code=code, message=text, details=[_packed(detail) for detail in details])
+
+
+def without_paths(text: str) -> str:
+    """Returns a text in which paths of this machine have lost their directories: those are for the server's log.
+
+    A path is what begins at a directory of the root that exists here; one with spaces is seen where it is quoted.
+    """
+    return _PATHS.sub(_shortened, text)
+
+
+def _shortened(found: re.Match[str]) -> str:
+    whole = found[0]
+    quote = whole[0] if whole[0] in "'\"" else ""
+    path = whole.strip("'\"").rstrip("/.")
+    first, _, rest = path.lstrip("/").partition("/")
+    if not rest or first not in _roots():
+        return whole
+    return f"{quote}…/{path.rpartition('/')[2]}{quote}"
+
+
+@cache
+def _roots() -> frozenset[str]:
+    return frozenset(os.listdir("/"))
 
 
 def _packed(detail: message.Message) -> any_pb2.Any:

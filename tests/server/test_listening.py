@@ -1,0 +1,137 @@
+"""What clients meet at the socket: credentials, pings, reflection, and errors that tell no path of the server's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pool
+from grpc_reflection.v1alpha import reflection_pb2
+
+from deltamux.client import AsyncClient
+from deltamux.client.channel import error_of
+from deltamux.errors import DeltamuxError, InvalidAdapterError
+from deltamux.server.app import SERVICES, Running, running
+from deltamux.server.compiler import Compiler
+from deltamux.server.status import status_of, without_paths
+from deltamux.v1 import adapters_pb2, tenants_pb2
+from deltamux.v1.adapters_pb2_grpc import AdaptersStub
+from deltamux.v1.tenants_pb2_grpc import TenantsStub
+from server.conftest import engine_for, options
+
+NAME = "tenants/acme/adapters/tickets"
+
+
+@pytest.fixture(scope="module")
+async def guarded(
+    tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, shared_compiler: Compiler
+) -> AsyncIterator[tuple[str, str]]:
+    """The address of a server with keys, and its administrator's key."""
+    store = tmp_path_factory.mktemp("guarded") / "store"
+    given = options(tiny_base, store, auth="keys")
+    async with running(given, lambda _: engine_for(tiny_base), shared_compiler) as server:
+        yield server.address, (store / "admin.key").read_text().strip()
+
+
+async def listed(address: str, *metadata: tuple[str, str]) -> str:
+    """Returns "OK", or the reason of the refusal, of a call with these metadata."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        try:
+            await TenantsStub(channel).ListTenants(tenants_pb2.ListTenantsRequest(), metadata=metadata, timeout=20)
+        except grpc.aio.AioRpcError as error:
+            return error_of(error).reason if error.code() is grpc.StatusCode.UNAUTHENTICATED else str(error)
+    return "OK"
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "Bearer  "])
+async def test_the_scheme_of_the_authorization_is_read_in_any_case(scheme: str, guarded: tuple[str, str]) -> None:
+    address, key = guarded
+    assert await listed(address, ("authorization", f"{scheme} {key}")) == "OK"
+
+
+async def test_credentials_that_are_not_one_key_are_refused_with_the_reason(guarded: tuple[str, str]) -> None:
+    address, key = guarded
+    good = ("authorization", f"Bearer {key}")
+    assert await listed(address, ("x-api-key", key)) == "OK"
+    assert await listed(address) == "KEY_MISSING"
+    assert await listed(address, good, ("authorization", "Bearer other")) == "KEY_AMBIGUOUS"
+    assert await listed(address, good, good) == "KEY_AMBIGUOUS"
+    assert await listed(address, good, ("x-api-key", key)) == "KEY_AMBIGUOUS"
+    assert await listed(address, ("authorization", f"Basic {key}")) == "KEY_SCHEME"
+    assert await listed(address, ("authorization", key)) == "KEY_SCHEME"
+    assert await listed(address, ("authorization", "Bearer")) == "KEY_MISSING"
+    assert await listed(address, ("x-api-key", "dmx_wrong")) == "KEY_UNKNOWN"
+
+
+async def test_a_client_that_pings_often_keeps_its_silent_stream(
+    served: Running, client: AsyncClient, loras: list[Path]
+) -> None:
+    await client.upload_adapter(NAME, loras[0])
+    pings = [
+        ("grpc.keepalive_time_ms", 100),
+        ("grpc.keepalive_timeout_ms", 5000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    async with grpc.aio.insecure_channel(served.address, options=pings) as channel:
+        watch: Any = AdaptersStub(channel).WatchAdapters(adapters_pb2.WatchAdaptersRequest(parent=NAME), timeout=30)
+        assert (await watch.read()).type == adapters_pb2.AdapterEvent.STATE
+        await asyncio.sleep(2.5)
+        await client.pin_adapter(NAME)
+        assert (await watch.read()).type == adapters_pb2.AdapterEvent.UPDATED
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_lists_and_describes_every_service_in_both_versions(version: str, served: Running) -> None:
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        call: Any = channel.stream_stream(
+            f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+            response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+        )(timeout=20)
+        await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
+        names = {service.name for service in (await call.read()).list_services_response.service}
+        own = {f"grpc.reflection.{each}.ServerReflection" for each in ("v1", "v1alpha")}
+        assert names >= {*SERVICES, "grpc.health.v1.Health", *own}
+        for name in names:
+            await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name))
+            files = (await call.read()).file_descriptor_response.file_descriptor_proto
+            assert any(name.rpartition(".")[2].encode() in file for file in files), name
+        await call.done_writing()
+    assert descriptor_pool.Default().FindServiceByName("grpc.reflection.v1.ServerReflection")
+
+
+SHOWN = {
+    "program {tmp}/objects/ab/program.safetensors is damaged": "program …/program.safetensors is damaged",
+    "[Errno 2] No such file: '{tmp}/my store/x.json'": "[Errno 2] No such file: '…/x.json'",
+    'File "{tmp}/site packages/a.py", line 3': 'File "…/a.py", line 3',
+    "({tmp}/a/b), {tmp}/c: no": "(…/b), …/c: no",
+    "file://{tmp}/a/b": "file:…/b",
+    "tenants/acme/adapters/tickets does not exist": "tenants/acme/adapters/tickets does not exist",
+    "3/4 of /4 and / or '#/definitions/a' '/nowhere/a'": "3/4 of /4 and / or '#/definitions/a' '/nowhere/a'",
+}
+
+
+@pytest.mark.parametrize("text", SHOWN)
+def test_paths_of_the_server_lose_their_directories_in_what_a_client_sees(text: str) -> None:
+    assert without_paths(text.format(tmp="/tmp/store")) == SHOWN[text]
+    error = InvalidAdapterError(text.format(tmp="/tmp/store"), metadata={"file": text.format(tmp="/tmp/store")})
+    assert b"/tmp/store" not in status_of(error).SerializeToString()
+
+
+async def test_an_error_over_a_lost_file_names_no_directory_of_the_store(
+    served: Running, client: AsyncClient, loras: list[Path], tmp_path: Path
+) -> None:
+    await client.upload_adapter(NAME, loras[0], promote=False)
+    await served.engine.evict((await client.get_adapter_version(f"{NAME}/versions/1")).digest)
+    for program in (tmp_path / "store").rglob("program.safetensors"):
+        os.truncate(program, 100)
+    with pytest.raises(DeltamuxError) as refused:
+        await client.generate("x", adapter=f"{NAME}/versions/1", max_tokens=1)
+    assert str(tmp_path) not in refused.value.message + str(refused.value.metadata)
