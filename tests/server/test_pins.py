@@ -89,6 +89,28 @@ async def test_a_pin_that_cannot_be_restored_is_reported_and_the_others_are(
         assert (await client.get_adapter(ONE)).pinned, "what is wrong must not be forgotten with the restart"
         assert (await client.get_adapter(TWO)).problem == ""
         assert "not in the engine's memory" in (await client.list_adapters("tenants/acme"))[0].problem
+        # The same files, of whichever tenant, repair it, and its pin is kept again.
+        await client.upload_adapter("tenants/globex/adapters/same", loras[0])
+        assert (await client.get_adapter(ONE)).problem == ""
+        assert engine.pinned == {whole.digest, damaged.digest}
+
+
+async def test_a_pinned_program_that_was_repaired_is_pinned_again_in_the_next_engine(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    store = tmp_path / "store"
+    async with serving(tiny_base, store, shared_compiler, engine_restart_seconds=0.01) as (client, engine):
+        version = await client.upload_adapter(ONE, loras[0])
+        await client.pin_adapter(ONE)
+        (store / "objects" / version.digest[:2] / version.digest / "program.safetensors").unlink()
+        await client.upload_adapter(OTHERS, loras[0])
+        engine.host.clear()
+        engine.pinned.clear()
+        engine.crash()
+        async with asyncio.timeout(30):
+            while engine.pinned != {version.digest}:  # noqa: ASYNC110 - as an operator
+                await asyncio.sleep(0.02)
+        assert (await client.get_adapter(ONE)).problem == ""
 
 
 async def test_an_upload_while_the_engine_is_down_changes_nothing_and_says_when_to_come_back(

@@ -1,18 +1,13 @@
-"""The store: versions, aliases, leases, recovery; and a random walk against a model of a few lines."""
+"""The store: versions, aliases, leases, recovery."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store import AdapterKey, AdapterStore, VersionKey
@@ -155,78 +150,3 @@ def test_a_key_opens_its_tenant_until_it_is_revoked(store: AdapterStore) -> None
     assert secret not in (store._database.one("SELECT secret_hash FROM api_keys")["secret_hash"])
     store.tenants.delete_key("acme", record.key)
     assert store.tenants.verify(secret) is None
-
-
-class RandomWalk(RuleBasedStateMachine):
-    """Any order of operations leaves the store as a dictionary would be."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.root = Path(tempfile.mkdtemp())
-        self.store = AdapterStore.open(self.root)
-        self.versions: dict[int, str] = {}
-        self.history: list[int] = []
-        self.last = 0
-
-    def teardown(self) -> None:
-        self.store.close()
-        shutil.rmtree(self.root)
-
-    @rule(content=st.sampled_from("abcdef"), promote=st.sampled_from([None, True]))
-    def upload(self, content: str, promote: bool | None) -> None:
-        number = upload(self.store, content, promote=promote).key.number
-        known = next((n for n, c in self.versions.items() if c == content), None)
-        if known is None:
-            self.last += 1
-            self.versions[self.last] = content
-        assert number == (known or self.last)
-        if (promote or not self.history) and self.history[-1:] != [number]:
-            self.history.append(number)
-
-    @precondition(lambda self: self.versions)
-    @rule(data=st.data())
-    def promote(self, data: st.DataObject) -> None:
-        number = data.draw(st.sampled_from(sorted(self.versions)))
-        self.store.promote(KEY, number)
-        if self.history[-1] != number:
-            self.history.append(number)
-
-    @precondition(lambda self: len(self.history) > 1)
-    @rule()
-    def rollback(self) -> None:
-        self.store.rollback(KEY)
-        self.history.pop()
-
-    @precondition(lambda self: len(self.versions) > 1)
-    @rule(data=st.data())
-    def delete_version(self, data: st.DataObject) -> None:
-        number = data.draw(st.sampled_from([n for n in sorted(self.versions) if n != self.history[-1]]))
-        self.store.delete_version(VersionKey(*KEY, number))
-        del self.versions[number]
-        self.history = [n for n in self.history if n != number]
-
-    @precondition(lambda self: self.versions)
-    @rule()
-    def delete_adapter(self) -> None:
-        self.store.delete_adapter(KEY)
-        self.versions, self.history = {}, []
-
-    @rule()
-    def reopen(self) -> None:
-        self.store.close()
-        self.store = AdapterStore.open(self.root)
-
-    @invariant()
-    def agrees(self) -> None:
-        if not self.versions:
-            assert self.store.adapters("acme") == []
-            return
-        assert [version.key.number for version in self.store.versions(KEY)] == sorted(self.versions)
-        with self.store.lease(KEY) as record:
-            assert record.key.number == self.history[-1]
-            assert record.program.read_text() == f"compiled {self.versions[record.key.number]}"
-        assert len(objects(self.root)) == len(self.versions)
-
-
-RandomWalk.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
-TestRandomWalk = RandomWalk.TestCase

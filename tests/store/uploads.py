@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
 
 from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter, VersionRecord, content_digest
@@ -24,13 +26,18 @@ def staged_upload(staged: Path, content: str, base: str = "") -> CompiledAdapter
     return CompiledAdapter(content_digest(staged), "lora", 8, 0, len(content), base)
 
 
+def digest_of(content: str) -> str:
+    """Returns the digest of an upload whose files hold `content`."""
+    file_sum = hashlib.sha256(content.encode()).hexdigest()
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return hashlib.sha256("".join(f"{name}\0{file_sum}\n" for name in names).encode()).hexdigest()
+
+
 def objects(root: Path) -> set[str]:
     return {directory.name for directory in (root / "objects").glob("*/*")}
 
 
 def copy_of(root: Path, target: Path) -> Path:
     """Copies a store as it lies on the disk, as a kill -9 would leave it."""
-    import shutil
-
     shutil.copytree(root, target)
     return target

@@ -77,8 +77,9 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             promote=header.promote if header.HasField("promote") else None,
             labels=dict(header.labels),
         )
-        async with self._uploads.take(key.tenant):
-            with self._store.staging() as staged:
+        # It begins before it waits for a slot: a deletion of its tenant meanwhile ends it.
+        with self._store.staging() as staged:
+            async with self._uploads.take(key.tenant):
                 await receive_files(header, messages, staged, self._limits, self._threads)
                 version = await self._quarantine.admit(staged, upload)
         await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
@@ -90,8 +91,8 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         parts = [self._part(part) for part in request.parts]
         mode = mode_of(request.mode)
         promote = request.promote if request.HasField("promote") else None
-        async with self._uploads.take(key.tenant):
-            with self._store.staging() as staged:
+        with self._store.staging() as staged:
+            async with self._uploads.take(key.tenant):
                 await self._run(lambda: stage_composition(self._store, parts, mode, staged))
                 upload = Upload(key, promote=promote, labels=dict(request.labels))
                 version = await self._quarantine.admit(staged, upload)
@@ -195,6 +196,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def _bring_up(self, version: VersionRecord) -> None:
         """Loads a version that has just been stored, if its adapter serves it; failing, its first request does."""
+        await self._pins.retry(version.compiled.digest)
         try:
             adapter = await self._run(lambda: self._store.adapter(version.key.parent))
             if adapter.serving != version.key.number:

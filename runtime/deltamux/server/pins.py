@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from typing import TypeVar
 
 from deltamux.engine.base import Engine
-from deltamux.errors import DeltamuxError, ResourceExhaustedError
+from deltamux.errors import DeltamuxError, NotFoundError, ResourceExhaustedError
 from deltamux.server.programs import Programs
 from deltamux.store import AdapterKey, AdapterRecord, AdapterStore, VersionKey, VersionRecord
 
@@ -65,6 +65,19 @@ class Pins:
             await self._hold(adapter.key, await self._serving(adapter), ())
         except DeltamuxError as error:
             self._note(adapter.key, error)
+
+    async def retry(self, digest: str) -> None:
+        """Pins adapters of a content that was stored anew: what could not be pinned, and what is of the old file."""
+        held = [key for key, version in self._held.items() if version.compiled.digest == digest]
+        for key in {*self.problems, *held}:
+            try:
+                adapter = await self._run(lambda: self._store.adapter(key))  # noqa: B023 - awaited here
+                serving = await self._serving(adapter)
+            except NotFoundError:
+                continue  # it was deleted meanwhile
+            same = key in self._held and self._held[key].program_sha256 == serving.program_sha256
+            if serving.compiled.digest == digest and not same:
+                await self.follow(adapter)
 
     async def remove(self, key: AdapterKey) -> None:
         """Lets go of what is held for an adapter, if anything is."""

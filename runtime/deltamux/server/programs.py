@@ -49,7 +49,8 @@ class Programs:
         except DataLossError as error:
             problem = error.message
             log.error("%s is damaged: %s", record.key, problem)
-            await self._run(lambda: self._store.programs.mark_damaged(record, problem))
+            if record.damage != problem:
+                await self._run(lambda: self._store.programs.mark_damaged(record, problem))
             raise damaged(record, problem) from error
         if record.damage:
             await self._run(lambda: self._store.programs.mark_whole(record))

@@ -83,7 +83,9 @@ class Recompiler:
         run, loop = self._threads, asyncio.get_running_loop()
         with self._store.staging() as staged:
             await loop.run_in_executor(run, self._stage, record, staged)
-            found = await self._compiler.compile(Job(staged, record.compiled.method, self._budgets, self._packed))
+            found = await self._compiler.compile(
+                Job(staged, record.compiled.method, self._budgets, self._packed), record.key.tenant
+            )
             compiled = CompiledAdapter(
                 record.compiled.digest,
                 found.method,
