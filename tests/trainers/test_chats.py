@@ -265,6 +265,18 @@ def test_a_template_that_closes_no_turn_is_learnt_whole_and_told(tmp_path: Path)
     assert not made.ended
 
 
+@pytest.mark.parametrize(("closing", "said"), [(";\n", "yes;"), ("\n", "yes\n"), ("<|im_end|>\n", "yes<|im_end|>")])
+def test_text_that_closes_the_turn_is_learnt_without_the_space_behind_it(
+    closing: str, said: str, tmp_path: Path
+) -> None:
+    opening = "{% if add_generation_prompt %}assistant: {% endif %}"
+    shape = Shape(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}" + closing + "{% endfor %}" + opening, "</s>", ()
+    )
+    (row,) = Encoder(shape.tokenizer, shape.ends, LONG)(row_of(tmp_path, [ASKED, YES])).kept
+    assert [decoded(shape.tokenizer, ids) for _, ids in learnt(row)] == [said]
+
+
 def test_a_token_that_closes_the_turn_but_does_not_stop_the_server_is_learnt_and_told(tmp_path: Path) -> None:
     shape = SHAPES["gemma"]
     made = Encoder(shape.tokenizer, frozenset([shape.tokenizer.eos_token_id]), LONG)(row_of(tmp_path, [ASKED, YES]))

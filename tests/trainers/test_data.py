@@ -161,6 +161,8 @@ def test_only_a_line_feed_ends_a_row(ending: str, mark: str, tmp_path: Path) -> 
         (b'{"text": "a", "text": "b"}\n', ":1 is not valid JSON: the key 'text' is there twice"),
         (b'{"text": ' + b"9" * 5000 + b"}\n", ":1 is not valid JSON"),
         (b'{"text": "\\ud800"}\n', ":1 has a lone surrogate in text"),
+        (b'{"messages": [{"role": "user", "content": "a", "x": {"y": "\\uDBFF"}}]}\n', r"in messages\[0\].x.y"),
+        (b'{"\\ud800": "a"}\n', ":1 has a lone surrogate in a key"),
         (b'{"text": "a", "prompt": "b", "completion": "c"}\n', ":1 has text and prompt: a row has one of"),
         (b'{"text": "a", "messages": []}\n', ":1 has text and messages"),
         (b'{"prompt": "a"}\n', ":1 is not a row: completion is missing"),

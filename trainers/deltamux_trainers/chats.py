@@ -53,7 +53,8 @@ def encode_turn(row: ChatRow, index: int, tokenizer: Any, ends: Collection[int],
     completion = _completion(row, index, tokenizer, ends, context, rendering.prompt, answer)
     if not completion.ended:
         behind = _completion(row, index, tokenizer, ends, context, rendering.prompt, rendering.behind(answer))
-        completion = behind if behind.ended else completion
+        closed = _completion(row, index, tokenizer, ends, context, rendering.prompt, rendering.without_space(answer))
+        completion = behind if behind.ended else closed
     elif tokenizer.decode(completion.beyond, skip_special_tokens=True).strip():
         end = tokenizer.decode(completion.ids[-1:])
         raise row.refused(
@@ -112,6 +113,12 @@ class _Rendering:
         except InvalidArgumentError:  # a template that does not take a user's message there
             return ""
         return text.removeprefix(self.prompt) if found and text.startswith(self.prompt + answer.rstrip()) else ""
+
+    def without_space(self, answer: str) -> str:
+        """Returns the answer without the space behind what closes the turn; where space alone does, with it."""
+        content = (self._row.messages[self._index]["content"] or "").rstrip()
+        closing = answer[answer.rfind(content) + len(content) :]
+        return answer.rstrip() if closing.strip() else answer
 
     def _render(
         self, messages: Sequence[Mapping[str, Any]], opens: bool, arguments: Mapping[str, Any] | None = None

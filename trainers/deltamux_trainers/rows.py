@@ -174,7 +174,24 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise refused(where, f"is not valid JSON: {error}; a row is one object on one line") from error
     if not isinstance(values, dict):
         raise refused(where, "is not a JSON object")
+    if b"\\ud" in line.lower():  # half of a pair, or a pair
+        _check_surrogates(where, values)
     return values
+
+
+def _check_surrogates(where: str, values: Any, field: str = "") -> None:
+    if isinstance(values, str):
+        try:
+            values.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise refused(where, f"has a lone surrogate in {field or 'a key'}, which is not text", field) from error
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            _check_surrogates(where, value, f"{field}[{index}]")
+    elif isinstance(values, dict):
+        for key, value in values.items():
+            _check_surrogates(where, key)
+            _check_surrogates(where, value, f"{field}.{key}" if field else key)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -190,10 +207,6 @@ def _text(where: str, values: Mapping[str, Any], key: str, shown: str | None = N
     if not isinstance(value, str):
         what = "is missing" if value is None else f"is {_kind(value)}"
         raise refused(where, f"is not a row: {shown} {what}, and text is needed", shown)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise refused(where, f"has a lone surrogate in {shown}, which is not text", shown) from error
     return value
 
 
