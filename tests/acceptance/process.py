@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,6 +17,7 @@ from deltamux.client import Client
 
 READY = re.compile(r"ready on (\S+)")
 START_SECONDS = 240
+GONE_SECONDS = 10
 
 
 class ServerProcess:
@@ -58,11 +60,17 @@ class ServerProcess:
         workers = self.workers()
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
-        for worker in workers:
-            if worker.is_running():
-                worker.kill()
-        psutil.wait_procs(workers, timeout=30)
         self._close()
+        deadline = time.monotonic() + GONE_SECONDS
+        while left := [worker for worker in workers if runs(worker)]:
+            assert time.monotonic() < deadline, f"what the server has started outlives it: {left}"
+            time.sleep(0.02)
+
+    def wait(self) -> int:
+        """Waits for the server to end by itself; returns the exit status."""
+        status = self._process.wait(timeout=90)
+        self._close()
+        return status
 
     def stop(self) -> int:
         """SIGTERM; returns the exit status."""
@@ -88,3 +96,11 @@ class ServerProcess:
         finally:
             timer.cancel()
         raise AssertionError(f"the server did not start:\n{self.log()[-4000:]}")
+
+
+def runs(process: psutil.Process) -> bool:
+    """Whether a process does, or could do, anything: one that nobody has waited for does not."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,1 @@
+"""Programs that try the whole server by force, for longer than a test may take."""
