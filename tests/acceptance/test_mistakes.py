@@ -16,6 +16,13 @@ MISTAKES: dict[str, dict[str, Any]] = {
     "stop id beyond the vocabulary": {"stop_token_ids": [10_000_000]},
     "a million stop ids": {"stop_token_ids": range(1_000_000)},
     "more tokens than the context": {"min_tokens": 10**9, "fill_context": True},
+    "a type that does not exist": {"json_schema": '{"type": "objec"}'},
+    "a reference to nothing": {"json_schema": '{"$ref": "#/$defs/none"}'},
+    "a reference to itself": {"json_schema": '{"$ref": "#"}'},
+    "a schema nested 400 deep": {"json_schema": '{"items": ' * 400 + "{}" + "}" * 400},
+    "a regex that does not end": {"regex": "("},
+    "a regex with look-ahead": {"regex": "(?=a)b"},
+    "a regex with a back reference": {"regex": r"(a)\1"},
     "twenty thousand choices": {"choice": [f"option {n}" for n in range(20_000)]},
 }
 

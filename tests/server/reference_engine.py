@@ -35,6 +35,7 @@ class ReferenceEngine:
         step_seconds: pause after every token, so that a test can act while a stream runs.
         running: ids of the requests under way.
         aborted: ids of the requests that were closed before their end.
+        salts: cache salts of the requests, in their order.
     """
 
     def __init__(self, model: Path, *, step_seconds: float = 0.0) -> None:
@@ -43,6 +44,7 @@ class ReferenceEngine:
         self.max_model_len = 0
         self.running: set[str] = set()
         self.aborted: list[str] = []
+        self.salts: list[str] = []
         self.host: dict[str, Program] = {}
         self.pinned: set[str] = set()
         self._path = model
@@ -84,15 +86,18 @@ class ReferenceEngine:
         *,
         request_id: str,
         stream: bool = True,
+        group: str = "",
+        cache_salt: str = "",
     ) -> AsyncGenerator[GenerationChunk]:
         room = self.max_model_len - (program.num_virtual_tokens if program else 0)
-        prompt_ids = await self._prompts.token_ids(prompt, room - 1, "")
+        prompt_ids = await self._prompts.token_ids(prompt, room - 1, group)
         check_prompt(prompt_ids, self.base.dims.vocab_size, room - 1)
         check_sampling(sampling, self.base.dims.vocab_size, room - len(prompt_ids))
         if program:
             await self.prepare(program)
         delta = self.host[program.digest] if program else None
         self.running.add(request_id)
+        self.salts.append(cache_salt)
         finished = False
         try:
             generator = torch.Generator().manual_seed(sampling.seed) if sampling.seed is not None else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,8 +14,10 @@ from grpc_status import rpc_status
 
 from deltamux.client import AsyncClient
 from deltamux.errors import InvalidArgumentError
-from deltamux.server.app import Running
+from deltamux.server.app import Running, running
+from deltamux.server.compiler import Compiler
 from deltamux.v1 import adapters_pb2, inference_pb2
+from server.conftest import engine_for, options
 from server.tiny_base import CHAT_TEMPLATE
 
 NAME = "tenants/acme/adapters/tickets"
@@ -171,3 +174,24 @@ async def test_others_are_served_while_huge_requests_are_refused(served: Running
             longest = max(longest, time.perf_counter() - started)
         await asyncio.gather(*attack)
     assert longest < 0.5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_tenants_share_cached_prompts_only_where_the_operator_says_so(
+    shared: bool, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+) -> None:
+    engine = engine_for(tiny_base)
+    given = options(tiny_base, tmp_path / "store", auth="keys", share_prefix_cache=shared)
+    async with running(given, lambda _: engine, shared_compiler) as server:
+        admin_key = (tmp_path / "store" / "admin.key").read_text().strip()
+        keys = [admin_key]
+        async with AsyncClient(server.address, api_key=admin_key) as admin:
+            for tenant in ("acme", "globex"):
+                await admin.create_tenant(tenant)
+                keys.append((await admin.create_api_key(f"tenants/{tenant}")).secret or "")
+        for key in [*keys, *keys]:
+            async with AsyncClient(server.address, api_key=key) as caller:
+                await caller.generate("x", max_tokens=1)
+    first, again = engine.salts[:3], engine.salts[3:]
+    assert first == again
+    assert first == [""] * 3 if shared else (len({*first}) == 3 and all(first))

@@ -23,6 +23,8 @@ HELP = {
     "kv_cache_gib": "size of the key-value cache on a CPU, in GiB",
     "enforce_eager": "leave the model uncompiled: ready sooner, slower at every token",
     "fold_dominant": "never fold the adapter that carries most of the traffic into a second copy of the weights",
+    "share_prefix_cache": "let tenants reuse each other's cached prompts, which tells one what others have sent",
+    "grammar_seconds": "CPU time that compiling the grammar of a structured output may take",
     "max_lora_rank": "widest inner dimension that an uploaded adapter may have",
     "max_virtual_tokens": "most virtual tokens that an uploaded adapter may have",
     "max_adapter_bytes": "largest upload, in bytes",

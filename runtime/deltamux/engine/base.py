@@ -5,12 +5,12 @@ One engine serves one base model. It knows compiled programs by digest, never me
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from deltamux.engine.grammar_bounds import check_choice, check_regex, check_schema
 from deltamux.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class EngineOptions:
         kv_cache_gib: size of the key-value cache on a CPU, in GiB.
         enforce_eager: leave the model uncompiled, and on a GPU without CUDA graphs: starts sooner (the first start of a
             model compiles for some twenty seconds on a CPU), runs slower.
+        grammar_seconds: CPU time that compiling the grammar of a structured output may take.
+        warm_grammars: start the process that tries grammars with the engine, and not with the first grammar.
         fold_dominant: fold the adapter that carries most of the traffic into a second copy of the weights that it
             changes, where that is measured to be faster (on a CPU only).
         engine_arguments: further arguments of vLLM's AsyncEngineArgs, for operators who know them.
@@ -59,6 +61,8 @@ class EngineOptions:
     kv_cache_gib: float = 2.0
     enforce_eager: bool = False
     fold_dominant: bool = True
+    grammar_seconds: float = 2.0
+    warm_grammars: bool = False
     seed: int = 0
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
 
@@ -84,7 +88,7 @@ class GuidedDecoding:
     """Structured output: exactly one of the three is set; a JSON schema is its text.
 
     Raises:
-        InvalidArgumentError: none or several are set, or the schema is no JSON object.
+        InvalidArgumentError: none or several are set, or what is set is beyond the bounds of `grammar_bounds`.
     """
 
     json_schema: str | None = None
@@ -95,7 +99,11 @@ class GuidedDecoding:
         if [self.json_schema is not None, self.regex is not None, bool(self.choice)].count(True) != 1:
             raise _invalid("structured_output", "needs exactly one of json_schema, regex and choice")
         if self.json_schema is not None:
-            _check_json_object(self.json_schema)
+            check_schema(self.json_schema)
+        elif self.regex is not None:
+            check_regex(self.regex)
+        else:
+            check_choice(self.choice)
 
 
 @dataclass(frozen=True)
@@ -212,6 +220,8 @@ class Engine(Protocol):
         *,
         request_id: str,
         stream: bool = True,
+        group: str = "",
+        cache_salt: str = "",
     ) -> AsyncGenerator[GenerationChunk]:
         """Yields chunks as they come; closing the iterator, or cancelling its task, aborts the generation.
 
@@ -220,6 +230,8 @@ class Engine(Protocol):
 
         Args:
             stream: False: there is no hurry, and the last chunk may hold everything.
+            group: whose request it is; costly preparations of different groups' requests take turns.
+            cache_salt: requests reuse the cached keys and values of those with the same salt alone.
         """
         ...
 
@@ -281,15 +293,6 @@ def _checks(o: SamplingOptions) -> dict[str, tuple[bool, str]]:
         "logprobs": (o.logprobs is None or 0 <= o.logprobs <= 20, "between 0 and 20"),
         "logit_bias": (all(-100.0 <= v <= 100.0 for v in o.logit_bias.values()), "values between -100 and 100"),
     }
-
-
-def _check_json_object(text: str) -> None:
-    try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _invalid("structured_output.json_schema", f"is no JSON: {error}") from error
-    if not isinstance(schema, dict):
-        raise _invalid("structured_output.json_schema", f"must be a JSON object, not {type(schema).__name__}")
 
 
 def _invalid(name: str, problem: str) -> InvalidArgumentError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -17,10 +17,13 @@ class FairQueue:
         places: holders at once.
         max_waiting: of one group; one more is refused.
         what: the work's name in the plural, for the message.
+        each: places that one group may hold at once; None: all.
     """
 
-    def __init__(self, places: int, max_waiting: int, what: str) -> None:
+    def __init__(self, places: int, max_waiting: int, what: str, *, each: int | None = None) -> None:
         self._free = places
+        self._each = places if each is None else each
+        self._held: Counter[str] = Counter()
         self._max_waiting = max_waiting
         self._what = what
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
@@ -36,11 +39,11 @@ class FairQueue:
         try:
             yield
         finally:
-            self._leave()
+            self._leave(group)
 
     async def _enter(self, group: str) -> None:
-        if self._free > 0:
-            self._free -= 1
+        if self._may_hold(group):
+            self._hold(group)
             return
         queue = self._waiting.setdefault(group, deque())
         if len(queue) >= self._max_waiting:
@@ -56,21 +59,30 @@ class FairQueue:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._leave()  # it was called up in the moment it gave up
+                self._leave(group)  # it was called up in the moment it gave up
             else:
                 self._remove(group, turn)
             raise
 
-    def _leave(self) -> None:
-        while self._waiting:
-            group, queue = self._waiting.popitem(last=False)
+    def _may_hold(self, group: str) -> bool:
+        return self._free > 0 and self._held[group] < self._each
+
+    def _hold(self, group: str) -> None:
+        self._free -= 1
+        self._held[group] += 1
+
+    def _leave(self, group: str) -> None:
+        self._free += 1
+        self._held[group] -= 1
+        self._held += Counter()  # forgets groups that hold nothing
+        while (group_called := next(filter(self._may_hold, self._waiting), None)) is not None:
+            queue = self._waiting.pop(group_called)
             turn = queue.popleft()
             if queue:
-                self._waiting[group] = queue  # behind all others
+                self._waiting[group_called] = queue  # behind all others
             if not turn.done():
+                self._hold(group_called)
                 turn.set_result(None)
-                return
-        self._free += 1
 
     def _remove(self, group: str, turn: asyncio.Future[None]) -> None:
         queue = self._waiting.get(group)

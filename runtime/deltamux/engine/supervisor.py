@@ -122,9 +122,13 @@ class SupervisedEngine:
         *,
         request_id: str,
         stream: bool = True,
+        group: str = "",
+        cache_salt: str = "",
     ) -> AsyncGenerator[GenerationChunk]:
         life = self._living()
-        chunks = life.engine.generate(prompt, sampling, program, request_id=request_id, stream=stream)
+        chunks = life.engine.generate(
+            prompt, sampling, program, request_id=request_id, stream=stream, group=group, cache_salt=cache_salt
+        )
         with self._unavailable_once_ended(life):
             async with aclosing(chunks):
                 async for chunk in chunks:

@@ -202,7 +202,12 @@ def _grpc_server(options: ServeOptions, store: AdapterStore) -> grpc.aio.Server:
 def _inference_service(
     options: ServeOptions, store: AdapterStore, engine: Engine, programs: Programs
 ) -> InferenceService:
-    return InferenceService(engine, Router(store, programs), Slots(options.max_pending_requests, "generations"))
+    return InferenceService(
+        engine,
+        Router(store, programs),
+        Slots(options.max_pending_requests, "generations"),
+        share_prefix_cache=options.share_prefix_cache,
+    )
 
 
 async def _programs(

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from deltamux.engine.base import Engine
+from deltamux.server.caller import Caller, current_caller
 from deltamux.server.interceptors import Context
 from deltamux.server.routing import Router
 from deltamux.server.slots import Slots
@@ -18,10 +19,11 @@ from deltamux.v1 import inference_pb2_grpc as pb_grpc
 class InferenceService(pb_grpc.InferenceServicer):
     """See inference.proto for the contract."""
 
-    def __init__(self, engine: Engine, router: Router, slots: Slots) -> None:
+    def __init__(self, engine: Engine, router: Router, slots: Slots, *, share_prefix_cache: bool = False) -> None:
         self._engine = engine
         self._router = router
         self._slots = slots
+        self._share_prefix_cache = share_prefix_cache
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         whole = pb.GenerateResponse()
@@ -41,12 +43,23 @@ class InferenceService(pb_grpc.InferenceServicer):
         """The life of a request. The version it gets here is the one it keeps, whatever is promoted or deleted."""
         prompt, sampling = prompt_of(request, self._engine.max_model_len), sampling_of(request.sampling)
         request_id = secrets.token_hex(8)
-        async with (
-            self._slots.take(self._router.tenant_of(request.adapter)),
-            self._router.lease(request.adapter, request_id) as target,
-        ):
+        tenant = self._router.tenant_of(request.adapter)
+        async with self._slots.take(tenant), self._router.lease(request.adapter, request_id) as target:
             emit = Responses(alternatives=bool(sampling.logprobs), adapter_version=target.name, request_id=request_id)
-            chunks = self._engine.generate(prompt, sampling, target.program, request_id=request_id, stream=stream)
+            chunks = self._engine.generate(
+                prompt,
+                sampling,
+                target.program,
+                request_id=request_id,
+                stream=stream,
+                group=tenant,
+                cache_salt="" if self._share_prefix_cache else cache_salt(current_caller()),
+            )
             async with aclosing(chunks):
                 async for chunk in chunks:
                     yield emit.of(chunk)
+
+
+def cache_salt(caller: Caller) -> str:
+    """Returns what keeps a tenant's cached prompts from all others; administrators share theirs among themselves."""
+    return f"tenants/{caller.tenant}" if caller.tenant else "administrators"

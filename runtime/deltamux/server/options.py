@@ -33,6 +33,9 @@ class ServeOptions:
         device: auto, cpu or cuda.
         kv_cache_gib: size of the key-value cache on CPU.
         enforce_eager: leave the model uncompiled: ready sooner, slower at every token.
+        share_prefix_cache: let tenants reuse each other's cached prompts: faster where many tenants send the same
+            beginning, and how long an answer takes, and ``usage.cached_tokens``, then tell one what others have sent.
+        grammar_seconds: CPU time that compiling the grammar of a structured output may take.
         fold_dominant: fold the adapter that carries most of the traffic, where that is measured to be faster.
         engine_arguments: handed to vLLM's AsyncEngineArgs as they are.
         max_lora_rank: widest inner dimension that an uploaded adapter may have.
@@ -71,6 +74,8 @@ class ServeOptions:
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
     enforce_eager: bool = False
     fold_dominant: bool = True
+    share_prefix_cache: bool = False
+    grammar_seconds: float = 2.0
     max_lora_rank: int = 256
     max_virtual_tokens: int = 512
     max_adapter_bytes: int = 2048 * MIB
@@ -120,6 +125,8 @@ class ServeOptions:
             kv_cache_gib=self.kv_cache_gib,
             enforce_eager=self.enforce_eager,
             fold_dominant=self.fold_dominant,
+            grammar_seconds=self.grammar_seconds,
+            warm_grammars=True,
             engine_arguments=self.engine_arguments,
         )
 
@@ -158,6 +165,7 @@ RANGES: Mapping[str, Range] = {
     "max_model_len": Range(1, 1 << 27),
     "max_num_seqs": Range(1, 1 << 16),
     "kv_cache_gib": Range(0.01, 65536.0),
+    "grammar_seconds": Range(0.05, 60.0),
     "max_lora_rank": Range(1, 1 << 16),
     "max_virtual_tokens": Range(1, 1 << 20),
     "max_adapter_bytes": Range(1, 1 << 44),

@@ -308,7 +308,13 @@ Global___SamplingParameters: _TypeAlias = SamplingParameters  # noqa: Y015
 
 @_typing.final
 class StructuredOutput(_message.Message):
-    """Only tokens that keep to the format are generated."""
+    """Only tokens that keep to the format are generated.
+
+    A format is compiled to a grammar before the request runs, within a budget of CPU time (2 s, unless the operator set
+    another), 512 MiB while it is compiled, 32 MiB after, and 5 ms for the mask of a token. INVALID_ARGUMENT names the
+    field, with reason GRAMMAR_TOO_COMPLEX beyond the budget and INVALID_GRAMMAR where the format is not supported, matches
+    nothing, or never ends. RESOURCE_EXHAUSTED with RetryInfo: 32 formats of the caller wait already.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -316,9 +322,12 @@ class StructuredOutput(_message.Message):
     REGEX_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
-    """The text of a JSON schema. At most 65,536 characters."""
+    """The text of a JSON schema. At most 65,536 characters, 32 levels, 8192 values, 256 properties of an object, 1024
+    values of an enum, 64 alternatives; counts and lengths (minItems, maxLength, ...) at most 1000. References stay
+    within the schema, and a cycle of them must be able to end.
+    """
     regex: _builtins.str
-    """At most 4096 characters."""
+    """At most 4096 characters; {n,m} at most 1000."""
     @_builtins.property
     def choice(self) -> Global___Choice: ...
     def __init__(
@@ -461,7 +470,7 @@ class Usage(_message.Message):
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
-    """Of prompt_tokens: those that came from the prefix cache."""
+    """Of prompt_tokens: those that came from the prefix cache. Tenants do not share it unless the operator says so."""
     def __init__(
         self,
         *,

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from deltamux.engine.vllm.grammars import Constraint, Grammars
     from deltamux.engine.vllm.prompts import Prompts
 T = TypeVar("T")
 logger = logging.getLogger("deltamux.engine")
@@ -71,6 +72,7 @@ class VLLMEngine:
         # vLLM's processes end with the thread that has started them.
         self._thread = ThreadPoolExecutor(1, "deltamux-engine")
         self._prompts: Prompts | None = None
+        self._grammars: Grammars | None = None
 
     async def start(self) -> None:
         """Loads the base model; returns when the engine takes requests.
@@ -95,6 +97,7 @@ class VLLMEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from deltamux.engine.vllm.grammars import Grammars
         from deltamux.engine.vllm.outputs import Pace
         from deltamux.engine.vllm.prompts import Prompts
         from deltamux.engine.vllm.warmup import check_head_size, warm_up
@@ -119,10 +122,14 @@ class VLLMEngine:
         self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
         self._pace = Pace.of(llm)
         self.max_model_len = llm.model_config.max_model_len
-        self._prompts = await asyncio.to_thread(Prompts, llm.get_tokenizer(), self.max_model_len)
+        tokenizer = llm.get_tokenizer()
+        self._prompts = await asyncio.to_thread(Prompts, tokenizer, self.max_model_len)
+        self._grammars = await asyncio.to_thread(Grammars.of, config, tokenizer, self._options.grammar_seconds)
         began = time.perf_counter()
         await warm_up(self, config)
         logger.info("warm-up took %.2f s", time.perf_counter() - began)
+        if self._options.warm_grammars and self._grammars is not None:
+            self._grammars.warm()
 
     async def stop(self) -> None:
         """Ends vLLM's processes and waits until they are gone; requests under way end with UNAVAILABLE."""
@@ -138,6 +145,8 @@ class VLLMEngine:
             llm.output_processor.propagate_error(EngineDeadError())
             if self._prompts is not None:
                 self._prompts.close()
+            if self._grammars is not None:
+                await self._grammars.close()
             if self._link is not None:
                 await self._link.close()
             await asyncio.to_thread(llm.shutdown)
@@ -157,15 +166,22 @@ class VLLMEngine:
         *,
         request_id: str,
         stream: bool = True,
+        group: str = "",
+        cache_salt: str = "",
     ) -> AsyncGenerator[GenerationChunk]:
         """Yields what is generated as it comes; closing the iterator aborts the request in the engine."""
         if program is not None:
             self._host.prefetch(program)
-        token_ids = await self._checked_prompt(prompt, sampling, program.num_virtual_tokens if program else 0)
+        token_ids = await self._checked_prompt(prompt, sampling, program.num_virtual_tokens if program else 0, group)
+        constraint = None
+        if sampling.guided is not None and self._grammars is not None:
+            constraint = await self._grammars.admit(sampling.guided, group)
         async with AsyncExitStack() as stack:
             program_id = await stack.enter_async_context(self._host.lease(program)) if program else 0
             # Closed here and not when it is collected: the abort must reach vLLM before the lease ends.
-            outputs = self._run(token_ids, sampling, program, program_id, request_id, stream)
+            outputs = self._run(
+                token_ids, sampling, constraint, program, program_id, request_id, stream=stream, cache_salt=cache_salt
+            )
             async for output in await stack.enter_async_context(aclosing(outputs)):
                 yield output
 
@@ -227,10 +243,13 @@ class VLLMEngine:
         self,
         token_ids: list[int],
         sampling: SamplingOptions,
+        constraint: Constraint | None,
         program: ProgramRef | None,
         program_id: int,
         request_id: str,
+        *,
         stream: bool,
+        cache_salt: str,
     ) -> AsyncGenerator[GenerationChunk]:
         from vllm.inputs import TokensPrompt
         from vllm.lora.request import LoRARequest
@@ -243,10 +262,12 @@ class VLLMEngine:
         # A repetition penalty looks at the prompt's tokens: then the placeholder is one that the prompt has anyway.
         placeholder = token_ids[0] if sampling.repetition_penalty != 1.0 else PLACEHOLDER
         prompt = TokensPrompt(prompt_token_ids=[placeholder] * virtual + token_ids)
+        if cache_salt:
+            prompt["cache_salt"] = cache_salt
         request = LoRARequest(program.digest, program_id, str(program.path)) if program else None
         with engine_faults():
             with callers_mistakes():
-                parameters = sampling_params(sampling, stream=stream)
+                parameters = sampling_params(sampling, constraint, stream=stream)
             if virtual and self._writes_prefixes and program is not None:
                 parameters.extra_args = {EXTRA_ARG: await asyncio.to_thread(known_tokens, program, self.base)}
             with callers_mistakes():
@@ -255,10 +276,12 @@ class VLLMEngine:
                 async for output in outputs:
                     yield chunk(output, len(token_ids), virtual)
 
-    async def _checked_prompt(self, prompt: Prompt, sampling: SamplingOptions, num_virtual_tokens: int) -> list[int]:
+    async def _checked_prompt(
+        self, prompt: Prompt, sampling: SamplingOptions, num_virtual_tokens: int, group: str
+    ) -> list[int]:
         room, vocab_size = self.max_model_len - num_virtual_tokens, self.base.dims.vocab_size
         assert self._prompts is not None
-        token_ids = await self._prompts.token_ids(prompt, room - 1, "")
+        token_ids = await self._prompts.token_ids(prompt, room - 1, group)
         check_prompt(token_ids, vocab_size, room - 1)
         check_sampling(sampling, vocab_size, room - len(token_ids))
         return token_ids
@@ -317,6 +340,9 @@ def _engine_config(arguments: AsyncEngineArgs) -> VllmConfig:
     """
     config = arguments.create_engine_config()
     plain = replace(arguments, enable_lora=False, worker_cls="auto").create_engine_config()
+    # One engine has one backend of grammars: with "auto", the first grammar would choose it for all others.
+    if config.structured_outputs_config.backend == "auto":
+        config.structured_outputs_config.backend = "xgrammar"
     config.compilation_config.mode = plain.compilation_config.mode
     return config
 

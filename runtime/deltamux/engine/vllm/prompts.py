@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 THREADS = 2
 LONG_TEXT = 1 << 16
-"""Characters from which on a text is tokenised alone: shorter ones take a few milliseconds."""
+"""Characters from which on a text has to wait for its group's turn: shorter ones take a few milliseconds."""
 
 MAX_WAITING = 64
 """Long texts of one group that may wait; one more is refused."""
@@ -38,7 +38,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._max_chars = max_model_len * max(map(len, tokenizer.get_vocab()))
         self._threads = ThreadPoolExecutor(THREADS, "deltamux-tokenize")
-        self._long = FairQueue(1, MAX_WAITING, "long prompts")
+        self._long = FairQueue(THREADS, MAX_WAITING, "long prompts", each=1)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

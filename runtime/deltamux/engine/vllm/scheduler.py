@@ -18,6 +18,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
+from deltamux.engine.vllm.grammar_threads import prepare_grammars
 from deltamux.engine.vllm.prefixes import KnownPrefixes
 from deltamux.engine.vllm.processes import end_with_parent
 from deltamux.engine.vllm.turns import Turns, Work
@@ -33,6 +34,7 @@ class TurnMixin(Scheduler):
         end_with_parent()
         super().__init__(*args, **kwargs)
         assert self.lora_config is not None
+        prepare_grammars(self.structured_output_manager)
         self._prefixes: Any = KnownPrefixes()
         self._turns = Turns(self.lora_config.max_loras)
         self._chosen: frozenset[int] | None = None

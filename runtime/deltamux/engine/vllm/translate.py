@@ -13,6 +13,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from deltamux.engine.base import GenerationChunk, GuidedDecoding, SamplingOptions, TokenLogprobs
+from deltamux.engine.vllm.grammars import Constraint
 from deltamux.errors import InvalidArgumentError, UnavailableError
 
 MAX_MESSAGE = 500
@@ -45,13 +46,22 @@ def engine_faults() -> Iterator[None]:
         raise UnavailableError(f"the engine gave the request up; it may be sent again ({error})") from error
 
 
-def sampling_params(options: SamplingOptions, *, stream: bool) -> SamplingParams:
+class GatedParams(SamplingParams, dict=True):
+    """Parameters whose grammar the gate has tried: vLLM would parse it again, where other requests wait for that."""
+
+    def _validate_structured_outputs(self, *unused: object) -> None:
+        return None
+
+
+def sampling_params(options: SamplingOptions, constraint: Constraint | None, *, stream: bool) -> SamplingParams:
     """Returns vLLM's parameters; call it within `callers_mistakes`.
 
     Args:
+        constraint: the grammar as the gate admitted it; without one, vLLM checks the options' own.
         stream: hand tokens over as they come; otherwise all of them at the end.
     """
-    return SamplingParams(
+    kind = SamplingParams if constraint is None else GatedParams
+    return kind(
         max_tokens=options.max_tokens,
         min_tokens=options.min_tokens,
         temperature=options.temperature,
@@ -69,7 +79,7 @@ def sampling_params(options: SamplingOptions, *, stream: bool) -> SamplingParams
         logprobs=options.logprobs,
         skip_special_tokens=options.skip_special_tokens,
         logit_bias=dict(options.logit_bias) or None,
-        structured_outputs=_guided(options.guided),
+        structured_outputs=_guided(options.guided) if constraint is None else _gated(constraint),
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )
 
@@ -82,6 +92,13 @@ def _guided(guided: GuidedDecoding | None) -> StructuredOutputsParams | None:
     if guided.regex is not None:
         return StructuredOutputsParams(regex=guided.regex)
     return StructuredOutputsParams(choice=list(guided.choice))
+
+
+def _gated(constraint: Constraint) -> StructuredOutputsParams:
+    given: dict[str, Any] = {constraint.kind: constraint.text}
+    params = StructuredOutputsParams(**given)
+    params._backend = "xgrammar"
+    return params
 
 
 def chunk(output: RequestOutput, prompt_tokens: int, num_virtual_tokens: int) -> GenerationChunk:

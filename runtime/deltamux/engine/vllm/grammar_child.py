@@ -1,0 +1,184 @@
+"""The process that tries grammars before the engine gets them. `grammars.py` is its other side.
+
+It is run as ``python -m`` with the number of an open socket, reads its settings and then jobs as JSON lines, and forks
+a process for each job, which the kernel ends at the job's CPU time or memory. So a grammar can take along no more than
+its own job, and the next job finds everything imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import resource
+import selectors
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xgrammar
+
+PR_SET_PDEATHSIG = 1
+NICE = 10
+
+WALKS, STEPS = 4, 32
+"""Texts that a grammar is tried with, and tokens of each."""
+
+
+def main() -> None:
+    """Runs jobs from the socket until it is closed."""
+    descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
+    _live_and_die_with(parent)
+    os.nice(NICE)
+    torch.set_num_threads(1)
+    with socket.socket(fileno=descriptor) as connection:
+        Child(connection).run()
+
+
+class Child:
+    """Forks a process for each job, and reports what came of it."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lines = connection.makefile("rb")
+        self._selector = selectors.DefaultSelector()
+        self._pids: dict[int, int] = {}
+        self._settings: dict[str, Any] = json.loads(self._lines.readline())
+        self._tokenizer = xgrammar.TokenizerInfo.deserialize_json(self._settings.pop("tokenizer"))
+
+    def run(self) -> None:
+        self._say({"ready": True})
+        self._selector.register(self._connection, selectors.EVENT_READ)
+        buffer = b""
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is not self._connection:
+                    self._finish(key.fd, key.data)
+                    continue
+                received = self._connection.recv(1 << 16)
+                if not received:
+                    return
+                *lines, buffer = (buffer + received).split(b"\n")
+                for line in lines:
+                    self._take(json.loads(line))
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "cancel" in message:
+            if pid := self._pids.get(message["cancel"]):
+                os.kill(pid, signal.SIGKILL)
+            return
+        reader, writer = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            _run_job(self._tokenizer, self._settings, message, writer)
+        os.close(writer)
+        self._pids[message["id"]] = pid
+        self._selector.register(reader, selectors.EVENT_READ, message["id"])
+
+    def _finish(self, reader: int, job: int) -> None:
+        """Reads a job's answer, which fits into a pipe, at its end."""
+        answer = os.read(reader, 1 << 16)
+        self._selector.unregister(reader)
+        os.close(reader)
+        os.waitpid(self._pids.pop(job), 0)
+        self._say({"id": job} | (json.loads(answer) if answer.endswith(b"}") else {"ended": True}))
+
+    def _say(self, message: dict[str, Any]) -> None:
+        self._connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _run_job(tokenizer: xgrammar.TokenizerInfo, settings: dict[str, Any], job: dict[str, Any], writer: int) -> None:
+    """Runs in the job's own process, and ends it."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # xgrammar's warnings quote the grammar
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, job["seconds"])
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limit = _data_bytes() + job["memory_bytes"]
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+        problem = _try(tokenizer, settings, job)
+    except Exception as error:
+        if isinstance(error, MemoryError) or "bad_alloc" in str(error):
+            os._exit(1)
+        problem = f"cannot be used: {str(error).splitlines()[0][:300] if str(error) else type(error).__name__}"
+    with suppress(BaseException):
+        os.write(writer, json.dumps({"problem": problem}).encode())
+    os._exit(0)
+
+
+def _try(tokenizer: xgrammar.TokenizerInfo, settings: dict[str, Any], job: dict[str, Any]) -> str | None:
+    """Returns what is wrong with a grammar; None if the engine may have it."""
+    compiler = xgrammar.GrammarCompiler(tokenizer, max_threads=1, cache_enabled=False)
+    text: str = job["text"]
+    if job["kind"] == "json":
+        compiled = compiler.compile_json_schema(
+            text, any_whitespace=settings["any_whitespace"], separators=settings["separators"]
+        )
+    elif job["kind"] == "regex":
+        compiled = compiler.compile_regex(text)
+    else:
+        compiled = compiler.compile_grammar(text)
+    if compiled.memory_size_bytes > job["grammar_bytes"]:
+        limit = job["grammar_bytes"]
+        return f"compiles to {compiled.memory_size_bytes} bytes; at most {limit} are taken: simplify it"
+    bitmask = xgrammar.allocate_token_bitmask(1, tokenizer.vocab_size)
+    for seed in range(WALKS):
+        if problem := _walk(compiled, tokenizer, bitmask, job["step_seconds"], seed):
+            return problem
+    return None
+
+
+def _walk(
+    compiled: xgrammar.CompiledGrammar,
+    tokenizer: xgrammar.TokenizerInfo,
+    bitmask: torch.Tensor,
+    step_seconds: float,
+    seed: int,
+) -> str | None:
+    """Follows a grammar along one of its texts, as the engine does; the engine pays for a step's mask in the step."""
+    choose, matcher = random.Random(seed), xgrammar.GrammarMatcher(compiled)
+    stops, slow = set(tokenizer.stop_token_ids), 0
+    for step in range(STEPS):
+        started = time.thread_time()
+        matcher.fill_next_token_bitmask(bitmask)
+        slow += time.thread_time() - started > step_seconds
+        if slow > 1:  # the first may be the machine's doing
+            return f"takes more than {step_seconds * 1000:g} ms a token to follow: simplify it"
+        bits = np.unpackbits(bitmask[0].numpy().view(np.uint8), bitorder="little")[: tokenizer.vocab_size]
+        allowed = np.flatnonzero(bits)
+        if not len(allowed):
+            return "matches no text of the base's vocabulary" if step == 0 else "leads where no token may follow"
+        tries = (int(allowed[choose.randrange(len(allowed))]) for _ in range(8))
+        matcher.accept_token(next((token for token in tries if token not in stops), int(allowed[0])))
+        if matcher.is_terminated():
+            return None
+    return None
+
+
+def _data_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _live_and_die_with(parent: int) -> None:
+    """Ends this process with the server, and its jobs with this process."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        with suppress(OSError):  # /proc may be read-only
+            Path("/proc/self/oom_score_adj").write_text("1000")
+    if os.getppid() != parent:
+        sys.exit("the server has gone")
+
+
+if __name__ == "__main__":
+    main()

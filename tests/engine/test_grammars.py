@@ -1,0 +1,212 @@
+"""Structured output is bounded by its shape, tried within a budget of its own, and never holds another's up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import pytest
+import xgrammar
+from hypothesis import given
+from hypothesis import strategies as st
+from server.tiny_base import byte_tokenizer
+
+from deltamux.engine.base import GuidedDecoding
+from deltamux.engine.vllm.grammar_link import Settings
+from deltamux.engine.vllm.grammars import Grammars
+from deltamux.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
+
+
+def schema(**given: Any) -> GuidedDecoding:
+    return GuidedDecoding(json_schema=json.dumps(given))
+
+
+def wide(outer: int, inner: int) -> GuidedDecoding:
+    """Objects of optional properties within each other: the grammar grows with the square of their number."""
+    leaf = {"type": "object", "properties": {f"q{n}": {"type": "string"} for n in range(inner)}}
+    return schema(type="object", properties={f"p{n}": leaf for n in range(outer)})
+
+
+SMALL = GuidedDecoding(regex="[ab]{10}")
+SLOW = wide(100, 20)
+"""Takes most of a second of CPU time to compile for the vocabulary below."""
+
+
+@pytest.fixture(scope="module")
+def settings() -> Settings:
+    tokenizer: Any = byte_tokenizer()
+    tokenizer.add_tokens([f"{a}{b}{c}" for a in 'abcdefgh" {' for b in "abcdefgh:,}" for c in "abcdefgh\"' "])
+    return Settings(xgrammar.TokenizerInfo.from_huggingface(tokenizer).serialize_json())
+
+
+@pytest.fixture(scope="module")
+async def gate(settings: Settings) -> AsyncIterator[Grammars]:
+    gate = Grammars(settings, 2.0)
+    yield gate
+    await gate.close()
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"json_schema": '{"$ref": "#"}'}, "never ends"),
+        ({"json_schema": '{"$ref": "#/$defs/none"}'}, "does not have"),
+        ({"json_schema": '{"$ref": "https://example.com/s.json"}'}, "within the schema"),
+        ({"json_schema": '{"properties": {"a": {"$ref": "#"}}, "required": ["a"]}'}, "never ends"),
+        ({"json_schema": '{"items": {"$ref": "#"}, "minItems": 1}'}, "never ends"),
+        (
+            {"json_schema": '{"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}'},
+            "never",
+        ),
+        ({"json_schema": '{"a":' * 400 + "1" + "}" * 400}, "levels deep"),
+        ({"json_schema": "[" * 60_000}, "not valid JSON"),
+        ({"json_schema": json.dumps({"properties": {f"{n}": {} for n in range(5000)}})}, "entries at #/properties"),
+        ({"json_schema": json.dumps({"enum": list(range(9000))})}, "more than 8192 values"),
+        ({"json_schema": '{"type": "string", "maxLength": 1e9}'}, "outside 0 to 1000"),
+        ({"json_schema": '{"type": "string", "pattern": "a{100000}"}'}, "repeats"),
+        ({"regex": "a{2000}"}, "repeats"),
+        ({"regex": "a{1," + "9" * 3000 + "}"}, "repeats"),
+        ({"regex": "a" * 5000}, "characters"),
+        ({"regex": "\0"}, "NUL"),
+        ({"choice": tuple(f"{n}" for n in range(20_000))}, "options"),
+        ({"choice": ("a" * 2000,)}, "option of more"),
+    ],
+)
+def test_what_is_too_large_or_never_ends_is_refused_by_its_shape(given: Any, what: str) -> None:
+    started = time.perf_counter()
+    with pytest.raises(InvalidArgumentError, match=what) as refused:
+        GuidedDecoding(**given)
+    assert refused.value.metadata["field"].startswith("sampling.structured_output.")
+    assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "object", "properties": {"next": {"$ref": "#"}}},
+        {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]},
+        {"properties": {"$ref": {"type": "string"}, "enum": {"type": "string"}}},
+        {"$defs": {"a": {"type": "integer"}}, "items": {"$ref": "#/$defs/a"}, "minItems": 2},
+    ],
+)
+def test_a_cycle_that_can_end_is_taken(given: dict[str, Any]) -> None:
+    schema(**given)
+
+
+names = st.sampled_from(["properties", "$ref", "anyOf", "items", "required", "type", "minItems", "a", "b"])
+leaves = st.sampled_from(["#", "#/a", "#/$defs/x", "object", "string", "a", 1, -1, True, None, 1e400])
+values = st.recursive(leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(names, v, max_size=4), max_leaves=30)
+
+
+@given(st.dictionaries(names, values, max_size=5))
+def test_any_json_is_taken_or_refused_as_an_argument(given: dict[str, Any]) -> None:
+    with suppress(InvalidArgumentError):
+        GuidedDecoding(json_schema=json.dumps(given))
+
+
+@pytest.mark.parametrize(
+    "guided",
+    [
+        SMALL,
+        GuidedDecoding(choice=('yes "indeed"', "no", "ünïcode\n")),
+        GuidedDecoding(choice=tuple(f"option {n}" for n in range(1000))),
+        GuidedDecoding(regex=r"\d{4}-\d{2}"),
+        schema(type="object", properties={"a": {"type": "string"}, "b": {"type": "integer"}}, required=["a", "b"]),
+    ],
+)
+async def test_ordinary_grammars_pass_and_are_remembered(guided: GuidedDecoding, gate: Grammars) -> None:
+    first = await gate.admit(guided, "acme")
+    started = time.perf_counter()
+    assert await gate.admit(guided, "globex") == first
+    assert time.perf_counter() - started < 0.02
+
+
+@pytest.mark.parametrize(
+    ("guided", "reason"),
+    [
+        (GuidedDecoding(regex="("), "INVALID_GRAMMAR"),
+        (GuidedDecoding(regex="(?=a)b"), "INVALID_GRAMMAR"),
+        (GuidedDecoding(regex=r"(a)\1"), "INVALID_GRAMMAR"),
+        (schema(type="objec"), "INVALID_GRAMMAR"),
+        (schema(type="array", uniqueItems=True), "INVALID_GRAMMAR"),
+        (schema(enum=[]), "INVALID_GRAMMAR"),
+    ],
+)
+async def test_what_cannot_be_used_is_refused_with_its_field(
+    guided: GuidedDecoding, reason: str, gate: Grammars
+) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        await gate.admit(guided, "acme")
+    assert refused.value.reason == reason, refused.value.message
+    assert refused.value.metadata["field"].startswith("sampling.structured_output.")
+    await gate.admit(SMALL, "acme")
+
+
+@pytest.mark.parametrize("limit", [{"grammar_bytes": 100_000}, {"step_seconds": 1e-9}, {"memory_bytes": 1 << 20}])
+async def test_a_grammar_beyond_its_size_or_its_cost_per_token_is_refused(
+    limit: Any, gate: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate._link, "settings", replace(gate._link.settings, **limit))
+    with pytest.raises(InvalidArgumentError) as refused:
+        await gate.admit(wide(64, 10 + len(str(limit))), "acme")
+    assert refused.value.reason == "GRAMMAR_TOO_COMPLEX"
+
+
+async def test_grammars_beyond_their_budget_are_refused_and_hold_no_other_group_up(
+    gate: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await gate.admit(SMALL, "globex")  # the process has started
+    monkeypatch.setattr(gate, "_seconds", 0.1)
+    greedy = [asyncio.create_task(gate.admit(wide(80 + n, 20), "acme")) for n in range(20)]
+    await asyncio.sleep(0.01)
+    for number in range(5):
+        started = time.perf_counter()
+        await gate.admit(GuidedDecoding(regex=f"[cd]{{{number + 1}}}"), "globex")
+        assert time.perf_counter() - started < 1.0
+    assert not all(task.done() for task in greedy)
+    reasons = {error.reason for error in await asyncio.gather(*greedy, return_exceptions=True)}  # type: ignore[union-attr]
+    assert reasons == {"GRAMMAR_TOO_COMPLEX"}
+
+
+async def test_cancelling_ends_the_work_at_once(gate: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    await gate.admit(SMALL, "acme")
+    assert gate._link.pid is not None
+    process = psutil.Process(gate._link.pid)
+    slow = asyncio.create_task(gate.admit(SLOW, "acme"))
+    while not process.children():  # noqa: ASYNC110 - another process's doing
+        await asyncio.sleep(0.002)
+    slow.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await slow
+    cancelled = time.perf_counter()
+    while process.children():  # noqa: ASYNC110 - likewise
+        await asyncio.sleep(0.002)
+    assert time.perf_counter() - cancelled < 0.2
+    await gate.admit(GuidedDecoding(regex="[ab]{11}"), "acme")
+
+
+async def test_one_group_may_have_so_many_waiting_and_equal_ones_count_once(gate: Grammars) -> None:
+    many = [gate.admit(GuidedDecoding(regex=f"a{{{n + 1}}}"), "acme") for n in range(60)]
+    same = [gate.admit(GuidedDecoding(regex="[ef]{10}"), "globex") for _ in range(200)]
+    outcomes = await asyncio.gather(*many, *same, return_exceptions=True)
+    assert not [outcome for outcome in outcomes[60:] if isinstance(outcome, BaseException)]
+    refused = [outcome for outcome in outcomes[:60] if isinstance(outcome, BaseException)]
+    assert refused
+    assert all(isinstance(outcome, ResourceExhaustedError) and outcome.retry_after for outcome in refused)
+
+
+async def test_a_gate_whose_process_is_killed_starts_another(gate: Grammars) -> None:
+    await gate.admit(SMALL, "acme")
+    slow = asyncio.create_task(gate.admit(SLOW, "acme"))
+    await asyncio.sleep(0.02)
+    assert gate._link.pid is not None
+    psutil.Process(gate._link.pid).kill()
+    with pytest.raises(UnavailableError):
+        await slow
+    await gate.admit(GuidedDecoding(regex="[ab]{12}"), "acme")
