@@ -102,7 +102,7 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(directory: Path
 
 
 def test_a_run_that_was_killed_goes_on_exactly_where_it_was(directory: Path, data: Path, tmp_path: Path) -> None:
-    given = {"config": {"r": 4, "lora_dropout": 0.1}, "batch_size": 4, "eval_steps": 5, "max_steps": 400}
+    given = {"config": {"r": 4, "lora_dropout": 0.1}, "batch_size": 4, "eval_steps": 5, "max_steps": 150}
     killed_options = options("lora", directory, data, tmp_path / "killed", **given)
     script = (
         f"from pathlib import PosixPath; from deltamux_trainers import TrainOptions, train; train({killed_options!r})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from deltamux.deltas.composition import Mode, Part, compose
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 from deltamux.registry import Registry
 from deltamux_trainers.loading import describe_base
+from deltamux_trainers.writing import replacing
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,6 @@ def compose_directories(
     method, own = Registry().recognise(composed)
     program = method.program(method.parse(own.config), describe_base(model), own.tensors)
     program.check_finite()
-    staging = output.with_name(f".{output.name}.writing")
-    shutil.rmtree(staging, ignore_errors=True)
-    composed.write(staging)
-    staging.rename(output)
+    with replacing(output) as staging:
+        composed.write(staging)
     return ComposeResult(output, mode, len(read), program.rank(), program.num_virtual_tokens, program.num_bytes())

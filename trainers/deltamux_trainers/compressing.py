@@ -15,6 +15,7 @@ from deltamux.deltas.ops.sign_dense import pack_signs, unpack_signs
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
 from deltamux.registry import Registry
 from deltamux_trainers.loading import describe_base
+from deltamux_trainers.writing import check_output, replacing
 
 FORMS = ("bitdelta", "svd")
 REPORT_FILE = "compress_report.json"
@@ -50,7 +51,7 @@ def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta",
             Young 1936).
     Raises:
         InvalidAdapterError: the adapter's files hold no change of a whole weight.
-        FailedPreconditionError: the output holds an adapter already.
+        FailedPreconditionError: the output holds an adapter already, or other files.
     """
     if form not in FORMS or rank < 1:
         raise InvalidArgumentError(f"form is one of {', '.join(FORMS)} and rank positive, not {form!r} and {rank}")
@@ -58,6 +59,7 @@ def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta",
         raise FailedPreconditionError(
             f"{output} holds an adapter already: choose another output", reason="OUTPUT_EXISTS"
         )
+    check_output(output, (adapter,))
     base = describe_base(model)
     method, checkpoint = Registry().recognise(Checkpoint.read(adapter))
     program = method.program(method.parse(checkpoint.config), base, checkpoint.tensors)
@@ -74,8 +76,9 @@ def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta",
         parts, approximation = _signs(change) if form == "bitdelta" else _svd(change, rank)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         lost[name] = (float((change - approximation).norm()), float(change.norm()))
-    Checkpoint(checkpoint.config, tensors, checkpoint.metadata).write(output)
-    return _report(output, form, lost, checkpoint.tensors, tensors)
+    with replacing(output) as staging:
+        Checkpoint(checkpoint.config, tensors, checkpoint.metadata).write(staging)
+        return _report(output, staging, form, lost, checkpoint.tensors, tensors)
 
 
 def _signs(change: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -93,6 +96,7 @@ def _svd(change: Tensor, rank: int) -> tuple[dict[str, Tensor], Tensor]:
 
 def _report(
     output: Path,
+    staging: Path,
     form: str,
     lost: dict[str, tuple[float, float]],
     before: Mapping[str, Tensor],
@@ -112,7 +116,7 @@ def _report(
         bytes_after=_num_bytes(after),
     )
     report = {**asdict(result), "output": str(output), "errors": errors}
-    (output / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    (staging / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
     return result
 
 

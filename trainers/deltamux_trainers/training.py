@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
 from deltamux.deltas import BaseModel, Checkpoint
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
@@ -86,11 +87,10 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
     determined_by = _determined_by(options, config, base, rate, arguments)
     resumed = _checkpoint_to_resume(options, determined_by)
     set_seed(options.seed)
-    model = DeltaModel(load_model(options.model, options.dtype, options.device), base, method, config, options.seed)
     interruption = Interruption()
     trainer = DeltaTrainer(
         determined_by,
-        model=model,
+        model=DeltaModel(load_model(options.model, options.dtype, options.device), base, method, config, options.seed),
         args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows or None,
@@ -103,14 +103,31 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         outcome = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if interruption.stopped:
         raise TrainingInterrupted(options.output, trainer.state)
-    if eval_rows:
+    result = _result(options, trainer, outcome, rate, counts)
+    if ranks.is_first():
+        trainer.release()
+        model = trainer.delta_model
+        with torch.no_grad():
+            written, tensors = model.schedule.finish(config, model.exported())
+            _write(method.checkpoint(written, base, tensors), options, result)
+    ranks.wait_for_all()
+    return result
+
+
+def _result(
+    options: TrainOptions, trainer: DeltaTrainer, outcome: TrainOutput, rate: float, counts: Mapping[str, int]
+) -> TrainResult:
+    """Takes the best parameters, where they were evaluated, and returns what the run did; every process calls it."""
+    evaluates = trainer.eval_dataset is not None
+    if evaluates:
         trainer.load_best()
-    result = TrainResult(
+    model = trainer.delta_model
+    return TrainResult(
         output=options.output,
-        method=method.name,
+        method=options.method,
         steps=outcome.global_step,
         loss=trainer.mean_loss(),
-        eval_loss=trainer.evaluate()["eval_loss"] if eval_rows else None,
+        eval_loss=trainer.evaluate()["eval_loss"] if evaluates else None,
         parameters=sum(p.numel() for p in model.parameters_by_name().values()),
         share=model.share(),
         seconds=outcome.metrics["train_runtime"],
@@ -118,13 +135,6 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         ranks=ranks.count(),
         **counts,
     )
-    if ranks.is_first():
-        trainer.release()
-        with torch.no_grad():
-            written, tensors = model.schedule.finish(config, model.exported())
-            _write(method.checkpoint(written, base, tensors), options, result)
-    ranks.wait_for_all()
-    return result
 
 
 def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> TrainingArguments:
@@ -205,7 +215,7 @@ def _determined_by(
     files = {"data": options.data, "eval_data": options.eval_data}
     values = {
         **{name: getattr(options, name) for name in DETERMINING},
-        **{name: file and hashlib.sha256(file.read_bytes()).hexdigest()[:16] for name, file in files.items()},
+        **{name: file and _digest(file) for name, file in files.items()},
         **{f"config.{name}": value for name, value in asdict(config).items()},
         "base": base.fingerprint,
         "learning_rate": rate,
@@ -213,6 +223,11 @@ def _determined_by(
     }
     plain: dict[str, Any] = json.loads(json.dumps(values, default=str))
     return plain
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
 def _checkpoint_to_resume(options: TrainOptions, determined_by: Mapping[str, Any]) -> Path | None:

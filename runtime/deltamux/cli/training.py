@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +163,26 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _show_result(work: Callable[[], Any], arguments: argparse.Namespace) -> None:
-    """Prints what the work returns; whatever is printed meanwhile goes to stderr: stdout is the result alone."""
-    with redirect_stdout(sys.stderr):
+    """Prints what the work returns; whatever is printed meanwhile goes to stderr: stdout is the result alone.
+
+    SIGTERM ends the work as Ctrl-C does: what is half written is removed.
+    """
+    with redirect_stdout(sys.stderr), _ended_by_sigterm():
         result = work()
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes that torchrun started, the first
         show_one(result, as_json=arguments.json)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
