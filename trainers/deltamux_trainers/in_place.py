@@ -50,7 +50,8 @@ def own_weights(
         PluginError: the method's hook names other parameters than it declares, or of other shapes.
     """
     named = method.weights(config, base)
-    if not named or not base.name or next(model.parameters()).dtype not in DTYPES or not _embeds_plainly(base, model):
+    plain = all(parameter.dtype in DTYPES for parameter in model.parameters())
+    if not (named and base.name and plain and _embeds_plainly(base, model)):
         return {}
     found = {name: _own_weight(base, model, own) for name, own in named.items()}
     shapes = {name: _shape(own) for name, own in found.items()}

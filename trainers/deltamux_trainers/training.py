@@ -127,7 +127,7 @@ def _result(
         method=options.method,
         steps=outcome.global_step,
         loss=trainer.mean_loss(),
-        eval_loss=trainer.evaluate()["eval_loss"] if evaluates else None,
+        eval_loss=_eval_loss(trainer) if evaluates else None,
         parameters=sum(p.numel() for p in model.parameters_by_name().values()),
         share=model.share(),
         seconds=outcome.metrics["train_runtime"],
@@ -135,6 +135,12 @@ def _result(
         ranks=ranks.count(),
         **counts,
     )
+
+
+def _eval_loss(trainer: DeltaTrainer) -> float:
+    """Returns the loss of the kept parameters: the best, or the last where the run was too short for an evaluation."""
+    best = trainer.state.best_metric
+    return trainer.evaluate()["eval_loss"] if best is None else best
 
 
 def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> TrainingArguments:
