@@ -53,5 +53,5 @@ async def served(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> 
 
 @pytest.fixture
 async def client(served: Running) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(served.address, timeout=60) as client:
+    async with AsyncClient(served.address, timeout=60, retries=0) as client:
         yield client

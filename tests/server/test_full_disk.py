@@ -26,7 +26,7 @@ async def test_a_full_disk_refuses_uploads_and_nothing_else(
         given = options(tiny_base, disk / "store")
         async with (
             running(given, lambda _: engine_for(tiny_base), shared_compiler) as server,
-            AsyncClient(server.address, timeout=60) as client,
+            AsyncClient(server.address, timeout=60, retries=0) as client,
         ):
             await client.upload_adapter(NAME, loras[0])
             # No room for the files; then room for these, but not for the program that is made of them.

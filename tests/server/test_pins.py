@@ -28,7 +28,7 @@ async def serving(
     engine = engine_for(base)
     async with (
         running(options(base, store, **given), lambda _: engine, compiler) as server,
-        AsyncClient(server.address, timeout=60) as client,
+        AsyncClient(server.address, timeout=60, retries=0) as client,
     ):
         yield client, engine
 

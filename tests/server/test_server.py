@@ -23,6 +23,7 @@ from deltamux.errors import (
     UnauthenticatedError,
 )
 from deltamux.server.app import SERVICES, Running, running
+from deltamux.server.compiler import Compiler
 from server.conftest import engine_for, options
 
 NAME = "tenants/acme/adapters/tickets"
@@ -186,9 +187,12 @@ async def test_pages_are_followed_to_the_end(client: AsyncClient, served: Runnin
     assert [tenant.name for tenant in await client.list_tenants()] == ["tenants/acme"]
 
 
-async def test_a_tenant_sees_its_own_and_nothing_else(tiny_base: Path, tmp_path: Path, loras: list[Path]) -> None:
+async def test_a_tenant_sees_its_own_and_nothing_else(
+    tiny_base: Path, tmp_path: Path, loras: list[Path], shared_compiler: Compiler
+) -> None:
     store = tmp_path / "store"
-    async with running(options(tiny_base, store, auth="keys"), lambda _: engine_for(tiny_base)) as server:
+    given = options(tiny_base, store, auth="keys")
+    async with running(given, lambda _: engine_for(tiny_base), shared_compiler) as server:
         admin_key = (store / "admin.key").read_text().strip()
         async with AsyncClient(server.address, api_key=admin_key) as admin:
             for tenant in ("acme", "globex"):
@@ -219,9 +223,14 @@ async def test_reflection_lists_the_services(served: Running) -> None:
     assert set(SERVICES) <= await asyncio.to_thread(names)
 
 
-async def test_one_generation_too_many_is_told_to_come_back(tiny_base: Path, tmp_path: Path) -> None:
+async def test_one_generation_too_many_is_told_to_come_back(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+) -> None:
     limited = options(tiny_base, tmp_path / "store", max_pending_requests=1)
-    async with running(limited, lambda _: engine_for(tiny_base, 0.02)) as server, AsyncClient(server.address) as client:
+    async with (
+        running(limited, lambda _: engine_for(tiny_base, 0.02), shared_compiler) as server,
+        AsyncClient(server.address, retries=0) as client,
+    ):
         first = asyncio.create_task(client.generate("x", max_tokens=30, ignore_eos=True))
         await asyncio.sleep(0.2)
         with pytest.raises(ResourceExhaustedError) as refused:
@@ -230,12 +239,15 @@ async def test_one_generation_too_many_is_told_to_come_back(tiny_base: Path, tmp
         await first
 
 
-async def test_with_keys_and_tls_it_listens_to_everybody(tiny_base: Path, tmp_path: Path) -> None:
+async def test_with_keys_and_tls_it_listens_to_everybody(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+) -> None:
     from dataclasses import replace
 
     cert, key = write_certificate(tmp_path)
     safe = options(tiny_base, tmp_path / "store", auth="keys", tls_cert=cert, tls_key=key)
-    async with running(replace(safe, listen="0.0.0.0:0"), lambda _: engine_for(tiny_base)) as server:
+    everywhere = replace(safe, listen="0.0.0.0:0")
+    async with running(everywhere, lambda _: engine_for(tiny_base), shared_compiler) as server:
         address = f"localhost:{server.address.rpartition(':')[2]}"
         admin_key = (tmp_path / "store" / "admin.key").read_text().strip()
         async with AsyncClient(address, api_key=admin_key, tls=cert.read_bytes()) as client:

@@ -57,7 +57,10 @@ async def supervised(
     lives: Lives, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> AsyncIterator[tuple[Running, AsyncClient]]:
     given = options(tiny_base, tmp_path / "store", engine_restart_seconds=0.3)
-    async with running(given, lives, shared_compiler) as server, AsyncClient(server.address, timeout=60) as client:
+    async with (
+        running(given, lives, shared_compiler) as server,
+        AsyncClient(server.address, timeout=60, retries=0) as client,
+    ):
         yield server, client
 
 

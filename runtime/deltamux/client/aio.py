@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -12,8 +12,9 @@ import grpc
 
 from deltamux.client import calls
 from deltamux.client.calls import Call, Page, Prompt
-from deltamux.client.channel import OPTIONS, Connection, delays, error_of, worth_retrying
+from deltamux.client.channel import OPTIONS, Connection, error_of
 from deltamux.client.results import Adapter, AdapterEvent, AdapterVersion, ApiKey, Generation, Tenant
+from deltamux.client.retrying import RETRIES, Attempts
 from deltamux.client.uploads import Progress, upload_messages
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.inference_pb2_grpc import InferenceStub
@@ -29,9 +30,15 @@ class AsyncClient:
     """
 
     def __init__(
-        self, address: str, *, api_key: str | None = None, tls: bool | bytes = False, timeout: float | None = None
+        self,
+        address: str,
+        *,
+        api_key: str | None = None,
+        tls: bool | bytes = False,
+        timeout: float | None = None,
+        retries: int = RETRIES,
     ) -> None:
-        self._connection = Connection(address, api_key, tls, timeout)
+        self._connection = Connection(address, api_key, tls, timeout, retries)
         credentials = self._connection.credentials()
         self._channel = (
             grpc.aio.insecure_channel(address, options=OPTIONS)
@@ -94,8 +101,12 @@ class AsyncClient:
             promote: True serves the version at once; None does so for an adapter's first version only.
             progress: told bytes sent and bytes in all.
         """
-        messages = upload_messages(name, path, method=method, promote=promote, labels=labels, progress=progress)
-        return await self._unary(Call("Adapters.UploadAdapter", messages, calls.read_version), timeout)
+
+        def messages() -> Iterator[Any]:
+            return upload_messages(name, path, method=method, promote=promote, labels=labels, progress=progress)
+
+        call = Call("Adapters.UploadAdapter", messages(), calls.read_version, again=messages, resend=True)
+        return await self._unary(call, timeout)
 
     async def get_adapter(self, name: str) -> Adapter:
         return await self._unary(calls.get_adapter(name))
@@ -174,25 +185,34 @@ class AsyncClient:
         return await self._unary(calls.delete_api_key(name))
 
     async def _unary(self, call: Call[T], timeout: float | None = None) -> T:
-        pauses = delays() if call.idempotent else iter(())
+        attempts = self._attempts(call, timeout)
         while True:
             try:
-                return call.read(await self._start(call, timeout))
+                return call.read(await self._start(call, attempts))
             except grpc.aio.AioRpcError as raised:
-                pause = next(pauses, None) if worth_retrying(raised) else None
-                if pause is None:
-                    raise error_of(raised) from raised
-                await asyncio.sleep(pause)
+                error = error_of(raised)
+                if (pause := attempts.pause(error)) is None:
+                    raise error from raised
+            await asyncio.sleep(pause)
 
     async def _stream(self, call: Call[T], timeout: float | None = None) -> AsyncIterator[T]:
-        stream = self._start(call, timeout)
-        try:
-            async for message in stream:
-                yield call.read(message)
-        except grpc.aio.AioRpcError as raised:
-            raise error_of(raised) from raised
-        finally:
-            stream.cancel()
+        attempts = self._attempts(call, timeout)
+        begun = False
+        while True:
+            stream = self._start(call, attempts)
+            try:
+                async for message in stream:
+                    begun = True
+                    yield call.read(message)
+                return
+            except grpc.aio.AioRpcError as raised:
+                error = error_of(raised)
+                pause = None if begun else attempts.pause(error)
+                if pause is None:
+                    raise error from raised
+            finally:
+                stream.cancel()
+            await asyncio.sleep(pause)
 
     async def _all(self, page: Callable[[str], Call[Page[T]]]) -> list[T]:
         found: list[T] = []
@@ -203,9 +223,11 @@ class AsyncClient:
             if not (token := answer.next_token):
                 return found
 
-    def _start(self, call: Call[Any], timeout: float | None) -> Any:
+    def _attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
+        return Attempts(call, self._connection.retries, timeout if timeout is not None else self._connection.timeout)
+
+    def _start(self, call: Call[Any], attempts: Attempts) -> Any:
         service, _, method = call.method.partition(".")
-        deadline = timeout if timeout is not None else self._connection.timeout
         return getattr(self._stubs[service], method)(
-            call.request, timeout=deadline, metadata=self._connection.metadata()
+            attempts.request(), timeout=attempts.timeout(), metadata=self._connection.metadata()
         )

@@ -27,13 +27,21 @@ class Call(Generic[T]):
 
     Attributes:
         method: ``Service.Method``.
-        idempotent: whether it may be sent again when the server was not reached.
+        idempotent: whether it may be sent again when nobody knows whether it was done.
+        again: makes the request anew, where it is a stream that is used up; None sends the same.
+        resend: whether it may be sent again when the server says that it was not done, though it is not idempotent.
     """
 
     method: str
     request: Any
     read: Callable[[Any], T]
     idempotent: bool = False
+    again: Callable[[], Any] | None = None
+    resend: bool = False
+
+    @property
+    def repeatable(self) -> bool:
+        return self.idempotent or self.resend
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ def sendable(build: Callable[P, T]) -> Callable[P, T]:
 def generate(prompt: Prompt, adapter: str | None, sampling: Mapping[str, Any], *, stream: bool) -> Call[Generation]:
     method = "Inference.GenerateStream" if stream else "Inference.Generate"
     request = inference_pb2.GenerateRequest(adapter=adapter or "", sampling=_sampling(sampling), **_prompt(prompt))
-    return Call(method, request, _generation)
+    return Call(method, request, _generation, resend=True)
 
 
 @sendable
@@ -102,7 +110,7 @@ def compose(
         promote=promote,
         labels=labels,
     )
-    return Call("Adapters.ComposeAdapter", request, read_version)
+    return Call("Adapters.ComposeAdapter", request, read_version, resend=True)
 
 
 @sendable
@@ -136,7 +144,7 @@ def unpin_adapter(name: str) -> Call[Adapter]:
 
 @sendable
 def watch_adapters(parent: str) -> Call[AdapterEvent]:
-    return Call("Adapters.WatchAdapters", adapters_pb2.WatchAdaptersRequest(parent=parent), _event)
+    return Call("Adapters.WatchAdapters", adapters_pb2.WatchAdaptersRequest(parent=parent), _event, True)
 
 
 @sendable

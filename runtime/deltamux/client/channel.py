@@ -13,9 +13,6 @@ from grpc_status import rpc_status
 from deltamux.errors import DeltamuxError
 
 MAX_MESSAGE_BYTES = 64 << 20
-ATTEMPTS = 4
-FIRST_DELAY = 0.2
-"""An idempotent call that does not reach the server is sent up to ATTEMPTS times, the delay doubling."""
 
 OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -31,13 +28,15 @@ class Connection:
         address: ``host:port`` or ``unix:path``.
         api_key: sent with every call; None where the server asks for none.
         tls: True for the system's root certificates, or PEM bytes of the authority to trust; False connects in plain.
-        timeout: seconds that a call may take; None waits for ever.
+        timeout: seconds that a call may take, its retries included; None waits for ever.
+        retries: attempts after the first, see `deltamux.client.retrying`.
     """
 
     address: str
     api_key: str | None = None
     tls: bool | bytes = False
     timeout: float | None = None
+    retries: int = 0
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         if self.tls is False:
@@ -64,15 +63,6 @@ def error_of(raised: grpc.RpcError) -> DeltamuxError:
     if code is grpc.StatusCode.UNAVAILABLE and status is None:
         message = f"the server cannot be reached: {message}"
     return _class_of(code.name, reason)(message, reason=reason, metadata=metadata, retry_after=retry_after)
-
-
-def delays() -> Iterator[float]:
-    """Yields the pauses before each new attempt."""
-    return (FIRST_DELAY * 2**attempt for attempt in range(ATTEMPTS - 1))
-
-
-def worth_retrying(raised: grpc.RpcError) -> bool:
-    return bool(raised.code() is grpc.StatusCode.UNAVAILABLE)
 
 
 def _class_of(status: str, reason: str) -> type[DeltamuxError]:

@@ -12,8 +12,9 @@ import grpc
 
 from deltamux.client import calls
 from deltamux.client.calls import Call, Page, Prompt
-from deltamux.client.channel import OPTIONS, Connection, delays, error_of, worth_retrying
+from deltamux.client.channel import OPTIONS, Connection, error_of
 from deltamux.client.results import Adapter, AdapterEvent, AdapterVersion, ApiKey, Generation, Tenant
+from deltamux.client.retrying import RETRIES, Attempts
 from deltamux.client.uploads import Progress, upload_messages
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.inference_pb2_grpc import InferenceStub
@@ -29,16 +30,24 @@ class Client:
         address: ``host:port`` or ``unix:path``.
         api_key: where the server asks for one.
         tls: True for the system's root certificates, or PEM bytes of the authority to trust.
-        timeout: seconds that a call may take, as its deadline; None waits for ever.
+        timeout: seconds that a call may take, as its deadline, retries included; None waits for ever.
+        retries: how often a call is sent again that the server refused for now (its status carries RetryInfo), after
+            the time that the server says: reads, uploads, and generations of which no token has come. 0 for never.
 
     Every method raises the family of `deltamux.errors`; each error has ``.code`` (a grpc.StatusCode), ``.reason`` and
     ``.metadata``.
     """
 
     def __init__(
-        self, address: str, *, api_key: str | None = None, tls: bool | bytes = False, timeout: float | None = None
+        self,
+        address: str,
+        *,
+        api_key: str | None = None,
+        tls: bool | bytes = False,
+        timeout: float | None = None,
+        retries: int = RETRIES,
     ) -> None:
-        self._connection = Connection(address, api_key, tls, timeout)
+        self._connection = Connection(address, api_key, tls, timeout, retries)
         credentials = self._connection.credentials()
         self._channel = (
             grpc.insecure_channel(address, options=OPTIONS)
@@ -101,8 +110,12 @@ class Client:
             promote: True serves the version at once; None does so for an adapter's first version only.
             progress: told bytes sent and bytes in all.
         """
-        messages = upload_messages(name, path, method=method, promote=promote, labels=labels, progress=progress)
-        return self._unary(Call("Adapters.UploadAdapter", messages, calls.read_version), timeout)
+
+        def messages() -> Iterator[Any]:
+            return upload_messages(name, path, method=method, promote=promote, labels=labels, progress=progress)
+
+        call = Call("Adapters.UploadAdapter", messages(), calls.read_version, again=messages, resend=True)
+        return self._unary(call, timeout)
 
     def get_adapter(self, name: str) -> Adapter:
         return self._unary(calls.get_adapter(name))
@@ -181,25 +194,34 @@ class Client:
         return self._unary(calls.delete_api_key(name))
 
     def _unary(self, call: Call[T], timeout: float | None = None) -> T:
-        pauses = delays() if call.idempotent else iter(())
+        attempts = self._attempts(call, timeout)
         while True:
             try:
-                return call.read(self._start(call, timeout))
+                return call.read(self._start(call, attempts))
             except grpc.RpcError as raised:
-                pause = next(pauses, None) if worth_retrying(raised) else None
-                if pause is None:
-                    raise error_of(raised) from raised
-                time.sleep(pause)
+                error = error_of(raised)
+                if (pause := attempts.pause(error)) is None:
+                    raise error from raised
+            time.sleep(pause)
 
     def _stream(self, call: Call[T], timeout: float | None = None) -> Iterator[T]:
-        stream = self._start(call, timeout)
-        try:
-            for message in stream:
-                yield call.read(message)
-        except grpc.RpcError as raised:
-            raise error_of(raised) from raised
-        finally:
-            stream.cancel()
+        attempts = self._attempts(call, timeout)
+        begun = False
+        while True:
+            stream = self._start(call, attempts)
+            try:
+                for message in stream:
+                    begun = True
+                    yield call.read(message)
+                return
+            except grpc.RpcError as raised:
+                error = error_of(raised)
+                pause = None if begun else attempts.pause(error)
+                if pause is None:
+                    raise error from raised
+            finally:
+                stream.cancel()
+            time.sleep(pause)
 
     def _all(self, page: Callable[[str], Call[Page[T]]]) -> list[T]:
         found: list[T] = []
@@ -210,9 +232,11 @@ class Client:
             if not (token := answer.next_token):
                 return found
 
-    def _start(self, call: Call[Any], timeout: float | None) -> Any:
+    def _attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
+        return Attempts(call, self._connection.retries, timeout if timeout is not None else self._connection.timeout)
+
+    def _start(self, call: Call[Any], attempts: Attempts) -> Any:
         service, _, method = call.method.partition(".")
-        deadline = timeout if timeout is not None else self._connection.timeout
         return getattr(self._stubs[service], method)(
-            call.request, timeout=deadline, metadata=self._connection.metadata()
+            attempts.request(), timeout=attempts.timeout(), metadata=self._connection.metadata()
         )
