@@ -14,8 +14,8 @@ Served as `LowRank` with the ranks that are left. Files are PEFT's, pruned.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from deltamux.deltas import BaseModel, LinearSite, LowRank, Op, Program
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, TrainingSchedule, hookimpl
 from deltamux_plugins.lora import IGNORED as IGNORED_BY_LORA
-from deltamux_plugins.peft_format import CAUSAL_LM, PREFIX
+from deltamux_plugins.peft_defaults import ADALORA_TARGETS, Names
+from deltamux_plugins.peft_format import AS_PEFT, CAUSAL_LM, PREFIX, refuse_to_train
+from deltamux_plugins.peft_keys import ADALORA_REFUSED
 from deltamux_plugins.targets import ALL_LINEAR, check_targeting, spelt, targets
 
 EPSILON = 1e-5
@@ -39,7 +41,7 @@ class AdaLoRAConfig:
         target_r: rank a projection is left with, on average.
         init_r: rank that every projection starts with.
         lora_alpha: numerator of the scale.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern: as LoRA's.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as LoRA's.
         lora_dropout: while training.
         tinit: updates before the pruning begins; None takes a tenth of the run.
         tfinal: updates after it has ended; None takes three tenths of the run.
@@ -50,10 +52,12 @@ class AdaLoRAConfig:
         rank_pattern: which of the init_r triplets are left, by tensor; written at the end.
     """
 
+    peft_targets: ClassVar[Mapping[str, Names]] = ADALORA_TARGETS
+
     target_r: int = 8
     init_r: int = 12
     lora_alpha: float = 8
-    target_modules: tuple[str, ...] | str = ALL_LINEAR
+    target_modules: tuple[str, ...] | str | None = ALL_LINEAR
     exclude_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | int | None = None
     layers_pattern: tuple[str, ...] | str | None = None
@@ -65,10 +69,10 @@ class AdaLoRAConfig:
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
     total_step: int | None = None
-    rank_pattern: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    rank_pattern: Mapping[str, tuple[bool, ...]] | None = None
+    modules_to_save: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", self.target_modules or ALL_LINEAR)
         check_targeting(self)
         if not 1 <= self.target_r <= self.init_r:
             raise _invalid("target_r", f"is from 1 to init_r {self.init_r}, not {self.target_r}")
@@ -82,7 +86,7 @@ class AdaLoRAConfig:
         return (self.lora_alpha if self.lora_alpha > 0 else self.init_r) / (self.init_r + EPSILON)
 
     def rank(self, site: LinearSite) -> int:
-        pattern = self.rank_pattern.get(f"{site.name}.lora_E")
+        pattern = (self.rank_pattern or {}).get(f"{site.name}.lora_E")
         return self.init_r if pattern is None else sum(pattern)
 
 
@@ -94,6 +98,7 @@ def deltamux_parameters(config: AdaLoRAConfig, base: BaseModel) -> dict[str, Par
     def small(tensor: Tensor) -> None:
         torch.nn.init.normal_(tensor, std=0.02)
 
+    refuse_to_train(config, "modules_to_save")
     parameters: dict[str, ParameterSpec] = {}
     for site in targets(config, base):
         a, e, b = _names(site)
@@ -202,7 +207,7 @@ class RankSchedule(TrainingSchedule):
 @hookimpl
 def deltamux_config(config: AdaLoRAConfig, base: BaseModel) -> dict[str, Any]:
     values = asdict(replace(config, target_modules=spelt(config, base)))
-    values["rank_pattern"] = {name: list(alive) for name, alive in config.rank_pattern.items()} or None
+    values["rank_pattern"] = {name: list(alive) for name, alive in (config.rank_pattern or {}).items()} or None
     values.update(total_step=config.total_step or 1, tinit=config.tinit or 0, tfinal=config.tfinal or 0)
     if values["tinit"] >= values["total_step"] - values["tfinal"]:
         values.update(tinit=0, tfinal=0)  # PEFT refuses a schedule without room for pruning, also when it only loads
@@ -250,6 +255,8 @@ def deltamux_method() -> MethodInfo:
         peft_type="ADALORA",
         config_class=AdaLoRAConfig,
         ignored_keys=IGNORED_BY_LORA | {"r", "alpha_pattern", "bias", "init_lora_weights"},
+        refused_keys=ADALORA_REFUSED,
+        file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,
         learning_rate=1e-3,

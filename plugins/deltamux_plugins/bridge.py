@@ -12,15 +12,23 @@ inference (one that depends on the token, say) is refused instead of served wron
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deltamux.deltas import BaseModel, Bias, Checkpoint, Dense, LinearSite, LowRank, Op, Program
-from deltamux.errors import BaseMismatchError, FailedPreconditionError, InvalidAdapterError, InvalidConfigError
+from deltamux.errors import (
+    BaseMismatchError,
+    DeltamuxError,
+    FailedPreconditionError,
+    InvalidAdapterError,
+    InvalidConfigError,
+    UnknownMethodError,
+)
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.peft_defaults import model_types
 from deltamux_plugins.peft_format import BOOKKEEPING, PREFIX
 
 OWN_TYPE = "DELTAMUX_BRIDGE"
@@ -31,8 +39,21 @@ EXACT = 1e-5
 """Largest share of a change that a low rank may leave out: float32's rounding."""
 
 TOLERANCE = 1e-3
-NO_DELTAS = ("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "SHADOW", "XLORA")
-"""Types of PEFT that change no projection's weight."""
+NOT_SERVED = {
+    "ADAPTION_PROMPT": "adds a gated attention over trained prompts to the upper layers",
+    "CARTRIDGE": "puts trained keys and values of its own layout in front of the cache",
+    "CPT": "trains the embeddings of its prompt's tokens",
+    "MULTITASK_PROMPT_TUNING": "chooses a soft prompt by a task that each request names",
+    "POLY": "mixes several adapters by a task that each request names",
+    "SHADOW": "runs a second, smaller network beside the base",
+    "TRAINABLE_TOKENS": "changes rows of the token embedding, and of the output head where the two are tied",
+    "XLORA": "mixes several LoRAs by a classifier that reads the base's hidden states",
+}
+"""Types of PEFT that are not a change of projections' weights, with what they are."""
+
+ADVICE = (
+    "LoRA, IA3, prompt tuning, P-tuning and prefix tuning are served, and every type of PEFT that folds into weights"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +70,14 @@ class BridgeConfig:
 @hookimpl
 def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
     kind = checkpoint.config.get("peft_type")
-    if not isinstance(kind, str) or kind in NO_DELTAS or kind not in _types():
+    if isinstance(kind, str) and kind in NOT_SERVED:
+        raise UnknownMethodError(
+            f"adapters of PEFT's type {kind} are not served: it {NOT_SERVED[kind]}, which is not a change of "
+            f"projections' weights. {ADVICE}",
+            reason="METHOD_NOT_SERVED",
+            metadata={"field": "peft_type", "peft_type": kind},
+        )
+    if not isinstance(kind, str) or kind not in _types():
         return None
     return Checkpoint(
         {"values": dict(checkpoint.config), "peft_type": OWN_TYPE}, checkpoint.tensors, checkpoint.metadata
@@ -107,12 +135,17 @@ def _adapted(config: BridgeConfig, base: BaseModel, tensors: Mapping[str, Tensor
             reason="PEFT_MISSING",
         ) from None
     kind = peft.PeftType(str(config.values["peft_type"]))
-    values = {key: value for key, value in config.values.items() if key not in BOOKKEEPING | {"peft_type"}}
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
-        own = PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values)
+        own = config_class(**_values(config, {field.name for field in fields(config_class)}))
         model = peft.get_peft_model(_projections(base), own).eval()
+    except DeltamuxError:
+        raise
     except Exception as error:
-        raise InvalidConfigError(f"PEFT refuses this config: {type(error).__name__}: {error}") from error
+        problem = f"{type(error).__name__}: {error}"[:400]
+        raise InvalidConfigError(
+            f"PEFT {peft.__version__} does not build this {kind.value} adapter on {base.architecture}: {problem}"
+        ) from error
     expected = get_peft_model_state_dict(model)
     for name, tensor in expected.items():
         if tuple(tensors[name].shape) != tuple(tensor.shape):
@@ -126,11 +159,30 @@ def _adapted(config: BridgeConfig, base: BaseModel, tensors: Mapping[str, Tensor
     return model
 
 
+def _values(config: BridgeConfig, known: set[str]) -> dict[str, Any]:
+    """Returns the keys that PEFT's config class has; one that it lacks may only be there unset.
+
+    Raises:
+        InvalidConfigError: one is set that it lacks.
+    """
+    values = {key: value for key, value in config.values.items() if key not in BOOKKEEPING | {"peft_type"}}
+    for key, value in values.items():
+        if key not in known and value not in (None, False, "", [], {}):
+            raise InvalidConfigError(
+                f"PEFT's {config.values['peft_type']} has no option {key[:80]!r}, and would ignore its value "
+                f"{value!r:.80}: delete it from adapter_config.json if the adapter was trained without it",
+                metadata={"field": key},
+            )
+    return {key: value for key, value in values.items() if key in known}
+
+
 def _projections(base: BaseModel) -> nn.Module:
     """Returns a tree of modules that holds the base's projections at their paths, in float32."""
     from transformers.pytorch_utils import Conv1D
 
     root = _Tree()
+    # PEFT looks the targets that a config leaves open up by it.
+    root.config = {"model_type": next(iter(model_types(base.architecture)), "custom")}
     for site in base.linears:
         module: Any
         if site.transposed:
@@ -153,6 +205,8 @@ def _projections(base: BaseModel) -> nn.Module:
 
 class _Tree(nn.Module):
     """Holds modules at their paths; it is never run as a whole."""
+
+    config: dict[str, str]
 
 
 def _changes(base: BaseModel, site: LinearSite, module: Any) -> Iterator[Op]:

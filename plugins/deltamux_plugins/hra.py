@@ -21,7 +21,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, LinearSite, LowRank, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, shaped
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, spelt, targets
 
 
@@ -54,6 +54,7 @@ class HRAConfig(Targeted):
 
 @hookimpl
 def deltamux_parameters(config: HRAConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    refuse_to_train(config, "modules_to_save")
     if config.r % 2 or (config.apply_GS and config.init_weights):
         raise InvalidConfigError(
             "r is even in training, and without apply_GS: only equal pairs of reflections begin as the identity",
@@ -119,6 +120,7 @@ def deltamux_method() -> MethodInfo:
         peft_type="HRA",
         config_class=HRAConfig,
         ignored_keys=BOOKKEEPING,
+        file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,
         learning_rate=1e-3,

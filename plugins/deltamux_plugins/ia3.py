@@ -21,8 +21,9 @@ from deltamux.deltas import BaseModel, BlockRole, Checkpoint, LinearSite, Op, Pr
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import adapterhub
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX
-from deltamux_plugins.targets import matches
+from deltamux_plugins.peft_defaults import IA3_FEEDFORWARD, IA3_TARGETS, Names, default_targets, model_types
+from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train
+from deltamux_plugins.targets import is_left_out, listed, matches, nothing_matches
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 
@@ -32,9 +33,11 @@ class IA3Config:
     """PEFT's IA3Config.
 
     Attributes:
-        target_modules: names, endings or a regular expression; None: keys, values and each feed-forward's output
-            projection (GPT-2's fused attention projection whole), as PEFT chooses.
-        feedforward_modules: those of the targets whose input is scaled instead of their output.
+        target_modules: names, endings or a regular expression; None: what PEFT takes for the base's model type, and
+            where it has no choice, keys, values and each feed-forward's output projection.
+        feedforward_modules: those of the targets whose input is scaled instead of their output: endings, of a name too,
+            or a regular expression; None: PEFT's choice.
+        modules_to_save: see `deltamux_plugins.targets.Targeted`.
         init_ia3_weights: whether fresh factors are one; False draws them, for tests.
     """
 
@@ -42,6 +45,15 @@ class IA3Config:
     exclude_modules: tuple[str, ...] | str | None = None
     feedforward_modules: tuple[str, ...] | str | None = None
     init_ia3_weights: bool = True
+    modules_to_save: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        inputs, targets = self.feedforward_modules, self.target_modules
+        if isinstance(inputs, tuple) and isinstance(targets, tuple) and not set(inputs) <= set(targets):
+            raise InvalidConfigError(
+                f"feedforward_modules ({listed(inputs)}) must all be among target_modules ({listed(targets)})",
+                metadata={"field": "feedforward_modules"},
+            )
 
 
 # Train.
@@ -49,6 +61,7 @@ class IA3Config:
 
 @hookimpl
 def deltamux_parameters(config: IA3Config, base: BaseModel) -> dict[str, ParameterSpec]:
+    refuse_to_train(config, "modules_to_save")
     init = torch.nn.init.ones_ if config.init_ia3_weights else torch.nn.init.normal_
     return {
         name: ParameterSpec((1, site.in_features) if scales_input else (site.out_features, 1), init)
@@ -59,7 +72,7 @@ def deltamux_parameters(config: IA3Config, base: BaseModel) -> dict[str, Paramet
 @hookimpl
 def deltamux_config(config: IA3Config, base: BaseModel) -> dict[str, Any]:
     targets = list(_targets(config, base))
-    if config.target_modules is None:
+    if config.target_modules is None or config.feedforward_modules is None:
         # Whole endings of two components, since GPT-2 calls both of its output projections c_proj.
         endings = {ending(site) for site, _, _ in targets}
         inputs = {ending(site) for site, scales_input, _ in targets if scales_input}
@@ -88,25 +101,29 @@ def deltamux_program(config: IA3Config, base: BaseModel, tensors: Mapping[str, T
 
 def _targets(config: IA3Config, base: BaseModel) -> Iterator[tuple[LinearSite, bool, str]]:
     """Yields (site, whether its input is scaled, tensor's name)."""
-    outputs = {block.output_module for block in base.blocks if block.role is BlockRole.FEED_FORWARD}
+    names, inputs = _names(config, base)
     found = False
     for site in base.linears:
-        if config.exclude_modules and matches(config.exclude_modules, site.name):
-            continue
-        if config.target_modules is None:
-            scales_input = site.name in outputs
-            meant = scales_input or site.name.endswith(KEYS_AND_VALUES)
-        else:
-            meant = matches(config.target_modules, site.name)
-            scales_input = bool(config.feedforward_modules) and matches(config.feedforward_modules or (), site.name)
-        if meant:
+        if not is_left_out(config, site.name) and matches(names, site.name):
             found = True
+            scales_input = matches(inputs, site.name) if isinstance(inputs, str) else site.name.endswith(inputs)
             yield site, scales_input, f"{PREFIX}{site.name}.ia3_l"
     if not found:
-        raise InvalidConfigError(
-            f"target_modules {config.target_modules!r} names no projection of {base.architecture}",
-            metadata={"field": "target_modules"},
-        )
+        raise nothing_matches(names, [site.name for site in base.linears], base, "projection")
+
+
+def _names(config: IA3Config, base: BaseModel) -> tuple[Names, Names]:
+    """Returns target_modules and feedforward_modules, PEFT's choice where they are None."""
+    known = any(kind in IA3_TARGETS for kind in model_types(base.architecture))
+    names, inputs = config.target_modules, config.feedforward_modules
+    outputs = tuple(block.output_module for block in base.blocks if block.role is BlockRole.FEED_FORWARD)
+    if names is None and not known:
+        names = tuple(s.name for s in base.linears if s.name in outputs or s.name.endswith(KEYS_AND_VALUES))
+    elif names is None:
+        names = default_targets(IA3_TARGETS, base)
+    if inputs is None:
+        inputs = default_targets(IA3_FEEDFORWARD, base) if known else outputs
+    return names, inputs
 
 
 def ending(site: LinearSite) -> str:

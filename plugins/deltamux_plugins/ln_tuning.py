@@ -16,18 +16,28 @@ from typing import Any
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, NormAffine, NormSite, Program
-from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX
-from deltamux_plugins.targets import matches
+from deltamux_plugins.peft_defaults import LN_TARGETS, default_targets
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train
+from deltamux_plugins.targets import is_left_out, matches, nothing_matches
+
+ALL_NORMS = "all-norms"
 
 
 @dataclass(frozen=True)
 class LNTuningConfig:
-    """PEFT's LNTuningConfig; target_modules None takes every norm."""
+    """PEFT's LNTuningConfig.
 
-    target_modules: tuple[str, ...] | str | None = None
+    Attributes:
+        target_modules: names, endings or a regular expression; "all-norms"; None: what PEFT takes for the base's model
+            type.
+        exclude_modules: as target_modules; wins over it.
+        modules_to_save: see `deltamux_plugins.targets.Targeted`.
+    """
+
+    target_modules: tuple[str, ...] | str | None = ALL_NORMS
     exclude_modules: tuple[str, ...] | str | None = None
+    modules_to_save: tuple[str, ...] | None = None
 
 
 # Train.
@@ -35,6 +45,8 @@ class LNTuningConfig:
 
 @hookimpl
 def deltamux_parameters(config: LNTuningConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    refuse_to_train(config, "modules_to_save")
+
     def copy_of(name: str) -> Any:
         return lambda tensor: tensor.copy_(base.tensor(name))
 
@@ -48,7 +60,7 @@ def deltamux_parameters(config: LNTuningConfig, base: BaseModel) -> dict[str, Pa
 @hookimpl
 def deltamux_config(config: LNTuningConfig, base: BaseModel) -> dict[str, Any]:
     names = tuple(sorted({site.name.rpartition(".")[2] for site in _targets(config, base)}))
-    spelt = config if config.target_modules is not None else replace(config, target_modules=names)
+    spelt = config if config.target_modules not in (None, ALL_NORMS) else replace(config, target_modules=names)
     return {**asdict(spelt), **CAUSAL_LM}
 
 
@@ -74,17 +86,14 @@ def _tensors(site: NormSite) -> Iterator[tuple[str, str]]:
 
 
 def _targets(config: LNTuningConfig, base: BaseModel) -> list[NormSite]:
+    names = default_targets(LN_TARGETS, base) if config.target_modules is None else config.target_modules
     targets = [
         site
         for site in base.norms
-        if (config.target_modules is None or matches(config.target_modules, site.name))
-        and not (config.exclude_modules and matches(config.exclude_modules, site.name))
+        if (names == ALL_NORMS or matches(names, site.name)) and not is_left_out(config, site.name)
     ]
     if not targets:
-        raise InvalidConfigError(
-            f"target_modules {config.target_modules!r} names no norm of {base.architecture}",
-            metadata={"field": "target_modules"},
-        )
+        raise nothing_matches(names, [site.name for site in base.norms], base, "norm")
     return targets
 
 
@@ -98,6 +107,7 @@ def deltamux_method() -> MethodInfo:
         peft_type="LN_TUNING",
         config_class=LNTuningConfig,
         ignored_keys=BOOKKEEPING,
+        file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,
         learning_rate=3e-3,

@@ -22,6 +22,7 @@ from deltamux.deltas import BaseModel, LinearSite, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.peft_format import (
+    AS_PEFT,
     BOOKKEEPING,
     CAUSAL_LM,
     PREFIX,
@@ -72,7 +73,7 @@ class LoHaConfig(Targeted):
 
 @hookimpl
 def deltamux_parameters(config: LoHaConfig, base: BaseModel) -> dict[str, ParameterSpec]:
-    refuse_to_train(config, "rank_dropout", "module_dropout")
+    refuse_to_train(config, "rank_dropout", "module_dropout", "modules_to_save")
 
     def he(tensor: Tensor) -> None:
         torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
@@ -121,6 +122,7 @@ def deltamux_method() -> MethodInfo:
         peft_type="LOHA",
         config_class=LoHaConfig,
         ignored_keys=BOOKKEEPING | {"use_effective_conv2d"},
+        file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,
         learning_rate=1e-3,

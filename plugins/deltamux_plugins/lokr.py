@@ -23,7 +23,7 @@ from deltamux.deltas import BaseModel, Dense, LinearSite, LowRank, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.loha import LoHaConfig
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import spelt, targets
 
 
@@ -60,7 +60,7 @@ class LoKrConfig(LoHaConfig):
 
 @hookimpl
 def deltamux_parameters(config: LoKrConfig, base: BaseModel) -> dict[str, ParameterSpec]:
-    refuse_to_train(config, "rank_dropout", "module_dropout")
+    refuse_to_train(config, "rank_dropout", "module_dropout", "modules_to_save")
 
     def he(tensor: Tensor) -> None:
         torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
@@ -144,6 +144,7 @@ def deltamux_method() -> MethodInfo:
         peft_type="LOKR",
         config_class=LoKrConfig,
         ignored_keys=BOOKKEEPING | {"use_effective_conv2d"},
+        file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,
         learning_rate=1e-3,

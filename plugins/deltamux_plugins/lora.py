@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,9 @@ from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import adapterhub
 from deltamux_plugins.dora import magnitude_ops, row_norms
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX
+from deltamux_plugins.peft_defaults import LORA_TARGETS, Names
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train
+from deltamux_plugins.peft_keys import LORA_REFUSED
 from deltamux_plugins.targets import ALL_LINEAR, by_pattern, check_targeting, spelt, targets
 
 # These initialisations move a part of the base's weights into the factors: the adapter fits its own changed base only.
@@ -50,7 +52,8 @@ class LoRAConfig:
     Attributes:
         r: rank.
         lora_alpha: numerator of the scale.
-        target_modules: module names or their endings, a regular expression over whole paths, or "all-linear".
+        target_modules: module names or their endings, a regular expression over whole paths, "all-linear", or None:
+            what PEFT takes for the base's model type.
         exclude_modules: as target_modules; wins over it.
         layers_to_transform: layer indices to restrict the targets to.
         rank_pattern: rank by pattern over paths; the first that matches the path's end wins.
@@ -60,11 +63,14 @@ class LoRAConfig:
         bias: none, all (every bias of the base is trained) or lora_only (those of the targets).
         init_lora_weights: True (A Kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero). Files
             may say how else PEFT began; training here begins in one of the two ways.
+        modules_to_save: see `deltamux_plugins.targets.Targeted`.
     """
+
+    peft_targets: ClassVar[Mapping[str, Names]] = LORA_TARGETS
 
     r: int = 8
     lora_alpha: float = 8
-    target_modules: tuple[str, ...] | str = ALL_LINEAR
+    target_modules: tuple[str, ...] | str | None = ALL_LINEAR
     exclude_modules: tuple[str, ...] | str | None = None
     layers_to_transform: tuple[int, ...] | int | None = None
     layers_pattern: tuple[str, ...] | str | None = None
@@ -75,9 +81,9 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     bias: str = "none"
     init_lora_weights: bool | str = True
+    modules_to_save: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", self.target_modules or ALL_LINEAR)
         check_targeting(self)
         if any(r < 1 for r in (self.r, *self.rank_pattern.values())):
             raise _invalid("r", f"and rank_pattern hold positive integers, not {self.r} and {dict(self.rank_pattern)}")
@@ -115,6 +121,7 @@ def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, Parame
         raise _invalid(
             "init_lora_weights", f"{config.init_lora_weights!r} cannot be trained from; say true or gaussian"
         )
+    refuse_to_train(config, "modules_to_save")
     parameters: dict[str, ParameterSpec] = {}
     for site in targets(config, base):
         rank = config.rank(site)
@@ -216,6 +223,8 @@ def deltamux_method() -> MethodInfo:
         peft_type="LORA",
         config_class=LoRAConfig,
         ignored_keys=IGNORED,
+        refused_keys=LORA_REFUSED,
+        file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,
         learning_rate=2e-4,

@@ -22,7 +22,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, Dense, LinearSite, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, spelt, targets
 
 PEFT_VERSION = "0.21.0"
@@ -75,7 +75,7 @@ class OFTConfig(Targeted):
 
 @hookimpl
 def deltamux_parameters(config: OFTConfig, base: BaseModel) -> dict[str, ParameterSpec]:
-    refuse_to_train(config, "module_dropout")
+    refuse_to_train(config, "module_dropout", "modules_to_save")
 
     def init(tensor: Tensor) -> None:
         torch.nn.init.zeros_(tensor) if config.init_weights else torch.nn.init.normal_(tensor, std=0.1)
@@ -164,6 +164,7 @@ def deltamux_method() -> MethodInfo:
         peft_type="OFT",
         config_class=OFTConfig,
         ignored_keys=BOOKKEEPING | {"fan_in_fan_out"},
+        file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,
         learning_rate=1e-3,

@@ -124,6 +124,7 @@ def deltamux_method() -> MethodInfo:
         peft_type="P_TUNING",
         config_class=PTuningConfig,
         ignored_keys=BOOKKEEPING,
+        file_defaults={"num_virtual_tokens": None},
         merges=False,
         in_peft=True,
         learning_rate=3e-3,

@@ -25,6 +25,9 @@ BOOKKEEPING = frozenset(
 )
 """Keys of every adapter_config.json that change nothing that is served."""
 
+AS_PEFT = {"target_modules": None}
+"""What PEFT takes a file to say that names no targets: those of the base's model type, not every projection."""
+
 CAUSAL_LM = {"task_type": "CAUSAL_LM", "inference_mode": True}
 """What an adapter_config.json must say so that PEFT attaches it to a causal model."""
 

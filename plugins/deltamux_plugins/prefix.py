@@ -202,6 +202,7 @@ def deltamux_method() -> MethodInfo:
         peft_type="PREFIX_TUNING",
         config_class=PrefixConfig,
         ignored_keys=BOOKKEEPING,
+        file_defaults={"num_virtual_tokens": None},
         merges=False,
         in_peft=True,
         learning_rate=1e-2,

@@ -143,6 +143,7 @@ def deltamux_method() -> MethodInfo:
         peft_type="PROMPT_TUNING",
         config_class=PromptConfig,
         ignored_keys=BOOKKEEPING | {"tokenizer_kwargs"},
+        file_defaults={"num_virtual_tokens": None},
         merges=False,
         in_peft=True,
         learning_rate=3e-2,

@@ -5,31 +5,40 @@ Patterns come with uploads, so they are matched with a time limit: a hostile one
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from typing import Any, ClassVar, Protocol
 
 import regex
 
 from deltamux.deltas import BaseModel, LinearSite
 from deltamux.errors import InvalidConfigError
+from deltamux_plugins.peft_defaults import LORA_TARGETS, Names, default_targets
 
 ALL_LINEAR = "all-linear"
 SECONDS_A_MATCH = 0.05
-Names = tuple[str, ...] | str
+SHOWN = 6
+"""How many names a message lists at most."""
 
 
 class Targeting(Protocol):
     """The fields of a config that choose its targets."""
 
+    peft_targets: ClassVar[Mapping[str, Names]]
+
     @property
-    def target_modules(self) -> Names: ...
+    def target_modules(self) -> Names | None: ...
     @property
     def exclude_modules(self) -> Names | None: ...
     @property
     def layers_to_transform(self) -> tuple[int, ...] | int | None: ...
     @property
     def layers_pattern(self) -> Names | None: ...
+    @property
+    def modules_to_save(self) -> tuple[str, ...] | None: ...
 
 
 @dataclass(frozen=True)
@@ -37,19 +46,25 @@ class Targeted:
     """A config that chooses its targets as PEFT's do.
 
     Attributes:
-        target_modules: module names or their endings, a regular expression over whole paths, or "all-linear".
+        peft_targets: what PEFT takes for a target_modules of null, by transformers' model type.
+        target_modules: module names or their endings, a regular expression over whole paths, "all-linear", or None:
+            what PEFT takes for the base's model type.
         exclude_modules: as target_modules; wins over it.
         layers_to_transform: layer indices to restrict the targets to.
         layers_pattern: name of the list of layers that layers_to_transform counts in.
+        modules_to_save: modules that PEFT trained whole; none of them is a target. Served where the file leaves them as
+            they are in the base.
     """
 
-    target_modules: Names = ALL_LINEAR
+    peft_targets: ClassVar[Mapping[str, Names]] = LORA_TARGETS
+
+    target_modules: Names | None = ALL_LINEAR
     exclude_modules: Names | None = None
     layers_to_transform: tuple[int, ...] | int | None = None
     layers_pattern: Names | None = None
+    modules_to_save: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target_modules", self.target_modules or ALL_LINEAR)
         check_targeting(self)
 
 
@@ -70,16 +85,61 @@ def targets(config: Targeting, base: BaseModel) -> list[LinearSite]:
     """Returns the projections that a config means, in the model's order.
 
     Raises:
-        InvalidConfigError: there is none, or a pattern is no regular expression.
+        InvalidConfigError: there is none, or a pattern is not a regular expression.
     """
-    chosen = [site for site in base.linears if _is_target(config, site)]
+    names = config.target_modules
+    if names is None:
+        names = default_targets(config.peft_targets, base)
+    chosen = [site for site in base.linears if _is_target(config, names, site)]
     if not chosen:
-        raise InvalidConfigError(
-            f"target_modules {config.target_modules!r} names no projection of {base.architecture}; it has: "
-            + ", ".join(sorted({site.name.rpartition(".")[2] for site in base.linears})),
-            metadata={"field": "target_modules"},
-        )
+        raise nothing_matches(names, [site.name for site in base.linears], base, "projection", _narrowed(config))
     return chosen
+
+
+def nothing_matches(
+    names: Names, paths: list[str], base: BaseModel, kind: str, narrowed: str = ""
+) -> InvalidConfigError:
+    """Returns the refusal of a config whose target_modules mean none of the modules at `paths`.
+
+    Args:
+        kind: what the modules are: projection, norm.
+        narrowed: the options that leave out what target_modules alone would mean; "" for none.
+    """
+    endings = sorted({path.rpartition(".")[2] for path in paths})
+    has = f"this base has: {listed(endings, 12)}"
+    if isinstance(names, str) and not is_all_linear(names) and any(matches((names,), path) for path in paths):
+        example = next(path for path in paths if matches((names,), path))
+        expression = json.dumps(rf".*\.{names}")
+        problem = (
+            f"target_modules is the string {names!r}: PEFT takes a string as a regular expression over whole paths "
+            f"such as {example!r}, and this one matches none. Write {expression}, or the list {json.dumps([names])}"
+        )
+    elif isinstance(names, str) and not is_all_linear(names):
+        problem = (
+            f"target_modules {names[:200]!r} is a regular expression over whole paths, and matches no {kind} of "
+            f"{base.architecture}, whose paths are such as {paths[0]!r}; {has}"
+        )
+    elif narrowed and any(matches(names, path) for path in paths):
+        problem = f"{narrowed} leave none of the {kind}s that target_modules names; {has}"
+    else:
+        shown = names if isinstance(names, str) else listed(names)
+        problem = (
+            f"target_modules ({shown}) names no {kind} of {base.architecture}; {has}. The adapter was made for a model "
+            "of another family: serve it on that one"
+        )
+    return InvalidConfigError(problem, metadata={"field": "target_modules"})
+
+
+def listed(names: Any, most: int = SHOWN) -> str:
+    """Returns names for a message: the first few, and how many more there are."""
+    known = [str(name)[:80] for name in names]
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(known[:most]) + more
+
+
+def _narrowed(config: Targeting) -> str:
+    options = ("exclude_modules", "layers_to_transform", "modules_to_save")
+    return " and ".join(name for name in options if getattr(config, name) not in (None, (), ""))
 
 
 def matches(names: Names, path: str) -> bool:
@@ -92,66 +152,86 @@ def matches(names: Names, path: str) -> bool:
 def by_pattern(patterns: Mapping[str, Any], path: str) -> Any:
     """Returns the value of the first pattern that matches the end of a path, as PEFT looks ranks and alphas up."""
     for pattern, value in patterns.items():
-        if path == pattern or fully_matches(rf"(?:.*\.)?(?:{pattern})", path):
+        if _match(rf"(.*\.)?({pattern})$", path):
             return value
-    return None
+    return patterns.get(path)
 
 
 def fully_matches(pattern: str, path: str) -> bool:
     """Matches a regular expression over a whole path.
 
     Raises:
-        InvalidConfigError: it is none, or takes too long.
+        InvalidConfigError: it is not one, or takes too long.
     """
+    found = _match(pattern, path, whole=True)
+    return found is not None
+
+
+def _match(pattern: str, path: str, *, whole: bool = False) -> Any:
+    _check_pattern(pattern)
     try:
-        return regex.fullmatch(pattern, path, timeout=SECONDS_A_MATCH) is not None
+        compiled = regex.compile(pattern)
+        found = compiled.fullmatch if whole else compiled.match
+        return found(path, timeout=SECONDS_A_MATCH)
     except regex.error as error:
-        raise InvalidConfigError(f"{pattern!r} is no regular expression: {error}") from error
+        raise InvalidConfigError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
     except TimeoutError:
-        raise InvalidConfigError(f"the regular expression {pattern!r:.80} takes too long on {path!r}") from None
+        raise InvalidConfigError(f"the regular expression {pattern[:80]!r} takes too long on {path!r}") from None
+
+
+@cache
+def _check_pattern(pattern: str) -> None:
+    """Raises InvalidConfigError for what Python's own `re`, which PEFT matches with, does not compile."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise InvalidConfigError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
 
 
 def spelt(config: Targeting, base: BaseModel) -> tuple[str, ...] | str:
     """Returns target_modules in a form that every version of PEFT resolves alike: ``all-linear`` by names."""
-    if not is_all_linear(config.target_modules):
+    if config.target_modules is not None and not is_all_linear(config.target_modules):
         return config.target_modules
     return tuple(sorted({site.name.rpartition(".")[2] for site in targets(config, base)}))
 
 
-def is_all_linear(names: Names) -> bool:
+def is_all_linear(names: Names | None) -> bool:
     return isinstance(names, str) and names.lower() == ALL_LINEAR
 
 
-def _is_regex(names: Names) -> bool:
+def _is_regex(names: Names | None) -> bool:
     return isinstance(names, str) and not is_all_linear(names)
 
 
-def _is_target(config: Targeting, site: LinearSite) -> bool:
-    if config.exclude_modules and matches(config.exclude_modules, site.name):
+def is_left_out(config: Any, path: str) -> bool:
+    """Tells whether exclude_modules or modules_to_save keep a module from being a target."""
+    if config.exclude_modules and matches(config.exclude_modules, path):
+        return True
+    return any(_match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
+
+
+def _is_target(config: Targeting, names: Names, site: LinearSite) -> bool:
+    if is_left_out(config, site.name):
         return False
-    names = config.target_modules
     if not is_all_linear(names) and not matches(names, site.name):
         return False
     if config.layers_to_transform in (None, ()) or (isinstance(names, tuple) and site.name in names):
         return True
-    return _in_layers(config, site)
+    return _in_layers(config, site.name)
 
 
-def _in_layers(config: Targeting, site: LinearSite) -> bool:
+def _in_layers(config: Targeting, path: str) -> bool:
     wanted = config.layers_to_transform
-    layer: int | None = site.layer
-    if config.layers_pattern:
-        patterns = (config.layers_pattern,) if isinstance(config.layers_pattern, str) else config.layers_pattern
-        layer = next((n for pattern in patterns if (n := _layer_behind(pattern, site.name)) is not None), None)
-    return layer == wanted if isinstance(wanted, int) else layer in (wanted or ())
+    layer = _layer(config.layers_pattern, path)
+    return layer is not None and (layer == wanted if isinstance(wanted, int) else layer in (wanted or ()))
 
 
-def _layer_behind(pattern: str, path: str) -> int | None:
-    """Returns the index that stands behind the name of a list of layers."""
-    try:
-        found = regex.match(rf".*\.(?:{pattern})\.(\d+)\.", path, timeout=SECONDS_A_MATCH)
-    except regex.error as error:
-        raise InvalidConfigError(f"{pattern!r} is no regular expression: {error}") from error
-    except TimeoutError:
-        raise InvalidConfigError(f"the regular expression {pattern!r:.80} takes too long on {path!r}") from None
-    return int(found.group(found.re.groups)) if found else None
+def _layer(layers_pattern: Names | None, path: str) -> int | None:
+    """Returns the index of a path's layer: behind the name of a list of layers, or the first behind two names."""
+    patterns = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern or ()
+    if not layers_pattern:
+        expressions = [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    else:
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
+    found = next((match for expression in expressions if (match := _match(expression, path))), None)
+    return int(found.group("idx")) if found else None

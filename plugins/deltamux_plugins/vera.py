@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,16 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, LinearSite, Program
 from deltamux.errors import BaseMismatchError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, low_rank_or_dense, shaped
+from deltamux_plugins.peft_defaults import VERA_TARGETS, Names
+from deltamux_plugins.peft_format import (
+    AS_PEFT,
+    BOOKKEEPING,
+    CAUSAL_LM,
+    PREFIX,
+    low_rank_or_dense,
+    refuse_to_train,
+    shaped,
+)
 from deltamux_plugins.targets import Targeted, spelt, targets
 
 SHARED_A, SHARED_B = "base_model.vera_A", "base_model.vera_B"
@@ -40,6 +49,8 @@ class VeRAConfig(Targeted):
         bias: none; adapters whose biases were trained are not served.
         init_weights: whether vectors start so; False is for tests of PEFT.
     """
+
+    peft_targets: ClassVar[Mapping[str, Names]] = VERA_TARGETS
 
     r: int = 256
     projection_prng_key: int = 0
@@ -62,6 +73,7 @@ class VeRAConfig(Targeted):
 
 @hookimpl
 def deltamux_parameters(config: VeRAConfig, base: BaseModel) -> dict[str, ParameterSpec]:
+    refuse_to_train(config, "modules_to_save")
     parameters: dict[str, ParameterSpec] = {}
     for site in targets(config, base):
         b, d = _names(site)
@@ -140,6 +152,7 @@ def deltamux_method() -> MethodInfo:
         peft_type="VERA",
         config_class=VeRAConfig,
         ignored_keys=BOOKKEEPING | {"fan_in_fan_out"},
+        file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,
         learning_rate=1e-2,

@@ -8,40 +8,111 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, get_type_hints
+from types import MappingProxyType
+from typing import Any, get_args, get_type_hints
 
 from deltamux.errors import InvalidConfigError
 
+PEFT_READ = (0, 21)
+"""The newest PEFT whose files are read."""
 
-def build_config(config_class: Any, values: Mapping[str, Any], *, ignored: frozenset[str], method: str) -> Any:
-    """Returns an instance of a frozen dataclass; null stands for a field's default.
+SHOWN = 6
+"""How many names a message lists at most."""
+
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+def build_config(
+    config_class: Any,
+    values: Mapping[str, Any],
+    *,
+    ignored: frozenset[str],
+    method: str,
+    refused: Mapping[str, str] = NOTHING,
+) -> Any:
+    """Returns an instance of a frozen dataclass; null is a value of those fields alone whose type has None.
 
     A field whose type is a dataclass is built from a mapping in the same way.
+
+    Args:
+        ignored: keys that change nothing.
+        refused: keys that cannot be served, with the reason.
 
     Raises:
         InvalidConfigError: unknown keys (all of them named), a value of another type, or out of range.
     """
-    _check_keys(config_class, values, ignored, method)
+    _check_keys(config_class, values, ignored, method, refused)
     hints = _hints(config_class)
-    given = {key: value for key, value in values.items() if key in hints and value is not None}
+    given = {key: value for key, value in values.items() if key in hints}
+    _check_nulls(config_class, given, method)
     try:
         return config_class(**{key: _typed(key, value, hints[key], method) for key, value in given.items()})
     except (TypeError, ValueError) as error:
         raise InvalidConfigError(f"method {method!r}: {error}", metadata={"method": method}) from error
 
 
-def _check_keys(config_class: Any, values: Mapping[str, Any], ignored: frozenset[str], method: str) -> None:
+def _check_nulls(config_class: Any, given: Mapping[str, Any], method: str) -> None:
+    """Raises InvalidConfigError for a null where a value is needed: it does not stand for the default."""
+    for field in dataclasses.fields(config_class):
+        if field.name in given and given[field.name] is None and not _takes_none(_hints(config_class)[field.name]):
+            has_default = field.default is not dataclasses.MISSING
+            default = f", or leave the key out for {field.default!r}" if has_default else ""
+            raise InvalidConfigError(
+                f"method {method!r}: {field.name} is null, but needs a value: give one{default}",
+                metadata={"field": field.name, "method": method},
+            )
+
+
+def _takes_none(hint: Any) -> bool:
+    return hint in (Any, None) or type(None) in get_args(hint)
+
+
+def _check_keys(
+    config_class: Any, values: Mapping[str, Any], ignored: frozenset[str], method: str, refused: Mapping[str, str]
+) -> None:
     fields = {field.name for field in dataclasses.fields(config_class)}
     # A key that is null, false or empty changes nothing, whatever a newer library may mean by it.
     given = {key for key, value in values.items() if value not in (None, False, "", [], {})}
     unknown = sorted(given - fields - ignored)
+    for key in unknown:
+        if key in refused:
+            shown = f"{values[key]!r:.80}"
+            raise InvalidConfigError(
+                f"method {method!r} is not served with {key} ({shown}): {refused[key]}",
+                metadata={"field": key, "method": method},
+            )
     if unknown:
         raise InvalidConfigError(
-            f"method {method!r} has no option {', '.join(map(repr, unknown))}; it has: {', '.join(sorted(fields))}",
+            f"method {method!r} has no option {_listed(unknown)}; it has: {', '.join(sorted(fields))}{_origin(values)}",
             metadata={"field": unknown[0], "method": method},
         )
+
+
+def _listed(keys: list[str]) -> str:
+    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+    return ", ".join(f"{key[:80]!r}" for key in keys[:SHOWN]) + more
+
+
+def _origin(values: Mapping[str, Any]) -> str:
+    """Returns what to do about keys that nobody knows in an adapter's file; "" for other configs."""
+    if "peft_type" not in values:
+        return ""
+    written = str(values.get("peft_version") or "")
+    found = re.match(r"(\d+)\.(\d+)", written)
+    if found and (int(found[1]), int(found[2])) > PEFT_READ:
+        newest = ".".join(map(str, PEFT_READ))
+        return (
+            f". The file was written by PEFT {written[:40]}, and a PEFT newer than {newest}, whose files are the newest"
+            f" that are read, brought the key. Save the adapter with PEFT {newest}, or train without the option"
+        )
+    return (
+        ". No PEFT that is read here has it: where it is a note that changes nothing, delete it from "
+        "adapter_config.json"
+    )
 
 
 def _typed(key: str, value: Any, hint: Any, method: str) -> Any:

@@ -45,6 +45,8 @@ class MethodInfo:
         config_class: a frozen dataclass; its fields are the keys of adapter_config.json and of ``--set``, and it checks
             its values in ``__post_init__`` (raise InvalidConfigError).
         ignored_keys: keys of foreign adapter_config.json files that do not change what is served, and are skipped.
+        refused_keys: keys that change what is served and cannot be; for each, why, and what to do.
+        file_defaults: what a file means that lacks a key, where it is something else than training's default.
         merges: whether its deltas fold into plain weights.
         in_peft: whether PEFT loads the files (peft_type is one of PEFT's).
         learning_rate: default for training, with `learning_rate_source` saying where it comes from.
@@ -66,6 +68,8 @@ class MethodInfo:
     learning_rate: float
     learning_rate_source: str
     ignored_keys: frozenset[str] = field(default_factory=frozenset)
+    refused_keys: Mapping[str, str] = field(default_factory=dict)
+    file_defaults: Mapping[str, Any] = field(default_factory=dict)
     files_of: str = ""
     trains: bool = True
     learning_rate_width: int | None = None

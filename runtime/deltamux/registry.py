@@ -74,7 +74,7 @@ class Method:
     def parse(self, values: Mapping[str, Any]) -> Any:
         """Returns the method's config from the values of adapter_config.json, a YAML file or ``--set``.
 
-        Null stands for a field's default.
+        Null is a value of those fields alone whose type has None.
 
         Raises:
             InvalidConfigError: unknown keys (all of them named), a value of another type, or out of range.
@@ -82,7 +82,9 @@ class Method:
         self._announce(self.name, "its config class")
         ignored = self.info.ignored_keys | {"peft_type", "base_model_name_or_path"}
         try:
-            return build_config(self.info.config_class, values, ignored=ignored, method=self.name)
+            return build_config(
+                self.info.config_class, values, ignored=ignored, method=self.name, refused=self.info.refused_keys
+            )
         except DeltamuxError:
             raise
         except _ANYTHING as error:
@@ -123,17 +125,32 @@ class Method:
             InvalidAdapterError: a tensor is missing, or not part of the method (unclaimed).
             BaseMismatchError: a site is missing or a shape does not fit the base.
         """
-        from deltamux.deltas import ClaimedTensors, Program
+        from deltamux.deltas import ClaimedTensors
+        from deltamux.deltas.leftovers import changed_leftovers, explained, unclaimed
 
         claimed = ClaimedTensors(tensors)
-        program: Program = self._checked("deltamux_program", Program, config=config, base=base, tensors=claimed)
+        try:
+            program = self._placed(config, base, claimed)
+            leftovers = changed_leftovers(claimed.leftovers(), tensors, base)
+            if leftovers:
+                raise unclaimed(leftovers, self.name, tensors, base)
+        except DeltamuxError as error:
+            if not self.info.in_peft:
+                raise
+            raise explained(error, tensors, base) from error
+        return program
+
+    def _placed(self, config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
+        """Returns the plugin's program, every op checked against its site."""
+        from deltamux.deltas import Program
+
+        program: Program = self._checked("deltamux_program", Program, config=config, base=base, tensors=tensors)
         try:
             program.placed(base)
         except DeltamuxError:
             raise
         except _ANYTHING as error:
             raise _failed(self.name, "the check of its program", error) from error
-        claimed.check_all_claimed(self.name)
         return program
 
     def merge(self, config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -247,12 +264,12 @@ class Registry:
         peft_type = checkpoint.config.get("peft_type")
         for method in self.methods():
             if peft_type is not None and method.info.peft_type == peft_type and not method.info.files_of:
-                return method, checkpoint
-        failed: PluginError | None = None
+                return method, _complete(method, checkpoint)
+        failed: DeltamuxError | None = None
         for method in self.methods():
             try:
                 own = method.recognise(checkpoint)
-            except PluginError as error:  # the next method may be the right one
+            except DeltamuxError as error:  # the next method may be the right one
                 failed = failed or error
                 continue
             if own is not None:
@@ -312,6 +329,12 @@ class Registry:
             if other.info.peft_type == info.peft_type and other.name != info.files_of:
                 return f"checkpoints of peft_type {info.peft_type!r} already belong to method {other.name!r}"
         return None
+
+
+def _complete(method: Method, checkpoint: Checkpoint) -> Checkpoint:
+    """Returns the checkpoint with the keys that its file lacks and that mean something else than in training."""
+    config = {**method.info.file_defaults, **checkpoint.config}
+    return dataclasses.replace(checkpoint, config=config)
 
 
 _ANYTHING = (Exception, SystemExit, GeneratorExit)

@@ -90,7 +90,7 @@ def test_what_cannot_be_trained_from_is_said_when_training_begins(base: BaseMode
 
 @pytest.mark.parametrize("pattern", ["(", "[z-a]", "(?P<"])
 def test_a_pattern_that_is_no_regular_expression_is_refused(pattern: str, base: BaseModel) -> None:
-    with pytest.raises(InvalidConfigError, match="is no regular expression"):
+    with pytest.raises(InvalidConfigError, match="is not a regular expression"):
         targets(Registry().get("lora").parse({"target_modules": pattern}), base)
 
 

@@ -1,33 +1,57 @@
-"""Turns other libraries' adapter directories into one that the server takes: AdapterHub's, and PEFT's with a pickle."""
+"""Turns other libraries' adapter directories into one that the server takes.
+
+AdapterHub's, MLX-LM's, PEFT's with a pickle, and state dicts of PEFT's models that did not pass through PEFT's saving:
+their tensors get the names that PEFT gives them in a file.
+"""
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltamux.deltas import Checkpoint
+from deltamux.deltas import BaseModel, Checkpoint
 from deltamux.deltas.checkpoint import CONFIG_FILE, TENSORS_FILE, check_dtypes, read_config, read_tensors
+from deltamux.deltas.tensor_names import SHARED, parse, read_names
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError
 from deltamux.registry import Registry
+from deltamux_plugins.targets import matches
 from deltamux_trainers.writing import replacing
 
 SAFE_FILES = (TENSORS_FILE, "adapter.safetensors")
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
 
+Note = Callable[[str], None]
+"""Told, in words, what was taken out of the tensors' names."""
 
-def convert(source: Path, destination: Path) -> str:
+
+def _silent(note: str) -> None:
+    pass
+
+
+def convert(
+    source: Path, destination: Path, *, adapter_name: str = "", model: str | Path = "", note: Note = _silent
+) -> str:
     """Writes an adapter directory as adapter_config.json and adapter_model.safetensors; whole, or not at all.
+
+    Args:
+        adapter_name: which of several adapters to take, where the tensors' names hold several.
+        model: directory or Hugging Face id of the base, whose modules' paths the tensors' names must lead to; "" takes
+            the paths as they are, without ``language_model`` in front and ``linear`` behind.
+        note: told what was taken out of the names.
 
     Returns:
         The name of the method that it is of.
 
     Raises:
         InvalidConfigError: an option cannot be served exactly; the metadata name it.
-        InvalidAdapterError, UnknownMethodError: the files are no adapter, or a pickle holds more than tensors.
-        FailedPreconditionError: the destination exists and is no empty directory.
+        InvalidAdapterError, UnknownMethodError: the files are not an adapter, a pickle holds more than tensors, or the
+            tensors are those of several adapters and `adapter_name` is none of them.
+        FailedPreconditionError: the destination exists and is not an empty directory.
     """
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise FailedPreconditionError(f"{destination} is not empty: choose another destination", reason="OUTPUT_EXISTS")
@@ -35,6 +59,10 @@ def convert(source: Path, destination: Path) -> str:
     _check_filled(foreign)
     method, checkpoint = Registry().recognise(foreign)
     method.parse(checkpoint.config)
+    if "peft_type" in foreign.config:
+        checkpoint = foreign
+    if method.info.in_peft:
+        checkpoint = renamed(checkpoint, adapter_name, _paths(model), note)
     with replacing(destination) as staging:
         checkpoint.write(staging)
     return method.name
@@ -50,6 +78,72 @@ def _check_filled(checkpoint: Checkpoint) -> None:
             reason="EMPTY_ADAPTER",
             metadata={"tensor": empty[0] if empty else ""},
         )
+
+
+def renamed(
+    checkpoint: Checkpoint, adapter_name: str, paths: Collection[str] | None, note: Note = _silent
+) -> Checkpoint:
+    """Returns a checkpoint with the names that PEFT gives its tensors.
+
+    Raises:
+        InvalidAdapterError: the names are those of several adapters, or two become one.
+    """
+    reading = read_names(checkpoint.tensors, paths, adapter_name)
+    _check_adapter(reading.adapters, adapter_name)
+    tensors: dict[str, Tensor] = {}
+    for name, own in reading.names.items():
+        if own in tensors:
+            raise InvalidAdapterError(
+                f"two tensors of the file are both {own[:200]!r} once their names are PEFT's, {name[:200]!r} among "
+                "them: keep one",
+                reason="AMBIGUOUS_TENSOR",
+                metadata={"tensor": name},
+            )
+        tensors[own] = checkpoint.tensors[name]
+    config = dict(checkpoint.config)
+    if reading.marks:
+        note(f"taken out of the tensors' names: {', '.join(reading.marks)}")
+        if config.get("target_modules") is not None:
+            config["target_modules"] = _targets(config["target_modules"], list(tensors))
+    return Checkpoint(config, tensors, checkpoint.metadata)
+
+
+def _check_adapter(found: tuple[str, ...], chosen: str) -> None:
+    named = [name for name in found if name]
+    is_open = len(found) > 1 and not chosen
+    if is_open or (chosen and chosen not in named):
+        known = ", ".join(name[:60] for name in named[:8]) or "none"
+        problem = f"the tensors' names hold several adapters ({known})" if is_open else f"no tensor is of {chosen!r}"
+        raise InvalidAdapterError(
+            f"{problem}: choose one of {known} with --adapter-name",
+            reason="AMBIGUOUS_ADAPTER",
+            metadata={"adapters": ",".join(named)},
+        )
+
+
+def _targets(targets: Any, names: list[str]) -> Any:
+    """Returns target_modules as they are where they mean every module of the file, else these modules by path."""
+    read = [parsed for name in names if (parsed := parse(name)) is not None and parsed.tail and parsed.path != SHARED]
+    modules = sorted({".".join(parsed.path) for parsed in read})
+    if not modules or targets == "all-linear":
+        return targets
+    listed = tuple(targets) if isinstance(targets, list) else targets
+    return targets if all(matches(listed, module) for module in modules) else modules
+
+
+def _paths(model: str | Path) -> set[str] | None:
+    """Returns the paths of a base's modules; None where no base is given."""
+    if not model:
+        return None
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise FailedPreconditionError(
+            f"base model {str(model)!r} cannot be read: {error}", reason="BASE_NOT_FOUND"
+        ) from error
+    return {site.name for site in BaseModel.from_config(config).sites.values()}
 
 
 def read_foreign(directory: Path) -> Checkpoint:

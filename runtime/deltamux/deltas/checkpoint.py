@@ -94,16 +94,9 @@ class ClaimedTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def check_all_claimed(self, method: str) -> None:
-        """Raises InvalidAdapterError naming the tensors that the method did not ask for."""
-        leftovers = sorted(set(self._tensors) - self._claimed)
-        if leftovers:
-            shown = ", ".join(leftovers[:3]) + (f" and {len(leftovers) - 3} more" if len(leftovers) > 3 else "")
-            raise InvalidAdapterError(
-                f"{len(leftovers)} tensor(s) of {TENSORS_FILE} are not part of method {method!r} on this base: {shown}",
-                reason="UNCLAIMED_TENSOR",
-                metadata={"tensor": leftovers[0], "count": str(len(leftovers))},
-            )
+    def leftovers(self) -> list[str]:
+        """Returns the names of the tensors that were not asked for."""
+        return sorted(set(self._tensors) - self._claimed)
 
 
 def _regular(path: Path) -> Path:
