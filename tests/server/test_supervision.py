@@ -23,7 +23,7 @@ from server.reference_engine import ReferenceEngine
 NAME = "tenants/acme/adapters/tickets"
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-FAST = RestartPolicy(first_delay=0.02, look_interval=0.01, ask_interval=0.02, patience=0.2)
+FAST = RestartPolicy(first_delay=0.02, look_interval=0.01, ask_interval=0.02, patience=0.1, longest_silence=0.3)
 
 
 class Lives:
@@ -108,8 +108,11 @@ async def test_an_engine_that_hangs_is_ended_and_replaced_and_questions_to_it_en
     engine = SupervisedEngine(lives(), lives, FAST)
     await engine.start()
     lives.engines[0].hang()
+    asking = asyncio.create_task(engine.ping())
+    await until(lambda: not engine.healthy)
+    assert lives.engines[0].healthy, "an engine that may be in a long step must not be ended at once"
     with pytest.raises(UnavailableError):
-        await engine.ping()
+        await asking
     await until(lambda: len(lives.engines) == 2 and engine.healthy)
     assert not lives.engines[0].healthy, "the old engine must have been ended before the new one starts"
     await engine.ping()

@@ -35,7 +35,7 @@ from storms.clients import Kind, StormClient, answer
 VICTIMS = ("engine", "compiler", "server")
 METHODS = {"lora": {"r": 4}, "houlsby": {"bottleneck": 8}, "prefix": {"num_virtual_tokens": 5}}
 CALM = "tenants/calm/adapters"
-OPTIONS = ("--max-lora-rank", "16", "--drain-seconds", "5", "--engine-restarts", "100000")
+OPTIONS = ("--max-lora-rank", "16", "--drain-seconds", "5", "--engine-restarts", "1000")
 
 
 @dataclass(frozen=True)

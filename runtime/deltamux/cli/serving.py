@@ -36,6 +36,7 @@ HELP = {
     "recompile": "compile stored adapters anew whose program is damaged or for another base, when they are used",
     "on_engine_death": "restart (the engine) or exit (the server, with status 1)",
     "engine_restarts": "restarts of the engine within ten minutes at most; one death more ends the server",
+    "engine_silence_seconds": "how long the engine may give no answer until it counts as hanging, and is ended",
     "drain_seconds": "how long requests under way may go on after SIGTERM",
     "auth": "none or keys",
     "admin_key_file": "the administrator's key (default: admin.key in the store; written where missing)",

@@ -35,7 +35,9 @@ class RestartPolicy:
         settled: an engine that has lived so long is restarted after `first_delay` again.
         look_interval: between looks at whether the engine lives.
         ask_interval: between questions to an engine that seems to live.
-        patience: how long an answer may take; an engine that takes longer hangs, and counts as dead.
+        patience: how long an answer may take; an engine that takes longer does not count as healthy.
+        longest_silence: how long no answer may come, at most; then the engine hangs, and counts as dead. Engines answer
+            between two steps, so this is more than the longest step takes.
     """
 
     restarts: int = 5
@@ -46,6 +48,7 @@ class RestartPolicy:
     look_interval: float = 0.1
     ask_interval: float = 10.0
     patience: float = 30.0
+    longest_silence: float = 120.0
 
 
 @dataclass(eq=False)
@@ -53,11 +56,13 @@ class _Life:
     """One engine, from its start to its death.
 
     Attributes:
+        silent: whether it owes an answer for longer than it may.
         ended: set once the engine is dead.
     """
 
     engine: Engine
     began: float
+    silent: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -112,7 +117,7 @@ class SupervisedEngine:
 
     @property
     def healthy(self) -> bool:
-        return self._life is not None and self._life.engine.healthy
+        return self._life is not None and self._life.engine.healthy and not self._life.silent
 
     async def generate(
         self,
@@ -202,22 +207,31 @@ class SupervisedEngine:
         ask_at = loop.time() + policy.ask_interval
         while life.engine.healthy:
             if loop.time() >= ask_at:
-                if not await self._answers(life.engine):
-                    return f"it has not answered for {policy.patience:g} s"
+                if not await self._answers(life):
+                    return f"it has not answered for {policy.longest_silence:g} s"
                 ask_at = loop.time() + policy.ask_interval
             await asyncio.sleep(policy.look_interval)
         return "its process has ended"
 
-    async def _answers(self, engine: Engine) -> bool:
-        """Whether the engine answers in time: one whose worker hangs claims to be well, but does not."""
+    async def _answers(self, life: _Life) -> bool:
+        """Whether the engine answers: one whose worker hangs claims to be well, but does not."""
+        asking = asyncio.ensure_future(life.engine.ping())
         try:
-            async with asyncio.timeout(self._policy.patience):
-                await engine.ping()
-        except TimeoutError:
-            return False
-        except Exception as error:  # whether it lives is looked at next
-            log.error("the engine failed to say how it is: %s", error)
-        return True
+            await asyncio.wait([asking], timeout=self._policy.patience)
+            if not asking.done():
+                log.error("the engine has not answered for %g s", self._policy.patience)
+                self._silence(life, True)
+                await asyncio.wait([asking], timeout=self._policy.longest_silence - self._policy.patience)
+                self._silence(life, False)
+            if asking.done() and (error := asking.exception()) is not None:  # whether it lives is looked at next
+                log.error("the engine failed to say how it is: %s", error)
+            return asking.done()
+        finally:
+            asking.cancel()
+
+    def _silence(self, life: _Life, silent: bool) -> None:
+        life.silent = silent
+        self._tell()
 
     async def _restart(self, cause: str) -> str:
         """Starts another engine after the delay; returns why there is none, in words, if it does not start."""

@@ -160,7 +160,9 @@ async def running(
 async def _supervised(options: ServeOptions, make_engine: EngineFactory) -> SupervisedEngine:
     given = options.engine_options()
     restarts = options.engine_restarts if options.on_engine_death == "restart" else 0
-    policy = RestartPolicy(restarts, first_delay=options.engine_restart_seconds)
+    policy = RestartPolicy(
+        restarts, first_delay=options.engine_restart_seconds, longest_silence=options.engine_silence_seconds
+    )
     first = await asyncio.to_thread(make_engine, given)
     return SupervisedEngine(first, lambda: make_engine(given), policy)
 

@@ -53,6 +53,8 @@ class ServeOptions:
             with status 1, for something outside to start it again).
         engine_restarts: restarts within ten minutes at most; one death more ends the server as `exit` does.
         engine_restart_seconds: pause before the first restart; doubles with each that follows soon, up to a minute.
+        engine_silence_seconds: how long the engine may give no answer until it counts as hanging, and is ended; it
+            answers between two steps, so this is more than the longest step takes. Health tells of it after 30 seconds.
         drain_seconds: how long requests under way may go on after SIGTERM or SIGINT.
         auth: none (every caller is an administrator) or keys.
         admin_key_file: holds the administrator's key; None is ``admin.key`` in the store. Written where missing.
@@ -88,6 +90,7 @@ class ServeOptions:
     on_engine_death: str = "restart"
     engine_restarts: int = 5
     engine_restart_seconds: float = 1.0
+    engine_silence_seconds: float = 120.0
     drain_seconds: float = 30.0
     auth: str = "none"
     admin_key_file: Path | None = None
@@ -176,6 +179,7 @@ RANGES: Mapping[str, Range] = {
     "plugin_timeout_seconds": Range(0.1, 86400.0),
     "engine_restarts": Range(0, 1000),
     "engine_restart_seconds": Range(0.0, 3600.0),
+    "engine_silence_seconds": Range(31.0, 86400.0),
     "drain_seconds": Range(0.0, 86400.0),
 }
 """The options that are numbers; one whose default is None takes None as well."""
