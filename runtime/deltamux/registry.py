@@ -264,7 +264,8 @@ class Registry:
         peft_type = checkpoint.config.get("peft_type")
         for method in self.methods():
             if peft_type is not None and method.info.peft_type == peft_type and not method.info.files_of:
-                return method, _complete(method, checkpoint)
+                config = {**method.info.file_defaults, **checkpoint.config}
+                return method, dataclasses.replace(checkpoint, config=config)
         failed: DeltamuxError | None = None
         for method in self.methods():
             try:
@@ -329,12 +330,6 @@ class Registry:
             if other.info.peft_type == info.peft_type and other.name != info.files_of:
                 return f"checkpoints of peft_type {info.peft_type!r} already belong to method {other.name!r}"
         return None
-
-
-def _complete(method: Method, checkpoint: Checkpoint) -> Checkpoint:
-    """Returns the checkpoint with the keys that its file lacks and that mean something else than in training."""
-    config = {**method.info.file_defaults, **checkpoint.config}
-    return dataclasses.replace(checkpoint, config=config)
 
 
 _ANYTHING = (Exception, SystemExit, GeneratorExit)
