@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from deltamux.deltas import BaseModel, attached
-from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, train
+from deltamux.errors import NotMergeableError
+from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
 from deltamux_trainers.data import Encoder, collate, load_data
 
 STEPS, RATE = 5, 1e-3
@@ -126,3 +127,5 @@ def test_where_the_embedding_is_scaled_the_change_itself_is_trained(data: Path, 
     result = train(options("full", directory, data, tmp_path / "adapter"))
     after = evaluate(EvaluateOptions(str(directory), data, adapter=tmp_path / "adapter"))
     assert after.loss < result.loss
+    with pytest.raises(NotMergeableError, match=r"scales the output of model\.embed_tokens"):
+        merge(str(directory), tmp_path / "adapter", tmp_path / "merged")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from engine import worlds
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from deltamux.cli import main
+from deltamux.cli.training import ended_by_sigterm
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
 from deltamux_trainers import convert, merge
@@ -176,6 +180,27 @@ def test_whatever_fails_leaves_nothing_behind(failure: BaseException, tmp_path: 
     with pytest.raises((FailedPreconditionError, KeyboardInterrupt, RuntimeError)):
         write()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sigterm_leaves_nothing_behind_either(tmp_path: Path) -> None:
+    def write() -> None:
+        with ended_by_sigterm(), replacing(tmp_path / "out") as place:
+            (place / "part").write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_merges_and_tells_as_json(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
+    assert main(["merge", *given, "--dtype", "bfloat16", "--no-verify", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["dtype"], told["logit_error"]) == ("bfloat16", None)
+    assert 0 < told["error"] <= told["worst_error"]
 
 
 @pytest.mark.parametrize("where", ["base", "adapter", "a parent of both"])

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 from engine import worlds
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaForSequenceClassification, LlamaModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.trainer_utils import SchedulerType
 
 from deltamux.cli import main
@@ -115,6 +123,14 @@ def test_stdout_is_one_json_document_and_progress_goes_to_stderr(
     assert json.loads(capsys.readouterr().out)["rows"] == 1
 
 
+REFUSED = {
+    "encoder": "is an encoder:",
+    "translator": "is an encoder with a decoder:",
+    "headless": "lack lm_head.weight",
+    "classifier": "lack lm_head.weight",
+}
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Bases that transformers would load as causal models, weights of the output head made up."""
@@ -124,12 +140,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     BertModel(small).save_pretrained(root / "encoder")  # type: ignore[no-untyped-call]  # transformers leaves it so
     LlamaModel.from_pretrained(whole).save_pretrained(root / "headless")
     LlamaForSequenceClassification.from_pretrained(whole).save_pretrained(root / "classifier")
-    for name in ("encoder", "headless", "classifier"):
+    sizes: dict[str, Any] = {"d_model": 32, "d_ff": 64, "d_kv": 16, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(vocab_size=300, **sizes)).save_pretrained(root / "translator")
+    for name in REFUSED:
         AutoTokenizer.from_pretrained(whole).save_pretrained(root / name)
     return lambda name: root / name
 
 
-REFUSED = {"encoder": "is an encoder", "headless": "lack lm_head.weight", "classifier": "lack lm_head.weight"}
 WORK: dict[str, Callable[[str, Path, Path], object]] = {
     "train": lambda model, data, output: train(TrainOptions("lora", model, data, output, quiet=True)),
     "evaluate": lambda model, data, output: evaluate(EvaluateOptions(model, data)),

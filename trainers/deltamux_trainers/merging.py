@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from deltamux.deltas import BaseModel, Checkpoint, Program, attached, merge_program
+from deltamux.deltas import BaseModel, Checkpoint, DenseEmbedding, Program, attached, merge_program
 from deltamux.deltas.merge import rounded
 from deltamux.deltas.program import Placement
 from deltamux.deltas.weights import WeightFiles
@@ -88,6 +89,7 @@ def merge(
     base = describe_base(model)
     method, checkpoint = _read_adapter(adapter, method_name, base)
     merging = _Merging(method, checkpoint, base, files.weights)
+    _check_embedding(files.directory, base, merging.program)
     with replacing(output) as staging:
         files.copy_others(staging)
         files.write_weights(staging, merging.changes, merging.kept, None if dtype == "auto" else getattr(torch, dtype))
@@ -195,6 +197,20 @@ class _Merging:
             return self._weights.place(name)
         except KeyError:
             return None
+
+
+def _check_embedding(model: Path, base: BaseModel, program: Program) -> None:
+    """Raises NotMergeableError where the adapter changes an embedding whose output is not its rows (Gemma's)."""
+    if not any(isinstance(op, DenseEmbedding) for _, op in program):
+        return
+    with torch.device("meta"):
+        built: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    if type(built.get_submodule(base.embedding.name)).forward is not nn.Embedding.forward:
+        raise NotMergeableError(
+            f"{base.architecture} scales the output of {base.embedding.name}, which the adapter changes: that is no "
+            "change of its weight alone; serve it as an adapter instead",
+            metadata={"site": base.embedding.name},
+        )
 
 
 def _read_adapter(adapter: Path, method_name: str | None, base: BaseModel) -> tuple[Method, Checkpoint]:

@@ -167,14 +167,15 @@ def _show_result(work: Callable[[], Any], arguments: argparse.Namespace) -> None
 
     SIGTERM ends the work as Ctrl-C does: what is half written is removed.
     """
-    with redirect_stdout(sys.stderr), _ended_by_sigterm():
+    with redirect_stdout(sys.stderr), ended_by_sigterm():
         result = work()
     if int(os.environ.get("RANK", "0")) == 0:  # of several processes that torchrun started, the first
         show_one(result, as_json=arguments.json)
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
+def ended_by_sigterm() -> Iterator[None]:
+    """Has SIGTERM raise KeyboardInterrupt for the length of a block."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return
