@@ -43,7 +43,8 @@ class Progress(TrainerCallback):
         else:
             print(f"step {state.global_step}/{state.max_steps}: {figures}", file=sys.stderr, flush=True)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """Ends the bar, which hides the terminal's cursor while it runs."""
         if self._bar:
             self._bar.stop()
             self._bar = None

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
     determined_by = _determined_by(options, config, base, rate, arguments)
     resumed = _checkpoint_to_resume(options, determined_by)
     set_seed(options.seed)
-    interruption = Interruption()
+    interruption, progress = Interruption(), Progress()
     trainer = DeltaTrainer(
         determined_by,
         model=DeltaModel(load_model(options.model, options.dtype, options.device), base, method, config, options.seed),
@@ -95,11 +96,11 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         train_dataset=rows,
         eval_dataset=eval_rows or None,
         data_collator=lambda batch: collate(batch, tokenizer.pad_token_id or 0),
-        callbacks=[*_callbacks(options), interruption, *callbacks],
+        callbacks=[*_callbacks(options), *([] if options.quiet else [progress]), interruption, *callbacks],
     )
     trainer.add_callback(Scheduled(trainer))
     trainer.remove_callback(PrinterCallback)
-    with interruption.listening():
+    with interruption.listening(), closing(progress):
         outcome = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
     if interruption.stopped:
         raise TrainingInterrupted(options.output, trainer.state)
@@ -184,8 +185,6 @@ def _callbacks(options: TrainOptions) -> list[TrainerCallback]:
         found.append(Saving(options.save_steps))
     if options.patience is not None:
         found.append(Patience(options.patience))
-    if not options.quiet:
-        found.append(Progress())
     return found
 
 
