@@ -214,6 +214,12 @@ YES: Message = {"role": "assistant", "content": "yes"}
         ("chatml", calling()[:2], {}, r"has messages\[1\].tool_calls, which the chat template does not render"),
         ("deepseek-r1", calling()[:2], {}, r"has calls in messages\[1\]"),
         ("chatml", [ASKED, {**YES, "reasoning_content": "why"}], {}, r"reasoning_content, which the chat template"),
+        (
+            "mistral",
+            [{"role": "system", "content": "be brief"}, ASKED, {**YES, "reasoning_content": "why"}],
+            {},
+            r"thinking beside the content of messages\[2\]",
+        ),
         ("qwen3", [ASKED, YES], {"chat_template_kwargs": {"enable_thinking": False}}, r"\(enable_thinking\)"),
         ("chatml", [ASKED, YES], {"chat_template_kwargs": {"chat_template": "x"}}, r"\(chat_template\)"),
         ("chatml", [ASKED, YES], {"chat_template_kwargs": {"tokenize": True}}, "cannot be rendered"),

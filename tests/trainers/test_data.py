@@ -340,6 +340,26 @@ def test_the_command_evaluates_within_a_length_and_tells_what_is_cut(
     assert json.loads(capsys.readouterr().out)["untaught_rows"] == 1
 
 
+def test_data_check_counts_and_shows_what_would_be_learnt(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        "data",
+        "check",
+        "--model",
+        str(directory),
+        "--data",
+        str(written(tmp_path, SHORT, LONG, {"text": "it is"})),
+    ]
+    assert main([*words, "--max-length", "16", "--show", "2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["rows"], report["untaught_rows"], report["truncated_rows"]) == (2, 1, 0)
+    assert report["examples"] == ["it: [[yes</s>]]", "i[[t is</s>]]"]
+    assert report["learnt_tokens"] == 9
+    assert main([*words, "--show", "1"]) == 0
+    assert capsys.readouterr().out.endswith("\n\nit: [[yes</s>]]\n")
+
+
 def test_exact_matches_need_prompts(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=":2 has no prompt and completion, which exact matches need"):
         evaluate(EvaluateOptions(str(directory), written(tmp_path, SHORT, {"text": "it is"}), generate=True))

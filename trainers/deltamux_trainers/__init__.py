@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from deltamux_trainers.options import EvaluateOptions, TrainOptions, read_config
 
 if TYPE_CHECKING:
+    from deltamux_trainers.checking import DataReport, check_data
     from deltamux_trainers.composing import ComposeResult, compose_directories
     from deltamux_trainers.compressing import CompressResult, compress
     from deltamux_trainers.converting import convert
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ComposeResult",
     "CompressResult",
+    "DataReport",
     "EvalResult",
     "EvaluateOptions",
     "MergeResult",
     "TrainOptions",
     "TrainResult",
+    "check_data",
     "compose_directories",
     "compress",
     "convert",
@@ -31,6 +34,8 @@ __all__ = [
     "train",
 ]
 _LAZY = {
+    "DataReport": "checking",
+    "check_data": "checking",
     "ComposeResult": "composing",
     "compose_directories": "composing",
     "CompressResult": "compressing",

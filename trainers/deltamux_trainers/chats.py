@@ -204,7 +204,11 @@ class _Rendering:
         if opened.strip():
             return lead + self._continued(content, opened, thought) + closing
         if thought:
-            self._check_said(message, after)
+            raise self._row.refused(
+                f"has thinking beside the content of {field}, which the template does not render behind its prompt: "
+                "write it as content",
+                field,
+            )
         return lead + content + closing
 
     def _edge(self) -> tuple[str, str] | None:

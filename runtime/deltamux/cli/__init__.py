@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from deltamux import __version__
-from deltamux.cli import adapters, bench, convert, inference, methods, plugins, serving, store, tenants, training
+from deltamux.cli import adapters, bench, convert, data, inference, methods, plugins, serving, store, tenants, training
 from deltamux.errors import DeltamuxError
 
-GROUPS = (serving, inference, adapters, tenants, store, training, convert, methods, plugins, bench)
+GROUPS = (serving, inference, adapters, tenants, store, data, training, convert, methods, plugins, bench)
 
 
 def parser() -> argparse.ArgumentParser:

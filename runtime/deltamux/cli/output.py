@@ -42,7 +42,7 @@ def show_one(record: Any, *, as_json: bool) -> None:
         return
     width = max(map(len, values))
     for name, value in values.items():
-        if value not in (None, {}, ""):
+        if value not in (None, {}, "", ()):
             print(f"{name:{width}}  {_figure(value) if isinstance(value, float) else value}")
 
 
