@@ -140,7 +140,7 @@ def test_orphans_are_removed_when_that_is_confirmed(root: Path, capsys: pytest.C
     add_orphan(root)
     before = objects(root)
     assert main(["store", "gc", str(root)]) == 0
-    assert "1 objects that no version refers to" in capsys.readouterr().out
+    assert "1 object that no version refers to" in capsys.readouterr().out
     assert objects(root) == before
     assert main(["store", "gc", str(root), "--yes"]) == 0
     assert objects(root) == before - {"ab" * 32}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,6 +70,23 @@ def test_a_leased_version_outlives_its_deletion(store: AdapterStore, root: Path)
         assert removed == []
     assert removed == [(held.key, True)]
     assert objects(root) == set()
+
+
+async def test_on_an_event_loop_a_released_version_is_removed_by_a_thread(root: Path) -> None:
+    store = AdapterStore.open(root)
+    threads: list[str] = []
+    store.on_removed = lambda record, last: threads.append(threading.current_thread().name)
+    upload(store, "one")
+    with store._moving, store.lease(KEY):  # something is being moved, by whoever it may be
+        await asyncio.to_thread(delete_later, store)
+    store.close()
+    assert [name.startswith("deltamux-removal") for name in threads] == [True]
+    assert objects(root) == set()
+
+
+def delete_later(store: AdapterStore) -> None:
+    """Deletes what is leased: it goes with its last lease."""
+    store._database.run("UPDATE versions SET state = 'DRAINING'")
 
 
 def test_numbers_are_never_used_again(store: AdapterStore) -> None:

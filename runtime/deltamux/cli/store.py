@@ -102,14 +102,14 @@ def _gc(arguments: argparse.Namespace) -> int:
         removed = store.collect_orphans()
     finally:
         store.close()
-    return _tell_orphans(removed, "were removed", as_json=arguments.json)
+    return _tell_orphans(removed, "no version referred to: removed", as_json=arguments.json)
 
 
 def _tell_orphans(digests: Sequence[str], what: str, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(list(digests), indent=2))
         return 0
-    print(f"{len(digests)} objects that {what}" if digests else "every object belongs to a version")
+    print(f"{_count(len(digests), 'object')} that {what}" if digests else "every object belongs to a version")
     for digest in digests:
         print(f"  {digest}")
     return 0
@@ -154,6 +154,11 @@ def _tell(report: Any, said: Sequence[str], *, as_json: bool) -> int:
     for finding in report.findings:
         print(f"{finding.kind}: {', '.join(finding.versions) or finding.digest}")
         print(f"  {finding.message} (object {finding.digest[:12]})")
-    wrong = f"{len(report.findings)} problems" if report.findings else "all of them whole"
-    print(f"store {report.identity}: {report.versions} versions of {report.contents} contents, {wrong}")
+    wrong = _count(len(report.findings), "problem") if report.findings else "all of them whole"
+    held = f"{_count(report.versions, 'version')} of {_count(report.contents, 'content')}"
+    print(f"store {report.identity}: {held}, {wrong}")
     return 1 if report.findings else 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,8 +44,7 @@ _WORDS = {
     FAILING: "the disk of the store {root} does not read or write: the system's log says why",
     BUSY: "the database of the store {root} is locked by another program: end that program, and try again",
 }
-LEAST_FREE = 64 << 10
-"""Bytes: with less free than that, what SQLite calls an I/O error is a full disk."""
+PROBE_BYTES = 64 << 10
 
 
 @contextmanager
@@ -90,19 +88,20 @@ def _reason(raised: BaseException, root: Path) -> str | None:
     if code is None:
         return None
     reason = _OF_SQLITE.get(code & 0xFF)
-    if reason == FAILING:
-        if not os.access(root, os.W_OK):
-            return READ_ONLY
-        if _free_bytes(root) < LEAST_FREE:
-            return FULL
-    return reason
+    return _tried(root) or reason if reason == FAILING else reason
 
 
-def _free_bytes(root: Path) -> int:
+def _tried(root: Path) -> str | None:
+    """Returns why a little file cannot be written; None where it can. SQLite calls most of that an I/O error."""
+    path = root / ".probe"
     try:
-        return shutil.disk_usage(root).free
-    except OSError:
-        return 1 << 62
+        path.write_bytes(bytes(PROBE_BYTES))
+    except OSError as error:
+        return _OF_ERRNO.get(error.errno or 0)
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+    return None
 
 
 class Reserve:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from deltamux.errors import DeltamuxError
 from deltamux.store.database import VERSION_ROWS, Database
@@ -37,6 +39,7 @@ class Removal:
         self._objects = objects
         self._leases = leases
         self._moving = moving
+        self._thread = ThreadPoolExecutor(1, "deltamux-removal")  # starts its thread with its first task
 
     def recover(self) -> None:
         """Ends what a crash has interrupted: versions that drained, and contents that are marked as garbage."""
@@ -54,7 +57,22 @@ class Removal:
             self._remove(free)
 
     def remove_released(self, record: VersionRecord) -> None:
-        """Removes a version whose last lease has ended; what cannot be removed now is when the store opens again."""
+        """Removes a version whose last lease has ended; what cannot be removed now is when the store opens again.
+
+        On an event loop, which must not wait for the disk, it is removed a little later, by a thread.
+        """
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            self._remove_released(record)
+        else:
+            self._thread.submit(self._remove_released, record)
+
+    def close(self) -> None:
+        """Waits for what is being removed."""
+        self._thread.shutdown()
+
+    def _remove_released(self, record: VersionRecord) -> None:
         try:
             self._remove([record])
         except DeltamuxError as error:

@@ -79,6 +79,7 @@ class AdapterStore:
             raise
 
     def close(self) -> None:
+        self._removal.close()
         self._database.close()
         self._lock_file.close()
 
