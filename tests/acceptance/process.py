@@ -25,12 +25,14 @@ class ServerProcess:
 
     Attributes:
         address: what to connect to.
+        store: its store's directory.
     """
 
     def __init__(self, model: Path, store: Path, *options: str, eager: bool = True) -> None:
         defaults = ["--dtype", "float32", "--kv-cache-gib", "0.25", "--max-model-len", "256"]
         defaults += ["--enforce-eager"] * eager
         command = [sys.executable, "-c", "import sys; from deltamux.cli import main; sys.exit(main())", "serve"]
+        self.store = store
         self._log = (store.parent / f"{store.name}.log").open("a+")
         self._process = subprocess.Popen(
             [*command, "--model", str(model), "--store", str(store), "--listen", "127.0.0.1:0", *defaults, *options],
