@@ -52,9 +52,10 @@ MISTAKES: dict[str, tuple[Any, str]] = {
     "bias beyond": (sampling(logit_bias={10_000_000: 1.0}), "INVALID_TOKEN"),
     "bias negative": (sampling(logit_bias={-1: 1.0}), "INVALID_TOKEN"),
     "min tokens": (sampling(min_tokens=10**9, fill_context=True), "INVALID_SAMPLING"),
-    "text": (inference_pb2.GenerateRequest(text="a" * 7_000_000), "PROMPT_TOO_LONG"),
+    "text": (inference_pb2.GenerateRequest(text="a" * 1_000_000), "PROMPT_TOO_LONG"),
+    "huge text": (inference_pb2.GenerateRequest(text="a" * 7_000_000), "LIMIT_EXCEEDED"),
     "ids": (inference_pb2.GenerateRequest(token_ids=inference_pb2.TokenIds(values=[5] * 900_000)), "PROMPT_TOO_LONG"),
-    "chat": (chat(("user", "a" * 7_000_000)), "PROMPT_TOO_LONG"),
+    "chat": (chat(("user", "a" * 1_000_000)), "PROMPT_TOO_LONG"),
     "turns": (chat(*[("user", "a")] * 50_000), "LIMIT_EXCEEDED"),
     "no prompt": (inference_pb2.GenerateRequest(), "EMPTY_PROMPT"),
 }

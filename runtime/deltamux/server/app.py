@@ -127,7 +127,8 @@ async def running(
     async with AsyncExitStack() as stack:
         store = await asyncio.to_thread(AdapterStore.open, options.store)
         stack.callback(store.close)
-        server = _grpc_server(options, store)
+        checked = CheckedRequests()
+        server = _grpc_server(options, store, checked)
         # Before anything is loaded, which takes long: an address that is taken is told at once.
         address = bind(server, options)
         stack.push_async_callback(server.stop, None)
@@ -138,6 +139,7 @@ async def running(
         engine = await _supervised(options, make_engine or vllm_engines())
         stack.push_async_callback(engine.stop)
         await engine.start()
+        checked.max_model_len = engine.max_model_len
         await compiler.started()
         threads = stack.enter_context(ThreadPoolExecutor(options.max_concurrent_uploads + 4, "deltamux-disk"))
         events = EventHub()
@@ -191,12 +193,12 @@ async def _started(
             await watching
 
 
-def _grpc_server(options: ServeOptions, store: AdapterStore) -> grpc.aio.Server:
+def _grpc_server(options: ServeOptions, store: AdapterStore, checked: CheckedRequests) -> grpc.aio.Server:
     identify: Around = everybody_is_administrator()
     if options.auth == "keys":
         identify = key_decides(store, admin_key(options.admin_key_file or options.store / "admin.key"))
     return grpc.aio.server(
-        interceptors=[AroundInterceptor(errors_become_statuses), AroundInterceptor(identify), CheckedRequests()],
+        interceptors=[AroundInterceptor(errors_become_statuses), AroundInterceptor(identify), checked],
         options=SERVER_OPTIONS,
     )
 

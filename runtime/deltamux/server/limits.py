@@ -20,6 +20,12 @@ MIB = 1 << 20
 MAX_MESSAGE_BYTES = 8 * MIB
 """Largest message that the server receives or sends."""
 
+SMALL_MESSAGE_BYTES = 1 << 16
+"""Of a request that holds neither a prompt nor a piece of a file."""
+
+BYTES_PER_TOKEN = 256
+"""Of a prompt: more than the longest tokens that vocabularies have."""
+
 MAX_LABEL_BYTES = 4096
 """All labels of a version together, so that a whole page of versions fits into one message."""
 
@@ -98,6 +104,13 @@ LIMITS: Mapping[str, Limit] = {
     "ListApiKeysRequest.page_token": PAGE_TOKEN,
     "DeleteApiKeyRequest.name": NAME,
 }
+
+
+def max_bytes(kind: str, max_model_len: int) -> int:
+    """Returns how many bytes a request may have, by its message's name: what is larger is not even decoded."""
+    if kind == "GenerateRequest":
+        return min(MAX_MESSAGE_BYTES, MIB + BYTES_PER_TOKEN * max_model_len)
+    return MIB + SMALL_MESSAGE_BYTES if kind == "UploadAdapterRequest" else SMALL_MESSAGE_BYTES
 
 
 def check_limits(message: Message) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, NamedTuple
 
 import grpc
 
 from deltamux.errors import DeltamuxError, InvalidArgumentError
 from deltamux.server.interceptors import KINDS, Context
-from deltamux.server.limits import check_limits
+from deltamux.server.limits import check_limits, max_bytes
+from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
+
+REQUESTS: Mapping[str, str] = {
+    f"/{service.full_name}/{method.name}": method.input_type.name
+    for file in (inference_pb2, adapters_pb2, tenants_pb2)
+    for service in file.DESCRIPTOR.services_by_name.values()
+    for method in service.methods
+}
+"""Name of the message that each method takes, by its path."""
 
 
 class Refused(NamedTuple):
@@ -19,7 +28,15 @@ class Refused(NamedTuple):
 
 
 class CheckedRequests(grpc.aio.ServerInterceptor):
-    """Decodes and checks every request. It comes last, so that what it raises meets the interceptors before it."""
+    """Decodes and checks every request. It comes last, so that what it raises meets the interceptors before it.
+
+    Attributes:
+        max_model_len: the context's length in tokens, which bounds what a prompt may have; known once an engine has
+            started.
+    """
+
+    def __init__(self) -> None:
+        self.max_model_len = 0
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
@@ -28,24 +45,27 @@ class CheckedRequests(grpc.aio.ServerInterceptor):
         attribute, make = KINDS[handler.request_streaming, handler.response_streaming]
         wrap = _streaming if handler.request_streaming else _unary
         behaviour = wrap(getattr(handler, attribute))
-        return make(behaviour, _checked(handler.request_deserializer), handler.response_serializer)
+        kind = REQUESTS.get(handler_call_details.method, "")
+        read = self._checked(kind, handler.request_deserializer)
+        return make(behaviour, read, handler.response_serializer)
 
+    def _checked(self, kind: str, deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+        if deserialise is None:
+            return None
 
-def _checked(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    if deserialise is None:
-        return None
+        def read(raw: bytes) -> Any:
+            if len(raw) > (limit := max_bytes(kind, self.max_model_len)):
+                return Refused(_too_large(len(raw), limit))
+            try:
+                message = deserialise(raw)
+                check_limits(message)
+            except InvalidArgumentError as error:
+                return Refused(error)
+            except Exception as error:
+                return Refused(_undecodable(raw, error))
+            return message
 
-    def read(raw: bytes) -> Any:
-        try:
-            message = deserialise(raw)
-            check_limits(message)
-        except InvalidArgumentError as error:
-            return Refused(error)
-        except Exception as error:
-            return Refused(_undecodable(raw, error))
-        return message
-
-    return read
+        return read
 
 
 def _unary(inner: Callable[[Any, Context], Any]) -> Any:
@@ -80,6 +100,14 @@ def _accepted(request: Any) -> Any:
     if isinstance(request, Refused):
         raise request.error
     return request
+
+
+def _too_large(size: int, limit: int) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"the request has {size} bytes; this server takes at most {limit} of its kind",
+        reason="LIMIT_EXCEEDED",
+        metadata={"field": "request", "size": str(size), "limit": str(limit)},
+    )
 
 
 def _undecodable(raw: bytes, error: Exception) -> InvalidArgumentError:

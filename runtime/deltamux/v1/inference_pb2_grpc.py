@@ -29,7 +29,7 @@ class InferenceStub:
     """Generates text with the base model, alone or with one tenant's adapter.
 
     Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A message has at most 8 MiB.
+    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
@@ -57,7 +57,7 @@ class InferenceServicer:
     """Generates text with the base model, alone or with one tenant's adapter.
 
     Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A message has at most 8 MiB.
+    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
@@ -103,7 +103,7 @@ class Inference:
     """Generates text with the base model, alone or with one tenant's adapter.
 
     Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A message has at most 8 MiB.
+    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.

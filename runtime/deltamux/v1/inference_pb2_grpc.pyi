@@ -30,7 +30,7 @@ class InferenceStub:
     """Generates text with the base model, alone or with one tenant's adapter.
 
     Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A message has at most 8 MiB.
+    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
@@ -52,7 +52,7 @@ class InferenceAsyncStub(InferenceStub):
     """Generates text with the base model, alone or with one tenant's adapter.
 
     Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A message has at most 8 MiB.
+    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
@@ -70,7 +70,7 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Generates text with the base model, alone or with one tenant's adapter.
 
     Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A message has at most 8 MiB.
+    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
     google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.

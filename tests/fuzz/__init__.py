@@ -1,0 +1,1 @@
+"""Random calls of every RPC, their messages made from the contract's descriptors: a new field is fuzzed as it comes."""
