@@ -123,10 +123,15 @@ def damaged(cert: Path, key: Path) -> None:
     cert.write_text("\n".join([lines[0], lines[1][:20], lines[-1]]))
 
 
+def a_folder(cert: Path, key: Path) -> None:
+    key.unlink()
+    key.mkdir()
+
+
 TLS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "no certificate": (lambda cert, key: cert.unlink(), r"cert\.pem cannot be read: No such file"),
     "no key": (lambda cert, key: key.unlink(), r"key\.pem cannot be read: No such file"),
-    "a folder": (lambda cert, key: (key.unlink(), key.mkdir()), r"key\.pem cannot be read: Is a directory"),
+    "a folder": (a_folder, r"key\.pem cannot be read: Is a directory"),
     "a certificate that is something else": (lambda cert, key: cert.write_text("x"), r"cert\.pem holds no certificate"),
     "a key that is something else": (lambda cert, key: key.write_bytes(b"\x00"), r"key\.pem holds no private key"),
     "the two exchanged": (lambda cert, key: cert.write_bytes(key.read_bytes()), r"cert\.pem holds no certificate"),

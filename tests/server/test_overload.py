@@ -91,7 +91,7 @@ class Stalled:
 
     async def begin(self, count: int, name: str | None = None) -> None:
         for _ in range(count):
-            call: Any = AdaptersStub(self._channel).UploadAdapter()  # type: ignore[call-arg]  # messages come by write
+            call: Any = AdaptersStub(self._channel).UploadAdapter()
             if name is not None:
                 await call.write(next(upload_messages(name, self._adapter)))
             else:
