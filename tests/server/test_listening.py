@@ -13,9 +13,9 @@ import pytest
 from google.protobuf import descriptor_pool
 from grpc_reflection.v1alpha import reflection_pb2
 
-from deltamux.client import AsyncClient
+from deltamux.client import AsyncClient, Client
 from deltamux.client.channel import error_of
-from deltamux.errors import DeltamuxError, InvalidAdapterError
+from deltamux.errors import DeltamuxError, InvalidAdapterError, InvalidArgumentError, UnavailableError
 from deltamux.server.app import SERVICES, Running, running
 from deltamux.server.compiler import Compiler
 from deltamux.server.status import status_of, without_paths
@@ -23,6 +23,7 @@ from deltamux.v1 import adapters_pb2, tenants_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.tenants_pb2_grpc import TenantsStub
 from server.conftest import engine_for, options
+from server.test_server import write_certificate
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -87,6 +88,26 @@ async def test_a_client_that_pings_often_keeps_its_silent_stream(
         assert (await watch.read()).type == adapters_pb2.AdapterEvent.UPDATED
 
 
+async def test_a_client_that_speaks_tls_wrongly_is_told_what_is_wrong_at_once(
+    served: Running, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+) -> None:
+    cert, key = write_certificate(tmp_path)
+    given = options(tiny_base, tmp_path / "other", tls_cert=cert, tls_key=key)
+    async with running(given, lambda _: engine_for(tiny_base), shared_compiler) as server:
+        port = server.address.rpartition(":")[2]
+        cases: list[tuple[str, bool | bytes, str]] = [
+            (f"localhost:{port}", False, "as one with TLS does to a client without"),
+            (f"localhost:{port}", True, "not signed by an authority"),
+            (f"127.0.0.1:{port}", cert.read_bytes(), "for another name than this address"),
+            (f"localhost:{port}", b"no certificate", "is not valid PEM"),
+            (served.address, True, "does not speak TLS"),
+        ]
+        for address, tls, problem in cases:
+            async with AsyncClient(address, tls=tls, timeout=20) as client:
+                with pytest.raises(UnavailableError, match=problem):
+                    await client.list_tenants()
+
+
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_reflection_lists_and_describes_every_service_in_both_versions(version: str, served: Running) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
@@ -105,6 +126,12 @@ async def test_reflection_lists_and_describes_every_service_in_both_versions(ver
             assert any(name.rpartition(".")[2].encode() in file for file in files), name
         await call.done_writing()
     assert descriptor_pool.Default().FindServiceByName("grpc.reflection.v1.ServerReflection")
+
+
+@pytest.mark.parametrize("given", [{"timeout": 0}, {"timeout": -1}, {"timeout": float("nan")}, {"retries": -1}])
+def test_a_client_refuses_what_no_call_can_keep(given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match="must be"):
+        Client("127.0.0.1:1", **given)
 
 
 SHOWN = {

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deltamux.errors import InvalidArgumentError
+
 if TYPE_CHECKING:
     from deltamux.client import Client
 
@@ -42,5 +44,14 @@ def connect(arguments: argparse.Namespace) -> Client:
 
 def credentials(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns the keyword arguments of either client."""
-    tls: bool | bytes = arguments.tls_ca.read_bytes() if arguments.tls_ca else arguments.tls
+    tls: bool | bytes = _authority(arguments.tls_ca) if arguments.tls_ca else arguments.tls
     return {"api_key": arguments.api_key, "tls": tls, "timeout": arguments.timeout}
+
+
+def _authority(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidArgumentError(
+            f"--tls-ca {file} cannot be read: {error.strerror}", reason="TLS_FILES", metadata={"file": str(file)}
+        ) from None

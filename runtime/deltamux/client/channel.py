@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import grpc
 from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # its .pyi files come without py.typed
 from grpc_status import rpc_status
 
-from deltamux.errors import DeltamuxError
+from deltamux.errors import DeltamuxError, InvalidArgumentError
 
 MAX_MESSAGE_BYTES = 64 << 20
 
@@ -18,6 +19,21 @@ OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
+
+
+TLS_FAILED = "TLS_FAILED"
+"""Reason of an error that another attempt does not mend."""
+
+_TLS_HINTS = {
+    "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by an authority that this client trusts; pass the "
+    "authority's PEM (tls=..., --tls-ca). ",
+    "Hostname Verification Check failed": "its certificate is for another name than this address; connect by the name "
+    "in the certificate. ",
+    "WRONG_VERSION_NUMBER": "it does not speak TLS; connect without. ",
+    "Failed to create security handshaker": "the authority's certificate (tls=..., --tls-ca) is not valid PEM. ",
+    "Socket closed": "it closed the connection, as one with TLS does to a client without (tls=True, --tls). ",
+}
+"""What stands in gRPC's words over a failed connection, and what it means."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,14 @@ class Connection:
     tls: bool | bytes = False
     timeout: float | None = None
     retries: int = 0
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None and not 0 < self.timeout < math.inf:
+            raise InvalidArgumentError(
+                f"timeout must be more than 0 seconds, or None; not {self.timeout}", metadata={"field": "timeout"}
+            )
+        if self.retries < 0:
+            raise InvalidArgumentError(f"retries must be 0 or more, not {self.retries}", metadata={"field": "retries"})
 
     def credentials(self) -> grpc.ChannelCredentials | None:
         if self.tls is False:
@@ -61,7 +85,9 @@ def error_of(raised: grpc.RpcError) -> DeltamuxError:
         elif detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
             retry_after = retry.retry_delay.ToMilliseconds() / 1000
     if code is grpc.StatusCode.UNAVAILABLE and status is None:
-        message = f"the server cannot be reached: {message}"
+        hint = next((hint for sign, hint in _TLS_HINTS.items() if sign in message), "")
+        reason = TLS_FAILED if hint and "Socket closed" not in message else reason
+        message = f"the server cannot be reached: {hint}{message}"
     return _class_of(code.name, reason)(message, reason=reason, metadata=metadata, retry_after=retry_after)
 
 

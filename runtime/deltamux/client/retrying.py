@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from deltamux.client.calls import Call
+from deltamux.client.channel import TLS_FAILED
 from deltamux.errors import DeltamuxError
 
 RETRIES = 4
@@ -65,7 +66,7 @@ class Attempts:
     def _wanted(self, error: DeltamuxError) -> float | None:
         if error.retry_after is not None:
             return error.retry_after if self._call.repeatable else None
-        if error.status != "UNAVAILABLE" or not self._call.idempotent:
+        if error.status != "UNAVAILABLE" or error.reason == TLS_FAILED or not self._call.idempotent:
             return None
         self._unreached *= 2
         return self._unreached / 2
