@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import threading
@@ -106,6 +107,22 @@ def test_a_store_that_was_killed_is_checked_as_it_is(root: Path, capsys: pytest.
     store.close()
     assert main(["store", "check", str(killed)]) == 0
     assert "4 versions of 3 contents" in capsys.readouterr().out
+
+
+def test_a_long_check_says_how_far_it_is(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deltamux.store import inspection
+
+    names = {f"{number:064}": (f"tenants/t/adapters/a/versions/{number}",) for number in range(2001)}
+    of = inspection.Snapshot.of.__func__  # type: ignore[attr-defined]  # a class method's function
+    monkeypatch.setattr(
+        inspection.Snapshot,
+        "of",
+        classmethod(lambda cls, connection: dataclasses.replace(of(cls, connection), versions=names)),
+    )
+    assert main(["store", "check", str(root)]) == 1
+    assert capsys.readouterr().err.splitlines() == ["checked 1000 of 2001", "checked 2000 of 2001"]
 
 
 def test_an_uploads_files_are_put_back(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

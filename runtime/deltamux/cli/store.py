@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,9 @@ def _check(arguments: argparse.Namespace) -> int:
             said += _repair(store, arguments.repair, arguments.model)
         finally:
             store.close()
-    return _tell(inspect(arguments.store), said, as_json=arguments.json)
+    with _progress("checked") as advance:
+        report = inspect(arguments.store, advance)
+    return _tell(report, said, as_json=arguments.json)
 
 
 def _repair(store: Any, uploads: Sequence[Path], model: str | None) -> list[str]:
@@ -118,7 +122,8 @@ def _tell_orphans(digests: Sequence[str], what: str, *, as_json: bool) -> int:
 def _backup(arguments: argparse.Namespace) -> int:
     from deltamux.store.backup import backup
 
-    report = backup(arguments.store, arguments.target)
+    with _progress("copied") as advance:
+        report = backup(arguments.store, arguments.target, advance)
     return _tell(report, [f"{arguments.store} was copied to {arguments.target}"], as_json=arguments.json)
 
 
@@ -158,6 +163,25 @@ def _tell(report: Any, said: Sequence[str], *, as_json: bool) -> int:
     held = f"{_count(report.versions, 'version')} of {_count(report.contents, 'content')}"
     print(f"store {report.identity}: {held}, {wrong}")
     return 1 if report.findings else 0
+
+
+@contextmanager
+def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what shows how far a command is: a bar on a terminal, else a line for every thousand contents."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: _tell_thousands(verb, done, total)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _tell_thousands(verb: str, done: int, total: int) -> None:
+    if done and done % 1000 == 0:
+        print(f"{verb} {done} of {total}", file=sys.stderr)
 
 
 def _count(number: int, noun: str) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from deltamux.errors import FailedPreconditionError
 from deltamux.store.faults import store_faults
 from deltamux.store.identity import GENERATION_FILE, IDENTITY_FILE, IdentityFiles
-from deltamux.store.inspection import ATTEMPTS, Report, Snapshot, inspect, reading
+from deltamux.store.inspection import ATTEMPTS, Advance, Report, Snapshot, inspect, reading, silent
 from deltamux.store.lock import lock_store
 from deltamux.store.objects import PROGRAM_FILE, ObjectStore
 from deltamux.store.vetting import DATABASE_FILE, identity_in
@@ -35,12 +35,14 @@ class Restored(NamedTuple):
     aside: Path | None
 
 
-def backup(root: Path, target: Path) -> Report:
+def backup(root: Path, target: Path, advance: Advance = silent) -> Report:
     """Copies a store, which may be in use, to a new directory that is complete once it has its name.
 
     The copy is the store as it was at one moment: the database is copied first, and again where an object that it
     refers to has changed or gone since.
 
+    Args:
+        advance: told how far it is.
     Raises:
         FailedPreconditionError: there is no usable store, or the target is not empty (BACKUP_EXISTS).
     """
@@ -53,7 +55,7 @@ def backup(root: Path, target: Path) -> Report:
         partial.mkdir(parents=True)
         try:
             with reading(root) as connection:
-                snapshot = _copy(root, partial, connection)
+                snapshot = _copy(root, partial, connection, advance)
             _keep_only(partial, snapshot.versions)
             with closing(IdentityFiles(partial)) as files:
                 files.write(snapshot.identity)
@@ -97,11 +99,14 @@ def restore(source: Path, root: Path) -> Restored:
     return Restored(report, aside)
 
 
-def _copy(root: Path, target: Path, connection: sqlite3.Connection) -> Snapshot:
+def _copy(root: Path, target: Path, connection: sqlite3.Connection, advance: Advance = silent) -> Snapshot:
     """Copies the database and the objects that it refers to; returns what the copied database says of them."""
     for _ in range(ATTEMPTS):
         snapshot = _copy_database(connection, target)
-        lost = [digest for digest in snapshot.versions if not _copy_object(root, target, digest, snapshot)]
+        lost = 0
+        for done, digest in enumerate(snapshot.versions):
+            advance(done, len(snapshot.versions))
+            lost += not _copy_object(root, target, digest, snapshot)
         if not lost or identity_in(connection) == snapshot.identity:
             break
     return snapshot

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +18,14 @@ from deltamux.store.vetting import DATABASE_FILE, check_present, identity_in, ve
 
 ATTEMPTS = 5
 """How often a store that is in use is looked at anew where it has changed between the database and the files."""
+
+
+Advance = Callable[[int, int], None]
+"""Told, now and then, how many contents were looked at, and of how many."""
+
+
+def silent(done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 class Kind(StrEnum):
@@ -120,9 +128,11 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
             yield connection
 
 
-def inspect(root: Path) -> Report:
+def inspect(root: Path, advance: Advance = silent) -> Report:
     """Looks at a whole store, which may be in use, and changes nothing.
 
+    Args:
+        advance: told how far it is.
     Raises:
         FailedPreconditionError: there is no store, or its database cannot be used.
     """
@@ -130,7 +140,7 @@ def inspect(root: Path) -> Report:
     with reading(root) as connection, store_faults(root, opening=True):
         for _ in range(ATTEMPTS):
             snapshot = Snapshot.of(connection)
-            findings = [*_lost(objects, snapshot), *_orphans(objects, snapshot)]
+            findings = [*_lost(objects, snapshot, advance), *_orphans(objects, snapshot)]
             # What is in use may have changed between the rows and the files.
             if not findings or identity_in(connection) == snapshot.identity:
                 break
@@ -138,8 +148,9 @@ def inspect(root: Path) -> Report:
     return Report(root, snapshot.identity, count, len(snapshot.versions), tuple(findings))
 
 
-def _lost(objects: ObjectStore, snapshot: Snapshot) -> Iterator[Finding]:
-    for digest, names in sorted(snapshot.versions.items(), key=lambda item: item[1]):
+def _lost(objects: ObjectStore, snapshot: Snapshot, advance: Advance) -> Iterator[Finding]:
+    for done, (digest, names) in enumerate(sorted(snapshot.versions.items(), key=lambda item: item[1])):
+        advance(done, len(snapshot.versions))
         found = objects.program_sum(digest)
         if found is None:
             yield Finding(Kind.PROGRAM_MISSING, digest, names)
