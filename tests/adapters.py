@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from deltamux.deltas import BaseModel, Checkpoint, Program
+from deltamux.errors import DeltamuxError
 from deltamux.registry import Registry
 
 ATTENTION = {
@@ -160,3 +162,17 @@ def read_program(directory: Path, base: BaseModel) -> Program:
     """Reads an adapter's directory the way an upload does."""
     method, checkpoint = Registry().recognise(Checkpoint.read(directory))
     return method.program(method.parse(checkpoint.config), base, checkpoint.tensors)
+
+
+def read_adapter(checkpoint: Checkpoint, base: BaseModel) -> Program:
+    """Reads an adapter's content the way an upload does."""
+    method, own = Registry().recognise(checkpoint)
+    return method.program(method.parse(own.config), base, own.tensors)
+
+
+def refusal(values: dict[str, Any], base: BaseModel, tensors: dict[str, torch.Tensor] | None = None) -> DeltamuxError:
+    """Returns what reading an adapter of that content raises: a message of bounded length."""
+    with pytest.raises(DeltamuxError) as refused:
+        read_adapter(Checkpoint(values, {"stray": torch.zeros(1)} if tensors is None else tensors), base)
+    assert len(refused.value.message) < 1500
+    return refused.value

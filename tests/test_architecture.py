@@ -16,7 +16,7 @@ SOURCES = {ROOT / "runtime": "deltamux", ROOT / "plugins": "deltamux_plugins", R
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 MAX_LINES = 400
 
-CORE = {"deltamux", "deltamux.errors"}
+CORE = {"deltamux", "deltamux.adapter_files", "deltamux.errors"}
 MODEL = CORE | {"deltamux.deltas"}
 METHODS = MODEL | {"deltamux.hookspecs", "deltamux.registry"}
 WIRE = CORE | {"deltamux.v1"}
@@ -24,6 +24,7 @@ WIRE = CORE | {"deltamux.v1"}
 # Layer -> the layers that its modules may import. A layer may always import itself.
 ALLOWED: dict[str, set[str]] = {
     "deltamux": set(),
+    "deltamux.adapter_files": set(),
     "deltamux.errors": set(),
     "deltamux.__main__": {"deltamux.cli"},
     "deltamux.deltas": CORE,

@@ -21,7 +21,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, Bias, Checkpoint, LinearSite, LowRank, NormAffine, NormSite, Op, Program
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins import adapterhub
+from deltamux_plugins import adapterhub, mlx
 from deltamux_plugins.dora import magnitude_ops, row_norms
 from deltamux_plugins.peft_defaults import LORA_TARGETS, Names
 from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train
@@ -210,7 +210,7 @@ def _invalid(name: str, problem: str) -> InvalidConfigError:
 
 @hookimpl
 def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
-    return adapterhub.recognise(checkpoint, "LORA")
+    return adapterhub.recognise(checkpoint, "LORA") or mlx.recognise(checkpoint)
 
 
 @hookimpl

@@ -16,7 +16,7 @@ import pluggy
 
 from deltamux import hookspecs
 from deltamux.configs import build_config
-from deltamux.errors import DeltamuxError, InvalidAdapterError, PluginError, UnknownMethodError
+from deltamux.errors import DeltamuxError, PluginError, UnknownMethodError
 from deltamux.hookspecs import ENTRY_POINT_GROUP, PROJECT, MethodInfo, ParameterSpec, TrainingSchedule
 
 if TYPE_CHECKING:
@@ -278,10 +278,9 @@ class Registry:
         if failed:
             raise failed
         if peft_type is None:
-            raise InvalidAdapterError(
-                "adapter_config.json has no peft_type, and no installed method knows the tensors' names",
-                metadata={"field": "peft_type"},
-            )
+            from deltamux.deltas.leftovers import without_type
+
+            raise without_type(checkpoint.config)
         raise self._unknown(f"no installed method provides peft_type {peft_type!r}")
 
     def _unknown(self, problem: str) -> UnknownMethodError:

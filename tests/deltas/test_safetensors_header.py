@@ -148,17 +148,16 @@ def test_a_header_longer_than_the_file_or_the_bound_is_not_read(
     assert refusal(path).reason == reason
 
 
-@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F64", "C64", "I8", "U16", "F4"])
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "C64", "I8", "U16", "F4"])
 def test_a_known_dtype_that_adapters_do_not_hold_is_refused_by_its_name_and_not_as_damage(
     dtype: str, write: Callable[..., Path]
 ) -> None:
     size = 2 * BITS[dtype] // 8
     path = write(f'{{"bad":{entry((2,), (0, size), dtype)}}}'.encode(), bytes(size))
     (path.parent / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(InvalidAdapterError, match=f"'bad' has dtype {dtype}: .* not supported") as refused:
+    with pytest.raises(InvalidAdapterError, match=f"'bad' has dtype {dtype}: .*; adapters hold float32") as refused:
         Checkpoint.read(path.parent)
     assert refused.value.metadata == {"tensor": "bad", "dtype": dtype}
-    assert ("float8" in refused.value.message) == dtype.startswith("F8")
 
 
 LEAVES = st.one_of(

@@ -14,15 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltamux.adapter_files import missing
 from deltamux.deltas import BaseModel, Checkpoint
-from deltamux.deltas.checkpoint import CONFIG_FILE, TENSORS_FILE, check_dtypes, read_config, read_tensors
+from deltamux.deltas.checkpoint import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    as_read,
+    check_dtypes,
+    check_filled,
+    read_config,
+    read_tensors,
+)
 from deltamux.deltas.tensor_names import SHARED, parse, read_names
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError
 from deltamux.registry import Registry
 from deltamux_plugins.targets import matches
 from deltamux_trainers.writing import replacing
 
-SAFE_FILES = (TENSORS_FILE, "adapter.safetensors")
+SAFE_FILES = (TENSORS_FILE, "adapter.safetensors", "adapters.safetensors")
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
 
 Note = Callable[[str], None]
@@ -56,7 +65,7 @@ def convert(
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise FailedPreconditionError(f"{destination} is not empty: choose another destination", reason="OUTPUT_EXISTS")
     foreign = read_foreign(source)
-    _check_filled(foreign)
+    check_filled(foreign.tensors)
     method, checkpoint = Registry().recognise(foreign)
     method.parse(checkpoint.config)
     if "peft_type" in foreign.config:
@@ -66,18 +75,6 @@ def convert(
     with replacing(destination) as staging:
         checkpoint.write(staging)
     return method.name
-
-
-def _check_filled(checkpoint: Checkpoint) -> None:
-    """Raises InvalidAdapterError where the files hold no values, as those of a sharded run that was not gathered."""
-    empty = [name for name, tensor in checkpoint.tensors.items() if tensor.numel() == 0]
-    if empty or not checkpoint.tensors:
-        what = f"{empty[0]} has no values" if empty else "the file holds no tensors"
-        raise InvalidAdapterError(
-            f"the adapter is empty: {what}. A run under ZeRO-3 or FSDP gathers its parameters before it saves them",
-            reason="EMPTY_ADAPTER",
-            metadata={"tensor": empty[0] if empty else ""},
-        )
 
 
 def renamed(
@@ -156,8 +153,7 @@ def read_foreign(directory: Path) -> Checkpoint:
     for file, found in ((directory / CONFIG_FILE, (directory / CONFIG_FILE).is_file()), (files[0], path is not None)):
         if not found:
             raise InvalidAdapterError(
-                f"{directory} holds no {file.name}: an adapter is a directory with {CONFIG_FILE} and one of "
-                f"{', '.join(f.name for f in files)}",
+                f"{missing(directory, file.name)}; read are {', '.join(f.name for f in files)}",
                 reason="MISSING_FILE",
                 metadata={"file": file.name},
             )
@@ -189,4 +185,4 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         )
     tensors = {str(name): tensor for name, tensor in values.items()}
     check_dtypes(tensors)
-    return tensors
+    return {name: as_read(tensor) for name, tensor in tensors.items()}

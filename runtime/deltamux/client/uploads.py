@@ -7,11 +7,12 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from deltamux.adapter_files import CONFIG_FILE, TENSORS_FILE, missing
 from deltamux.client.calls import sent_values
 from deltamux.errors import InvalidAdapterError
 from deltamux.v1 import adapters_pb2 as pb
 
-REQUIRED_FILES = ("adapter_config.json", "adapter_model.safetensors")
+REQUIRED_FILES = (CONFIG_FILE, TENSORS_FILE)
 OPTIONAL_FILES = ("README.md",)
 CHUNK_BYTES = 512 * 1024
 
@@ -54,7 +55,7 @@ def _messages(header: pb.UploadHeader, files: list[Path], progress: Progress) ->
 
 def _present(directory: Path) -> list[str]:
     if not directory.is_dir():
-        raise InvalidAdapterError(f"{directory} is no directory; give the one that holds {REQUIRED_FILES[0]}")
+        raise InvalidAdapterError(f"{directory} is not a directory; give the one that holds {REQUIRED_FILES[0]}")
     return [*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if (directory / name).is_file())]
 
 
@@ -63,7 +64,7 @@ def _file(path: Path) -> Path:
         mode = path.stat().st_mode
     except OSError:
         raise InvalidAdapterError(
-            f"{path.parent} has no {path.name}; an adapter is a directory with {' and '.join(REQUIRED_FILES)}",
+            missing(path.parent, path.name),
             reason="MISSING_FILE",
             metadata={"file": path.name},
         ) from None

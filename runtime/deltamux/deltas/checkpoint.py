@@ -15,16 +15,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deltamux.adapter_files import CONFIG_FILE as CONFIG_FILE
+from deltamux.adapter_files import TENSORS_FILE as TENSORS_FILE
+from deltamux.adapter_files import missing
 from deltamux.deltas.bounded_json import MAX_NAME, Bounds, JSONRefusedError, parse_object
 from deltamux.deltas.reading import DTYPES
 from deltamux.deltas.safetensors_header import read_header
 from deltamux.errors import InvalidAdapterError
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
 CONFIG_BOUNDS = Bounds(depth=16, values=100_000)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+READ_AS_FLOAT32 = (torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+"""What PEFT loads into float32 parameters, and so do we."""
+
 INTEGERS = (torch.uint8, torch.int32, torch.int64)
 """Packed bits, and indices: an op says which of its parameters hold them, and refuses them anywhere else."""
 
@@ -104,8 +109,7 @@ def _regular(path: Path) -> Path:
         mode = path.stat().st_mode
     except OSError:
         raise InvalidAdapterError(
-            f"{path.name} is missing: an adapter is a directory with {CONFIG_FILE} and {TENSORS_FILE} (pickles such as "
-            "adapter_model.bin are never read)",
+            missing(path.parent, path.name, "the adapter's directory"),
             reason="MISSING_FILE",
             metadata={"file": path.name},
         ) from None
@@ -146,16 +150,34 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     header = read_header(path)
     for entry in header.tensors:
-        _check_dtype(entry.name, DTYPES.get(entry.dtype), entry.dtype)
+        _check_dtype(entry.name, {**DTYPES, **FLOAT8}.get(entry.dtype), entry.dtype)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {entry.name: file.get_tensor(entry.name) for entry in header.tensors}
+            tensors = {entry.name: as_read(file.get_tensor(entry.name)) for entry in header.tensors}
     except (OSError, SafetensorError) as error:
         problem = error.strerror if isinstance(error, OSError) else error
         raise InvalidAdapterError(
             f"{path.name} is damaged or not a safetensors file: {problem}", metadata={"file": path.name}
         ) from error
     return tensors, dict(header.metadata)
+
+
+def as_read(tensor: Tensor) -> Tensor:
+    """Returns a file's tensor as adapters hold it: float64 and float8 as float32."""
+    return tensor.float() if tensor.dtype in READ_AS_FLOAT32 else tensor
+
+
+def check_filled(tensors: Mapping[str, Tensor]) -> None:
+    """Raises InvalidAdapterError where a file holds no values, as that of a sharded run that was not gathered."""
+    empty = [name for name, tensor in tensors.items() if tuple(tensor.shape) == (0,)]
+    if empty or not tensors:
+        what = f"{empty[0][:MAX_NAME]!r} has no values" if empty else "the file holds no tensors"
+        raise InvalidAdapterError(
+            f"the adapter is empty: {what}. A run under ZeRO-3 or FSDP gathers its parameters before it saves them "
+            "(DeepSpeed: stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py)",
+            reason="EMPTY_ADAPTER",
+            metadata={"tensor": empty[0][:MAX_NAME] if empty else ""},
+        )
 
 
 def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
@@ -165,10 +187,10 @@ def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_dtype(name: str, dtype: torch.dtype | None, shown: str) -> None:
-    if dtype in FLOATS + INTEGERS:
+    if dtype in FLOATS + INTEGERS + READ_AS_FLOAT32:
         return
-    eight = "8" in shown and ("F8" in shown or "float8" in shown)
-    what = "float8 is not supported" if eight else "that dtype is not supported"
+    codes = dtype in (torch.int8, torch.int16)
+    what = "integers are codes without the scale that they were quantised with" if codes else "it is not supported"
     raise InvalidAdapterError(
         f"tensor {name[:MAX_NAME]!r} has dtype {shown}: {what}; adapters hold float32, float16 or bfloat16 (and "
         "indices as int32 or int64, packed bits as uint8), so save it as one of these",

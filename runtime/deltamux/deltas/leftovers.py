@@ -7,11 +7,13 @@ PEFT's files may carry whole modules: copies of the base's own (an embedding sav
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltamux.deltas.base_model import BaseModel
+from deltamux.deltas.checkpoint import check_filled
 from deltamux.deltas.sites import SiteKind
 from deltamux.deltas.tensor_names import PREFIX, Reading, read_names
 from deltamux.errors import DeltamuxError, InvalidAdapterError
@@ -44,14 +46,29 @@ def unclaimed(leftovers: list[str], method: str, tensors: Mapping[str, Tensor], 
     )
 
 
+def without_type(config: Mapping[str, Any]) -> InvalidAdapterError:
+    """Returns the refusal of an adapter_config.json that does not say what the adapter is."""
+    return InvalidAdapterError(
+        "adapter_config.json has no peft_type, and is not AdapterHub's or MLX-LM's either; its keys are: "
+        f"{', '.join(key[:40] for key in list(config)[:8]) or 'none'}. Save the adapter with PEFT, or write its "
+        "peft_type and options as PEFT does",
+        metadata={"field": "peft_type"},
+    )
+
+
 def explained(error: DeltamuxError, tensors: Mapping[str, Tensor], base: BaseModel) -> DeltamuxError:
     """Returns a refusal with what the file's names and shapes tell of its cause; the same one if they tell nothing."""
     if error.reason not in NAMING:
         return error
+    if error.reason != "INVALID_CONFIG":
+        try:
+            check_filled(tensors)
+        except InvalidAdapterError as empty:
+            return empty
     reading = read_names(tensors, {site.name for site in base.sites.values()})
     if reading.marks:
         return _misnamed(error, reading)
-    if error.reason == "MISSING_TENSOR" and tensors:
+    if error.reason == "MISSING_TENSOR":
         told = f"{error.message}; it holds {len(tensors)} tensor(s): {listed(sorted(tensors))}"
     elif hint := _grouped_query(tensors, base):
         told = f"{error.message}. {hint}"
