@@ -112,6 +112,13 @@ def test_a_quantised_base_is_refused_with_what_to_do(method: str, base: Path, ad
     assert left(tmp_path / "merged") == []
 
 
+def test_a_base_that_is_only_a_pickle_is_refused_with_what_to_do(base: Path, adapter: Path, tmp_path: Path) -> None:
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    with pytest.raises(FailedPreconditionError, match=r"no model\.safetensors; save the base with"):
+        merge(str(base), adapter, tmp_path / "merged")
+
+
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_the_error_that_is_told_is_that_of_what_was_written(
