@@ -16,8 +16,16 @@ import psutil
 from deltamux.client import Client
 
 READY = re.compile(r"ready on (\S+)")
-START_SECONDS = 240
+START_SECONDS = 480
 GONE_SECONDS = 10
+
+
+def command(model: Path, store: Path, *options: str) -> list[str]:
+    """Returns the command line of a server for a tiny base; later options replace earlier ones."""
+    deltamux = [sys.executable, "-c", "import sys; from deltamux.cli import main; sys.exit(main())"]
+    given = {"--model": str(model), "--store": str(store), "--listen": "127.0.0.1:0"}
+    given |= {"--dtype": "float32", "--kv-cache-gib": "0.25", "--max-model-len": "256"}
+    return [*deltamux, "serve", *(word for pair in given.items() for word in pair), *options]
 
 
 class ServerProcess:
@@ -29,13 +37,10 @@ class ServerProcess:
     """
 
     def __init__(self, model: Path, store: Path, *options: str, eager: bool = True) -> None:
-        defaults = ["--dtype", "float32", "--kv-cache-gib", "0.25", "--max-model-len", "256"]
-        defaults += ["--enforce-eager"] * eager
-        command = [sys.executable, "-c", "import sys; from deltamux.cli import main; sys.exit(main())", "serve"]
         self.store = store
         self._log = (store.parent / f"{store.name}.log").open("a+")
         self._process = subprocess.Popen(
-            [*command, "--model", str(model), "--store", str(store), "--listen", "127.0.0.1:0", *defaults, *options],
+            command(model, store, *["--enforce-eager"] * eager, *options),
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
@@ -63,10 +68,7 @@ class ServerProcess:
         self._process.send_signal(signal.SIGKILL)
         self._process.wait()
         self._close()
-        deadline = time.monotonic() + GONE_SECONDS
-        while left := [worker for worker in workers if runs(worker)]:
-            assert time.monotonic() < deadline, f"what the server has started outlives it: {left}"
-            time.sleep(0.02)
+        await_none(workers)
 
     def wait(self) -> int:
         """Waits for the server to end by itself; returns the exit status."""
@@ -98,6 +100,14 @@ class ServerProcess:
         finally:
             timer.cancel()
         raise AssertionError(f"the server did not start:\n{self.log()[-4000:]}")
+
+
+def await_none(processes: list[psutil.Process]) -> None:
+    """Waits until the processes that an ended server has started are gone."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while left := [process for process in processes if runs(process)]:
+        assert time.monotonic() < deadline, f"what the server has started outlives it: {left}"
+        time.sleep(0.02)
 
 
 def runs(process: psutil.Process) -> bool:

@@ -72,6 +72,8 @@ class Running:
 def serve(options: ServeOptions) -> None:
     """Serves until SIGTERM or SIGINT; prints ``ready on ADDRESS`` when requests can come.
 
+    A start that is under way when the signal comes is broken off.
+
     Raises:
         UnavailableError: the engine was given up (see `RestartPolicy`); requests under way were let end before.
     """
@@ -79,11 +81,27 @@ def serve(options: ServeOptions) -> None:
 
 
 async def _serve(options: ServeOptions) -> None:
-    stop = asyncio.Event()
+    stop, started = asyncio.Event(), asyncio.Event()
+    serving = asyncio.ensure_future(_until_stopped(options, stop, started))
+
+    def told() -> None:
+        if not (stop.is_set() or started.is_set()):
+            serving.cancel()
+        stop.set()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, told)
+    await asyncio.wait([serving])
+    if serving.cancelled():
+        print("stopped before it was ready", flush=True)
+    else:
+        serving.result()
+
+
+async def _until_stopped(options: ServeOptions, stop: asyncio.Event, started: asyncio.Event) -> None:
     async with running(options) as server:
+        started.set()
         # What start-up has made stays: a walk through it, even one, would hold every stream up for half a second.
         gc.freeze()
         gc.enable()

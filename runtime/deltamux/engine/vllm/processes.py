@@ -73,9 +73,8 @@ class Launch:
     def break_off(self) -> None:
         """Waits until the thread has ended; one that still starts an engine ends with an error soon."""
         while not self.result.done():
-            for process in multiprocessing.active_children():
-                if process.pid not in self._others:
-                    process.kill()
+            begun = {process.pid for process in multiprocessing.active_children()} - self._others
+            end(family([pid for pid in begun if pid is not None]))
             wait([self.result], timeout=POLL_SECONDS)
 
 
