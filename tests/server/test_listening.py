@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import socket
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,19 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import descriptor_pool
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
 
 from deltamux.client import AsyncClient, Client
 from deltamux.client.channel import error_of
-from deltamux.errors import DeltamuxError, InvalidAdapterError, InvalidArgumentError, UnavailableError
+from deltamux.engine.base import EngineOptions
+from deltamux.errors import (
+    DeltamuxError,
+    FailedPreconditionError,
+    InvalidAdapterError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from deltamux.server.app import SERVICES, Running, running
 from deltamux.server.compiler import Compiler
 from deltamux.server.status import status_of, without_paths
@@ -23,6 +34,7 @@ from deltamux.v1 import adapters_pb2, tenants_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.tenants_pb2_grpc import TenantsStub
 from server.conftest import engine_for, options
+from server.reference_engine import ReferenceEngine
 from server.test_server import write_certificate
 
 NAME = "tenants/acme/adapters/tickets"
@@ -88,6 +100,63 @@ async def test_a_client_that_pings_often_keeps_its_silent_stream(
         assert (await watch.read()).type == adapters_pb2.AdapterEvent.UPDATED
 
 
+async def test_a_server_that_loads_its_engine_answers_that_it_starts(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    loading, goes_on = threading.Event(), threading.Event()
+
+    def load(_: EngineOptions) -> ReferenceEngine:
+        loading.set()
+        assert goes_on.wait(60)
+        return engine_for(tiny_base)
+
+    async def serve() -> None:
+        given = dataclasses.replace(options(tiny_base, tmp_path / "store"), listen=address)
+        async with running(given, load, shared_compiler), AsyncClient(address, timeout=20) as client:
+            assert len((await client.generate("x", max_tokens=2, ignore_eos=True)).token_ids) == 2
+            assert await health(address) == health_pb2.HealthCheckResponse.SERVING
+            async with grpc.aio.insecure_channel(address) as channel:
+                unknown: Any = channel.unary_unary("/deltamux.v1.Inference/Nothing")
+                with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
+                    await unknown(b"")
+
+    serving = asyncio.create_task(serve())
+    assert await asyncio.to_thread(loading.wait, 60)
+    assert await health(address) == health_pb2.HealthCheckResponse.NOT_SERVING
+    async with AsyncClient(address, timeout=20, retries=0) as client:
+        calls = (client.generate("x"), client.list_tenants(), anext(aiter(client.generate_stream("x"))))
+        for call in calls:
+            with pytest.raises(UnavailableError, match="the server is starting") as refused:
+                await call
+            assert (refused.value.reason, refused.value.retry_after) == ("SERVER_STARTING", 5.0)
+    goes_on.set()
+    await serving
+
+
+async def test_an_address_is_free_again_after_a_start_that_failed(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+) -> None:
+    def broken(_: EngineOptions) -> ReferenceEngine:
+        raise FailedPreconditionError("no such base")
+
+    given = options(tiny_base, tmp_path / "store")
+    async with running(given, lambda _: engine_for(tiny_base), shared_compiler) as server:
+        given = dataclasses.replace(given, listen=server.address)
+    for _ in range(2):
+        with pytest.raises(FailedPreconditionError, match="no such base"):
+            async with running(given, broken, shared_compiler):
+                pass
+
+
+async def health(address: str) -> int:
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub: Any = health_pb2_grpc.HealthStub(channel)
+        return int((await stub.Check(health_pb2.HealthCheckRequest(service=SERVICES[0]), timeout=20)).status)
+
+
 async def test_a_client_that_speaks_tls_wrongly_is_told_what_is_wrong_at_once(
     served: Running, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:
@@ -96,10 +165,10 @@ async def test_a_client_that_speaks_tls_wrongly_is_told_what_is_wrong_at_once(
     async with running(given, lambda _: engine_for(tiny_base), shared_compiler) as server:
         port = server.address.rpartition(":")[2]
         cases: list[tuple[str, bool | bytes, str]] = [
-            (f"localhost:{port}", False, "as one with TLS does to a client without"),
-            (f"localhost:{port}", True, "not signed by an authority"),
+            (f"127.0.0.1:{port}", False, "as one with TLS does to a client without"),
+            (f"127.0.0.1:{port}", True, "not signed by an authority"),
             (f"127.0.0.1:{port}", cert.read_bytes(), "for another name than this address"),
-            (f"localhost:{port}", b"no certificate", "is not valid PEM"),
+            (f"127.0.0.1:{port}", b"no certificate", "is not valid PEM"),
             (served.address, True, "does not speak TLS"),
         ]
         for address, tls, problem in cases:

@@ -12,7 +12,6 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import grpc
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import Engine, EngineOptions
@@ -35,6 +34,7 @@ from deltamux.server.recompiling import Recompiler
 from deltamux.server.reflection import add_reflection
 from deltamux.server.requests import CheckedRequests
 from deltamux.server.routing import Router
+from deltamux.server.services import HEALTH, Services
 from deltamux.server.slots import Slots
 from deltamux.server.tenants import TenantsService
 from deltamux.server.uploads import UploadLimits
@@ -147,8 +147,10 @@ async def running(
         stack.callback(store.close)
         checked = CheckedRequests()
         server = _grpc_server(options, store, checked)
-        # Before anything is loaded, which takes long: an address that is taken is told at once.
+        # Before anything is loaded, which takes long: a taken address is told at once, and clients are answered.
         address = bind(server, options)
+        services = Services(SERVICES)
+        await services.start(server)
         stack.push_async_callback(server.stop, None)
         # It starts beside the engine, which takes longer.
         compiler = shared_compiler or Compiler(options.plugin_timeout_seconds)
@@ -168,12 +170,13 @@ async def running(
         _forget_removed(store, engine, pins)
         restoring = asyncio.create_task(pins.restore())
         stack.callback(restoring.cancel)
-        health = HealthMonitor(engine, SERVICES)
-        add_InferenceServicer_to_server(_inference_service(options, store, engine, programs), server)
-        add_AdaptersServicer_to_server(adapters, server)
-        add_TenantsServicer_to_server(TenantsService(store, events, threads), server)
-        _add_standard_services(server, health)
-        async with _started(server, health, events, options.drain_seconds):
+        services.add(add_InferenceServicer_to_server, _inference_service(options, store, engine, programs))
+        services.add(add_AdaptersServicer_to_server, adapters)
+        services.add(add_TenantsServicer_to_server, TenantsService(store, events, threads))
+        add_reflection((*SERVICES, HEALTH), services)
+        services.complete()
+        health = HealthMonitor(engine, SERVICES, services.health)
+        async with _serving(server, health, events, options.drain_seconds):
             yield Running(address, engine, store)
 
 
@@ -187,18 +190,12 @@ async def _supervised(options: ServeOptions, make_engine: EngineFactory) -> Supe
     return SupervisedEngine(first, lambda: make_engine(given), policy)
 
 
-def _add_standard_services(server: grpc.aio.Server, health: HealthMonitor) -> None:
-    health_pb2_grpc.add_HealthServicer_to_server(health.servicer, server)
-    add_reflection((*SERVICES, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name), server)
-
-
 @asynccontextmanager
-async def _started(
+async def _serving(
     server: grpc.aio.Server, health: HealthMonitor, events: EventHub, drain_seconds: float
 ) -> AsyncIterator[None]:
-    """Answers calls for the length of the block; leaving it lets those under way end."""
+    """Keeps the health in step for the length of the block; leaving it lets the calls under way end."""
     await health.look()
-    await server.start()
     watching = asyncio.create_task(health.run())
     try:
         yield

@@ -14,10 +14,11 @@ class HealthMonitor:
 
     Args:
         services: full names of the services; those that need the engine, which the whole server ("") does too.
+        servicer: the standard one, which says what it is set to.
     """
 
-    def __init__(self, engine: SupervisedEngine, services: Sequence[str]) -> None:
-        self.servicer = health.aio.HealthServicer()
+    def __init__(self, engine: SupervisedEngine, services: Sequence[str], servicer: health.aio.HealthServicer) -> None:
+        self._servicer = servicer
         self._engine = engine
         self._services = ("", *services)
 
@@ -33,9 +34,9 @@ class HealthMonitor:
         serving = self._engine.healthy
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in self._services:
-            await self.servicer.set(service, status)
+            await self._servicer.set(service, status)
         return serving
 
     async def stop_serving(self) -> None:
         """Says NOT_SERVING from now on: the server is about to stop."""
-        await self.servicer.enter_graceful_shutdown()
+        await self._servicer.enter_graceful_shutdown()

@@ -9,22 +9,25 @@ import grpc
 from google.protobuf import descriptor_pb2, descriptor_pool, text_format
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from deltamux.server.services import Services
+
 V1 = "grpc.reflection.v1.ServerReflection"
 
 
-def add_reflection(services: Sequence[str], server: grpc.aio.Server) -> None:
-    """Adds both versions; what they say names the services and themselves."""
+def add_reflection(names: Sequence[str], services: Services) -> None:
+    """Adds both versions; what they say names the given services and themselves."""
     _describe_v1()
-    names = (*services, V1, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
-    servicer: Any = reflection.aio.ReflectionServicer(names)
+    versions = (V1, reflection.SERVICE_NAME)
+    servicer: Any = reflection.aio.ReflectionServicer((*names, *versions))
     # The messages of both versions are the same on the wire.
     info = grpc.stream_stream_rpc_method_handler(
         servicer.ServerReflectionInfo,
         request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
         response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
     )
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(V1, {"ServerReflectionInfo": info}),))
+    services.add_generic_rpc_handlers(
+        [grpc.method_handlers_generic_handler(version, {"ServerReflectionInfo": info}) for version in versions]
+    )
 
 
 def _describe_v1() -> None:
