@@ -97,7 +97,9 @@ class LoRAConfig:
         init = self.init_lora_weights
         if isinstance(init, str) and init.startswith(CHANGES_THE_BASE):
             raise _invalid(
-                "init_lora_weights", f"{init!r} changes the base's weights too: convert the adapter to plain LoRA"
+                "init_lora_weights",
+                f"{init!r} changes the base's weights too: save it as plain LoRA, with PEFT's save_pretrained and its "
+                "path_initial_model_for_weight_conversion",
             )
         if isinstance(init, str) and init not in INITIALISATIONS:
             raise _invalid("init_lora_weights", f"{init!r} is not known; known: true, {', '.join(INITIALISATIONS)}")

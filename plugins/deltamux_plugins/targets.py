@@ -107,7 +107,9 @@ def nothing_matches(
     """
     endings = sorted({path.rpartition(".")[2] for path in paths})
     has = f"this base has: {listed(endings, 12)}"
-    if isinstance(names, str) and not is_all_linear(names) and any(matches((names,), path) for path in paths):
+    if not names:
+        problem = f"target_modules is empty: name the modules that the adapter was trained at; {has}"
+    elif isinstance(names, str) and not is_all_linear(names) and any(matches((names,), path) for path in paths):
         example = next(path for path in paths if matches((names,), path))
         expression = json.dumps(rf".*\.{names}")
         problem = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
@@ -33,6 +33,7 @@ def build_config(
     ignored: frozenset[str],
     method: str,
     refused: Mapping[str, str] = NOTHING,
+    needed: Collection[str] = (),
 ) -> Any:
     """Returns an instance of a frozen dataclass; null is a value of those fields alone whose type has None.
 
@@ -41,6 +42,7 @@ def build_config(
     Args:
         ignored: keys that change nothing.
         refused: keys that cannot be served, with the reason.
+        needed: keys that a file must give a value to, whatever training's default.
 
     Raises:
         InvalidConfigError: unknown keys (all of them named), a value of another type, or out of range.
@@ -48,21 +50,22 @@ def build_config(
     _check_keys(config_class, values, ignored, method, refused)
     hints = _hints(config_class)
     given = {key: value for key, value in values.items() if key in hints}
-    _check_nulls(config_class, given, method)
+    _check_nulls(config_class, given, method, needed)
     try:
         return config_class(**{key: _typed(key, value, hints[key], method) for key, value in given.items()})
     except (TypeError, ValueError) as error:
         raise InvalidConfigError(f"method {method!r}: {error}", metadata={"method": method}) from error
 
 
-def _check_nulls(config_class: Any, given: Mapping[str, Any], method: str) -> None:
+def _check_nulls(config_class: Any, given: Mapping[str, Any], method: str, needed: Collection[str]) -> None:
     """Raises InvalidConfigError for a null where a value is needed: it does not stand for the default."""
     for field in dataclasses.fields(config_class):
         if field.name in given and given[field.name] is None and not _takes_none(_hints(config_class)[field.name]):
-            has_default = field.default is not dataclasses.MISSING
-            default = f", or leave the key out for {field.default!r}" if has_default else ""
+            has_value = field.default is not dataclasses.MISSING
+            default = f", or leave the key out for {field.default!r}" if has_value else ", or leave the key out"
+            missing, default = ("null or left out", "") if field.name in needed else ("null", default)
             raise InvalidConfigError(
-                f"method {method!r}: {field.name} is null, but needs a value: give one{default}",
+                f"method {method!r}: {field.name} is {missing}, but needs a value: give one{default}",
                 metadata={"field": field.name, "method": method},
             )
 

@@ -80,10 +80,11 @@ class Method:
             InvalidConfigError: unknown keys (all of them named), a value of another type, or out of range.
         """
         self._announce(self.name, "its config class")
-        ignored = self.info.ignored_keys | {"peft_type", "base_model_name_or_path"}
+        info, needed = self.info, self.info.file_defaults
+        ignored = info.ignored_keys | {"peft_type", "base_model_name_or_path"}
         try:
             return build_config(
-                self.info.config_class, values, ignored=ignored, method=self.name, refused=self.info.refused_keys
+                info.config_class, values, method=info.name, ignored=ignored, refused=info.refused_keys, needed=needed
             )
         except DeltamuxError:
             raise

@@ -9,12 +9,13 @@ from typing import Any
 import peft
 import pytest
 from engine import worlds
+from peft.utils.other import get_pattern_key
 from transformers import AutoModelForCausalLM
 
 from deltamux.deltas import BaseModel
 from deltamux.errors import InvalidConfigError
 from deltamux.registry import Registry
-from deltamux_plugins.targets import targets
+from deltamux_plugins.targets import by_pattern, targets
 
 HOSTILE = "(?:.|..|...)*[0-9]{3}"
 """Takes exponentially long on a path of some length."""
@@ -116,6 +117,12 @@ def test_a_hostile_regular_expression_is_refused_and_holds_up_nobody(base: BaseM
         {"target_modules": ["up_proj", "q_proj"], "layers_to_transform": [1], "layers_pattern": ["blocks", "layers"]},
         {"target_modules": ["up_proj", "q_proj"], "exclude_modules": ["model.layers.0.mlp.up_proj"]},
         {"target_modules": ["up_proj", "q_proj"], "exclude_modules": r".*1\.mlp.*"},
+        {"target_modules": None},
+        {"target_modules": r"^(?!.*layers\.0).*(q_proj|up_proj)$"},
+        {"target_modules": r"model\.layers\.(0|1)\.(self_attn\.(q|k)_proj|mlp\.down_proj)"},
+        {"target_modules": ["q_proj", "q_proj", "nowhere", "1.mlp.up_proj", "model.layers.0.mlp.gate_proj"]},
+        {"target_modules": ["q_proj", "k_proj", "o_proj"], "modules_to_save": ["k_proj", r"0.self_attn.o_proj"]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 0},
     ],
 )
 def test_targets_are_those_that_peft_takes(values: dict[str, Any], base: BaseModel, directory: Path) -> None:
@@ -123,6 +130,23 @@ def test_targets_are_those_that_peft_takes(values: dict[str, Any], base: BaseMod
     config = peft.LoraConfig(task_type="CAUSAL_LM", **values)
     model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(directory), config)
     assert chosen == set(model.base_model.targeted_module_names)
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {r"^model\.layers\.0\.self_attn\.q_proj": 2, "q_proj": 3},
+        {r".*\.layers\.3\..*(q_proj|k_proj)$": 2, "layers.3": 4},
+        {"q_proj|k_proj": 2, "self_attn.q_proj": 3, "nowhere": 9},
+        {"layers.1": 2, "layers.1.self_attn.q_proj": 3},
+        {"model.layers.1.mlp.experts[0]": 2},
+        {r"(self|cross)_attn\.(q|k)_proj": 5},
+    ],
+)
+def test_ranks_are_looked_up_by_pattern_as_peft_does(patterns: dict[str, int]) -> None:
+    names = ["self_attn.q_proj", "self_attn.k_proj", "mlp.experts[0]"]
+    for path in [f"model.layers.{layer}.{name}" for layer in (0, 1, 3, 11, 13) for name in names]:
+        assert by_pattern(patterns, path) == patterns.get(get_pattern_key(list(patterns), path)), path
 
 
 def test_layers_may_be_chosen_of_all_linears(base: BaseModel) -> None:

@@ -45,7 +45,7 @@ def base() -> BaseModel:
         ({"target_modules": r".*\.query"}, r"regular expression.*whose paths are such as 'model\.layers\.0"),
         ({"target_modules": ["query", "value"]}, r"\(query, value\) names no projection of LlamaForCausalLM.*q_proj"),
         ({"target_modules": [f"m{i}.x" for i in range(196)]}, r"and 190 more\) names no projection"),
-        ({"target_modules": []}, "names no projection"),
+        ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "exclude_modules leave none"),
         ({"target_modules": ["q_proj"], "layers_to_transform": [40]}, "layers_to_transform leave none"),
         ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, "modules_to_save leave none"),
@@ -109,7 +109,7 @@ def own_fields() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("method", "key"), own_fields())
 def test_null_stands_for_a_default_only_where_pefts_default_is_null(method: str, key: str) -> None:
-    with pytest.raises(InvalidConfigError, match=f"{key} is null, but needs a value") as refused:
+    with pytest.raises(InvalidConfigError, match=f"{key} is null.*, but needs a value") as refused:
         REGISTRY.get(method).parse({key: None})
     assert refused.value.metadata["field"] == key
 
@@ -154,6 +154,12 @@ def test_keys_that_change_nothing_are_taken(more: dict[str, Any], base: BaseMode
     before = read_program(tmp_path, base)
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     assert [site for site, _ in read_program(tmp_path, base)] == [site for site, _ in before]
+
+
+@pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
+def test_a_file_says_how_many_virtual_tokens_there_are(method: str, base: BaseModel) -> None:
+    error = refusal({"peft_type": method}, base)
+    assert "num_virtual_tokens is null or left out, but needs a value: give one" in error.message
 
 
 # Methods that are not served.

@@ -114,6 +114,8 @@ def _about(name: str, tensor: Tensor, base: BaseModel) -> str:
         for site in base.sites.values():
             if site.kind is kind and (name.startswith(f"{PREFIX}{site.name}.") or module == site.name):
                 return _about_whole(what, parameter, tensor, base)
+    if parameter.endswith(".bias") and _own(parameter, base) is not None:
+        return "; trained biases (bias) are not served with this method: train with bias none"
     if _own(parameter, base) is not None:
         return (
             f"; {parameter!r} differs from the base's own: modules trained whole (modules_to_save) are not served. "
