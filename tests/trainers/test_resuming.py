@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -242,6 +243,22 @@ def test_a_run_may_go_on_for_longer_but_not_for_less(
     with pytest.raises(InvalidConfigError, match="max_steps 5 is less than the 6"):
         train(options(directory, data, output, resume=True, max_steps=5))
     assert train(options(directory, data, output, resume=True, max_steps=STEPS + 1, log_steps=5)).steps == STEPS + 1
+
+
+@pytest.mark.parametrize("save_steps", [2, None], ids=["a checkpoint", "the adapter"])
+def test_a_disk_that_is_full_is_a_sentence(save_steps: int | None, directory: Path, data: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    given: dict[str, Any] = {"save_steps": save_steps or 1000, "config": {"r": 64}, "max_steps": 2}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(FailedPreconditionError, match="cannot be written") as refused:
+            train(options(directory, data, tmp_path, **given))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert refused.value.reason == "OUTPUT_NOT_WRITABLE"
+    assert not list((tmp_path / "checkpoints").glob("checkpoint-*"))
+    assert not (tmp_path / "adapter_config.json").exists()
 
 
 def test_a_run_that_diverges_writes_nothing(directory: Path, data: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from deltamux.errors import FailedPreconditionError
 from deltamux_trainers import checkpoints, ranks
 from deltamux_trainers.checkpoints import RUN_FILE, STAGING
 from deltamux_trainers.model import DeltaModel
+from deltamux_trainers.writing import told
 
 PARAMETERS_FILE = "parameters.safetensors"
 SCHEDULE_FILE = "schedule.safetensors"
@@ -82,19 +83,24 @@ class DeltaTrainer(Trainer):
             staging.mkdir(parents=True)
         ranks.wait_for_all()
         mean_loss = self.mean_loss()
-        self._save_optimizer_and_scheduler(str(staging))
-        self._save_scaler(str(staging))
-        self._save_rng_state(str(staging))
-        if ranks.is_first():
-            save_tensors(self.delta_model.parameters_by_name(), staging / PARAMETERS_FILE)
-            save_tensors(self.delta_model.schedule.state, staging / SCHEDULE_FILE)
-            self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-            run = {"determined_by": self.determined_by, "loss_sum": mean_loss * self.state.global_step}
-            (staging / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
+        with told(final):
+            self._save_optimizer_and_scheduler(str(staging))
+            self._save_scaler(str(staging))
+            self._save_rng_state(str(staging))
+            if ranks.is_first():
+                self._save_run(staging, mean_loss)
         ranks.wait_for_all()
         if ranks.is_first():
-            checkpoints.seal(staging, final)
+            with told(final):
+                checkpoints.seal(staging, final)
             checkpoints.remove_old(root, self.state.best_global_step)
+
+    def _save_run(self, staging: Path, mean_loss: float) -> None:
+        save_tensors(self.delta_model.parameters_by_name(), staging / PARAMETERS_FILE)
+        save_tensors(self.delta_model.schedule.state, staging / SCHEDULE_FILE)
+        self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
+        run = {"determined_by": self.determined_by, "loss_sum": mean_loss * self.state.global_step}
+        (staging / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)

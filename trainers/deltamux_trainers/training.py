@@ -30,6 +30,7 @@ from deltamux_trainers.options import CHANGEABLE, DETERMINING, OPTIMIZERS, Train
 from deltamux_trainers.progress import Progress
 from deltamux_trainers.stopping import Interruption, Patience, TrainingInterrupted
 from deltamux_trainers.trainer import DeltaTrainer, Saving, Scheduled
+from deltamux_trainers.writing import told
 
 REPORT_FILE = "train_report.json"
 CHECKPOINTS = "checkpoints"
@@ -74,7 +75,8 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
     Raises:
         InvalidConfigError, InvalidArgumentError: an option or a row of the data is wrong.
         FailedPreconditionError: the output holds an adapter already, or what is to be resumed is not there, damaged or
-            of another run; the base is not a decoder, or not whole; the device is not there; the loss is not finite.
+            of another run; the base is not a decoder, or not whole; the device is not there; the loss is not finite;
+            the output cannot be written.
         TrainingInterrupted: SIGINT or SIGTERM ended the run between two steps; `resume` goes on from there.
     """
     method = Registry().get(options.method)
@@ -110,7 +112,8 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         model = trainer.delta_model
         with torch.no_grad():
             written, tensors = model.schedule.finish(config, model.exported())
-            _write(method.checkpoint(written, base, tensors), options, result)
+            with told(options.output):
+                _write(method.checkpoint(written, base, tensors), options, result)
     ranks.wait_for_all()
     return result
 

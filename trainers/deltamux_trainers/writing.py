@@ -35,6 +35,28 @@ def check_output(output: Path, sources: Sequence[Path] = (), *, overwrite: bool 
 
 
 @contextmanager
+def told(what: Path) -> Iterator[None]:
+    """Turns what libraries raise when a file cannot be written (a full disk, no permission) into one error.
+
+    Raises:
+        FailedPreconditionError: OUTPUT_NOT_WRITABLE.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise _not_writable(what, error) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):  # torch.save has no class
+            raise
+        raise _not_writable(what, error) from error
+
+
+def _not_writable(what: Path, error: Exception) -> FailedPreconditionError:
+    problem = str(error).strip().partition("\n")[0]
+    return FailedPreconditionError(f"{what} cannot be written: {problem}", reason="OUTPUT_NOT_WRITABLE")
+
+
+@contextmanager
 def replacing(output: Path) -> Iterator[Path]:
     """Yields an empty directory beside the output; it becomes the output when the block ends well, and else goes.
 
@@ -44,15 +66,13 @@ def replacing(output: Path) -> Iterator[Path]:
     whole = Path(os.path.abspath(output))
     staging = whole.with_name(f".{whole.name}.writing")
     try:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        yield staging
-        if whole.exists():
-            shutil.rmtree(whole)
-        staging.rename(whole)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise FailedPreconditionError(f"{output} cannot be written: {error}", reason="OUTPUT_NOT_WRITABLE") from error
+        with told(output):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            yield staging
+            if whole.exists():
+                shutil.rmtree(whole)
+            staging.rename(whole)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
