@@ -10,10 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from deltamux.client import AsyncClient
-from deltamux.errors import InvalidAdapterError, InvalidArgumentError
+from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidArgumentError
 from deltamux.server.app import Running
+from deltamux.server.compiler_memory import is_shortage
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -43,6 +46,26 @@ async def test_a_bomb_in_a_header_costs_the_server_neither_memory_nor_time(
     assert refused.value.metadata == {"file": "adapter_model.safetensors", "tensor": "t"}
     assert psutil.Process().memory_info().rss - before < 64 << 20
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize("shape", [(4, 96), (4,), (0, 64)])
+async def test_a_tensor_of_another_shape_is_refused_as_another_bases(
+    shape: tuple[int, ...], client: AsyncClient, adapter: Path
+) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[min(tensors)] = torch.zeros(shape)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises((BaseMismatchError, InvalidArgumentError)) as refused:
+        await client.upload_adapter(NAME, adapter, timeout=30)
+    assert "lora" in refused.value.message or "low_rank" in refused.value.message
+
+
+def test_a_chain_of_errors_that_leads_back_into_itself_is_no_shortage_of_memory() -> None:
+    first, second = ValueError("first"), KeyError("second")
+    first.__context__, second.__context__ = second, first
+    assert not is_shortage(first)
+    second.__cause__ = MemoryError()
+    assert is_shortage(first)
 
 
 async def test_a_config_with_a_key_twice_is_refused_with_the_key(client: AsyncClient, adapter: Path) -> None:

@@ -39,9 +39,11 @@ def at_most(growth: int) -> Iterator[None]:
 
 def is_shortage(error: BaseException | None) -> bool:
     """Whether an error comes from an allocation that failed."""
-    while error is not None:
+    seen: set[int] = set()  # a chain of errors may lead back into itself
+    while error is not None and id(error) not in seen:
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 
