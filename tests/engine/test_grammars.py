@@ -122,9 +122,9 @@ def test_any_json_is_taken_or_refused_as_an_argument(given: dict[str, Any]) -> N
 )
 async def test_ordinary_grammars_pass_and_are_remembered(guided: GuidedDecoding, gate: Grammars) -> None:
     first = await gate.admit(guided, "acme")
-    started = time.perf_counter()
+    tried = next(gate._link._numbers)
     assert await gate.admit(guided, "globex") == first
-    assert time.perf_counter() - started < 0.02
+    assert next(gate._link._numbers) == tried + 1
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ async def test_grammars_beyond_their_budget_are_refused_and_hold_no_other_group_
     for number in range(5):
         started = time.perf_counter()
         await gate.admit(GuidedDecoding(regex=f"[cd]{{{number + 1}}}"), "globex")
-        assert time.perf_counter() - started < 1.0
+        assert time.perf_counter() - started < 5.0
     assert not all(task.done() for task in greedy)
     reasons = {error.reason for error in await asyncio.gather(*greedy, return_exceptions=True)}  # type: ignore[union-attr]
     assert reasons == {"GRAMMAR_TOO_COMPLEX"}
@@ -181,13 +181,13 @@ async def test_cancelling_ends_the_work_at_once(gate: Grammars, monkeypatch: pyt
     slow = asyncio.create_task(gate.admit(SLOW, "acme"))
     while not process.children():  # noqa: ASYNC110 - another process's doing
         await asyncio.sleep(0.002)
+    process.children()[0].suspend()  # it ends by being ended, and not before
     slow.cancel()
     with pytest.raises(asyncio.CancelledError):
         await slow
-    cancelled = time.perf_counter()
-    while process.children():  # noqa: ASYNC110 - likewise
-        await asyncio.sleep(0.002)
-    assert time.perf_counter() - cancelled < 0.2
+    async with asyncio.timeout(10):
+        while process.children():  # noqa: ASYNC110 - likewise
+            await asyncio.sleep(0.002)
     await gate.admit(GuidedDecoding(regex="[ab]{11}"), "acme")
 
 

@@ -49,7 +49,7 @@ _LENGTHS = {
     "allOf": MAX_ALTERNATIVES,
     "prefixItems": MAX_ALTERNATIVES,
 }
-_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains")
+_COUNTS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains"}
 _REPETITION = re.compile(r"\{(\d{1,9}|\d{10,})?(?:,(\d{1,9}|\d{10,})?)?\}")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose values hold subschemas by name: what looks like a keyword in there is a name."""
@@ -132,15 +132,15 @@ class _Schema:
             )
 
     def _check_lengths(self, path: str, node: Mapping[str, Any]) -> None:
-        for name, limit in _LENGTHS.items():
-            value = node.get(name)
+        for name in node.keys() & _LENGTHS.keys():
+            value, limit = node[name], _LENGTHS[name]
             if isinstance(value, (dict, list)) and len(value) > limit:
                 raise invalid(SCHEMA, f"has {len(value)} entries at {path}/{name}; at most {limit} are taken"[:300])
-        for name in _COUNTS:
-            value = node.get(name)
+        for name in node.keys() & _COUNTS:
+            value = node[name]
             if isinstance(value, (int, float)) and not 0 <= value <= MAX_COUNT:
                 raise invalid(SCHEMA, f"has {path}/{name} outside 0 to {MAX_COUNT}"[:300])
-        patterns = node.get("patternProperties")
+        patterns = node.get("patternProperties", ())
         for pattern in (node.get("pattern"), *(patterns if isinstance(patterns, dict) else ())):
             if isinstance(pattern, str):
                 check_regex(pattern, SCHEMA)

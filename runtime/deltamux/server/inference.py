@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -41,7 +42,12 @@ class InferenceService(pb_grpc.InferenceServicer):
 
     async def _run(self, request: pb.GenerateRequest, *, stream: bool) -> AsyncGenerator[pb.GenerateResponse]:
         """The life of a request. The version it gets here is the one it keeps, whatever is promoted or deleted."""
-        prompt, sampling = prompt_of(request, self._engine.max_model_len), sampling_of(request.sampling)
+        prompt = prompt_of(request, self._engine.max_model_len)
+        if request.sampling.HasField("structured_output"):
+            # A schema takes milliseconds to walk.
+            sampling = await asyncio.to_thread(sampling_of, request.sampling)
+        else:
+            sampling = sampling_of(request.sampling)
         request_id = secrets.token_hex(8)
         tenant = self._router.tenant_of(request.adapter)
         async with self._slots.take(tenant), self._router.lease(request.adapter, request_id) as target:

@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+from vllm import envs
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
-THREADS = 8
-"""Grammars compiled at once: vLLM's own number, one on two cores, would have a small one wait for a large one."""
+THREADS = 4
+"""Grammars compiled at once, each by one thread: vLLM's own, which is one grammar by eight threads on two cores, would
+have a small one wait for a large one, and take more of the cores from the step."""
 
 NICE = 10
 
@@ -26,7 +28,16 @@ def prepare_grammars(manager: Any) -> None:
     vocab_size = manager.vllm_config.model_config.get_vocab_size()
     # Where xgrammar cannot read the vocabulary, the first grammar fails, and nothing else.
     with suppress(Exception):
-        manager.backend = XgrammarBackend(manager.vllm_config, tokenizer=manager.tokenizer, vocab_size=vocab_size)
+        import xgrammar
+
+        backend = XgrammarBackend(manager.vllm_config, tokenizer=manager.tokenizer, vocab_size=vocab_size)
+        backend.compiler = xgrammar.GrammarCompiler(
+            backend.compiler.compile_regex("a").tokenizer_info,
+            max_threads=1,
+            cache_enabled=True,
+            cache_limit_bytes=envs.VLLM_XGRAMMAR_CACHE_MB << 20,
+        )
+        manager.backend = backend
 
 
 def _give_way() -> None:

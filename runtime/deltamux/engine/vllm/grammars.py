@@ -106,7 +106,7 @@ class Grammars:
             ResourceExhaustedError: too many grammars of the group wait.
             UnavailableError: there is no process to try it in.
         """
-        constraint = constraint_of(guided)
+        constraint = await asyncio.to_thread(constraint_of, guided)
         problem = await self._verdict(constraint, group)
         if problem is not None:
             too_complex = problem.startswith(("takes", "compiles"))
