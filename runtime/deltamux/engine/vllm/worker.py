@@ -101,6 +101,7 @@ class DeltaWorkerMixin:
     def delta_status(self, program_id: int) -> str:
         return self._deltas.loader.status(program_id)
 
+    @torch.inference_mode()  # as the steps are, which have put into the slots what is cleared here
     def delta_unload(self, program_id: int) -> None:
         self._deltas.unload(program_id)
 
