@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from deltamux.cli import main
+from deltamux.client import AsyncClient
 from deltamux.engine.base import Engine, EngineOptions
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.server.app import running
@@ -164,3 +166,69 @@ async def test_an_address_that_is_taken_is_told_before_the_engine_is_made(
             async with running(second, never, shared_compiler):
                 pass
     assert refused.value.reason == "ADDRESS_UNAVAILABLE"
+
+
+async def test_a_unix_socket_that_a_server_listens_on_is_not_taken_from_it(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+) -> None:
+    first = dataclasses.replace(options(tiny_base, tmp_path / "store"), listen=f"unix:{tmp_path / 'socket'}")
+    async with running(first, lambda _: engine_for(tiny_base), shared_compiler) as server:
+        with pytest.raises(FailedPreconditionError, match="another process listens there"):
+            async with running(dataclasses.replace(first, store=tmp_path / "other"), never, shared_compiler):
+                pass
+        async with AsyncClient(server.address) as client:
+            assert await client.list_tenants() == []
+    (tmp_path / "socket").unlink(missing_ok=True)
+
+
+ADDRESSES = {
+    "unix:{tmp}/nowhere/socket": "No such file or directory",
+    "127.0.0.1:{taken}": "Address already in use",
+    "192.0.2.1:0": "Cannot assign requested address",
+}
+
+
+@pytest.mark.parametrize("listen", ADDRESSES)
+async def test_an_address_that_cannot_be_had_is_refused_with_what_the_system_says(
+    listen: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        address = listen.format(tmp=tmp_path, taken=other.getsockname()[1])
+        given = dataclasses.replace(options(tiny_base, tmp_path / "store"), listen=address, insecure=True)
+        with pytest.raises(FailedPreconditionError, match=f"cannot listen on .*: {ADDRESSES[listen]}; choose"):
+            async with running(given, never):
+                pass
+
+
+KEY_FILES: dict[str, Callable[[Path], Any]] = {
+    "an empty file": lambda file: file.write_text(""),
+    "a file of spaces": lambda file: file.write_text(" \n\n"),
+    "two lines": lambda file: file.write_text("dmx_admin_one\ndmx_admin_two\n"),
+    "bytes": lambda file: file.write_bytes(b"\xff\xfe\x00key"),
+    "what no call can carry": lambda file: file.write_text("k" * 10_000),
+    "a folder": lambda file: file.mkdir(),
+    "a folder that is not there": lambda file: None,
+}
+
+
+@pytest.mark.parametrize("case", KEY_FILES)
+async def test_a_key_file_without_one_key_is_refused_before_the_engine_is_made(
+    case: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / ("nowhere/admin.key" if case == "a folder that is not there" else "admin.key")
+    KEY_FILES[case](file)
+    given = options(tiny_base, tmp_path / "store", auth="keys", admin_key_file=file)
+    with pytest.raises(FailedPreconditionError, match="administrator's key file .* mend it") as refused:
+        async with running(given, never):
+            pass
+    assert refused.value.reason == "ADMIN_KEY"
+
+
+@pytest.mark.parametrize("store", ["file", "file/store", "link", "n" * 300])
+def test_a_store_that_cannot_be_made_is_refused_in_a_sentence(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("link")
+    assert main(["serve", "--model", "base", "--store", str(tmp_path / store)]) == 1
+    assert "cannot be a store: " in capsys.readouterr().err

@@ -10,13 +10,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from deltamux.errors import UnauthenticatedError
+from deltamux.errors import FailedPreconditionError, UnauthenticatedError
 from deltamux.server.caller import ADMINISTRATOR, CURRENT, Caller
 from deltamux.server.interceptors import Around, Context
 from deltamux.store import AdapterStore
 
 OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 """Load balancers look at the health without a key."""
+
+LONGEST_KEY = 4096
+"""Characters of an administrator's key: more do not fit into a call's metadata."""
 
 
 def everybody_is_administrator() -> Around:
@@ -41,12 +44,44 @@ def key_decides(store: AdapterStore, admin_key: str) -> Around:
 
 
 def admin_key(file: Path) -> str:
-    """Returns the administrator's key, making the file, readable by its owner alone, where there is none."""
-    if not file.exists():
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    """Returns the administrator's key, making the file, readable by its owner alone, where there is none.
+
+    Raises:
+        FailedPreconditionError: the file cannot be read or made, or does not hold one key (ADMIN_KEY).
+    """
+    try:
+        if not file.exists():
+            _write_key(file, f"dmx_admin_{secrets.token_urlsafe(32)}\n")
+        key = file.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise _admin_key(file, f"cannot be read or written: {error.strerror or error}") from error
+    except ValueError as error:
+        raise _admin_key(file, "is not text in ASCII") from error
+    if not 1 <= len(key) <= LONGEST_KEY or not all("!" <= character <= "~" for character in key):
+        raise _admin_key(file, f"does not hold one key of 1 to {LONGEST_KEY} visible characters without spaces")
+    return key
+
+
+def _write_key(file: Path, key: str) -> None:
+    """Makes the file whole at once: a crash leaves none, and not an empty one."""
+    fresh = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as stream:
-            stream.write(f"dmx_admin_{secrets.token_urlsafe(32)}\n")
-    return file.read_text(encoding="utf-8").strip()
+            stream.write(key)
+            stream.flush()
+            os.fsync(stream.fileno())
+        fresh.rename(file)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _admin_key(file: Path, problem: str) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"the administrator's key file {file} {problem}: mend it, or remove it, and a new key is written",
+        reason="ADMIN_KEY",
+        metadata={"file": str(file)},
+    )
 
 
 def _presented(context: Context) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import os
+import socket
 import ssl
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,18 +76,53 @@ def bind(server: grpc.aio.Server, options: ServeOptions) -> str:
         FailedPreconditionError: the address is taken or not this machine's, or the TLS files cannot be used.
     """
     check_tls(options)
+    if _somebody_answers(options.listen):
+        raise _cannot_listen(options, "another process listens there")
     try:
         if options.tls_cert is None:
             port = server.add_insecure_port(options.listen)
         else:
             port = server.add_secure_port(options.listen, _credentials(options))
     except RuntimeError as error:
-        raise FailedPreconditionError(
-            f"cannot listen on {options.listen}: {error}. Is another server there? Choose another port with --listen",
-            reason="ADDRESS_UNAVAILABLE",
-            metadata={"listen": options.listen},
-        ) from error
+        raise _cannot_listen(options, _why_not(options.listen)) from error
     return options.listen if options.listen.startswith("unix:") else f"{options.listen.rpartition(':')[0]}:{port}"
+
+
+def _cannot_listen(options: ServeOptions, why: str) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"cannot listen on {options.listen}: {why}; choose another address with --listen",
+        reason="ADDRESS_UNAVAILABLE",
+        metadata={"listen": options.listen},
+    )
+
+
+def _somebody_answers(listen: str) -> bool:
+    """Tells whether a Unix socket has a listener: gRPC removes its file, and the listener would serve nobody more."""
+    if not listen.startswith("unix:"):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(listen.removeprefix("unix:"))
+        except OSError:
+            return False
+    return True
+
+
+def _why_not(listen: str) -> str:
+    """Returns what the system says of an address that gRPC could not take; gRPC has that in its log alone."""
+    try:
+        if listen.startswith("unix:"):
+            path = Path(listen.removeprefix("unix:"))
+            os.stat(path.parent)
+            return "the socket's file cannot be made" if not path.exists() else "its file is not a socket"
+        host, port = split_address(listen)
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "the address is taken, or is not this machine's"
 
 
 def check_tls(options: ServeOptions) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from deltamux.errors import DeltamuxError, FailedPreconditionError, ResourceExhaustedError, UnavailableError
 
 FULL, READ_ONLY, CORRUPT, FAILING, BUSY = "STORE_FULL", "STORE_READ_ONLY", "STORE_CORRUPT", "STORE_IO", "STORE_BUSY"
+NO_PLACE = "STORE_PATH"
 
 _OF_ERRNO = {
     errno.ENOSPC: FULL,
@@ -43,6 +44,7 @@ _WORDS = {
     ),
     FAILING: "the disk of the store {root} does not read or write: the system's log says why",
     BUSY: "the database of the store {root} is locked by another program: end that program, and try again",
+    NO_PLACE: "{root} cannot be a store: {problem}: give a directory, or the name of one that can be made",
 }
 PROBE_BYTES = 64 << 10
 
@@ -56,6 +58,7 @@ def store_faults(root: Path, *, opening: bool = False) -> Iterator[None]:
     Raises:
         ResourceExhaustedError: STORE_FULL.
         FailedPreconditionError, UnavailableError: STORE_READ_ONLY, STORE_CORRUPT, STORE_IO or STORE_BUSY.
+        FailedPreconditionError: while opening, for whatever else the system refuses: STORE_PATH.
     """
     try:
         yield
@@ -73,9 +76,11 @@ def store_faults(root: Path, *, opening: bool = False) -> Iterator[None]:
 def store_error(raised: BaseException, root: Path, *, opening: bool = False) -> DeltamuxError | None:
     """Returns what an error of the disk or of SQLite means for the store; None if it is of another kind."""
     reason = _reason(raised, root)
+    if reason is None and opening and isinstance(raised, OSError):
+        reason = NO_PLACE
     if reason is None:
         return None
-    text = _WORDS[reason].format(root=root)
+    text = _WORDS[reason].format(root=root, problem=_problem(raised))
     if reason == FULL:
         return ResourceExhaustedError(text, reason=reason)
     return (FailedPreconditionError if opening else UnavailableError)(text, reason=reason)
@@ -89,6 +94,13 @@ def _reason(raised: BaseException, root: Path) -> str | None:
         return None
     reason = _OF_SQLITE.get(code & 0xFF)
     return _tried(root) or reason if reason == FAILING else reason
+
+
+def _problem(raised: BaseException) -> str:
+    """Returns the system's words for what it refused, with the file."""
+    if not isinstance(raised, OSError):
+        return str(raised)
+    return ": ".join(str(part) for part in (raised.filename, raised.strerror) if part) or str(raised)
 
 
 def _tried(root: Path) -> str | None:
