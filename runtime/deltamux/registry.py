@@ -138,7 +138,7 @@ class Method:
         except DeltamuxError as error:
             if not self.info.in_peft:
                 raise
-            raise explained(error, tensors, base) from error
+            raise explained(error, tensors, base) from error.__cause__  # it may be the same error
         return program
 
     def _placed(self, config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:

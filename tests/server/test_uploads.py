@@ -7,6 +7,7 @@ import shutil
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -74,3 +75,39 @@ async def test_a_config_with_a_key_twice_is_refused_with_the_key(client: AsyncCl
     with pytest.raises(InvalidAdapterError, match="'r' occurs twice") as refused:
         await client.upload_adapter(NAME, adapter, timeout=60)
     assert refused.value.metadata == {"file": "adapter_config.json", "field": "r"}
+
+
+REFUSED_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "another rank": ({"r": 1_000_000_000}, "RANK_MISMATCH"),
+    "half a regular expression": ({"target_modules": "("}, "INVALID_CONFIG"),
+    "one that matches nothing": ({"target_modules": r"(.*)*(.*)*(.*)*x"}, "INVALID_CONFIG"),
+    "a layer that is not there": ({"layers_to_transform": -3}, "INVALID_CONFIG"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_CONFIGS)
+async def test_a_config_that_does_not_fit_its_file_is_refused_at_once_and_costs_no_compiler(
+    case: str, client: AsyncClient, adapter: Path
+) -> None:
+    changed, reason = REFUSED_CONFIGS[case]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | changed))
+    compilers = _compilers()
+    with pytest.raises(InvalidArgumentError) as refused:
+        await client.upload_adapter(NAME, adapter, timeout=60)
+    assert refused.value.reason == reason
+    assert _compilers() == compilers
+
+
+def _compilers() -> set[int]:
+    return {child.pid for child in psutil.Process().children() if "deltamux.server.compiler_child" in child.cmdline()}
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_a_ring_of_causes_is_walked_once(length: int) -> None:
+    errors: list[BaseException] = [ValueError(str(number)) for number in range(length)]
+    for number, error in enumerate(errors):
+        error.__cause__ = errors[(number + 1) % length]
+    assert not is_shortage(errors[0])
+    errors[-1].__context__ = MemoryError()
+    assert is_shortage(errors[-1].__context__)
