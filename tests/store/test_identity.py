@@ -11,6 +11,7 @@ import pytest
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store import AdapterKey, AdapterStore, Canary, VersionState
+from deltamux.store.inspection import inspect
 from deltamux.store.schema import FIRST
 from store.uploads import KEY, copy_of, objects, upload
 
@@ -93,6 +94,27 @@ def without_a_column(root: Path) -> None:
     sql(root, "ALTER TABLE versions DROP COLUMN labels")
 
 
+def without_its_identity(root: Path) -> None:
+    sql(root, "DELETE FROM identity")
+
+
+def with_an_identity_of_text(root: Path) -> None:
+    sql(root, "UPDATE identity SET generation = 'x'")
+
+
+def with_two_identities(root: Path) -> None:
+    sql(root, "INSERT INTO identity SELECT * FROM identity")
+
+
+def of_a_negative_schema(root: Path) -> None:
+    sql(root, "PRAGMA user_version = -1")
+
+
+def with_a_folder_for_identity_file(root: Path) -> None:
+    (root / "store.json").unlink()
+    (root / "store.json").mkdir()
+
+
 def of_another_program(root: Path) -> None:
     missing(root)
     sql(root, "CREATE TABLE bookmarks (url TEXT)")
@@ -125,6 +147,11 @@ def sql(root: Path, statement: str) -> None:
         (page_damaged, "STORE_CORRUPT", "store restore"),
         (without_a_table, "STORE_CORRUPT", "store restore"),
         (without_a_column, "STORE_CORRUPT", "store restore"),
+        (without_its_identity, "STORE_CORRUPT", "store restore"),
+        (with_an_identity_of_text, "STORE_CORRUPT", "store restore"),
+        (with_two_identities, "STORE_CORRUPT", "store restore"),
+        (of_a_negative_schema, "STORE_CORRUPT", "store restore"),
+        (with_a_folder_for_identity_file, "STORE_PATH", "Is a directory"),
         (newer, "STORE_SCHEMA", "start the one that wrote it"),
     ],
 )
@@ -137,7 +164,17 @@ def test_a_database_that_does_not_belong_is_refused_and_nothing_is_deleted(
         with pytest.raises(FailedPreconditionError, match=words) as refused:
             AdapterStore.open(root)
         assert refused.value.reason == reason
+        with pytest.raises(FailedPreconditionError) as refused:
+            inspect(root)
+        assert refused.value.reason == reason
     assert objects(root) == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/store"])
+def test_looking_at_what_is_not_a_directory_is_refused_in_a_sentence(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FailedPreconditionError, match="Not a directory"):
+        inspect(tmp_path / place)
 
 
 @pytest.mark.parametrize("harm", [missing, empty, older, older_of_schema_1, of_another_store, without_identity_file])

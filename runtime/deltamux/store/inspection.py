@@ -112,12 +112,12 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
     Raises:
         FailedPreconditionError: there is no store, or its database cannot be used; the message says what to do.
     """
-    files = IdentityFiles(root).read()
-    claimed = files is not None or next(ObjectStore(root).digests(), None) is not None
-    check_present(root, files, claimed=claimed)
-    if not (root / DATABASE_FILE).exists():
-        raise FailedPreconditionError(f"{root} is not a store", reason="NO_STORE")
     with store_faults(root, opening=True):
+        files = IdentityFiles(root).read()
+        claimed = files is not None or next(ObjectStore(root).digests(), None) is not None
+        check_present(root, files, claimed=claimed)
+        if not (root / DATABASE_FILE).exists():
+            raise FailedPreconditionError(f"{root} is not a store", reason="NO_STORE")
         uri = f"{(root / DATABASE_FILE).absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
             if vet(connection, root, files, claimed=claimed) < schema.SCHEMA_VERSION:

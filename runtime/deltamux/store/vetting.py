@@ -44,6 +44,8 @@ def vet(
     if (found := first("PRAGMA quick_check(1)")) is None or found[0] != "ok":
         raise damage(root, str(found))
     version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version < 0:
+        raise damage(root, f"it has schema {version}")
     if version > schema.SCHEMA_VERSION:
         raise FailedPreconditionError(
             f"{root / DATABASE_FILE} has schema {version}, and this deltamux knows {schema.SCHEMA_VERSION}: start the "
@@ -65,11 +67,19 @@ def vet(
 
 
 def identity_in(connection: sqlite3.Connection) -> Identity:
-    return Identity(*connection.execute("SELECT store_id, generation, base_fingerprint FROM identity").fetchone())
+    """Returns what a database says of itself; raises sqlite3.DatabaseError where that is not one row of its types."""
+    rows = connection.execute("SELECT store_id, generation, base_fingerprint FROM identity").fetchall()
+    if [list(map(type, row)) for row in rows] != [[str, int, str]]:
+        raise _corrupt("its table `identity` does not hold one row of its types")
+    return Identity(*rows[0])
 
 
 def damage(root: Path, problem: str) -> sqlite3.DatabaseError:
     """Returns what SQLite would raise if it had found a problem itself."""
-    error = sqlite3.DatabaseError(f"{root / DATABASE_FILE}: {problem}")
+    return _corrupt(f"{root / DATABASE_FILE}: {problem}")
+
+
+def _corrupt(problem: str) -> sqlite3.DatabaseError:
+    error = sqlite3.DatabaseError(problem)
     error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
     return error
