@@ -40,7 +40,7 @@ class RestartPolicy:
             between two steps, so this is more than the longest step takes.
     """
 
-    restarts: int = 5
+    restarts: int = 10
     window: float = 600.0
     first_delay: float = 1.0
     longest_delay: float = 60.0

@@ -88,7 +88,7 @@ class ServeOptions:
     plugin_timeout_seconds: float = 60.0
     recompile: bool = False
     on_engine_death: str = "restart"
-    engine_restarts: int = 5
+    engine_restarts: int = 10
     engine_restart_seconds: float = 1.0
     engine_silence_seconds: float = 120.0
     drain_seconds: float = 30.0

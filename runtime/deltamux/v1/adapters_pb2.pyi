@@ -577,7 +577,7 @@ class ListAdapterVersionsResponse(_message.Message):
     next_page_token: _builtins.str
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___AdapterVersion]:
-        """By number, the newest first."""
+        """By number, the oldest first."""
 
     def __init__(
         self,
