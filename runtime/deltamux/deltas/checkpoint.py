@@ -169,7 +169,10 @@ def as_read(tensor: Tensor) -> Tensor:
 
 def check_filled(tensors: Mapping[str, Tensor]) -> None:
     """Raises InvalidAdapterError where a file holds no values, as that of a sharded run that was not gathered."""
+    # A matrix of rank 0 is what a method may leave of a module; a file of nothing else is not.
     empty = [name for name, tensor in tensors.items() if tuple(tensor.shape) == (0,)]
+    if not any(tensor.numel() for tensor in tensors.values()):
+        empty = list(tensors)
     if empty or not tensors:
         what = f"{empty[0][:MAX_NAME]!r} has no values" if empty else "the file holds no tensors"
         raise InvalidAdapterError(
