@@ -19,7 +19,7 @@ def add_commands(commands: Any) -> None:
     )
     check.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
     check.add_argument("--data", required=True, type=Path, metavar="F.jsonl")
-    check.add_argument("--max-length", type=int, default=1024, help="tokens a row; longer ones are cut (%(default)s)")
+    check.add_argument("--max-length", type=int, default=1024, help="tokens per row; more are cut (%(default)s)")
     check.add_argument("--turns", choices=("all", "last"), default="all", help="the assistant's turns that are learnt")
     check.add_argument(
         "--show", type=int, default=0, metavar="N", help="print the first N sequences, what is learnt between [[ and ]]"

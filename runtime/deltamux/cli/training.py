@@ -24,7 +24,7 @@ TRAIN_NUMBERS: dict[str, tuple[type, str]] = {
     "learning_rate": (float, "default: the method's own, for the base's width"),
     "weight_decay": (float, ""),
     "warmup_ratio": (float, "share of the steps"),
-    "max_length": (int, "tokens a row; longer ones are cut"),
+    "max_length": (int, "tokens per row; longer ones are cut"),
     "eval_fraction": (float, "share of the data to hold out, where --eval-data is not given"),
     "eval_steps": (int, "optimizer steps between evaluations (default: once per pass)"),
     "save_steps": (int, "optimizer steps between checkpoints; the last two are kept (default: once per pass)"),
@@ -78,7 +78,7 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--generate", action="store_true", help="count exact matches of greedy answers, too")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-length", type=int, default=1024, help="tokens a row; longer ones are cut (%(default)s)")
+    parser.add_argument("--max-length", type=int, default=1024, help="tokens per row; more are cut (%(default)s)")
     _add_turns(parser)
     parser.add_argument("--limit", type=int, help="rows to look at")
     add_json(parser)

@@ -151,7 +151,7 @@ def _walk(
         matcher.fill_next_token_bitmask(bitmask)
         slow += time.thread_time() - started > step_seconds
         if slow > 1:  # the first may be the machine's doing
-            return f"takes more than {step_seconds * 1000:g} ms a token to follow: simplify it"
+            return f"takes more than {step_seconds * 1000:g} ms per token to follow: simplify it"
         bits = np.unpackbits(bitmask[0].numpy().view(np.uint8), bitorder="little")[: tokenizer.vocab_size]
         allowed = np.flatnonzero(bits)
         if not len(allowed):
