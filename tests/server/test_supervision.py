@@ -13,6 +13,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deltamux.client import AsyncClient
+from deltamux.engine.base import ProgramRef
 from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
 from deltamux.errors import FailedPreconditionError, UnavailableError
 from deltamux.server.app import Running, running
@@ -62,6 +63,23 @@ async def supervised(
         AsyncClient(server.address, timeout=60, retries=0) as client,
     ):
         yield server, client
+
+
+async def test_a_call_that_fails_before_the_death_is_seen_says_that_the_engine_is_down(
+    supervised: tuple[Running, AsyncClient], lives: Lives, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, client = supervised
+    await client.upload_adapter(NAME, loras[0])
+    dying = lives.engines[0]
+
+    async def fails(program: ProgramRef) -> None:
+        asyncio.get_running_loop().call_later(0.3, dying.crash)
+        raise Exception("Call to collective_rpc method failed: cancelled")
+
+    monkeypatch.setattr(dying, "prepare", fails)
+    with pytest.raises(UnavailableError) as refused:
+        await client.promote(NAME, version=1)
+    assert refused.value.retry_after is not None
 
 
 async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 log = logging.getLogger("deltamux.engine")
+
+DEATH_SECONDS = 2.0
+"""From the first call that fails because an engine dies until its death is seen, at most."""
 
 LEAST_WAIT, MOST_WAIT = 1.0, 60.0
 """Seconds between which the advice lies when to send a request again."""
@@ -64,6 +67,12 @@ class _Life:
     began: float
     silent: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Waits for the engine's death for at most so long; returns whether it is dead."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self.ended.wait(), seconds)
+        return self.ended.is_set()
 
 
 class SupervisedEngine:
@@ -134,10 +143,9 @@ class SupervisedEngine:
         chunks = life.engine.generate(
             prompt, sampling, program, request_id=request_id, stream=stream, group=group, cache_salt=cache_salt
         )
-        with self._unavailable_once_ended(life):
-            async with aclosing(chunks):
-                async for chunk in chunks:
-                    yield chunk
+        async with self._unavailable_once_ended(life), aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
 
     async def prepare(self, program: ProgramRef) -> None:
         await self._ask(lambda engine: engine.prepare(program))
@@ -298,15 +306,18 @@ class SupervisedEngine:
             retry_after=min(max(wait, LEAST_WAIT), MOST_WAIT),
         )
 
-    @contextmanager
-    def _unavailable_once_ended(self, life: _Life) -> Iterator[None]:
-        """Whatever an engine raises while it is ended means that there is none at the moment."""
+    @asynccontextmanager
+    async def _unavailable_once_ended(self, life: _Life) -> AsyncIterator[None]:
+        """Whatever an engine raises while it dies means that there is none at the moment."""
         try:
             yield
         except UnavailableError as error:
             raise self._unavailable() from error
+        except DeltamuxError:
+            raise
         except Exception as error:
-            if isinstance(error, DeltamuxError) or not life.ended.is_set():
+            # What an engine is asked may fail before its death is seen.
+            if not await life.ends_within(DEATH_SECONDS):
                 raise
             raise self._unavailable() from error
 
@@ -316,7 +327,7 @@ class SupervisedEngine:
         asking = asyncio.ensure_future(call(life.engine))
         ended = asyncio.ensure_future(life.ended.wait())
         try:
-            with self._unavailable_once_ended(life):
+            async with self._unavailable_once_ended(life):
                 await asyncio.wait([asking, ended], return_when=asyncio.FIRST_COMPLETED)
                 if not asking.done():
                     raise self._unavailable()
