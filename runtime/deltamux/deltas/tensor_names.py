@@ -37,7 +37,7 @@ class Parsed(NamedTuple):
 
     Attributes:
         path: of the module, without PEFT's prefix and without wrappers.
-        tail: what stands behind it, without the adapter's name.
+        tail: the rest of the name, without the adapter's name.
         adapter: the adapter's name; "" for none.
         prefixes: how often PEFT's prefix stands in front.
         wrappers: what was left out of the path.

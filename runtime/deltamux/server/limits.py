@@ -107,7 +107,7 @@ LIMITS: Mapping[str, Limit] = {
 
 
 def max_bytes(kind: str, max_model_len: int) -> int:
-    """Returns how many bytes a request may have, by its message's name: what is larger is not even decoded."""
+    """Returns the most bytes of a request, by its message's name; a larger one is refused undecoded."""
     if kind == "GenerateRequest":
         return min(MAX_MESSAGE_BYTES, MIB + BYTES_PER_TOKEN * max_model_len)
     return MIB + SMALL_MESSAGE_BYTES if kind == "UploadAdapterRequest" else SMALL_MESSAGE_BYTES

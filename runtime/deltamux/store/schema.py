@@ -55,7 +55,7 @@ CREATE TABLE garbage (digest TEXT PRIMARY KEY);
 """
 
 FileSum = Callable[[str], str | None]
-"""Returns the sha256 of the compiled program of a digest; None where there is no file."""
+"""Given a digest, returns the sha256 of its compiled program; None if the file is missing."""
 
 
 def create(connection: sqlite3.Connection) -> None:
