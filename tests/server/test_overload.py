@@ -115,6 +115,23 @@ async def test_uploads_of_one_tenant_that_stall_do_not_keep_another_from_uploadi
         assert time.monotonic() - began < 20
 
 
+async def test_tenants_that_stall_together_keep_another_from_uploading_for_seconds_at_most(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+) -> None:
+    tenants = ("acme", "hooli", "initech")
+    async with AsyncExitStack() as stack:
+        limits: dict[str, Any] = {"max_concurrent_uploads": 4, "upload_min_bytes_per_second": 1 << 20}
+        server = await stack.enter_async_context(limited(tiny_base, tmp_path / "store", shared_compiler, **limits))
+        client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
+        for tenant in tenants:
+            stalled = await stack.enter_async_context(Stalled(server.address, loras[0]))
+            await stalled.begin(6, f"tenants/{tenant}/adapters/tickets")
+        for number in range(3):
+            began = time.monotonic()
+            assert (await client.upload_adapter(GLOBEX, loras[number % 2])).state == "READY"
+            assert time.monotonic() - began < 8
+
+
 async def test_an_upload_waits_for_those_that_stall_to_be_given_up(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
 ) -> None:

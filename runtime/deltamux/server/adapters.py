@@ -79,8 +79,8 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         )
         # It begins before it waits for a slot: a deletion of its tenant meanwhile ends it.
         with self._store.staging() as staged:
-            async with self._uploads.take(key.tenant):
-                await receive_files(header, messages, staged, self._limits, self._threads)
+            async with self._uploads.take(key.tenant) as slot:
+                await receive_files(header, messages, staged, self._limits, self._threads, slot)
                 version = await self._quarantine.admit(staged, upload)
         await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
         await self._bring_up(version)

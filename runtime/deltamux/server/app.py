@@ -270,8 +270,8 @@ def _adapters_service(
 
 
 def _upload_slots(limit: int) -> Slots:
-    """A quarter of the slots is out of reach of any one tenant; what is beyond the limit waits for half a minute."""
-    return Slots(limit, "uploads", per_tenant=limit - limit // 4, max_waiting=16 * limit, patience=UPLOAD_PATIENCE)
+    """The last quarter goes to tenants that hold none; what is beyond the limit waits for half a minute."""
+    return Slots(limit, "uploads", reserved=limit // 4, max_waiting=16 * limit, patience=UPLOAD_PATIENCE)
 
 
 def _forget_removed(store: AdapterStore, engine: Engine, pins: Pins) -> None:

@@ -8,7 +8,8 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from typing import Protocol
 
 from deltamux.errors import ResourceExhaustedError
 
@@ -19,17 +20,56 @@ MIN_RETRY, MAX_RETRY = 0.5, 30.0
 """Seconds between which the time lies that a refused caller is told to leave, before it is spread by half."""
 
 
+LOOK_SECONDS = 0.5
+"""How often a caller that waits looks for a slot whose holder has fallen behind."""
+
+
+class Holder(Protocol):
+    """Work that is paced from outside, and so may be ended for the sake of who waits."""
+
+    def behind(self) -> float:
+        """Returns for how many seconds more than it is given it keeps the server waiting; at most 0: for none."""
+
+    def give_up(self) -> None:
+        """Ends the work, soon."""
+
+
+class Slot:
+    """One slot that is held.
+
+    Attributes:
+        tenant: whose work it is.
+        holder: what may be ended if it falls behind; None: nothing ends the work but itself.
+        given_up: whether it was ended so.
+    """
+
+    def __init__(self, tenant: str) -> None:
+        self.tenant = tenant
+        self.holder: Holder | None = None
+        self.given_up = False
+
+    def behind(self) -> float:
+        return 0.0 if self.holder is None or self.given_up else self.holder.behind()
+
+    def give_up(self) -> None:
+        assert self.holder is not None
+        self.given_up = True
+        self.holder.give_up()
+
+
 class Slots:
     """So many at once; what is beyond waits for a while, or is refused with the time after which to try again.
 
     While another tenant waits, or was refused within `RECENT` seconds, a tenant gets no more than its share: the limit
-    divided by the tenants that hold or want a slot. A free slot goes to the waiting tenant that holds fewest.
+    divided by the tenants that hold or want a slot. A free slot goes to the waiting tenant that holds fewest. A caller
+    that waits has the slot ended that is furthest behind, of a tenant that holds more than its own.
 
     Args:
         limit: slots.
         what: the work's name in the plural, for messages.
-        per_tenant: most slots of one tenant; None for no such bound.
-        max_waiting: most callers that wait, and half of it the most of one tenant; 0 refuses instead.
+        reserved: the last so many slots go to tenants that hold none.
+        max_waiting: most callers that wait, half of it the most of one tenant, and its last quarter for tenants of
+            which none waits; 0 refuses instead.
         patience: seconds that a caller waits at most.
     """
 
@@ -38,16 +78,17 @@ class Slots:
         limit: int,
         what: str,
         *,
-        per_tenant: int | None = None,
+        reserved: int = 0,
         max_waiting: int = 0,
         patience: float = math.inf,
     ) -> None:
         self._limit = limit
         self._what = what
-        self._per_tenant = limit if per_tenant is None else per_tenant
+        self._reserved = reserved
         self._max_waiting = max_waiting
         self._patience = patience
         self._held: Counter[str] = Counter()
+        self._slots: set[Slot] = set()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         self._refused: dict[str, float] = {}
         self._load = _Load()
@@ -61,8 +102,8 @@ class Slots:
         return sum(map(len, self._waiting.values()))
 
     @asynccontextmanager
-    async def take(self, tenant: str) -> AsyncIterator[None]:
-        """Holds a slot for the length of the block.
+    async def take(self, tenant: str) -> AsyncIterator[Slot]:
+        """Holds a slot for the length of the block; yields it.
 
         Args:
             tenant: whose work it is; the caller must be known to be allowed to say so.
@@ -71,26 +112,29 @@ class Slots:
             ResourceExhaustedError: none is free, and none came free in time; `retry_after` is set.
         """
         await self._enter(tenant)
-        began = time.monotonic()
+        began, slot = time.monotonic(), Slot(tenant)
+        self._slots.add(slot)
         try:
-            yield
+            yield slot
         finally:
+            self._slots.remove(slot)
             self._load.note_held(time.monotonic() - began)
             self._leave(tenant)
 
     async def _enter(self, tenant: str) -> None:
-        if self.used < self._limit and self._held[tenant] < self._share(tenant):
+        if self._is_free_for(tenant) and self._held[tenant] < self._share(tenant):
             self._held[tenant] += 1
             return
         queue = self._waiting.setdefault(tenant, deque())
-        if self.waiting >= self._max_waiting or 2 * len(queue) >= max(self._max_waiting, 2):
+        places = self._max_waiting - (self._max_waiting // 4 if queue else 0)
+        if self.waiting >= places or 2 * len(queue) >= max(self._max_waiting, 2):
             self._forget_empty()
             raise self._refusal(tenant)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         queue.append(turn)
         try:
             async with asyncio.timeout(None if math.isinf(self._patience) else self._patience):
-                await turn
+                await self._come(turn, tenant)
         except BaseException as error:
             if turn.done() and not turn.cancelled():
                 self._leave(tenant)  # the turn came in the moment of giving up
@@ -101,9 +145,29 @@ class Slots:
                 raise self._refusal(tenant) from None
             raise
 
+    async def _come(self, turn: asyncio.Future[None], tenant: str) -> None:
+        """Waits for a turn, and now and then has a slot ended whose holder is behind."""
+        while not turn.done():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await asyncio.shield(turn)
+                    return
+            self._take_back(tenant)
+
+    def _take_back(self, tenant: str) -> None:
+        if sum(slot.given_up for slot in self._slots) >= self.waiting:
+            return  # as many come free as are wanted
+        held = self._held[tenant]
+        worst = max((s for s in self._slots if self._held[s.tenant] > held), key=Slot.behind, default=None)
+        if worst is not None and worst.behind() > 0:
+            worst.give_up()
+
+    def _is_free_for(self, tenant: str) -> bool:
+        return self.used < self._limit - (self._reserved if self._held[tenant] else 0)
+
     def _leave(self, tenant: str) -> None:
         self._held[tenant] -= 1
-        while self.used < self._limit and (following := self._next()) is not None:
+        while (following := self._next()) is not None:
             turn = self._waiting[following].popleft()
             if not turn.done():
                 self._held[following] += 1
@@ -111,8 +175,8 @@ class Slots:
         self._forget_empty()
 
     def _next(self) -> str | None:
-        """Returns the waiting tenant that holds fewest slots, of several the one that was given one longest ago."""
-        able = [tenant for tenant, queue in self._waiting.items() if queue and self._held[tenant] < self._per_tenant]
+        """Returns the waiting tenant that a slot is free for: which holds fewest, and was given one longest ago."""
+        able = [tenant for tenant, queue in self._waiting.items() if queue and self._is_free_for(tenant)]
         if not able:
             return None
         tenant = min(able, key=self._held.__getitem__)
@@ -124,9 +188,9 @@ class Slots:
         self._refused = {name: at for name, at in self._refused.items() if at > since}
         wanting = {*self._refused, *self._waiting}
         if not wanting - {tenant}:
-            return self._per_tenant
+            return self._limit
         claimants = wanting | {name for name, held in self._held.items() if held} | {tenant}
-        return min(self._per_tenant, math.ceil(self._limit / len(claimants)))
+        return math.ceil(self._limit / len(claimants))
 
     def _forget_empty(self) -> None:
         self._held = +self._held

@@ -15,6 +15,7 @@ from typing import BinaryIO, Self
 
 from deltamux.errors import DeadlineExceededError, InvalidAdapterError, InvalidArgumentError
 from deltamux.server.options import MIB
+from deltamux.server.slots import Slot
 from deltamux.v1 import adapters_pb2 as pb
 
 CONFIG_FILE = "adapter_config.json"
@@ -38,6 +39,11 @@ class UploadLimits:
     max_bytes: int
     idle_seconds: float = 60.0
     min_bytes_per_second: int = 256 << 10
+
+    @property
+    def contended_seconds(self) -> float:
+        """How far an upload may fall behind its least rate while another tenant's waits: a piece, and a second."""
+        return min(self.idle_seconds, 1.0 + MAX_CHUNK_BYTES / self.min_bytes_per_second)
 
 
 async def read_header(messages: AsyncIterator[pb.UploadAdapterRequest], limits: UploadLimits) -> pb.UploadHeader:
@@ -82,11 +88,13 @@ async def receive_files(
     directory: Path,
     limits: UploadLimits,
     threads: Executor,
+    slot: Slot,
 ) -> None:
     """Writes the files into a directory, which must be empty.
 
     Args:
         threads: where files are written, so that a slow disk does not hold up other calls.
+        slot: the upload's, which it loses if it is slow while others wait.
 
     Raises:
         InvalidAdapterError: a file is truncated, longer than announced, or has another checksum.
@@ -94,10 +102,11 @@ async def receive_files(
         DeadlineExceededError: the upload went silent, or takes too long.
     """
     loop = asyncio.get_running_loop()
-    paced = _Paced(messages, limits)
+    slot.holder = paced = _Paced(messages, limits)
     with _Incoming.open(directory, header.files) as incoming:
         while (message := await paced.next()) is not None:
             await loop.run_in_executor(threads, incoming.add, _chunk(message))
+        slot.holder = None
         await loop.run_in_executor(threads, incoming.check_complete)
 
 
@@ -187,24 +196,48 @@ class _Paced:
         self._limits = limits
         self._waited = 0.0
         self._received = 0
+        self._behind = 0.0  # seconds behind the least rate; what came faster before does not count
+        self._began = 0.0  # of the present wait
+        self._timeout: asyncio.Timeout | None = None  # of the present wait; None between two
+        self._given_up = False
+
+    def behind(self) -> float:
+        if self._timeout is None:
+            return 0.0
+        return self._behind + time.monotonic() - self._began - self._limits.contended_seconds
+
+    def give_up(self) -> None:
+        self._given_up = True
+        if self._timeout is not None:
+            self._timeout.reschedule(asyncio.get_running_loop().time())
 
     async def next(self) -> pb.UploadAdapterRequest | None:
         """Returns the next message, or None at the end; raises DeadlineExceededError if it does not come in time."""
-        idle, rate = self._limits.idle_seconds, self._limits.min_bytes_per_second
-        left = idle + self._received / rate - self._waited
-        began = time.monotonic()
+        left = self._limits.idle_seconds + self._received / self._limits.min_bytes_per_second - self._waited
+        self._began = time.monotonic()
         try:
-            async with asyncio.timeout(min(idle, left)):
+            async with asyncio.timeout(0 if self._given_up else min(self._limits.idle_seconds, left)) as self._timeout:
                 message = await anext(self._messages, None)
         except TimeoutError:
-            if left < idle:
-                raise _too_slow(
-                    f"came at less than {rate} bytes per second ({self._received} bytes in {self._waited + left:.0f} s)"
-                ) from None
-            raise _too_slow(f"was silent for {idle:.0f} s") from None
-        self._waited += time.monotonic() - began
-        self._received += len(message.chunk.data) if message is not None else 0
+            raise self._too_slow(left) from None
+        finally:
+            self._timeout = None
+        self._note(time.monotonic() - self._began, 0 if message is None else len(message.chunk.data))
         return message
+
+    def _note(self, waited: float, received: int) -> None:
+        self._waited += waited
+        self._received += received
+        self._behind = max(0.0, self._behind + waited - received / self._limits.min_bytes_per_second)
+
+    def _too_slow(self, left: float) -> DeadlineExceededError:
+        idle, rate = self._limits.idle_seconds, self._limits.min_bytes_per_second
+        if self._given_up:
+            return _too_slow(f"came at less than {rate} bytes per second while others waited")
+        if left < idle:
+            came = f"{self._received} bytes in {self._waited + left:.0f} s"
+            return _too_slow(f"came at less than {rate} bytes per second ({came})")
+        return _too_slow(f"was silent for {idle:.0f} s")
 
 
 def _too_slow(problem: str) -> DeadlineExceededError:
