@@ -177,10 +177,17 @@ QWEN3 = """\
 {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}"""
 
+QWEN3_THINKING = QWEN3.replace(
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}",
+    "{{- '<think>\\n' }}",
+)
+
 LLAMA3 = """\
 {{- bos_token }}
 {%- for m in messages %}
-{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}
+{{- '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' }}
+{%- if m.tool_calls %}{{- m.tool_calls[0].function | tojson }}{%- else %}{{- m['content'] | trim }}{%- endif %}
+{{- '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
 
@@ -254,6 +261,7 @@ SHAPES: dict[str, Shape] = {
     "chatml": Shape(CHATML, "<|im_end|>", _IM),
     "qwen2.5": Shape(QWEN25, "<|im_end|>", _IM),
     "qwen3": Shape(QWEN3, "<|im_end|>", _IM, answer="<think>\n\n</think>\n\n{}"),
+    "qwen3-thinking": Shape(QWEN3_THINKING, "<|im_end|>", _IM, answer="\n</think>\n\n{}"),
     "always-thinks": Shape(ALWAYS_THINKS, "<|im_end|>", _IM, answer="\n</think>\n\n{}"),
     "llama3": Shape(
         LLAMA3,

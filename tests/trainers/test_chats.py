@@ -100,6 +100,7 @@ def test_turns_share_a_row_while_each_prompt_continues_the_last_answer(tmp_path:
         "chatml": 1,
         "qwen2.5": 1,
         "qwen3": 2,  # earlier turns lose their block of thinking
+        "qwen3-thinking": 2,
         "always-thinks": 2,
         "llama3": 1,
         "llama2": 1,
@@ -124,6 +125,10 @@ def test_the_last_turn_alone_is_learnt_where_that_is_asked_for(tmp_path: Path) -
     ("name", "content", "said"),
     [
         ("qwen3", "<think>\nwhy\n</think>\n\nyes", "<think>\nwhy\n</think>\n\nyes"),
+        ("qwen3", "<think>\nwhy\n</think>\n\nits </think> ends", "<think>\nwhy\n</think>\n\nits </think> ends"),
+        ("qwen3-thinking", "<think>\nwhy\n</think>\n\nyes", "why\n</think>\n\nyes"),
+        ("qwen3-thinking", "<think>why</think>yes", "why\n</think>\n\nyes"),
+        ("qwen3-thinking", "<think>\nwhy\n</think>\n\nits </think> ends", "why\n</think>\n\nits </think> ends"),
         ("always-thinks", "<think>\nwhy\n</think>\n\nyes", "why\n</think>\n\nyes"),
         ("always-thinks", "<think>why</think>yes", "why</think>yes"),
         ("deepseek-r1", "<think>\nwhy\n</think>\n\nyes", "why\n</think>\n\nyes"),
@@ -141,7 +146,11 @@ def test_thinking_within_the_content_is_learnt(name: str, content: str, said: st
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("qwen3", "<think>\nwhy\n</think>\n\nyes"), ("deepseek-r1", "why\n</think>\n\nyes")],
+    [
+        ("qwen3", "<think>\nwhy\n</think>\n\nyes"),
+        ("qwen3-thinking", "why\n</think>\n\nyes"),
+        ("deepseek-r1", "why\n</think>\n\nyes"),
+    ],
 )
 def test_thinking_beside_the_content_is_learnt_where_the_template_has_a_place_for_it(
     name: str, said: str, tmp_path: Path
@@ -213,6 +222,7 @@ YES: Message = {"role": "assistant", "content": "yes"}
         ("qwen2.5", calling(weight=0), {}, r"has messages\[1\].tool_calls, which changes the prompt"),
         ("chatml", calling()[:2], {}, r"has messages\[1\].tool_calls, which the chat template does not render"),
         ("deepseek-r1", calling()[:2], {}, r"has calls in messages\[1\]"),
+        ("llama3", calling(content="I shall see")[:2], {}, r"has text beside calls in messages\[1\]"),
         ("chatml", [ASKED, {**YES, "reasoning_content": "why"}], {}, r"reasoning_content, which the chat template"),
         (
             "mistral",

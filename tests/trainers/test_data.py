@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,13 @@ def test_the_end_token_is_learnt_once_behind_a_completion(completion: str) -> No
     assert decoded(BYTES, labels_of(row)) == "yes</s>"
 
 
+@pytest.mark.parametrize("completion", ["yes</s>no", "</s>yes", "yes</s> no</s>"])
+def test_a_completion_that_goes_on_behind_an_end_token_is_refused(completion: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="f:1 has '</s>' within completion: the server stops") as refused:
+        encoder(BYTES)(PromptRow("f:1", 1, "answer: ", completion))
+    assert refused.value.metadata["field"] == "completion"
+
+
 @pytest.mark.parametrize(("text", "ends"), [("what is it", "it</s>"), ("it</s>", "it</s>"), ("it</s>\n", "it</s>\n")])
 def test_the_end_token_is_learnt_once_behind_a_text(text: str, ends: str) -> None:
     (row,) = encoder(BYTES)(TextRow("f:1", 1, text)).kept
@@ -169,6 +177,8 @@ def test_only_a_line_feed_ends_a_row(ending: str, mark: str, tmp_path: Path) -> 
         (b'{"prompt": ["a"], "completion": "b"}\n', ":1 is not a row: prompt is a list"),
         (b'{"prompt": "a", "completion": null}\n', ":1 is not a row: completion is missing"),
         (b'{"completion": "a"}\n', ":1 has neither text, nor prompt and completion, nor messages"),
+        (b'{"instruction": "a", "output": "b"}\n', r":1 has neither .* \(its keys: instruction, output\)"),
+        (b'{"messages": "a"}\n', ":1 is not a row: messages is a text, and a list is needed"),
         (b'{"text": 7}\n', ":1 is not a row: text is a number"),
         (b'{"prompt": "a", "completion": "b", "tools": [{}]}\n', ":1 has tools, which Generate cannot send"),
         (b"{}\n", ":1 has neither"),
@@ -187,6 +197,13 @@ def test_a_file_that_is_not_jsonl_is_refused_in_a_sentence(content: bytes, probl
 def test_a_file_that_cannot_be_read_is_refused_in_a_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="cannot be read"):
         read_rows(tmp_path / name)
+
+
+def test_a_pipe_is_refused_because_it_can_be_read_only_once(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "rows.jsonl")
+    with pytest.raises(InvalidArgumentError, match="is not a file but a pipe or a device") as refused:
+        read_rows(pipe)
+    assert refused.value.reason == "INVALID_DATA"
 
 
 def test_a_limit_reads_no_further(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from deltamux.errors import InvalidArgumentError
 from deltamux.prompts import encode_rendered, render_chat
-from deltamux_trainers.completions import Completion, follow, up_to_the_end
+from deltamux_trainers.completions import Completion, follow, never_generated, says_more, up_to_the_end
 from deltamux_trainers.rows import ChatRow
 
 SAID_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
@@ -18,7 +18,10 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
 _CONTENT = "\ue000\ue001\ue000"
 _MARK = "\ue000\ue002\ue000"
 """Contents of messages that show what a template puts around them: private characters, in no text."""
-_OPENED = re.compile(r"\s*<(\w+)>\s*")
+_OPENED = re.compile(r"\s*<([\w:-]+)>\s*")
+_OPENS = re.compile(r"<([\w:-]+)>\s*\Z")
+_NO_THOUGHT = re.compile(r"\s*<([\w:-]+)>\s*</\1>\s*")
+"""A block of thinking that a template has opened, that a prompt ends with, and one without a thought."""
 
 
 class Turn(NamedTuple):
@@ -55,12 +58,9 @@ def encode_turn(row: ChatRow, index: int, tokenizer: Any, ends: Collection[int],
         behind = _completion(row, index, tokenizer, ends, context, rendering.prompt, rendering.behind(answer))
         closed = _completion(row, index, tokenizer, ends, context, rendering.prompt, rendering.without_space(answer))
         completion = behind if behind.ended else closed
-    elif tokenizer.decode(completion.beyond, skip_special_tokens=True).strip():
-        end = tokenizer.decode(completion.ids[-1:])
-        raise row.refused(
-            f"has {end!r} within messages[{index}].content: the server stops there and never generates what follows",
-            f"messages[{index}].content",
-        )
+    elif says_more(completion, tokenizer):
+        field = f"messages[{index}].content"
+        raise row.refused(never_generated(completion, tokenizer, field), field)
     return Turn(context, completion.ids, completion.ended)
 
 
@@ -96,8 +96,10 @@ class _Rendering:
         """Returns what follows the prompt: the message as the template renders it, and how it closes the turn."""
         message = self._message()
         after = self._turn(message)
-        content = _squashed(message["content"] or "")
-        if after.startswith(self.prompt) and content in _squashed(after[len(self.prompt) :]):
+        content = message["content"] or ""
+        block = _OPENS.search(self.prompt)
+        content = _without_opening(content, block[1]) if block else content
+        if after.startswith(self.prompt) and _squashed(content) in _squashed(after[len(self.prompt) :]):
             self._check_said(message, after)
             return after[len(self.prompt) :]
         return self._spliced(message, after)
@@ -185,8 +187,9 @@ class _Rendering:
         """
         field = f"messages[{self._index}]"
         if any(message.get(key) for key in ("tool_calls", "function_call")):
+            beside = "text beside " if after.startswith(self.prompt) else ""
             raise self._row.refused(
-                f"has calls in {field}, which the template does not render behind its prompt", field
+                f"has {beside}calls in {field}, which the template does not render behind its prompt", field
             )
         shown = self._turn({"role": message["role"], "content": _CONTENT})
         header, found, closing = shown.partition(_CONTENT)
@@ -195,8 +198,8 @@ class _Rendering:
             raise self._row.refused(
                 f"has {field}, which the chat template does not render as an answer to the messages before it", field
             )
-        lead, opened = edge
         content: str = message["content"]
+        lead, opened = self._thinking(*edge, content)
         if after.startswith(header) and after.endswith(closing):
             rendered = after[len(header) : len(after) - len(closing)]
             content = rendered if _squashed(rendered) == _squashed(content) else content
@@ -210,6 +213,18 @@ class _Rendering:
                 field,
             )
         return lead + content + closing
+
+    def _thinking(self, lead: str, opened: str, content: str) -> tuple[str, str]:
+        """Returns what `_edge` does for a content with a block of thinking of its own, where the template has one.
+
+        The content's block is then the one that the prompt has opened, or stands for the one without a thought.
+        """
+        block = _OPENS.search(self.prompt)
+        if block and lead and _without_opening(content, block[1]) != content:
+            return "", block[0]
+        empty = _NO_THOUGHT.fullmatch(lead)
+        thinks = empty and _without_opening(content, empty[1]) != content and f"</{empty[1]}>" in content
+        return ("", opened) if thinks else (lead, opened)
 
     def _edge(self) -> tuple[str, str] | None:
         """Returns what the template puts before a turn's content beyond the prompt, and what the prompt has beyond it.
@@ -235,13 +250,18 @@ class _Rendering:
                 f"has messages[{self._index}], whose prompt ends with {opened!r}, which the content does not continue",
                 f"messages[{self._index}]",
             )
-        start, end = f"<{found[1]}>", f"</{found[1]}>"
+        end = f"</{found[1]}>"
         if thought:
             return f"{thought}\n{end}\n\n{content}"
-        if content.lstrip().startswith(start):
-            space = opened[opened.index(start) + len(start) :]
-            return content.lstrip().removeprefix(start).removeprefix(space)
+        rest = _without_opening(content, found[1])
+        if rest != content:
+            return rest.removeprefix(opened[opened.index(">") + 1 :])
         return content if end in content else f"\n{end}\n\n{content}"
+
+
+def _without_opening(content: str, block: str) -> str:
+    """Returns a content without what opens the block of thinking that it begins with; itself where it has none."""
+    return content.lstrip().removeprefix(f"<{block}>") if content.lstrip().startswith(f"<{block}>") else content
 
 
 def _squashed(text: str) -> str:

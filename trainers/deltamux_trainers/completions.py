@@ -75,6 +75,17 @@ def up_to_the_end(ids: Sequence[int], tokenizer: Any, ends: Collection[int]) -> 
     return Completion([*ids[: closing + 1]], False, [])
 
 
+def says_more(completion: Completion, tokenizer: Any) -> bool:
+    """Tells whether text, not special tokens or space alone, follows the token that ends a generation."""
+    return bool(tokenizer.decode(completion.beyond, skip_special_tokens=True).strip())
+
+
+def never_generated(completion: Completion, tokenizer: Any, field: str) -> str:
+    """Returns what is wrong with a field of a row that goes on behind the token that ends a generation."""
+    end = _decode(tokenizer, completion.ids[-1:])
+    return f"has {end!r} within {field}: the server stops there and never generates what follows"
+
+
 def closed(ids: Sequence[int], tokenizer: Any, ends: Collection[int]) -> list[int]:
     """Returns the tokens with the tokenizer's end-of-sequence token behind them, unless they end with one already."""
     last = len(ids) - 1

@@ -20,7 +20,7 @@ from deltamux.errors import InvalidArgumentError
 from deltamux.prompts import encode_text
 from deltamux_trainers import ranks
 from deltamux_trainers.chats import encode_turn
-from deltamux_trainers.completions import closed, end_tokens, follow, up_to_the_end
+from deltamux_trainers.completions import closed, end_tokens, follow, never_generated, says_more, up_to_the_end
 from deltamux_trainers.rows import ChatRow, PromptRow, Row, TextRow, read_rows
 
 IGNORED = -100
@@ -98,7 +98,8 @@ class Encoder:
         """Encodes a row.
 
         Raises:
-            InvalidArgumentError: INVALID_DATA, a conversation that the chat template or `Generate` cannot take.
+            InvalidArgumentError: INVALID_DATA, a conversation that the chat template or `Generate` cannot take, or an
+                end token within what is to be learnt.
         """
         made = self._made(row)
         self._check_vocabulary(row, made)
@@ -131,8 +132,9 @@ class Encoder:
         if ids is None:
             raise row.refused("has a completion that the tokenizer cannot tokenise behind its prompt", "completion")
         end = up_to_the_end(ids, self.tokenizer, self.ends)
-        blank = not self.tokenizer.decode(end.beyond, skip_special_tokens=True).strip()
-        ids = end.ids if end.ended and blank else closed(ids, self.tokenizer, self.ends)
+        if end.ended and says_more(end, self.tokenizer):
+            raise row.refused(never_generated(end, self.tokenizer, "completion"), "completion")
+        ids = end.ids if end.ended else closed(ids, self.tokenizer, self.ends)
         return _Whole(context + ids, [IGNORED] * len(context) + ids)
 
     def _chat(self, row: ChatRow) -> list[_Whole]:

@@ -14,6 +14,9 @@ from deltamux.errors import InvalidArgumentError
 MAX_LINE_BYTES = 16 * 1024**2
 """Bytes that one row may have."""
 
+MAX_SHOWN = 20
+"""Keys of a row that a message lists at most, and characters of each."""
+
 FORMS = ("text", "prompt", "messages")
 OUTSIDE_KEYS = ("tools", "functions", "function_call", "documents", "chat_template_kwargs")
 """Keys of a row that would change its prompt; `Generate` cannot send them."""
@@ -89,6 +92,8 @@ def read_rows(path: Path, limit: int | None = None) -> list[Row]:
         InvalidArgumentError: INVALID_DATA; the file is not JSONL, a line (which is named) is not a row of a known form,
             or there is none.
     """
+    if not path.is_file() and path.exists() and not path.is_dir():
+        raise _unreadable(path, "is not a file but a pipe or a device, which can be read only once: write a file first")
     try:
         with path.open("rb") as file:
             numbered = ((number, line) for number, line in _lines(file, path) if line.strip())
@@ -135,7 +140,10 @@ def _row(line: bytes, where: str, number: int) -> Row:
     values = _object(line, where)
     forms = [name for name in FORMS if values.get(name) is not None]
     if len(forms) != 1:
-        found = f"has {' and '.join(forms)}" if forms else "has neither text, nor prompt and completion, nor messages"
+        keys = ", ".join(name[:MAX_SHOWN] for name in list(values)[:MAX_SHOWN])
+        beside = f" (its keys: {keys})" if keys else ""
+        found = f"has neither text, nor prompt and completion, nor messages{beside}"
+        found = f"has {' and '.join(forms)}" if forms else found
         raise refused(where, f"{found}: a row has one of text, prompt with completion, or messages")
     form = forms[0]
     outside = [key for key in OUTSIDE_KEYS if values.get(key)]
@@ -211,7 +219,14 @@ def _text(where: str, values: Mapping[str, Any], key: str, shown: str | None = N
 
 
 def _kind(value: Any) -> str:
-    kinds = {list: "a list", dict: "an object", bool: "true or false", int: "a number", float: "a number"}
+    kinds = {
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return kinds.get(type(value), "null")
 
 
