@@ -148,6 +148,35 @@ async def test_what_cannot_be_used_is_refused_with_its_field(
     await gate.admit(SMALL, "acme")
 
 
+@pytest.mark.parametrize(
+    ("guided", "ignored"),
+    [
+        (GuidedDecoding(regex="a^b"), "'^' should be at the start"),
+        (GuidedDecoding(regex="a$b"), "'$' should be at the end"),
+        (GuidedDecoding(regex=r"\Aa"), r"'\A' is not recognized"),
+        (schema(type="string", pattern="(?!a)b"), "Lookahead assertion"),
+        (schema(oneOf=[{"type": "integer"}, {"type": "number"}]), "oneOf with overlapping"),
+    ],
+)
+async def test_what_xgrammar_would_only_warn_of_is_refused(
+    guided: GuidedDecoding, ignored: str, gate: Grammars
+) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        await gate.admit(guided, "acme")
+    assert ignored in refused.value.message
+
+
+@pytest.mark.parametrize("guided", [GuidedDecoding(regex="("), schema(type="integer", minimum=1e30)])
+async def test_a_refusal_names_no_file_of_xgrammars(guided: GuidedDecoding, gate: Grammars) -> None:
+    with pytest.raises(InvalidArgumentError) as refused:
+        await gate.admit(guided, "acme")
+    assert ".cc" not in refused.value.message
+
+
+async def test_an_escape_that_every_dialect_reads_alike_is_taken(gate: Grammars) -> None:
+    await gate.admit(GuidedDecoding(regex=r"\_\-\@"), "acme")
+
+
 @pytest.mark.parametrize("limit", [{"grammar_bytes": 100_000}, {"step_seconds": 1e-9}, {"memory_bytes": 1 << 20}])
 async def test_a_grammar_beyond_its_size_or_its_cost_per_token_is_refused(
     limit: Any, gate: Grammars, monkeypatch: pytest.MonkeyPatch

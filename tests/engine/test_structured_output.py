@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from typing import Any
+
+import pytest
 
 from deltamux.engine.base import GuidedDecoding, SamplingOptions
 from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.errors import InvalidArgumentError
 
 PROMPT = (5, 17, 20)
 
 
-async def text_of(engine: VLLMEngine, guided: GuidedDecoding, name: str) -> str:
-    sampling = SamplingOptions(max_tokens=200, temperature=1.0, seed=7, guided=guided)
+async def text_of(engine: VLLMEngine, guided: GuidedDecoding, name: str, **given: Any) -> str:
+    sampling = SamplingOptions(max_tokens=200, temperature=1.0, seed=7, guided=guided, **given)
     chunks = engine.generate(PROMPT, sampling, None, request_id=name, stream=False)
     return "".join([chunk.text async for chunk in chunks])
 
@@ -36,3 +40,23 @@ async def test_grammars_of_many_requests_at_once_hold(engine: VLLMEngine) -> Non
     formats = [GuidedDecoding(regex=f"[ab]{{{n}}}") for n in range(1, 9)]
     texts = await asyncio.gather(*(text_of(engine, guided, f"many-{n}") for n, guided in enumerate(formats)))
     assert [len(text) for text in texts] == list(range(1, 9))
+
+
+async def test_special_tokens_are_no_part_of_a_format_since_the_text_leaves_them_out(engine: VLLMEngine) -> None:
+    pad = 0
+    written = await text_of(engine, GuidedDecoding(regex='"[^"]{10}"'), "special", logit_bias={pad: 100.0})
+    assert re.fullmatch('"[^"]{10}"', written)
+    assert await text_of(engine, GuidedDecoding(choice=("<pad>",)), "spelt") == "<pad>"
+
+
+async def test_a_stop_token_of_text_beside_a_format_is_refused_and_a_special_one_is_taken(engine: VLLMEngine) -> None:
+    pad, letter = 0, 67
+    with pytest.raises(InvalidArgumentError, match="stop_token_ids holds 67") as refused:
+        await text_of(engine, GuidedDecoding(regex="[ab]{10}"), "letter", stop_token_ids=(pad, letter))
+    assert refused.value.metadata["field"] == "sampling.stop_token_ids"
+    assert re.fullmatch("a{3}", await text_of(engine, GuidedDecoding(regex="a{3}"), "pad", stop_token_ids=(pad,)))
+
+
+def test_a_format_ends_the_text_so_that_nothing_may_follow_its_end() -> None:
+    with pytest.raises(InvalidArgumentError, match="ignore_eos must be false beside structured_output"):
+        SamplingOptions(ignore_eos=True, guided=GuidedDecoding(choice=("yes", "no")))

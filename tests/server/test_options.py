@@ -232,3 +232,24 @@ def test_a_store_that_cannot_be_made_is_refused_in_a_sentence(
     (tmp_path / "link").symlink_to("link")
     assert main(["serve", "--model", "base", "--store", str(tmp_path / store)]) == 1
     assert "cannot be a store: " in capsys.readouterr().err
+
+
+REFUSED_AT_ONCE: dict[str, dict[str, Any]] = {
+    "'nosuch' is not an argument": {"engine_arguments": {"nosuch": 1}},
+    "'model' is what deltamux sets itself": {"engine_arguments": {"model": "other"}},
+    "'enable_lora' is what deltamux sets itself": {"engine_arguments": {"enable_lora": False}},
+    "'additional_config' must be a JSON object": {"engine_arguments": {"additional_config": "x"}},
+    "max_model_len is 513; the base model .* has a context of 512 tokens": {"max_model_len": 513},
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED_AT_ONCE)
+async def test_what_vllm_would_refuse_later_is_refused_before_the_store_is_made(
+    problem: str, tiny_base: Path, tmp_path: Path
+) -> None:
+    given = options(tiny_base, tmp_path / "store", **REFUSED_AT_ONCE[problem])
+    with pytest.raises(InvalidConfigError, match=problem) as refused:
+        async with running(given, never):
+            pass
+    assert "\n" not in refused.value.message
+    assert not (tmp_path / "store").exists()

@@ -282,7 +282,7 @@ def _checks(o: SamplingOptions) -> dict[str, tuple[bool, str]]:
     return {
         "max_tokens": (o.max_tokens is None or o.max_tokens >= 1, "at least 1"),
         "min_tokens": (0 <= o.min_tokens <= room, f"between 0 and max_tokens ({room})"),
-        "temperature": (0.0 <= o.temperature <= 100.0, "between 0 and 100"),
+        "temperature": (0.0 <= o.temperature <= 2.0, "between 0 and 2"),
         "top_p": (0.0 < o.top_p <= 1.0, "above 0 and at most 1"),
         "top_k": (o.top_k >= 0, "0 (all tokens) or more"),
         "min_p": (0.0 <= o.min_p <= 1.0, "between 0 and 1"),
@@ -291,6 +291,10 @@ def _checks(o: SamplingOptions) -> dict[str, tuple[bool, str]]:
         "repetition_penalty": (0.0 < o.repetition_penalty <= 100.0, "above 0 and at most 100"),
         "stop": (all(o.stop), "strings that are not empty"),
         "logprobs": (o.logprobs is None or 0 <= o.logprobs <= 20, "between 0 and 20"),
+        "ignore_eos": (
+            not (o.ignore_eos and o.guided),
+            "false beside structured_output, whose format decides where the text ends",
+        ),
         "logit_bias": (all(-100.0 <= v <= 100.0 for v in o.logit_bias.values()), "values between -100 and 100"),
     }
 

@@ -54,6 +54,9 @@ _REPETITION = re.compile(r"\{(\d{1,9}|\d{10,})?(?:,(\d{1,9}|\d{10,})?)?\}")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose values hold subschemas by name: what looks like a keyword in there is a name."""
 
+_MEMBERS = ("properties", "patternProperties")
+_UNNAMED = ("additionalProperties", "unevaluatedProperties")
+
 _DATA = ("enum", "const", "default", "examples")
 """Keywords whose values are data: what looks like a keyword in there is none."""
 
@@ -84,7 +87,7 @@ def check_schema(text: str) -> None:
     if len(text) > MAX_SCHEMA_CHARS:
         raise invalid(SCHEMA, f"has {len(text)} characters; at most {MAX_SCHEMA_CHARS} are taken")
     try:
-        schema = json.loads(text)
+        schema = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise invalid(SCHEMA, f"is not valid JSON: {str(error)[:200] or 'nested too deeply'}") from error
     if not isinstance(schema, dict):
@@ -93,8 +96,37 @@ def check_schema(text: str) -> None:
     _Schema(schema).check()
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a value of JSON")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object; of a key that comes twice, JSON's readers take the one or the other."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for key in made if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"an object has the key {twice[:80]!r} twice")
+    return made
+
+
 def invalid(field: str, problem: str, reason: str = "INVALID_GRAMMAR") -> InvalidArgumentError:
     return InvalidArgumentError(f"{field} {problem}", reason=reason, metadata={"field": f"sampling.{field}"})
+
+
+def target_of(root: Any, reference: Any) -> Any:
+    """Returns what a ``$ref`` points at; raises InvalidArgumentError if it leaves the schema or points at nothing."""
+    if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
+        raise invalid(SCHEMA, f"refers to {str(reference)[:80]!r}; only references within the schema (#/...) are taken")
+    target = root
+    for part in reference.split("/")[1:]:
+        key = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(target, list) and key.isdecimal() and len(key) < 5 and int(key) < len(target):
+            target = target[int(key)]
+        elif isinstance(target, dict) and key in target:
+            target = target[key]
+        else:
+            raise invalid(SCHEMA, f"refers to {reference[:80]!r}, which it does not have")
+    return target
 
 
 def _check_size(schema: Any) -> None:
@@ -146,22 +178,7 @@ class _Schema:
                 check_regex(pattern, SCHEMA)
 
     def _target(self, node: Mapping[str, Any]) -> Any:
-        """Returns what a node's ``$ref`` points at."""
-        reference = node["$ref"]
-        if not isinstance(reference, str) or not (reference == "#" or reference.startswith("#/")):
-            raise invalid(
-                SCHEMA, f"refers to {str(reference)[:80]!r}; only references within the schema (#/...) are taken"
-            )
-        target: Any = self._root
-        for part in reference.split("/")[1:]:
-            key = part.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list) and key.isdecimal() and len(key) < 5 and int(key) < len(target):
-                target = target[int(key)]
-            elif isinstance(target, dict) and key in target:
-                target = target[key]
-            else:
-                raise invalid(SCHEMA, f"refers to {reference[:80]!r}, which it does not have")
-        return target
+        return target_of(self._root, node["$ref"])
 
     def _finite(self, root: Any) -> bool:
         """Tells whether some finite text satisfies a schema: the least fixed point over its subschemas."""
@@ -197,6 +214,8 @@ class _Schema:
             needed = [properties[name] for name in required if isinstance(name, str) and name in properties]
             if not all(map(finite, needed)):
                 return False
+        if not self._members_end(node, finite):
+            return False
         minimum = node.get("minItems", 0)
         if isinstance(minimum, int) and minimum > 0:
             first = node.get("prefixItems")
@@ -204,6 +223,18 @@ class _Schema:
             rest = node.get("items")
             return all(map(finite, [*items, *([rest] if rest is not None and len(items) < minimum else [])]))
         return True
+
+    @staticmethod
+    def _members_end(node: Mapping[str, Any], finite: Callable[[Any], bool]) -> bool:
+        """Tells whether as many members as an object must have can be finite."""
+        least = node.get("minProperties", 0)
+        named, by_pattern = (
+            [*children.values()] if isinstance(children := node.get(name), dict) else [] for name in _MEMBERS
+        )
+        unnamed = by_pattern + [node[name] for name in _UNNAMED if node.get(name, False) is not False]
+        if not (isinstance(least, int) and least > 0 and named + unnamed):
+            return True
+        return any([*map(finite, unnamed)]) or sum(map(finite, named)) >= least
 
 
 def _subschemas(root: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import grpc
 
 from deltamux.deltas import BaseModel
+from deltamux.engine.arguments import check_options
 from deltamux.engine.base import Engine, EngineOptions
 from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
 from deltamux.server.adapters import AdaptersService
@@ -141,6 +142,7 @@ async def running(
         FailedPreconditionError: the address, the store or the base model cannot be used.
     """
     check_exposure(options)
+    check_options(options.engine_options())
     bound_lines(logging.getLogger("deltamux.server"))
     async with AsyncExitStack() as stack:
         store = await asyncio.to_thread(AdapterStore.open, options.store)

@@ -208,7 +208,7 @@ class SamplingParameters(_message.Message):
     the prompt.
     """
     temperature: _builtins.float
-    """0 is greedy. Default 1."""
+    """0 is greedy. In [0, 2]. Default 1."""
     top_p: _builtins.float
     """In (0, 1]. Default 1."""
     top_k: _builtins.int
@@ -308,7 +308,9 @@ Global___SamplingParameters: _TypeAlias = SamplingParameters  # noqa: Y015
 
 @_typing.final
 class StructuredOutput(_message.Message):
-    """Only tokens that keep to the format are generated.
+    """Only tokens that keep to the format are generated, and none after its end, min_tokens or not: what ends with
+    FINISH_REASON_STOP and no stop string satisfies it. max_tokens and stop strings may cut it short. Beside a format,
+    ignore_eos is INVALID_ARGUMENT, and stop_token_ids may hold special tokens alone.
 
     A format is compiled to a grammar before the request runs, within a budget of CPU time (2 s, unless the operator set
     another), 512 MiB while it is compiled, 32 MiB after, and 5 ms for the mask of a token. INVALID_ARGUMENT names the
@@ -324,10 +326,13 @@ class StructuredOutput(_message.Message):
     json_schema: _builtins.str
     """The text of a JSON schema. At most 65,536 characters, 32 levels, 8192 values, 256 properties of an object, 1024
     values of an enum, 64 alternatives; counts and lengths (minItems, maxLength, ...) at most 1000. References stay
-    within the schema, and a cycle of them must be able to end.
+    within the schema, and a cycle of them must be able to end. What the output could not be held to is INVALID_GRAMMAR,
+    naming the keyword: docs/requests.md lists it.
     """
     regex: _builtins.str
-    """At most 4096 characters; {n,m} at most 1000."""
+    """The whole text matches it. `.` is any character, line breaks too; \\d, \\w and \\s are ASCII. No look-around,
+    back-references, flags or word boundaries. At most 4096 characters; {n,m} at most 1000.
+    """
     @_builtins.property
     def choice(self) -> Global___Choice: ...
     def __init__(

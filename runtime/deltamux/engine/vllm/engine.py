@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltamux import __version__
 from deltamux.deltas import BaseModel
+from deltamux.engine.arguments import in_a_sentence
 from deltamux.engine.base import (
     EngineOptions,
     EngineStats,
@@ -23,6 +24,7 @@ from deltamux.engine.base import (
     SamplingOptions,
 )
 from deltamux.engine.checks import check_prompt, check_sampling
+from deltamux.engine.vllm.grammar_vocabulary import check_stop_tokens, special_tokens
 from deltamux.engine.vllm.host_tier import HostTier
 from deltamux.engine.vllm.loader_link import LoaderLink
 from deltamux.engine.vllm.processes import Launch, end, family, spawning
@@ -73,6 +75,7 @@ class VLLMEngine:
         self._thread = ThreadPoolExecutor(1, "deltamux-engine")
         self._prompts: Prompts | None = None
         self._grammars: Grammars | None = None
+        self._special_tokens: frozenset[int] = frozenset()
 
     async def start(self) -> None:
         """Loads the base model; returns when the engine takes requests.
@@ -87,7 +90,7 @@ class VLLMEngine:
             if isinstance(error, DeltamuxError) or not isinstance(error, Exception):
                 raise
             raise FailedPreconditionError(
-                f"vLLM did not start with the base model {self._options.model}: {error}",
+                f"vLLM did not start with the base model {self._options.model}: {in_a_sentence(error)}",
                 reason="ENGINE_START_FAILED",
             ) from error
 
@@ -125,6 +128,7 @@ class VLLMEngine:
         tokenizer = llm.get_tokenizer()
         self._prompts = await asyncio.to_thread(Prompts, tokenizer, self.max_model_len)
         self._grammars = await asyncio.to_thread(Grammars.of, config, tokenizer, self._options.grammar_seconds)
+        self._special_tokens = special_tokens(tokenizer)
         began = time.perf_counter()
         await warm_up(self, config)
         logger.info("warm-up took %.2f s", time.perf_counter() - began)
@@ -175,6 +179,7 @@ class VLLMEngine:
         token_ids = await self._checked_prompt(prompt, sampling, program.num_virtual_tokens if program else 0, group)
         constraint = None
         if sampling.guided is not None and self._grammars is not None:
+            check_stop_tokens(sampling.stop_token_ids, self._special_tokens)
             constraint = await self._grammars.admit(sampling.guided, group)
         async with AsyncExitStack() as stack:
             program_id = await stack.enter_async_context(self._host.lease(program)) if program else 0

@@ -11,11 +11,13 @@ import ctypes
 import json
 import os
 import random
+import re
 import resource
 import selectors
 import signal
 import socket
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +32,12 @@ NICE = 10
 
 WALKS, STEPS = 4, 32
 """Texts that a grammar is tried with, and tokens of each."""
+
+SAID = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: (?:Check failed: )?(?:Warning: )?")
+"""Time and place of xgrammar's that stand in front of what it says."""
+
+HARMLESS = re.compile(r"Escape sequence '\\[^0-9A-Za-z]' is not recognized")
+"""The one warning that tells of nothing ignored: such an escape is the character itself in every dialect."""
 
 
 def main() -> None:
@@ -98,20 +106,30 @@ class Child:
 def _run_job(tokenizer: xgrammar.TokenizerInfo, settings: dict[str, Any], job: dict[str, Any], writer: int) -> None:
     """Runs in the job's own process, and ends it."""
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # xgrammar's warnings quote the grammar
+        warnings = tempfile.TemporaryFile()  # noqa: SIM115 - the process ends
+        os.dup2(warnings.fileno(), sys.stderr.fileno())
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_PROF, job["seconds"])
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         limit = _data_bytes() + job["memory_bytes"]
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        problem = _try(tokenizer, settings, job)
+        problem = _try(tokenizer, settings, job) or _ignored(os.pread(warnings.fileno(), 1 << 16, 0))
     except Exception as error:
         if isinstance(error, MemoryError) or "bad_alloc" in str(error):
             os._exit(1)
-        problem = f"cannot be used: {str(error).splitlines()[0][:300] if str(error) else type(error).__name__}"
+        text = SAID.sub("", str(error)).strip() or type(error).__name__
+        problem = f"cannot be used: {text.splitlines()[0][:300]}"
     with suppress(BaseException):
         os.write(writer, json.dumps({"problem": problem}).encode())
     os._exit(0)
+
+
+def _ignored(said: bytes) -> str | None:
+    """Returns the first of xgrammar's warnings: each tells of a part of the grammar that it leaves out, or loosens."""
+    for line in said.decode("utf-8", "replace").splitlines():
+        if "Warning: " in line and not HARMLESS.search(line):
+            return f"cannot be held to as it is written: {SAID.sub('', line)[:300]}"
+    return None
 
 
 def _try(tokenizer: xgrammar.TokenizerInfo, settings: dict[str, Any], job: dict[str, Any]) -> str | None:

@@ -12,6 +12,8 @@ from typing import Any
 from vllm import envs
 from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 
+from deltamux.engine.vllm.grammar_vocabulary import vocabulary_of
+
 THREADS = 4
 """Grammars compiled at once, each by one thread: vLLM's own, which is one grammar by eight threads on two cores, would
 have a small one wait for a large one, and take more of the cores from the step."""
@@ -32,7 +34,7 @@ def prepare_grammars(manager: Any) -> None:
 
         backend = XgrammarBackend(manager.vllm_config, tokenizer=manager.tokenizer, vocab_size=vocab_size)
         backend.compiler = xgrammar.GrammarCompiler(
-            backend.compiler.compile_regex("a").tokenizer_info,
+            vocabulary_of(backend, manager.tokenizer),
             max_threads=1,
             cache_enabled=True,
             cache_limit_bytes=envs.VLLM_XGRAMMAR_CACHE_MB << 20,

@@ -19,6 +19,8 @@ from deltamux.engine.base import GuidedDecoding
 from deltamux.engine.fair import FairQueue
 from deltamux.engine.grammar_bounds import CHOICE, REGEX, SCHEMA, invalid
 from deltamux.engine.vllm.grammar_link import GrammarLink, Settings
+from deltamux.engine.vllm.grammar_vocabulary import vocabulary_of
+from deltamux.engine.vllm.schemas import honoured
 from deltamux.errors import UnavailableError
 
 log = logging.getLogger("deltamux.engine")
@@ -161,9 +163,10 @@ def constraint_of(guided: GuidedDecoding) -> Constraint:
     from vllm.v1.structured_output.utils import choice_as_grammar
 
     if guided.json_schema is not None:
-        if has_xgrammar_unsupported_json_features(json.loads(guided.json_schema)):
+        schema = honoured(guided.json_schema)
+        if has_xgrammar_unsupported_json_features(json.loads(schema)):
             raise invalid(SCHEMA, "has a keyword, or a combination of keywords, that structured output cannot hold to")
-        return Constraint("json", guided.json_schema, SCHEMA)
+        return Constraint("json", schema, SCHEMA)
     if guided.regex is not None:
         return Constraint("regex", guided.regex, REGEX)
     return Constraint("grammar", choice_as_grammar(list(guided.choice)), CHOICE)
@@ -187,8 +190,7 @@ def settings_of(vllm_config: Any, tokenizer: Any) -> Settings | None:
         log.exception("structured output is not available with this base: xgrammar cannot read its tokenizer")
         return None
     return Settings(
-        # A compiled grammar is what tells the vocabulary, as vLLM's backend reads it from any kind of tokenizer.
-        tokenizer=backend.compiler.compile_regex("a").tokenizer_info.serialize_json(),
+        tokenizer=vocabulary_of(backend, tokenizer).serialize_json(),
         any_whitespace=not config.disable_any_whitespace,
         separators=(",", ":") if config.disable_any_whitespace else None,
     )
