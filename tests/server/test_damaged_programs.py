@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from adapters import write_own
 
 from deltamux.cli import main
 from deltamux.client import AsyncClient
+from deltamux.deltas import BaseModel
 from deltamux.errors import DataLossError, FailedPreconditionError
 from deltamux.server.app import Running, running
 from deltamux.server.compiler import Compiler
@@ -21,6 +25,13 @@ from server.tiny_base import write_base
 NAME = "tenants/acme/adapters/tickets"
 OTHER = "tenants/globex/adapters/mails"
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def soft_prompt(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of two virtual tokens."""
+    base = BaseModel.from_pretrained(tiny_base)
+    return write_own("prompt", base, tmp_path_factory.mktemp("prompt") / "adapter", num_virtual_tokens=2)
 
 
 def flip(path: Path) -> None:
@@ -79,6 +90,43 @@ async def test_a_program_that_is_whole_again_needs_no_upload(
     path.write_bytes(whole)
     assert await tokens(client, NAME) == expected
     assert (await client.get_adapter_version(version.name)).state == "READY"
+
+
+def harm_row(served: Running, change: str) -> None:
+    with closing(sqlite3.connect(served.store.root / "db.sqlite3", timeout=10)) as connection, connection:
+        connection.execute(f"UPDATE versions SET {change} WHERE tenant = 'acme' AND number = 1")
+
+
+@pytest.mark.parametrize("number", [3, -1, "'x'"])
+async def test_a_row_that_says_other_virtual_tokens_than_its_program_is_refused_until_it_is_repaired(
+    number: object, served: Running, client: AsyncClient, soft_prompt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = await client.upload_adapter(NAME, soft_prompt)
+    harm_row(served, f"num_virtual_tokens = {number}")
+    assert await asyncio.to_thread(main, ["store", "check", str(served.store.root)]) == 1
+    assert f"ROW_DAMAGED: {version.name}" in capsys.readouterr().out
+    with pytest.raises(DataLossError, match="virtual tokens") as lost:
+        await tokens(client, NAME)
+    assert (lost.value.reason, lost.value.metadata["name"]) == ("ROW_DAMAGED", version.name)
+    assert (await client.upload_adapter(OTHER, soft_prompt)).version == 1
+    assert await tokens(client, NAME) == await tokens(client, OTHER)
+
+
+async def test_rows_that_cannot_be_read_leave_their_adapter_and_its_lists_usable(
+    served: Running, client: AsyncClient, loras: list[Path]
+) -> None:
+    await client.upload_adapter(NAME, loras[0])
+    expected = await tokens(client, NAME)
+    harm_row(served, "labels = '{', created = 1e300, rank = 9223372036854775807, num_bytes = -1, method = x'ff'")
+    with closing(sqlite3.connect(served.store.root / "db.sqlite3", timeout=10)) as connection, connection:
+        connection.execute("UPDATE adapters SET created = 'x', canary_number = 7, canary_percent = 500, pinned = 'x'")
+        connection.execute("INSERT INTO tenants VALUES (CAST(x'ff' AS TEXT), 0)")
+    assert [version.version for version in await client.list_adapter_versions(NAME)] == [1]
+    assert [adapter.serving_version for adapter in await client.list_adapters("tenants/acme")] == [1]
+    assert [tenant.name for tenant in await client.list_tenants()] == ["tenants/acme"]
+    assert await tokens(client, NAME) == await tokens(client, f"{NAME}/versions/1") == expected
+    await client.delete_adapter(NAME)
+    assert (await client.upload_adapter(NAME, loras[0])).version == 2
 
 
 async def test_a_composition_of_a_damaged_upload_is_refused(

@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
         nargs="*",
         type=Path,
         metavar="UPLOAD_DIR",
-        help="put the files of these uploads in the place of damaged ones, and note the state of every program",
+        help="mend damaged rows, put the files of these uploads in the place of damaged ones, note every program's state",
     )
     check.add_argument("--model", help="with --repair: the base model, to compile damaged programs anew")
     check.add_argument(
@@ -68,7 +68,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _repair(store: Any, uploads: Sequence[Path], model: str | None) -> list[str]:
-    said: list[str] = []
+    said = [f"the row of {fault.name} {fault.problem}: mended" for fault in store.rows.mend()]
     for directory in uploads:
         with store.staging() as staged:
             records = store.programs.repair_upload(directory, staged)
@@ -158,7 +158,7 @@ def _tell(report: Any, said: Sequence[str], *, as_json: bool) -> int:
         print(line)
     for finding in report.findings:
         print(f"{finding.kind}: {', '.join(finding.versions) or finding.digest}")
-        print(f"  {finding.message} (object {finding.digest[:12]})")
+        print(f"  {finding.message}" + (f" (object {finding.digest[:12]})" if finding.digest else ""))
     wrong = _count(len(report.findings), "problem") if report.findings else "all of them whole"
     held = f"{_count(report.versions, 'version')} of {_count(report.contents, 'content')}"
     print(f"store {report.identity}: {held}, {wrong}")

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 from deltamux.errors import InvalidArgumentError
 from deltamux.store import AdapterKey, VersionKey
+from deltamux.store.records import ID
 
 ID_RULE = "1 to 63 lower-case letters, digits, '.', '_' and '-', beginning and ending with a letter or digit"
-_ID = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
-_ID_PATTERN = re.compile(_ID)
-_TENANT = re.compile(rf"tenants/(?P<tenant>{_ID})")
-_ADAPTER = re.compile(rf"{_TENANT.pattern}/adapters/(?P<adapter>{_ID})")
+_ID_PATTERN = re.compile(ID)
+_TENANT = re.compile(rf"tenants/(?P<tenant>{ID})")
+_ADAPTER = re.compile(rf"{_TENANT.pattern}/adapters/(?P<adapter>{ID})")
 _VERSION = re.compile(rf"{_ADAPTER.pattern}/versions/(?P<version>[1-9][0-9]{{0,17}})")
-_KEY = re.compile(rf"{_TENANT.pattern}/keys/(?P<key>{_ID})")
+_KEY = re.compile(rf"{_TENANT.pattern}/keys/(?P<key>{ID})")
 
 
 class KeyName(NamedTuple):

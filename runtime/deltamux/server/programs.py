@@ -40,10 +40,12 @@ class Programs:
         """Yields a version's program for use in the engine; a version that turns out to be damaged is marked so.
 
         Raises:
-            DataLossError: the program is missing or damaged (PROGRAM_DAMAGED).
+            DataLossError: the program is missing or damaged (PROGRAM_DAMAGED), or the version's row is (ROW_DAMAGED).
             FailedPreconditionError: it was compiled for another base (BASE_CHANGED).
         """
         record = await self._usable(record)
+        if not self._store.programs.agrees(record):
+            await self._run(lambda: self._store.programs.check_row(record))
         try:
             yield program_of(record)
         except DataLossError as error:

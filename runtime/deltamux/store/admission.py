@@ -99,9 +99,9 @@ class Admission:
             "INSERT OR REPLACE INTO programs VALUES (?, ?, ?, '')",
             compiled.digest, placed.program_sum, compiled.base_fingerprint,
         )  # fmt: skip
-        if placed.replaced:
-            run(
-                "UPDATE versions SET rank = ?, num_virtual_tokens = ?, num_bytes = ? WHERE digest = ?",
-                compiled.rank, compiled.num_virtual_tokens, compiled.num_bytes, compiled.digest,
-            )  # fmt: skip
+        # Also where the program stays: a row that is damaged is whole again.
+        run(
+            "UPDATE versions SET method = ?, rank = ?, num_virtual_tokens = ?, num_bytes = ? WHERE digest = ?",
+            compiled.method, compiled.rank, compiled.num_virtual_tokens, compiled.num_bytes, compiled.digest,
+        )  # fmt: skip
         run("DELETE FROM garbage WHERE digest = ?", compiled.digest)

@@ -11,14 +11,15 @@ import time
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from deltamux.errors import FailedPreconditionError
 from deltamux.store.faults import store_faults
 from deltamux.store.identity import GENERATION_FILE, IDENTITY_FILE, IdentityFiles
 from deltamux.store.inspection import ATTEMPTS, Advance, Report, Snapshot, inspect, reading, silent
 from deltamux.store.lock import lock_store
-from deltamux.store.objects import PROGRAM_FILE, ObjectStore
+from deltamux.store.objects import PROGRAM_FILE, ObjectStore, is_digest, open_regular
+from deltamux.store.rows import prepare
 from deltamux.store.vetting import DATABASE_FILE, identity_in
 
 ADMIN_KEY = "admin.key"
@@ -117,6 +118,7 @@ def _copy_database(connection: sqlite3.Connection, target: Path) -> Snapshot:
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path, isolation_level=None)) as copy:
         connection.backup(copy)
+        prepare(copy)
         copy.execute("PRAGMA journal_mode = DELETE")  # one file, which can be read wherever it lies
         return Snapshot.of(copy)
 
@@ -127,23 +129,39 @@ def _copy_object(root: Path, target: Path, digest: str, snapshot: Snapshot) -> b
     wanted = snapshot.programs.get(digest)
     if ObjectStore(target).program_sum(digest) == wanted:
         return True
+    if not is_digest(digest):
+        return False
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
     try:
-        sums = {path.name: _copy_file(path, copy / path.name) for path in source.iterdir()}
-    except (FileNotFoundError, NotADirectoryError):
+        present = list(source.iterdir())
+    except OSError:
         return False
-    return sums.get(PROGRAM_FILE) == wanted
+    return {path.name: _copy_file(path, copy / path.name) for path in present}.get(PROGRAM_FILE) == wanted
 
 
-def _copy_file(source: Path, target: Path) -> str:
-    """Copies a file; returns the sha256 of what was copied. No hard link: damage of the one must not be the other's."""
+def _copy_file(source: Path, target: Path) -> str | None:
+    """Copies a file; returns the sha256 of what was copied. No hard link: damage of the one must not be the other's.
+
+    What cannot be read, or is not a regular file, is left out: None.
+    """
     digest = hashlib.sha256()
-    with source.open("rb") as file, target.open("wb") as copy:
-        while piece := file.read(1 << 20):
+    try:
+        file = open_regular(source)
+    except OSError:
+        return None
+    with file, target.open("wb") as copy:
+        while piece := _read(file):
             digest.update(piece)
             copy.write(piece)
     return digest.hexdigest()
+
+
+def _read(file: BinaryIO) -> bytes:
+    try:
+        return file.read(1 << 20)
+    except OSError:
+        return b""  # its sum says that it is not whole
 
 
 def _keep_only(target: Path, digests: Iterable[str]) -> None:

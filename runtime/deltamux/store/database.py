@@ -2,43 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from deltamux.errors import ResourceExhaustedError
-from deltamux.store import schema
+from deltamux.store import rows, schema
 from deltamux.store.faults import FULL, Reserve, store_faults
 from deltamux.store.identity import Identity, IdentityFiles
 from deltamux.store.objects import ObjectStore
-from deltamux.store.records import (
-    AdapterKey,
-    AdapterRecord,
-    ApiKeyRecord,
-    Canary,
-    CompiledAdapter,
-    TenantRecord,
-    VersionKey,
-    VersionRecord,
-    VersionState,
-)
+from deltamux.store.records import AdapterRecord, ApiKeyRecord, TenantRecord, VersionRecord
 from deltamux.store.vetting import DATABASE_FILE, check_present, vet
 
 T = TypeVar("T")
 
-ADAPTER_ROWS = """
+
+def is_id(column: str) -> str:
+    """Returns the SQL condition that a column holds the id of a tenant, an adapter or a key; see `records.ID`."""
+    return (
+        f"(typeof({column}) = 'text' AND length(CAST({column} AS BLOB)) BETWEEN 1 AND 63"
+        f" AND {column} NOT GLOB '*[^a-z0-9._-]*' AND {column} GLOB '[a-z0-9]*' AND {column} GLOB '*[a-z0-9]'"
+        f" AND instr(CAST({column} AS BLOB), x'00') = 0)"
+    )
+
+
+ADAPTER_ROWS = f"""
 SELECT a.*,
     (SELECT number FROM promotions p WHERE p.tenant = a.tenant AND p.adapter = a.adapter ORDER BY id DESC LIMIT 1)
         AS serving,
     (SELECT number FROM promotions p WHERE p.tenant = a.tenant AND p.adapter = a.adapter
         ORDER BY id DESC LIMIT 1 OFFSET 1)
         AS previous
-FROM adapters a WHERE NOT deleted
+FROM adapters a WHERE NOT deleted AND {is_id("adapter")}
 """
 VERSION_ROWS = """
 SELECT v.*, coalesce(p.sha256, '') AS sha256, coalesce(p.base_fingerprint, '') AS base_fingerprint,
@@ -74,6 +72,7 @@ class Database:
         check_present(self._root, files, claimed=claimed)
         self._connection = sqlite3.connect(self._root / DATABASE_FILE, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
+        rows.prepare(self._connection)
         try:
             version = vet(self._connection, self._root, files, claimed=claimed, adopt=adopt)
             self._bring_up_to_date(version, files)
@@ -140,6 +139,10 @@ class Database:
             self._reserve.release()
             return work()
 
+    def reading(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        with self.lock, store_faults(self._root):
+            return read(self._connection)
+
     def run(self, sql: str, *values: object) -> sqlite3.Cursor:
         with self.lock, store_faults(self._root):
             return self._connection.execute(sql, values)
@@ -155,39 +158,15 @@ class Database:
     # Rows as records.
 
     def tenant(self, row: Any) -> TenantRecord:
-        return TenantRecord(row["tenant"], _time(row["created"]))
+        return rows.tenant(row)
 
     def api_key(self, row: Any) -> ApiKeyRecord:
-        return ApiKeyRecord(row["tenant"], row["key"], _time(row["created"]))
+        return rows.api_key(row)
 
     def adapter(self, row: Any) -> AdapterRecord:
-        canary = Canary(row["canary_number"], row["canary_percent"]) if row["canary_number"] is not None else None
-        return AdapterRecord(
-            AdapterKey(row["tenant"], row["adapter"]),
-            row["serving"],
-            row["previous"],
-            canary,
-            bool(row["pinned"]),
-            _time(row["created"]),
-            _time(row["updated"]),
-        )
+        """Returns a row of `ADAPTER_ROWS` as a record."""
+        return rows.adapter(row)
 
     def version(self, row: Any) -> VersionRecord:
         """Returns a row of `VERSION_ROWS` as a record."""
-        names = ("digest", "method", "rank", "num_virtual_tokens", "num_bytes", "base_fingerprint")
-        compiled = CompiledAdapter(*(row[name] for name in names))
-        state = VersionState(row["state"])
-        return VersionRecord(
-            VersionKey(row["tenant"], row["adapter"], row["number"]),
-            compiled,
-            VersionState.DAMAGED if row["damage"] and state is VersionState.READY else state,
-            _time(row["created"]),
-            self._objects.program(compiled.digest),
-            row["sha256"],
-            row["damage"],
-            json.loads(row["labels"]),
-        )
-
-
-def _time(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, UTC)
+        return rows.version(row, self._objects)

@@ -10,10 +10,12 @@ from enum import StrEnum
 from pathlib import Path
 
 from deltamux.errors import FailedPreconditionError
-from deltamux.store import schema
+from deltamux.store import rows, schema
 from deltamux.store.faults import store_faults
 from deltamux.store.identity import Identity, IdentityFiles
 from deltamux.store.objects import ObjectStore
+from deltamux.store.records import VersionKey
+from deltamux.store.row_checks import RowFault, row_faults
 from deltamux.store.vetting import DATABASE_FILE, check_present, identity_in, vet
 
 ATTEMPTS = 5
@@ -35,6 +37,7 @@ class Kind(StrEnum):
     PROGRAM_DAMAGED = "PROGRAM_DAMAGED"
     UPLOAD_DAMAGED = "UPLOAD_DAMAGED"
     ORPHAN = "ORPHAN"
+    ROW_DAMAGED = "ROW_DAMAGED"
 
 
 MEANINGS = {
@@ -43,6 +46,7 @@ MEANINGS = {
     Kind.UPLOAD_DAMAGED: "an uploaded file is missing or not what was uploaded; the versions serve as long as their "
     "program is whole",
     Kind.ORPHAN: "no version refers to this object; `deltamux store gc` removes it",
+    Kind.ROW_DAMAGED: "its row",
 }
 
 
@@ -51,16 +55,19 @@ class Finding:
     """Something that is wrong.
 
     Attributes:
-        versions: names of the versions that it concerns.
+        digest: of the content; "" of a row.
+        versions: names of the versions that it concerns; of a row, its own name.
+        problem: what is wrong with a row.
     """
 
     kind: Kind
     digest: str
     versions: tuple[str, ...] = ()
+    problem: str = ""
 
     @property
     def message(self) -> str:
-        return MEANINGS[self.kind]
+        return f"{MEANINGS[self.kind]} {self.problem}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -83,26 +90,36 @@ class Report:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A database's view of the objects: of each content its program's sha256, and the versions that have it."""
+    """A database's view of the objects: of each content its program's sha256, and the versions that have it.
+
+    Attributes:
+        faults: what is wrong with rows.
+        virtual_tokens: of each content, by the version's name, how many it has.
+    """
 
     identity: Identity
     programs: dict[str, str]
     versions: dict[str, tuple[str, ...]]
     garbage: frozenset[str]
+    faults: tuple[RowFault, ...]
+    virtual_tokens: dict[str, dict[str, object]]
 
     @classmethod
     def of(cls, connection: sqlite3.Connection) -> Snapshot:
         connection.execute("BEGIN")
-        versions: dict[str, tuple[str, ...]] = {}
-        for tenant, adapter, number, digest in connection.execute(
-            "SELECT tenant, adapter, number, digest FROM versions ORDER BY tenant, adapter, number"
+        virtual_tokens: dict[str, dict[str, object]] = {}
+        for tenant, adapter, number, digest, tokens in connection.execute(
+            "SELECT tenant, adapter, number, digest, num_virtual_tokens FROM versions ORDER BY tenant, adapter, number"
         ):
-            versions[digest] = (*versions.get(digest, ()), f"tenants/{tenant}/adapters/{adapter}/versions/{number}")
+            # The digest of a damaged row may be anything.
+            virtual_tokens.setdefault(str(digest), {})[str(VersionKey(tenant, adapter, number))] = tokens
+        versions = {digest: tuple(names) for digest, names in virtual_tokens.items()}
         programs: dict[str, str] = dict(connection.execute("SELECT digest, sha256 FROM programs"))
         garbage = frozenset(row[0] for row in connection.execute("SELECT digest FROM garbage"))
         identity = identity_in(connection)
+        faults = tuple(row_faults(connection))
         connection.execute("COMMIT")
-        return cls(identity, programs, versions, garbage)
+        return cls(identity, programs, versions, garbage, faults, virtual_tokens)
 
 
 @contextmanager
@@ -120,6 +137,7 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
             raise FailedPreconditionError(f"{root} is not a store", reason="NO_STORE")
         uri = f"{(root / DATABASE_FILE).absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
+            rows.prepare(connection)
             if vet(connection, root, files, claimed=claimed) < schema.SCHEMA_VERSION:
                 raise FailedPreconditionError(
                     f"the store {root} is of an earlier deltamux: start the server once, which brings it up to date",
@@ -140,7 +158,8 @@ def inspect(root: Path, advance: Advance = silent) -> Report:
     with reading(root) as connection, store_faults(root, opening=True):
         for _ in range(ATTEMPTS):
             snapshot = Snapshot.of(connection)
-            findings = [*_lost(objects, snapshot, advance), *_orphans(objects, snapshot)]
+            damaged = (Finding(Kind.ROW_DAMAGED, "", (fault.name,), fault.problem) for fault in snapshot.faults)
+            findings = [*damaged, *_lost(objects, snapshot, advance), *_orphans(objects, snapshot)]
             # What is in use may have changed between the rows and the files.
             if not findings or identity_in(connection) == snapshot.identity:
                 break
@@ -156,8 +175,19 @@ def _lost(objects: ObjectStore, snapshot: Snapshot, advance: Advance) -> Iterato
             yield Finding(Kind.PROGRAM_MISSING, digest, names)
         elif found != snapshot.programs.get(digest):
             yield Finding(Kind.PROGRAM_DAMAGED, digest, names)
+        else:
+            yield from _misread(objects, digest, snapshot)
         if not objects.upload_is_whole(digest):
             yield Finding(Kind.UPLOAD_DAMAGED, digest, names)
+
+
+def _misread(objects: ObjectStore, digest: str, snapshot: Snapshot) -> Iterator[Finding]:
+    """Yields the versions whose rows say another number of virtual tokens than their program, which is whole."""
+    has = objects.program_virtual_tokens(digest)
+    for name, tokens in snapshot.virtual_tokens[digest].items():
+        if has is not None and tokens != has:
+            problem = f"says {str(tokens)[:20]} virtual tokens, and its program has {has}"
+            yield Finding(Kind.ROW_DAMAGED, digest, (name,), problem)
 
 
 def _orphans(objects: ObjectStore, snapshot: Snapshot) -> Iterator[Finding]:

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
+import re
 import secrets
 import shutil
+import stat
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 
 PROGRAM_FILE = "program.safetensors"
 IDENTITY_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """The files whose content makes a version's digest; a changed README makes no new version."""
+
+MAX_HEADER_BYTES = 64 << 20
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def is_digest(value: object) -> bool:
+    """Whether a value is a sha256 in hex, as it names an object."""
+    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
 class ObjectStore:
@@ -29,16 +43,29 @@ class ObjectStore:
         self._staging.mkdir(exist_ok=True)
 
     def path(self, digest: str) -> Path:
-        return self._objects / digest[:2] / digest
+        """Returns an object's directory: of what is not a digest one that never is there, and none outside."""
+        return self._objects / digest[:2] / digest if is_digest(digest) else self._objects / "none" / "none"
 
     def program(self, digest: str) -> Path:
         return self.path(digest) / PROGRAM_FILE
 
     def program_sum(self, digest: str) -> str | None:
-        """Returns the sha256 of a compiled program's file; None where there is none."""
+        """Returns the sha256 of a compiled program's file; None where there is none, and "" where it is unreadable."""
         try:
             return file_sum(self.program(digest))
         except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            return ""
+
+    def program_virtual_tokens(self, digest: str) -> int | None:
+        """Returns how many virtual tokens a compiled program says that it has; None where it cannot be read."""
+        try:
+            with open_regular(self.program(digest)) as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(length)) if length <= MAX_HEADER_BYTES else {}
+            return int(header["__metadata__"]["num_virtual_tokens"])
+        except (OSError, struct.error, ValueError, LookupError, TypeError, RecursionError):
             return None
 
     def upload_is_whole(self, digest: str) -> bool:
@@ -51,7 +78,8 @@ class ObjectStore:
     def digests(self) -> Iterator[str]:
         """Yields the digests of all objects."""
         for directory in self._objects.glob("*/*"):
-            yield directory.name
+            if is_digest(directory.name):
+                yield directory.name
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
@@ -74,7 +102,9 @@ class ObjectStore:
         _sync(staged)
         target = self.path(digest)
         if not target.is_dir():
+            _clear_for_directory(target.parent)
             target.parent.mkdir(exist_ok=True)
+            _clear_for_directory(target)
             _sync(self._objects)
             staged.rename(target)
             _sync(target.parent)
@@ -84,6 +114,8 @@ class ObjectStore:
             kept.update(IDENTITY_FILES)
         for file in staged.iterdir():
             if file.name not in kept:
+                if (target / file.name).is_dir():
+                    shutil.rmtree(target / file.name)
                 file.replace(target / file.name)
         _sync(target)
 
@@ -106,9 +138,23 @@ def content_digest(directory: Path) -> str:
 
 
 def file_sum(path: Path) -> str:
-    """Returns a file's sha256, in hex."""
-    with path.open("rb") as file:
+    """Returns a file's sha256, in hex; raises OSError, also for what is not a regular file."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Opens a regular file for reading; raises OSError for everything else, such as a pipe, which may never end."""
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def _clear_for_directory(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -45,6 +45,28 @@ class StoredPrograms:
         self._admission = admission
         self._moving = moving
         self._changed = changed
+        self._agreed: set[tuple[str, str, int]] = set()
+
+    def agrees(self, record: VersionRecord) -> bool:
+        """Whether a version's row and its program are known to say the same; at once, without the disk."""
+        return _said(record) in self._agreed
+
+    def check_row(self, record: VersionRecord) -> None:
+        """Reads what a version's program says of itself, and compares it with the version's row.
+
+        Raises:
+            DataLossError: they differ in the number of virtual tokens, by which requests are laid out (ROW_DAMAGED).
+        """
+        said, found = _said(record), self._objects.program_virtual_tokens(record.compiled.digest)
+        if found not in (None, said[2]):
+            raise DataLossError(
+                f"the row of {record.key} is damaged: it says {said[2]} virtual tokens, and its program has {found}. "
+                "Upload the same files again, to any adapter, or let `deltamux store check --repair` mend the store",
+                reason="ROW_DAMAGED",
+                metadata={"name": str(record.key), "digest": record.compiled.digest},
+            )
+        if found is not None:
+            self._agreed.add(said)
 
     def serve_base(self, fingerprint: str) -> int:
         """Notes which base is served; returns how many versions have programs for another one."""
@@ -53,7 +75,7 @@ class StoredPrograms:
             self._database.note_base(fingerprint)
         others = (
             "SELECT count(*) FROM versions JOIN programs USING (digest) WHERE base_fingerprint NOT IN ('', ?)"
-            " AND state = 'READY'"
+            " AND state <> 'DRAINING'"
         )
         return int(self._database.one(others, fingerprint)[0]) if fingerprint else 0
 
@@ -99,21 +121,30 @@ class StoredPrograms:
 
     def versions_of(self, digest: str) -> list[VersionRecord]:
         """Returns the versions of a content, without those that drain."""
-        rows = self._database.all(f"{VERSION_ROWS} AND digest = ? AND state = 'READY'", digest)
+        rows = self._database.all(f"{VERSION_ROWS} AND digest = ? AND state <> 'DRAINING'", digest)
         return [self._database.version(row) for row in rows]
 
     def damaged(self) -> list[VersionRecord]:
         """Reads every program, and marks it by what is found; returns a version of each that is missing or damaged."""
         found: list[VersionRecord] = []
-        for row in self._database.all("SELECT DISTINCT digest FROM versions WHERE state = 'READY'"):
+        for row in self._database.all("SELECT DISTINCT digest FROM versions WHERE state <> 'DRAINING'"):
             record = self.versions_of(row["digest"])[0]
             present = self._objects.program_sum(row["digest"])
             if present == record.program_sha256:
                 self.mark_whole(record)
+                self._mend_virtual_tokens(record.compiled.digest)
                 continue
             self.mark_damaged(record, "its file is missing" if present is None else "its file is damaged")
             found.append(record)
         return found
+
+    def _mend_virtual_tokens(self, digest: str) -> None:
+        """Makes the rows of a content whose program is whole say what that says."""
+        found, sql = self._objects.program_virtual_tokens(digest), "num_virtual_tokens IS NOT ? AND digest = ?"
+        if found is not None and self._database.one(f"SELECT 1 FROM versions WHERE {sql}", found, digest):
+            with self._database.transaction():
+                self._database.run(f"UPDATE versions SET num_virtual_tokens = ? WHERE {sql}", found, found, digest)
+            self._changed()
 
     def repair_upload(self, directory: Path, staged: Path) -> list[VersionRecord]:
         """Puts an upload's files in the place of those that are missing or damaged.
@@ -154,3 +185,7 @@ class StoredPrograms:
             with self._database.transaction():
                 self._admission.record(placed)
             self._changed()
+
+
+def _said(record: VersionRecord) -> tuple[str, str, int]:
+    return record.compiled.digest, record.program_sha256, record.compiled.num_virtual_tokens

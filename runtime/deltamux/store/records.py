@@ -9,6 +9,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
+ID = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
+"""Pattern of the ids of tenants, adapters and keys."""
+
 
 class VersionState(StrEnum):
     """What becomes of requests that name a version.
@@ -72,7 +75,7 @@ class AdapterRecord:
     """An adapter: a name that routes to one of its versions.
 
     Attributes:
-        serving: number of the version that the name means.
+        serving: number of the version that the name means; 0 where its rows are damaged and do not say.
         previous: the one before it, which a rollback returns to.
     """
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import NamedTuple
 
-from deltamux.store.records import VersionRecord
+from deltamux.errors import DataLossError
+from deltamux.store.records import AdapterRecord, VersionRecord
 
 
 class Route(NamedTuple):
@@ -20,6 +21,17 @@ class Route(NamedTuple):
         if self.canary is not None and _percentile(request_key) < self.percent:
             return self.canary
         return self.serving
+
+
+def no_serving_version(adapter: AdapterRecord) -> DataLossError:
+    """Returns the error of an adapter whose rows are damaged, so that no version of it serves."""
+    which = f"version {adapter.serving}, which serves, is not in the store" if adapter.serving else "no version serves"
+    return DataLossError(
+        f"the rows of {adapter.key} are damaged: {which}. Promote a version, or let `deltamux store check --repair` "
+        "mend the store",
+        reason="ROW_DAMAGED",
+        metadata={"name": str(adapter.key)},
+    )
 
 
 def _percentile(request_key: str) -> int:

@@ -25,7 +25,8 @@ from deltamux.store.objects import ObjectStore
 from deltamux.store.programs import StoredPrograms
 from deltamux.store.records import AdapterKey, AdapterRecord, CompiledAdapter, VersionKey, VersionRecord, VersionState
 from deltamux.store.removal import Removal, Removed
-from deltamux.store.routes import Route
+from deltamux.store.routes import Route, no_serving_version
+from deltamux.store.row_checks import RowChecks
 from deltamux.store.tenants import Tenants
 
 
@@ -36,6 +37,7 @@ class AdapterStore:
         root: the store's directory.
         tenants: tenants and their API keys.
         programs: the versions' compiled programs.
+        rows: the checks of the database's rows.
     """
 
     def __init__(self, root: Path, lock_file: IO[str], *, adopt: bool = False) -> None:
@@ -53,9 +55,11 @@ class AdapterStore:
         self.programs = StoredPrograms(
             root, self._database, self._objects, self._admission, self._moving, self._routes.clear
         )
+        self.rows = RowChecks(self._database, self._routes.clear)
         with store_faults(root, opening=True):
             self._objects.prepare()
             self._database.freeing(self._removal.recover)
+            self.rows.tell()
 
     @classmethod
     def open(cls, root: str | Path, *, adopt: bool = False) -> AdapterStore:
@@ -137,8 +141,8 @@ class AdapterStore:
 
     def _number(self, key: AdapterKey, compiled: CompiledAdapter) -> int | None:
         row = self._database.one(
-            "SELECT number FROM versions WHERE tenant = ? AND adapter = ? AND digest = ? AND state = ?",
-            *key, compiled.digest, VersionState.READY,
+            "SELECT number FROM versions WHERE tenant = ? AND adapter = ? AND digest = ? AND state <> ?",
+            *key, compiled.digest, VersionState.DRAINING,
         )  # fmt: skip
         return row["number"] if row else None
 
@@ -147,7 +151,9 @@ class AdapterStore:
         run("INSERT OR IGNORE INTO tenants VALUES (?, ?)", key.tenant, now)
         run("INSERT OR IGNORE INTO adapters (tenant, adapter, created, updated) VALUES (?, ?, ?, ?)", *key, now, now)
         run(
-            "UPDATE adapters SET last_number = last_number + 1, updated = ?, deleted = 0,"
+            "UPDATE adapters SET updated = ?, deleted = 0,"
+            " last_number = 1 + max(CAST(last_number AS INTEGER), (SELECT coalesce(max(CAST(number AS INTEGER)), 0)"
+            " FROM versions v WHERE v.tenant = adapters.tenant AND v.adapter = adapters.adapter)),"
             " created = CASE deleted WHEN 1 THEN ? ELSE created END WHERE tenant = ? AND adapter = ?",
             now, now, *key,
         )  # fmt: skip
@@ -180,16 +186,16 @@ class AdapterStore:
 
     def version(self, key: VersionKey) -> VersionRecord:
         """Returns a version, also one that drains; raises NotFoundError."""
-        row = self._database.one(f"{VERSION_ROWS} AND tenant = ? AND adapter = ? AND number = ?", *key)
-        if row is None:
+        found = self._there(key.parent, key.number)
+        if found is None:
             raise _not_found(key)
-        return self._database.version(row)
+        return found
 
     def versions(self, key: AdapterKey, *, after: int = 0, limit: int = 100) -> list[VersionRecord]:
         """Returns an adapter's versions that do not drain, in order of number, beginning behind the number `after`."""
         self.adapter(key)
-        sql = f"{VERSION_ROWS} AND tenant = ? AND adapter = ? AND number > ? AND state = ? ORDER BY number LIMIT ?"
-        rows = self._database.all(sql, *key, after, VersionState.READY, limit)
+        sql = f"{VERSION_ROWS} AND tenant = ? AND adapter = ? AND number > ? AND state <> ? ORDER BY number LIMIT ?"
+        rows = self._database.all(sql, *key, after, VersionState.DRAINING, limit)
         return [self._database.version(row) for row in rows]
 
     @contextmanager
@@ -222,10 +228,15 @@ class AdapterStore:
         return route.choose(request_key)
 
     def _route(self, adapter: AdapterRecord) -> Route:
-        serving = self.version(VersionKey(*adapter.key, adapter.serving))
-        if adapter.canary is None:
-            return Route(serving, None, 0)
-        return Route(serving, self.version(VersionKey(*adapter.key, adapter.canary.number)), adapter.canary.percent)
+        serving, canary = self._there(adapter.key, adapter.serving), adapter.canary
+        if serving is None:
+            raise no_serving_version(adapter)
+        tried = self._there(adapter.key, canary.number) if canary else None
+        return Route(serving, tried, canary.percent if canary and tried else 0)
+
+    def _there(self, key: AdapterKey, number: int) -> VersionRecord | None:
+        row = self._database.one(f"{VERSION_ROWS} AND tenant = ? AND adapter = ? AND number = ?", *key, number)
+        return row and self._database.version(row)
 
     def _release(self, key: VersionKey) -> None:
         with self._database.lock:

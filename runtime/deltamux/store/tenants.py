@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from typing import TYPE_CHECKING
 
 from deltamux.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
+from deltamux.store.database import Database, is_id
 from deltamux.store.records import ApiKeyRecord, TenantRecord
-
-if TYPE_CHECKING:
-    from deltamux.store.database import Database
 
 SECRET_PREFIX = "dmx_"
 
@@ -39,7 +36,8 @@ class Tenants:
 
     def page(self, *, after: str = "", limit: int = 100) -> list[TenantRecord]:
         """Returns tenants in order of name, beginning behind the name `after`."""
-        rows = self._database.all("SELECT * FROM tenants WHERE tenant > ? ORDER BY tenant LIMIT ?", after, limit)
+        sql = f"SELECT * FROM tenants WHERE {is_id('tenant')} AND tenant > ? ORDER BY tenant LIMIT ?"
+        rows = self._database.all(sql, after, limit)
         return [self._database.tenant(row) for row in rows]
 
     def delete(self, tenant: str, *, empty: bool) -> None:
