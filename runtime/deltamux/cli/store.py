@@ -24,7 +24,7 @@ def add_commands(commands: Any) -> None:
         nargs="*",
         type=Path,
         metavar="UPLOAD_DIR",
-        help="mend damaged rows, put the files of these uploads in the place of damaged ones, note every program's state",
+        help="mend damaged rows, put these uploads' files in the place of damaged ones, note every program's state",
     )
     check.add_argument("--model", help="with --repair: the base model, to compile damaged programs anew")
     check.add_argument(
