@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,74 @@ def test_damage_of_every_kind_is_found_also_while_the_store_is_in_use(
     assert all(kind in said and all(name in said for name in names) for kind, names in expected.items())
     if store is not None:
         store.close()
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path)
+
+
+def file_for_object(path: Path) -> None:
+    shutil.rmtree(path.parent)
+    path.parent.write_text("")
+
+
+def file_for_objects(path: Path) -> None:
+    shutil.rmtree(path.parent.parent)
+    path.parent.parent.write_text("")
+
+
+@pytest.mark.parametrize("harm", [pipe, folder, loop, file_for_object, file_for_objects])
+def test_what_is_not_a_file_is_damage_of_its_object_alone_and_repaired_by_the_same_upload(
+    harm: Callable[[Path], None], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm(program(root, "one"))
+    status, found = check(root, capsys)
+    assert status == 1
+    assert set(map(tuple, found.values())) == {tuple(ONE)}
+    assert main(["store", "backup", str(root), str(tmp_path / "backup")]) == 1
+    assert main(["store", "check", str(tmp_path / "backup")]) == 1
+    store = AdapterStore.open(root)
+    upload(store, "one")
+    store.close()
+    capsys.readouterr()
+    assert check(root, capsys) == (0, {})
+
+
+@pytest.mark.parametrize("add", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path)])
+def test_what_is_not_a_file_beside_an_objects_files_is_left_out_of_a_backup(
+    add: Callable[[Path], None], root: Path, tmp_path: Path
+) -> None:
+    add(program(root, "one").parent / "README.md")
+    assert main(["store", "backup", str(root), str(tmp_path / "backup")]) == 0
+    assert main(["store", "restore", str(tmp_path / "backup"), str(tmp_path / "restored")]) == 0
+    assert not list((tmp_path / "restored").rglob("README.md"))
+
+
+def test_damaged_rows_are_mended_and_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(sqlite3.connect(root / "db.sqlite3")) as connection, connection:
+        connection.execute("UPDATE versions SET labels = '{' WHERE tenant = 'globex'")
+    assert check(root, capsys) == (1, {"ROW_DAMAGED": ONE[1:]})
+    assert main(["store", "check", str(root), "--repair"]) == 0
+    assert f"the row of {ONE[1]} has labels that are not a JSON object" in capsys.readouterr().out
+    assert check(root, capsys) == (0, {})
+
+
+def test_a_name_that_is_too_long_for_a_backup_is_refused_in_a_sentence(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["store", "backup", str(root), str(tmp_path / ("n" * 300))]) == 1
+    assert "STORE_PATH" in capsys.readouterr().err
 
 
 def test_a_store_that_was_killed_is_checked_as_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

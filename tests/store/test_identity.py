@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -115,6 +116,23 @@ def with_a_folder_for_identity_file(root: Path) -> None:
     (root / "store.json").mkdir()
 
 
+def with_a_pipe_for_identity_file(root: Path) -> None:
+    (root / "store.json").unlink()
+    os.mkfifo(root / "store.json")
+
+
+def with_a_deep_identity_file(root: Path) -> None:
+    (root / "store.json").write_text("[" * 200_000)
+
+
+def with_a_trigger(root: Path) -> None:
+    sql(root, "CREATE TRIGGER t AFTER UPDATE ON identity BEGIN DELETE FROM versions; END")
+
+
+def with_a_view(root: Path) -> None:
+    sql(root, "CREATE VIEW v AS SELECT * FROM versions")
+
+
 def of_another_program(root: Path) -> None:
     missing(root)
     sql(root, "CREATE TABLE bookmarks (url TEXT)")
@@ -142,6 +160,10 @@ def sql(root: Path, statement: str) -> None:
         (of_another_store, "STORE_MISMATCH", "the objects are of store"),
         (without_identity_file, "STORE_MISMATCH", "store.json beside it is missing"),
         (identity_file_damaged, "STORE_CORRUPT", "store.json is damaged"),
+        (with_a_pipe_for_identity_file, "STORE_PATH", "not a regular file"),
+        (with_a_deep_identity_file, "STORE_CORRUPT", "store.json is damaged"),
+        (with_a_trigger, "STORE_CORRUPT", "store restore"),
+        (with_a_view, "STORE_CORRUPT", "store restore"),
         (of_another_program, "STORE_MISMATCH", "not of deltamux"),
         (header_damaged, "STORE_CORRUPT", "store restore"),
         (page_damaged, "STORE_CORRUPT", "store restore"),
@@ -224,6 +246,36 @@ def test_a_crash_before_the_identity_or_the_generation_is_written_is_no_mismatch
     store = AdapterStore.open(tmp_path)
     assert store.adapter(KEY).serving == 1
     store.close()
+
+
+def killed(root: Path, content: str) -> Path:
+    """Returns a store as a kill -9 leaves it, its last changes in SQLite's log."""
+    store = AdapterStore.open(root)
+    upload(store, content)
+    copy = copy_of(root, root.with_name(f"{root.name}-killed"))
+    store.close()
+    return copy
+
+
+def test_a_log_of_another_database_is_refused_and_not_merged(tmp_path: Path) -> None:
+    one, other = killed(tmp_path / "one", "one"), killed(tmp_path / "other", "two")
+    log, database = one / "db.sqlite3-wal", one / "db.sqlite3"
+    own, before = log.read_bytes(), database.read_bytes()
+    shutil.copy(other / "db.sqlite3-wal", log)
+    with pytest.raises(FailedPreconditionError) as refused:
+        AdapterStore.open(one)
+    assert refused.value.reason == "STORE_MISMATCH"
+    assert database.read_bytes() == before
+    log.write_bytes(own)
+    store = AdapterStore.open(one)
+    assert [version.key.number for version in store.versions(KEY)] == [1]
+    store.close()
+
+
+def test_a_generation_that_is_a_pipe_is_one_that_lags(root: Path) -> None:
+    (root / "generation").unlink()
+    os.mkfifo(root / "generation")
+    assert inspect(root).versions == 2
 
 
 def test_an_object_that_no_row_refers_to_is_kept(root: Path) -> None:

@@ -47,12 +47,12 @@ def backup(root: Path, target: Path, advance: Advance = silent) -> Report:
     Raises:
         FailedPreconditionError: there is no usable store, or the target is not empty (BACKUP_EXISTS).
     """
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FailedPreconditionError(
-            f"{target} exists already: give a directory that does not, or an empty one", reason="BACKUP_EXISTS"
-        )
-    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    partial = target.parent / f".{target.name[:200]}.{secrets.token_hex(4)}"
     with store_faults(target.parent, opening=True):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise FailedPreconditionError(
+                f"{target} exists already: give a directory that does not, or an empty one", reason="BACKUP_EXISTS"
+            )
         partial.mkdir(parents=True)
         try:
             with reading(root) as connection:

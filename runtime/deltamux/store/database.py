@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,15 +70,29 @@ class Database:
         files = None if adopt else self._files.read()
         claimed = not adopt and (files is not None or next(self._objects.digests(), None) is not None)
         check_present(self._root, files, claimed=claimed)
+        version = self._vetted(files, claimed, adopt)
         self._connection = sqlite3.connect(self._root / DATABASE_FILE, isolation_level=None, check_same_thread=False)
         self._connection.row_factory = sqlite3.Row
         rows.prepare(self._connection)
         try:
-            version = vet(self._connection, self._root, files, claimed=claimed, adopt=adopt)
             self._bring_up_to_date(version, files)
         except BaseException:
             self._connection.close()
             raise
+
+    def _vetted(self, files: Identity | None, claimed: bool, adopt: bool) -> int:
+        """Returns the version of the database's schema.
+
+        Read by a connection that cannot write: another one would merge the log beside the database into it, also where
+        that log is of another database.
+        """
+        path = self._root / DATABASE_FILE
+        if not path.exists():
+            return 0
+        mode = "rw" if path.with_name(f"{path.name}-journal").exists() else "ro"  # only a writer rolls a journal back
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode={mode}", uri=True)) as connection:
+            rows.prepare(connection)
+            return vet(connection, self._root, files, claimed=claimed, adopt=adopt)
 
     def _bring_up_to_date(self, version: int, files: Identity | None) -> None:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):

@@ -76,7 +76,7 @@ def store_faults(root: Path, *, opening: bool = False) -> Iterator[None]:
 def store_error(raised: BaseException, root: Path, *, opening: bool = False) -> DeltamuxError | None:
     """Returns what an error of the disk or of SQLite means for the store; None if it is of another kind."""
     reason = _reason(raised, root)
-    if reason is None and opening and isinstance(raised, OSError):
+    if opening and ((reason is None and isinstance(raised, OSError)) or (reason == FAILING and _is_no_file(raised))):
         reason = NO_PLACE
     if reason is None:
         return None
@@ -94,6 +94,12 @@ def _reason(raised: BaseException, root: Path) -> str | None:
         return None
     reason = _OF_SQLITE.get(code & 0xFF)
     return _tried(root) or reason if reason == FAILING else reason
+
+
+def _is_no_file(raised: BaseException) -> bool:
+    """Whether SQLite cannot open a file although the disk works: a folder has its name, or its path is too long."""
+    code: int = getattr(raised, "sqlite_errorcode", 0)
+    return code & 0xFF == sqlite3.SQLITE_CANTOPEN
 
 
 def _problem(raised: BaseException) -> str:

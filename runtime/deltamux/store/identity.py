@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deltamux.errors import FailedPreconditionError
+from deltamux.store.objects import open_regular
 
 IDENTITY_FILE = "store.json"
 GENERATION_FILE = "generation"
 FORMAT = "deltamux.store/2"
 DIGITS = 20
+MAX_BYTES = 4096
+"""Of either file; longer ones are cut, and so are damaged."""
 
 
 class Identity(NamedTuple):
@@ -47,7 +50,7 @@ class IdentityFiles:
         """
         path = self._root / IDENTITY_FILE
         try:
-            said = json.loads(path.read_text(encoding="utf-8"))
+            said = json.loads(_text(path))
             if said["format"] != FORMAT:
                 raise FailedPreconditionError(
                     f"{path} has format {said['format']!r}, and this deltamux knows {FORMAT!r}: start the one that "
@@ -57,7 +60,7 @@ class IdentityFiles:
             return Identity(str(said["store_id"]), self._read_generation(), str(said["base_fingerprint"]))
         except FileNotFoundError:
             return None
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise FailedPreconditionError(
                 f"{path} is damaged: restore a backup with `deltamux store restore BACKUP {self._root}`, or accept the "
                 f"database that is here with `deltamux store check {self._root} --adopt`",
@@ -95,9 +98,15 @@ class IdentityFiles:
 
     def _read_generation(self) -> int:
         try:
-            return int((self._root / GENERATION_FILE).read_text(encoding="ascii"))
+            return int(_text(self._root / GENERATION_FILE))
         except (OSError, ValueError):
             return 0  # behind any database, as after a power cut
+
+
+def _text(path: Path) -> str:
+    """Returns a small file's text; raises OSError, also for what is not a regular file, and ValueError."""
+    with open_regular(path) as file:
+        return file.read(MAX_BYTES).decode("utf-8")
 
 
 def check_belongs(root: Path, files: Identity | None, database: Identity) -> None:

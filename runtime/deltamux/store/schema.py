@@ -93,6 +93,12 @@ def missing(connection: sqlite3.Connection) -> list[str]:
     return sorted({table if table not in tables else f"{table}.{column}" for table, column in expected - found})
 
 
+def foreign(connection: sqlite3.Connection) -> list[str]:
+    """Returns the triggers and views of a database, which would change what statements do."""
+    sql = "SELECT type || ' ' || name FROM sqlite_master WHERE type IN ('trigger', 'view') ORDER BY name"
+    return [str(row[0])[:80] for row in connection.execute(sql)]
+
+
 def _columns(connection: sqlite3.Connection) -> set[tuple[str, str]]:
     sql = "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c WHERE m.type = 'table'"
     return set(map(tuple, connection.execute(sql)))

@@ -61,6 +61,8 @@ def vet(
     if version == schema.SCHEMA_VERSION:
         if lacking := schema.missing(connection):
             raise damage(root, f"it lacks {', '.join(lacking)}")
+        if foreign := schema.foreign(connection):
+            raise damage(root, f"it holds {', '.join(foreign)}, which this program does not make")
         if not adopt:
             check_belongs(root, files, identity_in(connection))
     return version
