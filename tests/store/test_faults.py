@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from deltamux.errors import DeltamuxError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
+from deltamux.errors import (
+    DeltamuxError,
+    FailedPreconditionError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from deltamux.store import AdapterKey, AdapterStore
 from deltamux.store.faults import store_error
 from store.disks import fill, small_disk
@@ -131,6 +138,57 @@ def test_a_store_that_becomes_read_only_serves_and_refuses_changes(tmp_path: Pat
         assert held.key.number == 1
     store._database.run("PRAGMA query_only = OFF")
     assert upload(store, "two").key.number == 2
+    store.close()
+
+
+def moved(root: Path) -> None:
+    root.rename(root.with_name("moved"))
+
+
+def removed(root: Path) -> None:
+    shutil.rmtree(root)
+
+
+def replaced(root: Path) -> None:
+    AdapterStore.open(root.with_name("other")).close()
+    root.with_name("other").joinpath("db.sqlite3").replace(root / "db.sqlite3")
+
+
+def without_log(root: Path) -> None:
+    (root / "db.sqlite3-wal").unlink()
+
+
+@pytest.mark.parametrize("harm", [moved, removed, replaced, without_log])
+def test_no_change_is_acknowledged_that_nobody_would_find_again(harm: Callable[[Path], None], tmp_path: Path) -> None:
+    store = AdapterStore.open(tmp_path / "store")
+    upload(store, "one")
+    upload(store, "two")
+    harm(tmp_path / "store")
+    for change in (
+        lambda: store.promote(KEY, 2),
+        lambda: store.pin(KEY, True),
+        lambda: store.delete_adapter(KEY),
+        lambda: store.tenants.create("globex"),
+        lambda: store.tenants.create_key("acme"),
+        lambda: upload(store, "three"),
+    ):
+        with pytest.raises(UnavailableError, match="put it back") as gone:
+            change()
+        assert gone.value.reason == "STORE_GONE"
+    with store.lease(KEY) as held:
+        assert held.key.number == 1
+    store.close()
+
+
+@pytest.mark.parametrize("part", ["staging", "objects"])
+def test_a_folder_that_was_removed_is_made_again_and_what_was_in_it_is_repaired_by_the_same_upload(
+    part: str, tmp_path: Path
+) -> None:
+    store = AdapterStore.open(tmp_path / "store")
+    upload(store, "one")
+    shutil.rmtree(tmp_path / "store" / part)
+    assert upload(store, "two").key.number == 2
+    assert upload(store, "one").program.read_text() == "compiled one"
     store.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 
 from deltamux.errors import ResourceExhaustedError
 from deltamux.store import rows, schema
-from deltamux.store.faults import FULL, Reserve, store_faults
+from deltamux.store.faults import FULL, Reserve, gone, store_faults
 from deltamux.store.identity import Identity, IdentityFiles
 from deltamux.store.objects import ObjectStore
 from deltamux.store.records import AdapterRecord, ApiKeyRecord, TenantRecord, VersionRecord
@@ -59,6 +60,7 @@ class Database:
         self._objects = objects
         self._files = IdentityFiles(root)
         self._reserve = Reserve(root)
+        self._place: list[tuple[int, int]] | None = None  # the files that are open; None while the store opens
         self.lock = threading.RLock()
         self.freeing(lambda: self._open(adopt))
 
@@ -105,6 +107,7 @@ class Database:
             self._files.write(self.identity())
         with self.transaction():
             pass  # from here on an earlier copy of the database is an older one
+        self._place = self._found()
 
     def close(self) -> None:
         with self.lock:
@@ -128,8 +131,11 @@ class Database:
 
         Raises:
             ResourceExhaustedError, UnavailableError: see `store_faults`; nothing of the block has happened.
+            UnavailableError: the database is no longer the file that is open: the change would be lost (STORE_GONE).
         """
         with self.lock, store_faults(self._root):
+            if self._place not in (None, self._found()):
+                raise gone(self._root)
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -142,6 +148,14 @@ class Database:
                 raise
             self._files.note(generation)
             self._reserve.fill()
+
+    def _found(self) -> list[tuple[int, int]]:
+        """Returns which files the database and its log are, by device and inode; none where one is missing."""
+        try:
+            found = [os.stat(self._root / f"{DATABASE_FILE}{suffix}") for suffix in ("", "-wal")]
+        except FileNotFoundError:
+            return []
+        return [(file.st_dev, file.st_ino) for file in found]
 
     def freeing(self, work: Callable[[], T]) -> T:
         """Runs what frees space; on a full disk with the space of the reserve."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from deltamux.errors import DeltamuxError, FailedPreconditionError, ResourceExhaustedError, UnavailableError
 
 FULL, READ_ONLY, CORRUPT, FAILING, BUSY = "STORE_FULL", "STORE_READ_ONLY", "STORE_CORRUPT", "STORE_IO", "STORE_BUSY"
-NO_PLACE = "STORE_PATH"
+NO_PLACE, GONE = "STORE_PATH", "STORE_GONE"
 
 _OF_ERRNO = {
     errno.ENOSPC: FULL,
@@ -44,6 +44,10 @@ _WORDS = {
     ),
     FAILING: "the disk of the store {root} does not read or write: the system's log says why",
     BUSY: "the database of the store {root} is locked by another program: end that program, and try again",
+    GONE: (
+        "the store {root} was moved, removed or replaced under this server: put it back as it was, and start the "
+        "server again; what is changed until then would be lost"
+    ),
     NO_PLACE: "{root} cannot be a store: {problem}: give a directory, or the name of one that can be made",
 }
 PROBE_BYTES = 64 << 10
@@ -71,6 +75,11 @@ def store_faults(root: Path, *, opening: bool = False) -> Iterator[None]:
         if opening and error.reason in _WORDS:
             raise FailedPreconditionError(error.message, reason=error.reason) from error
         raise
+
+
+def gone(root: Path) -> UnavailableError:
+    """Returns the error of a store whose files are no longer where they were when it opened."""
+    return UnavailableError(_WORDS[GONE].format(root=root), reason=GONE)
 
 
 def store_error(raised: BaseException, root: Path, *, opening: bool = False) -> DeltamuxError | None:

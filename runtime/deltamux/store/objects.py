@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
+from deltamux.store.faults import gone
+
 PROGRAM_FILE = "program.safetensors"
 IDENTITY_FILES = ("adapter_config.json", "adapter_model.safetensors")
 """The files whose content makes a version's digest; a changed README makes no new version."""
@@ -83,9 +85,17 @@ class ObjectStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """Yields an empty directory, which is gone after the block unless `put` has taken it."""
+        """Yields an empty directory, which is gone after the block unless `put` has taken it.
+
+        Raises:
+            UnavailableError: the store is no longer where it was (STORE_GONE).
+        """
         directory = self._staging / secrets.token_hex(16)
-        directory.mkdir()
+        try:
+            self._staging.mkdir(exist_ok=True)
+            directory.mkdir()
+        except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+            raise gone(self._staging.parent) from error
         try:
             yield directory
         finally:
@@ -103,7 +113,7 @@ class ObjectStore:
         target = self.path(digest)
         if not target.is_dir():
             _clear_for_directory(target.parent)
-            target.parent.mkdir(exist_ok=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
             _clear_for_directory(target)
             _sync(self._objects)
             staged.rename(target)
