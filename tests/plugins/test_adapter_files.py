@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import combinations
 from pathlib import Path
@@ -14,7 +15,7 @@ from adapters import read_adapter, read_program, refusal, write_own
 
 from deltamux.client.uploads import upload_messages
 from deltamux.conformance.cases import base_directory
-from deltamux.deltas import BaseModel, Checkpoint
+from deltamux.deltas import BaseModel, Checkpoint, LowRank
 from deltamux.errors import InvalidAdapterError
 from deltamux.registry import Registry
 from deltamux_trainers import convert
@@ -115,6 +116,26 @@ def test_targets_by_path_follow_the_names(good: Checkpoint, base: BaseModel, tmp
         Checkpoint({**good.config, "target_modules": chosen}, tensors).write(tmp_path / f"{index}")
         convert(tmp_path / f"{index}", tmp_path / f"{index}-written")
         assert {site for site, _ in read_program(tmp_path / f"{index}-written", base)} == {s.name for s in base.linears}
+
+
+@pytest.mark.parametrize("expression", ["{}", "^{}$", r".*{}"])
+@pytest.mark.parametrize("place", ["model.language_model.layers", "layers", "_orig_mod.model.layers"])
+def test_ranks_and_scales_by_pattern_follow_the_names(
+    place: str, expression: str, good: Checkpoint, base: BaseModel, tmp_path: Path
+) -> None:
+    first = base.linears[0].name
+    path = first.replace("model.layers", place)
+    pattern = expression.format(path if expression == "{}" else re.escape(path))
+    tensors = {name.replace("model.model.layers", f"model.{place}"): t for name, t in good.tensors.items()}
+    for name, tensor in tensors.items():
+        if f"{path}.lora_A" in name or f"{path}.lora_B" in name:
+            tensors[name] = tensor[:2] if "lora_A" in name else tensor[:, :2]
+    config = {**good.config, "alpha_pattern": {pattern: 64}, "rank_pattern": {pattern: 2}}
+    Checkpoint(config, tensors).write(tmp_path / "before")
+    convert(tmp_path / "before", tmp_path / "after", model=base_directory("llama"))
+    scales = {site: op.scale for site, op in read_program(tmp_path / "after", base) if isinstance(op, LowRank)}
+    assert scales.pop(first) == 32
+    assert set(scales.values()) == {good.config["lora_alpha"] / 4}
 
 
 def test_a_missing_tensor_is_told_with_those_that_are_there(good: Checkpoint, base: BaseModel) -> None:

@@ -7,7 +7,7 @@ their tensors get the names that PEFT gives them in a file.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from deltamux.deltas.checkpoint import (
     read_config,
     read_tensors,
 )
-from deltamux.deltas.tensor_names import SHARED, parse, read_names
+from deltamux.deltas.tensor_names import PREFIX, SHARED, parse, read_names
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError
 from deltamux.registry import Registry
-from deltamux_plugins.targets import matches
+from deltamux_plugins.targets import by_pattern, matches
 from deltamux_trainers.writing import replacing
 
 SAFE_FILES = (TENSORS_FILE, "adapter.safetensors", "adapters.safetensors")
@@ -102,6 +102,7 @@ def renamed(
         note(f"taken out of the tensors' names: {', '.join(reading.marks)}")
         if config.get("target_modules") is not None:
             config["target_modules"] = _targets(config["target_modules"], list(tensors))
+        config |= _patterns(config, reading.names)
     return Checkpoint(config, tensors, checkpoint.metadata)
 
 
@@ -126,6 +127,32 @@ def _targets(targets: Any, names: list[str]) -> Any:
         return targets
     listed = tuple(targets) if isinstance(targets, list) else targets
     return targets if all(matches(listed, module) for module in modules) else modules
+
+
+def _patterns(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the ranks, scales and the like by pattern, by the modules' new paths where the patterns miss those.
+
+    Args:
+        names: PEFT's name of a tensor by the file's.
+    """
+    modules: dict[str, tuple[str, ...]] = {}
+    for name, own in names.items():
+        read, new = parse(name), parse(own)
+        if read is not None and new is not None and new.tail:
+            end = len(read.tail) + bool(read.adapter)
+            whole = ".".join(name.split(".")[:-end]).removeprefix(PREFIX)
+            modules.setdefault(".".join(new.path), (whole, ".".join(read.path)))
+    found: dict[str, Any] = {}
+    for key, values in config.items():
+        if not key.endswith("_pattern") or not isinstance(values, dict) or not values:
+            continue
+        meant = {
+            path: next((v for place in (*places, path) if (v := by_pattern(values, place)) is not None), None)
+            for path, places in modules.items()
+        }
+        if any(by_pattern(values, path) != value for path, value in meant.items()):
+            found[key] = {path: value for path, value in meant.items() if value is not None}
+    return found
 
 
 def _paths(model: str | Path) -> set[str] | None:
