@@ -22,6 +22,7 @@ from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux_trainers import TrainOptions, train
 from deltamux_trainers.stopping import TrainingInterrupted
 from deltamux_trainers.training import TrainResult
+from deltamux_trainers.writing import told
 
 STEPS = 12
 
@@ -106,6 +107,56 @@ def test_interrupting_between_evaluations_changes_neither_the_best_nor_the_patie
     whole = train(options(directory, data, tmp_path / "straight", **given))
     assert (resumed.steps, resumed.eval_loss) == (whole.steps, whole.eval_loss)
     assert resumed.loss == pytest.approx(whole.loss)
+
+
+def without_adapter(whole: Path, output: Path) -> Path:
+    """Returns a run's output as it is while the adapter is not written yet."""
+    shutil.copytree(whole / "checkpoints", output / "checkpoints")
+    return output
+
+
+def test_a_run_that_was_killed_before_its_adapter_was_written_trains_no_step_more(
+    directory: Path, data: Path, tmp_path: Path, straight: tuple[Losses, TrainResult]
+) -> None:
+    output, losses = without_adapter(straight[1].output, tmp_path / "out"), Losses()
+    result = train(options(directory, data, output, save_steps=4, resume=True), losses)
+    assert (result.steps, losses.by_step) == (STEPS, {})
+    equals(output, result, losses, straight)
+
+
+def test_a_run_that_patience_ended_before_it_was_killed_is_not_trained_on(
+    directory: Path, data: Path, tmp_path: Path
+) -> None:
+    given = {"eval_fraction": 0.25, "patience": 1, "max_steps": None, "epochs": 9.0, "learning_rate": 2.0}
+    whole = train(options(directory, data, tmp_path / "whole", **given, keep_checkpoints=True))
+    assert whole.steps < 9 * 12
+    output = without_adapter(tmp_path / "whole", tmp_path / "out")
+    result = train(options(directory, data, output, **given, resume=True))
+    assert (result.steps, result.eval_loss) == (whole.steps, whole.eval_loss)
+    assert result.loss == pytest.approx(whole.loss)
+
+
+class KilledEvaluating(TrainerCallback):
+    """Ends the run within its first evaluation, as a kill does: nothing is saved."""
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise SystemExit
+
+
+def test_a_run_that_was_killed_while_evaluating_evaluates_that_pass_when_it_goes_on(
+    directory: Path, data: Path, tmp_path: Path
+) -> None:
+    given = {"eval_fraction": 0.25, "max_steps": 24, "save_steps": 4, "keep_checkpoints": True}
+    with pytest.raises(SystemExit):
+        train(options(directory, data, tmp_path / "killed", **given), KilledEvaluating())
+    assert saved(tmp_path / "killed")[-1] == "checkpoint-8", "the pass ends with step 12"
+    logs = []
+    for name, resume in (("killed", True), ("whole", False)):
+        train(options(directory, data, tmp_path / name, **given, resume=resume))
+        state = json.loads((tmp_path / name / "checkpoints" / "checkpoint-24" / "trainer_state.json").read_text())
+        logs.append({entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry})
+    assert list(logs[0]) == [12, 24]
+    assert logs[0] == logs[1]
 
 
 def test_the_command_line_ends_with_130_after_an_interruption(directory: Path, data: Path, tmp_path: Path) -> None:
@@ -243,6 +294,40 @@ def test_a_run_may_go_on_for_longer_but_not_for_less(
     with pytest.raises(InvalidConfigError, match="max_steps 5 is less than the 6"):
         train(options(directory, data, output, resume=True, max_steps=5))
     assert train(options(directory, data, output, resume=True, max_steps=STEPS + 1, log_steps=5)).steps == STEPS + 1
+
+
+class SecondRun(TrainerCallback):
+    """Begins another run with the same options while the first one trains."""
+
+    def __init__(self, options: TrainOptions) -> None:
+        self.options = options
+        self.error: FailedPreconditionError | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with pytest.raises(FailedPreconditionError) as refused:
+            train(self.options)
+        self.error = refused.value
+
+
+def test_two_runs_do_not_write_into_one_output(directory: Path, data: Path, tmp_path: Path) -> None:
+    second = SecondRun(options(directory, data, tmp_path / "out", max_steps=1))
+    train(second.options, second)
+    assert second.error is not None
+    assert second.error.reason == "OUTPUT_BUSY"
+    assert "another run writes to" in second.error.message
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_an_output_that_nothing_was_written_to_does_not_stay(directory: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidConfigError, match="less than one row"):
+        train(options(directory, data, tmp_path / "out", eval_fraction=0.001))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_removed_meanwhile_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FailedPreconditionError, match="cannot be written: Parent") as refused, told(tmp_path):
+        torch.save({}, tmp_path / "removed" / "optimizer.pt")
+    assert refused.value.reason == "OUTPUT_NOT_WRITABLE"
 
 
 @pytest.mark.parametrize("save_steps", [2, None], ids=["a checkpoint", "the adapter"])

@@ -36,10 +36,10 @@ def seal(staging: Path, final: Path) -> None:
     manifest = {str(path.relative_to(staging)): _summary(path) for path in files}
     (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
     for path in (*files, staging / MANIFEST_FILE, staging):
-        _sync(path)
+        sync(path)
     shutil.rmtree(final, ignore_errors=True)
     staging.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def newest_whole(root: Path) -> Path:
@@ -121,7 +121,8 @@ def _summary(path: Path) -> list[int | str]:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -75,8 +75,14 @@ class Patience(TrainerCallback):
     def __init__(self, evaluations: int) -> None:
         self._evaluations = evaluations
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._check(state, control)  # a run that goes on may have been ended by it, and stopped before it was written
+
     def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._check(state, control)
+
+    def _check(self, state: TrainerState, control: TrainerControl) -> None:
         losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-        best = min(range(len(losses)), key=lambda index: losses[index])
+        best = min(range(len(losses)), key=lambda index: losses[index], default=0)
         if len(losses) - 1 - best >= self._evaluations:
             control.should_training_stop = True

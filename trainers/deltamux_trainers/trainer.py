@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import IntervalStrategy
 
 from deltamux.errors import FailedPreconditionError
 from deltamux_trainers import checkpoints, ranks
@@ -74,6 +75,13 @@ class DeltaTrainer(Trainer):
         self.loss_sum += loss.detach()
         return loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Runs a pass over the data; none where a run that goes on was at its end, where transformers steps."""
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint whole, by the first process; each brings the state of its own random numbers."""
         root = Path(str(self.args.output_dir))
@@ -134,13 +142,19 @@ class Scheduled(TrainerCallback):
 
 
 class Saving(TrainerCallback):
-    """Saves every so many steps, whatever is evaluated when."""
+    """Saves every so many steps, whatever is evaluated when.
+
+    Where a pass ends with an evaluation, it saves behind that: from a checkpoint before it, a run would go on without.
+    """
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step % self._steps == 0:
+        evaluates_next = args.eval_strategy == IntervalStrategy.EPOCH and (
+            state.global_step >= state.max_steps or not (state.epoch or 0.0) % 1
+        )
+        if state.global_step % self._steps == 0 and not evaluates_next:
             control.should_save = True
 
 

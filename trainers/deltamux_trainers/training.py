@@ -8,8 +8,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from deltamux.deltas import BaseModel, Checkpoint
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
-from deltamux.registry import Registry
+from deltamux.registry import Method, Registry
 from deltamux_trainers import checkpoints, ranks
 from deltamux_trainers.data import Encoded, Encoder, collate, load_data
 from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
@@ -30,7 +30,7 @@ from deltamux_trainers.options import CHANGEABLE, DETERMINING, OPTIMIZERS, Train
 from deltamux_trainers.progress import Progress
 from deltamux_trainers.stopping import Interruption, Patience, TrainingInterrupted
 from deltamux_trainers.trainer import DeltaTrainer, Saving, Scheduled
-from deltamux_trainers.writing import told
+from deltamux_trainers.writing import held, told
 
 REPORT_FILE = "train_report.json"
 CHECKPOINTS = "checkpoints"
@@ -76,13 +76,18 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         InvalidConfigError, InvalidArgumentError: an option or a row of the data is wrong.
         FailedPreconditionError: the output holds an adapter already, or what is to be resumed is not there, damaged or
             of another run; the base is not a decoder, or not whole; the device is not there; the loss is not finite;
-            the output cannot be written.
+            the output cannot be written, or another run writes to it.
         TrainingInterrupted: SIGINT or SIGTERM ended the run between two steps; `resume` goes on from there.
     """
     method = Registry().get(options.method)
     config = method.parse(options.config)
     _check_output(options)
     pick_device(options.device)
+    with held(options.output) if ranks.is_first() else nullcontext():
+        return _train(options, method, config, callbacks)
+
+
+def _train(options: TrainOptions, method: Method, config: Any, callbacks: Sequence[TrainerCallback]) -> TrainResult:
     base, tokenizer = describe_base(options.model), load_tokenizer(options.model)
     rows, eval_rows, counts = _datasets(options, config, base, tokenizer)
     rate = options.rate(method.info, base.dims.hidden_size)
@@ -289,7 +294,9 @@ def _write(checkpoint: Checkpoint, options: TrainOptions, result: TrainResult) -
     report = {**asdict(result), "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}}
     (staging / REPORT_FILE).write_text(json.dumps(report, indent=2, default=str) + "\n")
     for name in (REPORT_FILE, "adapter_model.safetensors", "adapter_config.json"):
+        checkpoints.sync(staging / name)
         (staging / name).rename(options.output / name)
     staging.rmdir()
+    checkpoints.sync(options.output)
     if not options.keep_checkpoints:
         shutil.rmtree(options.output / CHECKPOINTS, ignore_errors=True)

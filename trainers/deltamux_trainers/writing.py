@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from deltamux.errors import FailedPreconditionError
+
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "Parent directory")
+"""What torch.save says, in errors that have no class of their own."""
 
 
 def check_output(output: Path, sources: Sequence[Path] = (), *, overwrite: bool = False) -> None:
@@ -35,6 +39,34 @@ def check_output(output: Path, sources: Sequence[Path] = (), *, overwrite: bool 
 
 
 @contextmanager
+def held(directory: Path) -> Iterator[None]:
+    """Makes a directory, and keeps other runs from writing into it for the length of a block; an empty one goes again.
+
+    Raises:
+        FailedPreconditionError: OUTPUT_BUSY, another process holds it; OUTPUT_NOT_WRITABLE, it cannot be made.
+    """
+    with told(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FailedPreconditionError(
+            f"another run writes to {directory}: wait until it has ended, or choose another output",
+            reason="OUTPUT_BUSY",
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it holds something
+            directory.rmdir()
+        os.close(descriptor)
+
+
+@contextmanager
 def told(what: Path) -> Iterator[None]:
     """Turns what libraries raise when a file cannot be written (a full disk, no permission) into one error.
 
@@ -46,7 +78,7 @@ def told(what: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise _not_writable(what, error) from error
     except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "unexpected pos" not in str(error):  # torch.save has no class
+        if not any(words in str(error) for words in TORCH_CANNOT_WRITE):
             raise
         raise _not_writable(what, error) from error
 

@@ -27,8 +27,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command: 0 when it worked, 1 when it did not, 2 for wrong usage, 130 when interrupted."""
-    arguments = parser().parse_args(argv)
     try:
+        arguments = parser().parse_args(argv)
         status = arguments.run(arguments)
     except DeltamuxError as error:
         details = ", ".join(f"{key}={value}" for key, value in error.metadata.items())
