@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 from google.protobuf.empty_pb2 import Empty
@@ -15,6 +16,7 @@ from deltamux.errors import DeltamuxError, InvalidArgumentError, NotFoundError
 from deltamux.server.caller import current_caller
 from deltamux.server.composing import NamedPart, mode_of, stage_composition
 from deltamux.server.events import EventHub
+from deltamux.server.finishing import finished
 from deltamux.server.interceptors import Context
 from deltamux.server.messages import (
     adapter_message,
@@ -81,8 +83,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         with self._store.staging() as staged:
             async with self._uploads.take(key.tenant) as slot:
                 await receive_files(header, messages, staged, self._limits, self._threads, slot)
-                version = await self._quarantine.admit(staged, upload)
-        await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
+                version = await self._admit(staged, upload)
         await self._bring_up(version)
         return version_message(version)
 
@@ -95,10 +96,19 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             async with self._uploads.take(key.tenant):
                 await self._run(lambda: stage_composition(self._store, parts, mode, staged))
                 upload = Upload(key, promote=promote, labels=dict(request.labels))
-                version = await self._quarantine.admit(staged, upload)
-        await self._publish(pb.AdapterEvent.VERSION_CREATED, key, version.key.number)
+                version = await self._admit(staged, upload)
         await self._bring_up(version)
         return version_message(version)
+
+    async def _admit(self, staged: Path, upload: Upload) -> VersionRecord:
+        compiled = await self._quarantine.examine(staged, upload)
+
+        async def commit() -> VersionRecord:
+            version = await self._quarantine.commit(staged, upload, compiled)
+            await self._publish(pb.AdapterEvent.VERSION_CREATED, upload.key, version.key.number)
+            return version
+
+        return await finished(commit())
 
     def _part(self, part: pb.CompositionPart) -> NamedPart:
         key = parse_adapter_or_version(part.name, "parts.name")
@@ -149,16 +159,26 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def DeleteAdapter(self, request: pb.DeleteAdapterRequest, context: Context) -> Empty:
         key = self._own(parse_adapter(request.name))
-        record = await self._run(lambda: self._store.adapter(key))
-        await self._run(lambda: self._store.delete_adapter(key))
-        await self._pins.remove(key)
-        self._events.publish(key, pb.AdapterEvent(type=pb.AdapterEvent.DELETED, adapter=adapter_message(record)))
+
+        async def delete() -> None:
+            async with self._events.order:
+                record = await self._run(lambda: self._store.adapter(key))
+                await self._run(lambda: self._store.delete_adapter(key))
+                event = pb.AdapterEvent(type=pb.AdapterEvent.DELETED, adapter=adapter_message(record))
+                self._events.publish(key, event)
+            await self._pins.remove(key)
+
+        await finished(delete())
         return Empty()
 
     async def DeleteAdapterVersion(self, request: pb.DeleteAdapterVersionRequest, context: Context) -> Empty:
         key = self._own_version(request.name)
-        await self._run(lambda: self._store.delete_version(key))
-        await self._publish(pb.AdapterEvent.VERSION_DELETED, key.parent, key.number)
+
+        async def delete() -> None:
+            await self._run(lambda: self._store.delete_version(key))
+            await self._publish(pb.AdapterEvent.VERSION_DELETED, key.parent, key.number)
+
+        await finished(delete())
         return Empty()
 
     async def PinAdapter(self, request: pb.PinAdapterRequest, context: Context) -> pb.Adapter:
@@ -173,9 +193,13 @@ class AdaptersService(pb_grpc.AdaptersServicer):
 
     async def UnpinAdapter(self, request: pb.UnpinAdapterRequest, context: Context) -> pb.Adapter:
         key = self._own(parse_adapter(request.name))
-        changed = await self._changed(key, lambda: self._store.pin(key, False))
-        await self._pins.remove(key)
-        return changed
+
+        async def unpin() -> pb.Adapter:
+            changed = await self._change(key, lambda: self._store.pin(key, False))
+            await self._pins.remove(key)
+            return changed
+
+        return await finished(unpin())
 
     async def WatchAdapters(
         self, request: pb.WatchAdaptersRequest, context: Context
@@ -188,6 +212,10 @@ class AdaptersService(pb_grpc.AdaptersServicer):
                 yield event
 
     async def _changed(self, key: AdapterKey, change: Callable[[], AdapterRecord]) -> pb.Adapter:
+        """Changes an adapter, and tells its watchers, whether the caller waits or not."""
+        return await finished(self._change(key, change))
+
+    async def _change(self, key: AdapterKey, change: Callable[[], AdapterRecord]) -> pb.Adapter:
         record = await self._run(change)
         if record.pinned and not self._pins.holds(record):
             await self._pins.follow(record)
@@ -209,8 +237,12 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         return adapter_message(record, self._pins.problems.get(record.key, ""))
 
     async def _publish(self, kind: pb.AdapterEvent.Type.ValueType, key: AdapterKey, number: int = 0) -> None:
-        record = await self._run(lambda: self._store.adapter(key))
-        self._events.publish(key, pb.AdapterEvent(type=kind, adapter=adapter_message(record), version=number))
+        async with self._events.order:
+            try:
+                record = await self._run(lambda: self._store.adapter(key))
+            except NotFoundError:
+                return  # deleted meanwhile, of which the watchers have heard
+            self._events.publish(key, pb.AdapterEvent(type=kind, adapter=adapter_message(record), version=number))
 
     async def _present(self, tenant: str, adapter: str | None) -> AsyncIterator[AdapterRecord]:
         if adapter is not None:

@@ -48,9 +48,15 @@ class Subscription:
 
 
 class EventHub:
-    """Hands every event to the subscriptions that match it. All methods run on the event loop."""
+    """Hands every event to the subscriptions that match it. All methods run on the event loop.
+
+    Attributes:
+        order: held from the look at what changed until its event is published, so that events come in the order of the
+            changes, and the last one tells how things are.
+    """
 
     def __init__(self) -> None:
+        self.order = asyncio.Lock()
         self._subscriptions: set[Subscription] = set()
         self._closed = False
 

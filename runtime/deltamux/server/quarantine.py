@@ -41,7 +41,7 @@ class Upload:
 
 
 class Quarantine:
-    """Checks uploads against the engine and its base model, and commits what passes.
+    """Checks uploads against the engine and its base model, and commits what has passed.
 
     Args:
         threads: run what touches the disk.
@@ -63,8 +63,8 @@ class Quarantine:
         self._budgets = budgets
         self._threads = threads
 
-    async def admit(self, staged: Path, upload: Upload) -> VersionRecord:
-        """Checks, compiles and commits a staged upload.
+    async def examine(self, staged: Path, upload: Upload) -> CompiledAdapter:
+        """Checks and compiles a staged upload; nothing of the store has changed yet.
 
         Raises:
             InvalidAdapterError, InvalidConfigError, UnknownMethodError: the files are wrong, on any base.
@@ -81,6 +81,10 @@ class Quarantine:
             digest, found.method, found.rank, found.num_virtual_tokens, found.num_bytes, self._base.fingerprint
         )
         await self._engine.check(ProgramRef(digest, staged / PROGRAM_FILE, found.num_virtual_tokens))
+        return compiled
+
+    async def commit(self, staged: Path, upload: Upload, compiled: CompiledAdapter) -> VersionRecord:
+        """Makes an upload that was examined a version; raises like `AdapterStore.commit`."""
         return await self._run(
             lambda: self._store.commit(staged, upload.key, compiled, promote=upload.promote, labels=upload.labels)
         )

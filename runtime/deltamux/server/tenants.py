@@ -11,6 +11,7 @@ from google.protobuf.empty_pb2 import Empty
 
 from deltamux.server.caller import current_caller
 from deltamux.server.events import EventHub
+from deltamux.server.finishing import finished
 from deltamux.server.interceptors import Context
 from deltamux.server.messages import (
     adapter_message,
@@ -56,10 +57,15 @@ class TenantsService(pb_grpc.TenantsServicer):
     async def DeleteTenant(self, request: pb.DeleteTenantRequest, context: Context) -> Empty:
         current_caller().check_administrator()
         tenant = parse_tenant(request.name)
-        for adapter in await self._run(lambda: self._store.delete_tenant(tenant, force=request.force)):
-            event = adapters_pb2.AdapterEvent(type=adapters_pb2.AdapterEvent.DELETED, adapter=adapter_message(adapter))
-            self._events.publish(adapter.key, event)
+        await finished(self._delete(tenant, request.force))
         return Empty()
+
+    async def _delete(self, tenant: str, force: bool) -> None:
+        async with self._events.order:
+            for adapter in await self._run(lambda: self._store.delete_tenant(tenant, force=force)):
+                deleted = adapters_pb2.AdapterEvent.DELETED
+                event = adapters_pb2.AdapterEvent(type=deleted, adapter=adapter_message(adapter))
+                self._events.publish(adapter.key, event)
 
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: Context) -> pb.ApiKey:
         current_caller().check_administrator()
