@@ -57,6 +57,13 @@ async def watched(client: AsyncClient, events: list[tuple[str, int | None]]) -> 
     return task
 
 
+async def heard(events: list[tuple[str, int | None]]) -> None:
+    """Waits for an event after the first."""
+    async with asyncio.timeout(20):
+        while len(events) < 2:  # noqa: ASYNC110 - another task appends
+            await asyncio.sleep(0.02)
+
+
 async def test_an_upload_that_is_cancelled_while_it_is_stored_is_stored_whole(
     served: Running, client: AsyncClient, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -65,7 +72,7 @@ async def test_an_upload_that_is_cancelled_while_it_is_stored_is_stored_whole(
     watching = await watched(client, events)
     await Slow(ObjectStore, "put", monkeypatch).cancelled(client.upload_adapter(NAME, loras[1]))
     monkeypatch.undo()
-    await asyncio.sleep(1)
+    await heard(events)
     assert [version.version for version in await client.list_adapter_versions(NAME)] == [1, 2]
     assert ("VERSION_CREATED", 2) in events
     report = await asyncio.to_thread(inspect, served.store.root)
@@ -94,7 +101,7 @@ async def test_watchers_hear_of_a_change_whose_caller_has_gone(
     watching = await watched(client, events)
     change, event = CHANGES[method]
     await Slow(AdapterStore, method, monkeypatch).cancelled(change(client))
-    await asyncio.sleep(1)
+    await heard(events)
     assert events[1:] == [event]
     watching.cancel()
 
