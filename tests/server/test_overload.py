@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -181,3 +182,36 @@ async def test_an_upload_that_trickles_is_given_up_for_its_rate(
             assert time.monotonic() - began < 10
         async with AsyncClient(server.address, timeout=60) as client:
             assert (await client.upload_adapter(ACME, loras[0])).state == "READY"
+
+
+async def test_calls_that_are_reset_at_once_are_turned_away_before_the_server_looks_at_them(served: Running) -> None:
+    begun = 5000
+    host, port = served.address.rsplit(":", 1)
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0))
+    headers = b"".join(map(header, ((":method", "POST"), (":scheme", "http"), (":path", "/any"), ("te", "trailers"))))
+    for stream in range(1, 2 * begun, 2):
+        writer.write(frame(HEADERS, 4, stream, headers) + frame(RST_STREAM, 0, stream, b"\0\0\0\x08"))
+    await writer.drain()
+    refused = 0
+    async with asyncio.timeout(60):
+        while refused < begun // 2:
+            size, kind = struct.unpack(">I", b"\0" + await reader.readexactly(3))[0], (await reader.readexactly(1))[0]
+            await reader.readexactly(5 + size)
+            refused += kind == RST_STREAM
+    writer.close()
+    async with AsyncClient(served.address, timeout=60) as client:
+        assert await client.list_tenants() == []
+
+
+HEADERS, RST_STREAM, SETTINGS = 1, 3, 4
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Returns a frame of HTTP/2."""
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def header(pair: tuple[str, str]) -> bytes:
+    """Returns a header as HPACK writes it without its tables."""
+    return b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in pair)

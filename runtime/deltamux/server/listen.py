@@ -18,6 +18,10 @@ from deltamux.server.options import ServeOptions, split_address
 
 MAX_UNSEEN_CALLS = 1 << 16
 
+MAX_CALLS_PER_CONNECTION = 512
+"""Calls that one connection may have under way; gRPC's clients hold further ones back. Calls that a client begins and
+resets at once, key or not, count until the server has seen them end, so that they cannot fill its queue."""
+
 SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -28,6 +32,7 @@ SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
     ("grpc.server_max_unrequested_time_in_server", 600),
+    ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
     # Clients may ask as often as they like whether a silent connection lives; the server asks as well, so that what a
     # vanished client holds is freed.
     ("grpc.http2.max_ping_strikes", 0),
