@@ -239,6 +239,7 @@ REFUSED_AT_ONCE: dict[str, dict[str, Any]] = {
     "'model' is what deltamux sets itself": {"engine_arguments": {"model": "other"}},
     "'enable_lora' is what deltamux sets itself": {"engine_arguments": {"enable_lora": False}},
     "'additional_config' must be a JSON object": {"engine_arguments": {"additional_config": "x"}},
+    "kv_cache_gib is 65536; this machine has .* in all": {"kv_cache_gib": 65536.0},
     "max_model_len is 513; the base model .* has a context of 512 tokens": {"max_model_len": 513},
 }
 
@@ -253,3 +254,12 @@ async def test_what_vllm_would_refuse_later_is_refused_before_the_store_is_made(
             pass
     assert "\n" not in refused.value.message
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    "listen", ["::1:8470", "[::1:8470", "::1]:8470", "[]:8470", "[::1]", "[[::1]]:1", ":1", "a:b:1"]
+)
+def test_an_address_of_ipv6_stands_in_brackets(listen: str) -> None:
+    with pytest.raises(InvalidConfigError, match=r"such as 127.0.0.1:8470 or \[::1\]:8470"):
+        made(listen=listen)
+    assert made(listen="[::1]:8470").listen == "[::1]:8470"

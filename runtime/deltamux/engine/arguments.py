@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from deltamux.engine.base import EngineOptions
 from deltamux.errors import InvalidConfigError
 
@@ -28,8 +30,14 @@ MAX_SENTENCE = 1000
 
 
 def check_options(options: EngineOptions) -> None:
-    """Raises InvalidConfigError for arguments that vLLM does not have, and for a context longer than the base's."""
+    """Raises InvalidConfigError for arguments that vLLM does not have, a cache or a context that cannot be."""
     _check_arguments(options.engine_arguments)
+    memory = psutil.virtual_memory().total / 2**30
+    if options.device != "cuda" and options.kv_cache_gib > memory:
+        raise InvalidConfigError(
+            f"option kv_cache_gib is {options.kv_cache_gib:g}; this machine has {memory:.1f} GiB in all: give less",
+            metadata={"field": "kv_cache_gib"},
+        )
     if options.max_model_len is not None and not os.environ.get("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "0").strip("0"):
         longest = longest_context(options.model)
         if longest is not None and options.max_model_len > longest:

@@ -1,11 +1,11 @@
-"""A queue for scarce work that serves its groups by turns, so that a long queue of one delays no other."""
+"""Orders of scarce work in which groups take turns, so that a long queue of one delays no other."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from deltamux.errors import ResourceExhaustedError
 
@@ -90,3 +90,61 @@ class FairQueue:
             queue.remove(turn)
             if not queue:
                 del self._waiting[group]
+
+
+class FairOrder:
+    """Numbers work for a queue that takes the smallest number first, so that the groups in it take turns.
+
+    This is start-time fair queueing with work of equal weight: a group's next number is one above its last, and at
+    least that of what was begun last, so that nobody is overtaken for good and no group saves up what it did not use.
+    """
+
+    def __init__(self) -> None:
+        self._begun = 0
+        self._next: dict[str, int] = {}
+        self._held: Counter[str] = Counter()
+
+    @contextmanager
+    def place(self, group: str) -> Iterator[Place]:
+        """Holds a place in the order for the length of the block."""
+        number = max(self._begun, self._next.get(group, 0))
+        self._next[group] = number + 1
+        self._held[group] += 1
+        place = Place(self, number)
+        try:
+            yield place
+        finally:
+            self._leave(group, place)
+
+    def begin(self, number: int) -> None:
+        self._begun = max(self._begun, number)
+
+    def _leave(self, group: str, place: Place) -> None:
+        if not place.begun:  # it was given up: those behind it have moved up
+            self._next[group] -= 1
+        self._held[group] -= 1
+        self._held += Counter()
+        if self._next[group] <= self._begun and not self._held[group]:
+            del self._next[group]
+        if not self._held:
+            self._begun, self._next = 0, {}
+
+
+class Place:
+    """A place in a `FairOrder`.
+
+    Attributes:
+        number: smaller ones come first.
+        begun: whether the work was begun.
+    """
+
+    def __init__(self, order: FairOrder, number: int) -> None:
+        self._order = order
+        self.number = number
+        self.begun = False
+
+    def begin(self) -> None:
+        """Tells that the work is begun; further calls change nothing."""
+        if not self.begun:
+            self.begun = True
+            self._order.begin(self.number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,15 +186,19 @@ RANGES: Mapping[str, Range] = {
 """The options that are numbers; one whose default is None takes None as well."""
 
 
+_ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})")
+
+
 def split_address(listen: str) -> tuple[str, int]:
     """Returns host and port of ``host:port``; an IPv6 host stands in brackets."""
-    host, colon, port = listen.rpartition(":")
-    if not (colon and host and port.isdecimal() and port.isascii()) or len(port) > 5 or int(port) > 65535:
+    found = _ADDRESS.fullmatch(listen)
+    if found is None or int(found[3]) > 65535:
         raise InvalidConfigError(
-            f"{listen!r} is not an address to listen on: give host:port such as 127.0.0.1:8470, or unix:path",
+            f"{listen!r} is not an address to listen on: give host:port such as 127.0.0.1:8470 or [::1]:8470, or "
+            "unix:path",
             metadata={"field": "listen"},
         )
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return found[1] or found[2], int(found[3])
 
 
 def _default(name: str) -> Any:

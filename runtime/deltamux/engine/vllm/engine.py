@@ -24,6 +24,7 @@ from deltamux.engine.base import (
     SamplingOptions,
 )
 from deltamux.engine.checks import check_prompt, check_sampling
+from deltamux.engine.fair import FairOrder, Place
 from deltamux.engine.vllm.grammar_vocabulary import check_stop_tokens, special_tokens
 from deltamux.engine.vllm.host_tier import HostTier
 from deltamux.engine.vllm.loader_link import LoaderLink
@@ -76,6 +77,7 @@ class VLLMEngine:
         self._prompts: Prompts | None = None
         self._grammars: Grammars | None = None
         self._special_tokens: frozenset[int] = frozenset()
+        self._order = FairOrder()
 
     async def start(self) -> None:
         """Loads the base model; returns when the engine takes requests.
@@ -184,10 +186,14 @@ class VLLMEngine:
         async with AsyncExitStack() as stack:
             program_id = await stack.enter_async_context(self._host.lease(program)) if program else 0
             # Closed here and not when it is collected: the abort must reach vLLM before the lease ends.
+            place = stack.enter_context(self._order.place(group))
             outputs = self._run(
-                token_ids, sampling, constraint, program, program_id, request_id, stream=stream, cache_salt=cache_salt
+                *(token_ids, sampling, constraint, program, program_id, request_id, place),
+                stream=stream,
+                cache_salt=cache_salt,
             )
             async for output in await stack.enter_async_context(aclosing(outputs)):
+                place.begin()
                 yield output
 
     async def prepare(self, program: ProgramRef) -> None:
@@ -252,6 +258,7 @@ class VLLMEngine:
         program: ProgramRef | None,
         program_id: int,
         request_id: str,
+        place: Place,
         *,
         stream: bool,
         cache_salt: str,
@@ -276,7 +283,9 @@ class VLLMEngine:
             if virtual and self._writes_prefixes and program is not None:
                 parameters.extra_args = {EXTRA_ARG: await asyncio.to_thread(known_tokens, program, self.base)}
             with callers_mistakes():
-                mailbox = await self._engine.add_request(request_id, prompt, parameters, lora_request=request)
+                mailbox = await self._engine.add_request(
+                    request_id, prompt, parameters, lora_request=request, priority=place.number
+                )
             async with aclosing(outputs_of(self._engine, PacedCollector.adopt(mailbox, self._pace))) as outputs:
                 async for output in outputs:
                     yield chunk(output, len(token_ids), virtual)
@@ -373,6 +382,7 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "enforce_eager": options.enforce_eager,
         "scheduler_cls": "deltamux.engine.vllm.scheduler.turn_scheduler",
+        "scheduling_policy": "priority",
         "worker_cls": f"deltamux.engine.vllm.{worker}",
         "disable_log_stats": True,
     }

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from deltamux.engine.vllm.engine import VLLMEngine
 
 PROMPT = (0,)
-SAMPLING = SamplingOptions(max_tokens=2, temperature=0.0, ignore_eos=True)
+SAMPLING = SamplingOptions(max_tokens=2, temperature=0.0, ignore_eos=True, logprobs=1)
+"""With log-probabilities, whose first use compiles a kernel in the step: for two seconds on a CPU."""
 LONGEST_SEQUENCE = 4
 """Tokens of the longest sequence of a warm-up: a virtual token, the prompt, and what is generated."""
 PATIENCE = 600.0
