@@ -107,3 +107,16 @@ async def test_a_request_that_nobody_streams_is_handed_over_whole(engine: VLLMEn
     chunks = [chunk async for chunk in engine.generate(PROMPT, GREEDY, None, request_id="whole", stream=False)]
     assert [len(chunk.token_ids) for chunk in chunks] == [NEW_TOKENS]
     assert_same_content(await chunks_of(engine, "in parts"), chunks)
+
+
+async def test_alternatives_are_not_turned_into_texts_that_nobody_reads(
+    engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[object] = []
+    monkeypatch.setattr(
+        "vllm.v1.engine.logprobs.convert_ids_list_to_tokens",
+        lambda tokenizer, ids: decoded.append(ids) or ["" for _ in ids],  # type: ignore[func-returns-value]  # or
+    )
+    chunks = await chunks_of(engine, "alternatives", SamplingOptions(max_tokens=20, ignore_eos=True, logprobs=20))
+    assert [len(logprobs.top) >= 20 for chunk in chunks for logprobs in chunk.logprobs] == [True] * 20
+    assert len(decoded) <= 1

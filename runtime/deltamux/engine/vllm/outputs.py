@@ -115,6 +115,10 @@ class PacedCollector(RequestOutputCollector):
 
 async def outputs_of(llm: AsyncLLM, collector: PacedCollector) -> AsyncGenerator[RequestOutput]:
     """Yields a request's outputs to its end; closing the iterator before aborts the request in the engine."""
+    state = llm.output_processor.request_states.get(collector.request_id)
+    if state is not None and state.logprobs_processor is not None:
+        # Alternatives are told by their ids. Their texts would be most of the event loop's work for such a request.
+        state.logprobs_processor.tokenizer = None
     finished = False
     try:
         while not finished:
