@@ -78,9 +78,11 @@ def _check_keys(
     config_class: Any, values: Mapping[str, Any], ignored: frozenset[str], method: str, refused: Mapping[str, str]
 ) -> None:
     fields = {field.name for field in dataclasses.fields(config_class)}
-    # A key that is null, false or empty changes nothing, whatever a newer library may mean by it.
-    given = {key for key, value in values.items() if value not in (None, False, "", [], {})}
-    unknown = sorted(given - fields - ignored)
+    # In a file, a key that is null, false or empty changes nothing, whatever a newer library may mean by it. Elsewhere
+    # somebody has written it, and may have misspelt an option that is on by default.
+    unset = {key for key, value in values.items() if value in (None, False, "", [], {})}
+    passed = unset if "peft_type" in values else unset & refused.keys()
+    unknown = sorted(values.keys() - passed - fields - ignored)
     for key in unknown:
         if key in refused:
             shown = f"{values[key]!r:.80}"

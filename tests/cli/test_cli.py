@@ -49,6 +49,17 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     assert f"deltamux {command}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", ["merge --output", "train --output", "data check --data", "convert"])
+@pytest.mark.parametrize(("given", "problem"), [("", "is empty: give a path"), ("x" * 300, "File name too long")])
+def test_a_path_that_can_be_none_is_wrong_usage(
+    words: str, given: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*words.split(), given])
+    assert left.value.code == 2
+    assert problem in capsys.readouterr().err
+
+
 def test_starting_needs_neither_torch_nor_grpc() -> None:
     code = (
         "import sys; import deltamux.cli as c; c.parser();"

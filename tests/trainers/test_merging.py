@@ -219,6 +219,14 @@ def test_what_is_read_is_never_overwritten(where: str, base: Path, adapter: Path
     assert (base / "config.json").exists()
 
 
+def test_nothing_but_a_model_is_overwritten(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (output := tmp_path / "home").mkdir()
+    (output / "letters.txt").write_text("dear")
+    with pytest.raises(FailedPreconditionError, match="it is not a model's directory, and is not overwritten"):
+        merge(str(base), adapter, output, overwrite=True)
+    assert (output / "letters.txt").read_text() == "dear"
+
+
 def test_a_dtype_that_is_not_known_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="dtype is auto, float32"):
         merge(str(base), adapter, tmp_path / "merged", dtype="int8")

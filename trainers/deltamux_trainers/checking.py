@@ -11,6 +11,7 @@ from typing import Any
 from deltamux.deltas import BaseModel
 from deltamux_trainers.data import IGNORED, Encoded, Encoder, load_data
 from deltamux_trainers.loading import load_tokenizer
+from deltamux_trainers.options import TRAIN_RANGES
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ def check_data(model: str, path: Path, *, max_length: int = 1024, turns: str = "
         show: how many sequences to return as text.
 
     Raises:
+        InvalidConfigError: max_length is out of range.
         InvalidArgumentError: INVALID_DATA, a row is wrong, or none has a token to learn.
         FailedPreconditionError: the base or its tokenizer cannot be read.
     """
+    TRAIN_RANGES["max_length"].check("max_length", max_length)
     tokenizer = load_tokenizer(model)
     data = load_data(path, Encoder.of(BaseModel.from_pretrained(model), tokenizer, max_length, turns))
     encoded = data.encoded

@@ -10,7 +10,7 @@ from deltamux.deltas import Checkpoint
 from deltamux.deltas.composition import Mode, Part, compose
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 from deltamux.registry import Registry
-from deltamux_trainers.loading import describe_base
+from deltamux_trainers.loading import check_base, describe_base
 from deltamux_trainers.writing import replacing
 
 
@@ -48,7 +48,9 @@ def compose_directories(
     read = [Part(str(directory), Checkpoint.read(directory), weight) for directory, weight in parts]
     composed = compose(read, Mode(mode))
     method, own = Registry().recognise(composed)
-    program = method.program(method.parse(own.config), describe_base(model), own.tensors)
+    base = describe_base(model)
+    check_base(composed, base)
+    program = method.program(method.parse(own.config), base, own.tensors)
     program.check_finite()
     with replacing(output) as staging:
         composed.write(staging)

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from deltamux.deltas import BaseModel, Checkpoint, Program, attached
+from deltamux.deltas import BaseModel, Program, attached
 from deltamux.prompts import encode_text
-from deltamux.registry import Registry
 from deltamux_trainers.data import IGNORED, Encoded, Encoder, collate, load_data
-from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
+from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device, read_adapter
 from deltamux_trainers.model import token_loss
 from deltamux_trainers.options import EvaluateOptions
 from deltamux_trainers.rows import PromptRow, Row
@@ -50,6 +49,7 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
     """Evaluates on JSONL data; docs/data.md says of what form.
 
     Raises:
+        BaseMismatchError: the adapter was trained on another base.
         InvalidArgumentError: a row is wrong, none has a learnt token, or exact matches are asked of rows without prompt
             and completion.
     """
@@ -67,7 +67,8 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
         for batch in _batches(data.encoded, options.batch_size):
             loss, hits, tokens = _score(model, batch, tokenizer.pad_token_id or 0)
             total, right, count = total + loss, right + hits, count + tokens
-        matches = _exact_matches(model, tokenizer, data.rows, options) if options.generate else None
+        answers = Answers(model, tokenizer, encoder.ends, options.max_new_tokens, base.dims.max_position - virtual)
+        matches = _exact_matches(answers, data.rows, options.batch_size) if options.generate else None
     loss = total / count
     untaught, cut = len(data.untaught), len(data.truncated)
     return EvalResult(len(data.rows), count, loss, math.exp(min(loss, 80.0)), right / count, matches, untaught, cut)
@@ -77,22 +78,42 @@ def read_program(adapter: Path | None, base: BaseModel) -> Program | None:
     """Returns the program of an adapter's directory; None of None."""
     if adapter is None:
         return None
-    method, checkpoint = Registry().recognise(Checkpoint.read(adapter))
+    method, checkpoint = read_adapter(adapter, base)
     return method.program(method.parse(checkpoint.config), base, checkpoint.tensors)
 
 
-def answer(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Returns each prompt's greedy continuation, generated in one batch (padded on the left)."""
-    encoded = [encode_text(tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, encoded))
-    pad = tokenizer.pad_token_id or 0
-    device = next(model.parameters()).device
-    ids = torch.tensor([[pad] * (longest - len(e)) + e for e in encoded], device=device)
-    mask = torch.tensor([[0] * (longest - len(e)) + [1] * len(e) for e in encoded], device=device)
-    out: Tensor = model.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-    )
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
+class Answers(NamedTuple):
+    """Generates greedy answers, which end where the server's do.
+
+    Attributes:
+        ends: ids of the tokens at which an answer ends.
+        max_new_tokens: of an answer.
+        room: tokens that the base's context holds beside the adapter's virtual tokens: a prompt and its answer.
+    """
+
+    model: Any
+    tokenizer: Any
+    ends: frozenset[int]
+    max_new_tokens: int
+    room: int
+
+    def __call__(self, prompts: Sequence[str]) -> list[str]:
+        """Returns each prompt's continuation: in one batch, padded on the left, where the context holds that."""
+        encoded = [encode_text(self.tokenizer, prompt) for prompt in prompts]
+        longest = max(map(len, encoded))
+        if longest + self.max_new_tokens > self.room and len(prompts) > 1:
+            return [text for prompt in prompts for text in self([prompt])]
+        pad = self.tokenizer.pad_token_id or 0
+        device = next(self.model.parameters()).device
+        out: Tensor = self.model.generate(
+            input_ids=torch.tensor([[pad] * (longest - len(e)) + e for e in encoded], device=device),
+            attention_mask=torch.tensor([[0] * (longest - len(e)) + [1] * len(e) for e in encoded], device=device),
+            max_new_tokens=min(self.max_new_tokens, self.room - longest),
+            do_sample=False,
+            pad_token_id=pad,
+            eos_token_id=sorted(self.ends) or None,
+        )
+        return [self.tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
 
 
 def _score(model: nn.Module, batch: Sequence[Encoded], pad: int) -> tuple[float, int, int]:
@@ -106,12 +127,12 @@ def _score(model: nn.Module, batch: Sequence[Encoded], pad: int) -> tuple[float,
     return float(token_loss(logits, labels, 1)), int(hits.sum()), int(learnt.sum())
 
 
-def _exact_matches(model: nn.Module, tokenizer: Any, rows: Sequence[Row], options: EvaluateOptions) -> float:
+def _exact_matches(answers: Answers, rows: Sequence[Row], batch_size: int) -> float:
     matches = 0
-    for batch in _batches(rows, options.batch_size):
+    for batch in _batches(rows, batch_size):
         asked = [row for row in batch if isinstance(row, PromptRow)]
-        answers = answer(model, tokenizer, [row.prompt for row in asked], options.max_new_tokens)
-        matches += sum(a.strip() == row.completion.strip() for a, row in zip(answers, asked, strict=True))
+        given = answers([row.prompt for row in asked])
+        matches += sum(a.strip() == row.completion.strip() for a, row in zip(given, asked, strict=True))
     return matches / len(rows)
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from deltamux.deltas import BaseModel
-from deltamux.errors import FailedPreconditionError
+from deltamux.deltas import BaseModel, Checkpoint
+from deltamux.errors import BaseMismatchError, FailedPreconditionError
+from deltamux.registry import Method, Registry
 
 SHOWN = 3
 """Names of weights that an error lists."""
@@ -49,6 +51,28 @@ def describe_base(model: str) -> BaseModel:
             metadata={"tensor": missing[0]},
         )
     return base
+
+
+def read_adapter(directory: Path, base: BaseModel) -> tuple[Method, Checkpoint]:
+    """Reads an adapter's directory, and finds its method.
+
+    Raises:
+        InvalidAdapterError, UnknownMethodError: the files are not an adapter, or none of an installed method.
+        BaseMismatchError: they name another base as the one that they were trained on.
+    """
+    method, checkpoint = Registry().recognise(Checkpoint.read(directory))
+    check_base(checkpoint, base)
+    return method, checkpoint
+
+
+def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Raises BaseMismatchError where an adapter names another base as the one that it was trained on."""
+    declared = checkpoint.metadata.get("base_fingerprint")
+    if declared and declared != base.fingerprint:
+        raise BaseMismatchError(
+            f"the adapter was trained on a base with fingerprint {declared}, but {base.name} has {base.fingerprint}",
+            metadata={"declared": declared, "base": base.fingerprint},
+        )
 
 
 def load_tokenizer(model: str) -> Any:

@@ -23,7 +23,7 @@ from deltamux.deltas.program import Placement
 from deltamux.deltas.weights import WeightFiles
 from deltamux.errors import BaseMismatchError, InvalidArgumentError, NotMergeableError
 from deltamux.registry import Method, Registry
-from deltamux_trainers.loading import describe_base, load_model
+from deltamux_trainers.loading import describe_base, load_model, read_adapter
 from deltamux_trainers.model_files import ModelFiles
 from deltamux_trainers.options import DTYPES
 from deltamux_trainers.writing import check_output, replacing
@@ -214,16 +214,9 @@ def _check_embedding(model: Path, base: BaseModel, program: Program) -> None:
 
 
 def _read_adapter(adapter: Path, method_name: str | None, base: BaseModel) -> tuple[Method, Checkpoint]:
-    registry = Registry()
-    method, checkpoint = registry.recognise(Checkpoint.read(adapter))
+    method, checkpoint = read_adapter(adapter, base)
     if method_name is not None:
-        method = _reader_of(registry.get(method_name), method)
-    declared = checkpoint.metadata.get("base_fingerprint")
-    if declared and declared != base.fingerprint:
-        raise BaseMismatchError(
-            f"the adapter was trained on a base with fingerprint {declared}, but {base.name} has {base.fingerprint}",
-            metadata={"declared": declared, "base": base.fingerprint},
-        )
+        method = _reader_of(Registry().get(method_name), method)
     return method, checkpoint
 
 

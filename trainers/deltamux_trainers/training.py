@@ -26,7 +26,7 @@ from deltamux_trainers import checkpoints, ranks
 from deltamux_trainers.data import Encoded, Encoder, collate, load_data
 from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
 from deltamux_trainers.model import DeltaModel
-from deltamux_trainers.options import CHANGEABLE, DETERMINING, OPTIMIZERS, TrainOptions
+from deltamux_trainers.options import CHANGEABLE, DETERMINING, OPTIMIZERS, TRAIN_RANGES, TrainOptions
 from deltamux_trainers.progress import Progress
 from deltamux_trainers.stopping import Interruption, Patience, TrainingInterrupted
 from deltamux_trainers.trainer import DeltaTrainer, Saving, Scheduled
@@ -80,7 +80,7 @@ def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
         TrainingInterrupted: SIGINT or SIGTERM ended the run between two steps; `resume` goes on from there.
     """
     method = Registry().get(options.method)
-    config = method.parse(options.config)
+    config = _parsed(method, options.config)
     _check_output(options)
     pick_device(options.device)
     with held(options.output) if ranks.is_first() else nullcontext():
@@ -121,6 +121,17 @@ def _train(options: TrainOptions, method: Method, config: Any, callbacks: Sequen
                 _write(method.checkpoint(written, base, tensors), options, result)
     ranks.wait_for_all()
     return result
+
+
+def _parsed(method: Method, values: Mapping[str, Any]) -> Any:
+    declared, own = values.get("peft_type"), method.info.peft_type
+    if declared not in (None, own):
+        raise InvalidConfigError(
+            f"the config is of peft_type {declared!r}, and method {method.name!r} of {own!r}: train by the method that "
+            "it is for, or leave peft_type out",
+            metadata={"field": "peft_type", "method": method.name},
+        )
+    return method.parse(values)
 
 
 def _result(
@@ -200,7 +211,13 @@ def _datasets(
     options: TrainOptions, config: Any, base: BaseModel, tokenizer: Any
 ) -> tuple[list[Encoded], list[Encoded], dict[str, int]]:
     """Returns what is trained on, what is evaluated on, and the counts of the result."""
-    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns, _virtual_tokens(config))
+    virtual, context = _virtual_tokens(config), base.dims.max_position
+    if virtual and context - virtual < TRAIN_RANGES["max_length"].least:
+        raise InvalidConfigError(
+            f"num_virtual_tokens {virtual} leaves no room for a sequence in the base's context of {context} tokens",
+            metadata={"field": "num_virtual_tokens"},
+        )
+    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns, virtual)
     data = load_data(options.data, encoder)
     counts = {"untaught_rows": len(data.untaught), "truncated_rows": len(data.truncated)}
     if options.eval_data is not None:

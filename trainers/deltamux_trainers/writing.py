@@ -23,7 +23,8 @@ def check_output(output: Path, sources: Sequence[Path] = (), *, overwrite: bool 
     Args:
         sources: directories that are read, and that the output must not replace.
     Raises:
-        FailedPreconditionError: it is a file, holds files while `overwrite` is not set, or is or holds a source.
+        FailedPreconditionError: it is a file, is or holds a source, or holds files while `overwrite` is not set; where
+            that is set, files of something else than a model.
     """
     if output.exists() and not output.is_dir():
         raise FailedPreconditionError(f"{output} is a file: choose another output", reason="OUTPUT_EXISTS")
@@ -36,6 +37,12 @@ def check_output(output: Path, sources: Sequence[Path] = (), *, overwrite: bool 
             raise FailedPreconditionError(
                 f"{output} holds {source}, which is read: choose another output", reason="OUTPUT_EXISTS"
             )
+    if output.is_dir() and any(output.iterdir()) and not (output / "config.json").is_file():
+        raise FailedPreconditionError(
+            f"{output} holds files, but no config.json: it is not a model's directory, and is not overwritten. Choose "
+            "another output",
+            reason="OUTPUT_EXISTS",
+        )
 
 
 @contextmanager

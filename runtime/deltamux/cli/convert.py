@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
+
+from deltamux.cli.paths import path
 
 
 def add_commands(commands: Any) -> None:
@@ -14,8 +15,8 @@ def add_commands(commands: Any) -> None:
         description="Write an adapter of AdapterHub's or MLX-LM's, or of PEFT's with adapter_model.bin, or with names "
         "that hold wrappers or the adapter's name, as one to upload.",
     )
-    parser.add_argument("source", type=Path, metavar="SRC", help="directory with adapter_config.json and the weights")
-    parser.add_argument("destination", type=Path, metavar="DEST", help="directory to write")
+    parser.add_argument("source", type=path, metavar="SRC", help="directory with adapter_config.json and the weights")
+    parser.add_argument("destination", type=path, metavar="DEST", help="directory to write")
     parser.add_argument("--adapter-name", default="", metavar="NAME", help="which adapter, where names hold several")
     parser.add_argument("--model", default="", help="the base: the tensors' names are led to its modules")
     parser.set_defaults(run=_convert)

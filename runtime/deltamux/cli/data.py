@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from deltamux.cli.output import add_json, show_one
+from deltamux.cli.paths import path
 
 
 def add_commands(commands: Any) -> None:
@@ -18,7 +18,7 @@ def add_commands(commands: Any) -> None:
         description="Read, render and tokenise a file as `train` does; no weights are loaded.",
     )
     check.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
-    check.add_argument("--data", required=True, type=Path, metavar="F.jsonl")
+    check.add_argument("--data", required=True, type=path, metavar="F.jsonl")
     check.add_argument("--max-length", type=int, default=1024, help="tokens per row; more are cut (%(default)s)")
     check.add_argument("--turns", choices=("all", "last"), default="all", help="the assistant's turns that are learnt")
     check.add_argument(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.cli.output import add_json, show_one
+from deltamux.cli.paths import path
 
 TRAIN_NUMBERS: dict[str, tuple[type, str]] = {
     "epochs": (float, "passes over the data"),
@@ -52,11 +53,11 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--method", required=True, help="see `deltamux methods`")
     _add_base(parser)
     parser.add_argument(
-        "--data", required=True, type=Path, metavar="F.jsonl", help="text, prompt+completion or messages"
+        "--data", required=True, type=path, metavar="F.jsonl", help="text, prompt+completion or messages"
     )
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--eval-data", type=Path, metavar="F.jsonl")
-    parser.add_argument("--config", type=Path, metavar="F.yaml", help="the method's options")
+    parser.add_argument("--output", required=True, type=path, metavar="DIR")
+    parser.add_argument("--eval-data", type=path, metavar="F.jsonl")
+    parser.add_argument("--config", type=path, metavar="F.yaml", help="the method's options")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one option of the method")
     for name, (kind, text) in TRAIN_NUMBERS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
@@ -73,8 +74,8 @@ def _add_evaluate(commands: Any) -> None:
         "evaluate", help="evaluate a base or an adapter", description="Evaluate without a server."
     )
     _add_base(parser)
-    parser.add_argument("--data", required=True, type=Path, metavar="F.jsonl")
-    parser.add_argument("--adapter", type=Path, metavar="DIR", help="the base alone without it")
+    parser.add_argument("--data", required=True, type=path, metavar="F.jsonl")
+    parser.add_argument("--adapter", type=path, metavar="DIR", help="the base alone without it")
     parser.add_argument("--generate", action="store_true", help="count exact matches of greedy answers, too")
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
@@ -88,8 +89,8 @@ def _add_evaluate(commands: Any) -> None:
 def _add_merge(commands: Any) -> None:
     parser = commands.add_parser("merge", help="fold an adapter into its base", description="Write a plain model.")
     parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--adapter", required=True, type=path, metavar="DIR")
+    parser.add_argument("--output", required=True, type=path, metavar="DIR")
     parser.add_argument("--method", help="merge by this method (qlora: into the dequantised weights)")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output holds")
     parser.add_argument(
@@ -110,8 +111,8 @@ def _add_compress(commands: Any) -> None:
         "compress", help="make a full fine-tuning's delta small", description="Compress changes of whole weights."
     )
     parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
-    parser.add_argument("--adapter", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--adapter", required=True, type=path, metavar="DIR")
+    parser.add_argument("--output", required=True, type=path, metavar="DIR")
     parser.add_argument("--form", default="bitdelta", choices=("bitdelta", "svd"), help="default: %(default)s")
     parser.add_argument("--rank", type=int, default=16, help="of svd (default: %(default)s)")
     add_json(parser)
@@ -124,7 +125,7 @@ def _add_compose(commands: Any) -> None:
     )
     parser.add_argument("parts", nargs="+", metavar="DIR[=WEIGHT]", help="adapters, in the order in which they apply")
     parser.add_argument("--model", required=True, help="directory or Hugging Face id of the base")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--output", required=True, type=path, metavar="DIR")
     parser.add_argument("--mode", choices=("stack", "sum"), default="stack", help="default: %(default)s")
     add_json(parser)
     parser.set_defaults(run=_compose)
