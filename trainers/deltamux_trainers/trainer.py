@@ -76,11 +76,11 @@ class DeltaTrainer(Trainer):
         return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Runs a pass over the data; none where a run that goes on was at its end, where transformers steps."""
+        """Runs a pass over the data; none for a run that goes on from its last step, as transformers would."""
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Writes a checkpoint whole, by the first process; each brings the state of its own random numbers."""
