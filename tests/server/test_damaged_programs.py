@@ -17,6 +17,7 @@ from deltamux.client import AsyncClient
 from deltamux.deltas import BaseModel
 from deltamux.errors import DataLossError, FailedPreconditionError
 from deltamux.server.app import Running, running
+from deltamux.server.compile_job import Job
 from deltamux.server.compiler import Compiler
 from deltamux.store import AdapterKey, VersionKey
 from server.conftest import engine_for, options
@@ -193,3 +194,35 @@ async def test_programs_damaged_before_the_start_and_programs_of_another_base(
         await asyncio.to_thread(main, ["store", "check", str(store), "--repair", "--model", str(base)])
     assert await asyncio.to_thread(main, ["store", "check", str(store)]) == 0
     assert await on(tiny_base, recompiled) == first
+
+
+async def test_what_cannot_be_compiled_for_another_base_is_named_and_tried_once_and_others_are_served(
+    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, similar = tmp_path / "store", write_base(tmp_path / "similar", seed=1)
+    # An adapter of our own says which base it was trained on; one of PEFT's does not.
+    own = write_own("ia3", BaseModel.from_pretrained(tiny_base), tmp_path / "own")
+    async with (
+        running(options(tiny_base, store), lambda _: engine_for(tiny_base), shared_compiler) as server,
+        AsyncClient(server.address, timeout=60) as client,
+    ):
+        await client.upload_adapter(NAME, own)
+        await client.upload_adapter(OTHER, loras[0])
+    compiled: list[str] = []
+    compiling = shared_compiler.compile
+
+    async def counted(job: Job, tenant: str) -> Any:
+        compiled.append(tenant)
+        return await compiling(job, tenant)
+
+    monkeypatch.setattr(shared_compiler, "compile", counted)
+    async with (
+        running(options(similar, store, recompile=True), lambda _: engine_for(similar), shared_compiler) as server,
+        AsyncClient(server.address, timeout=60) as client,
+    ):
+        for _ in range(3):
+            with pytest.raises(FailedPreconditionError, match="cannot be compiled for this server's base") as refused:
+                await tokens(client, NAME)
+            assert (refused.value.reason, refused.value.metadata["name"]) == ("BASE_MISMATCH", f"{NAME}/versions/1")
+        assert len(await tokens(client, OTHER)) == 4
+    assert compiled == ["acme", "globex"]

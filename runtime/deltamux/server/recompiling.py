@@ -9,7 +9,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from deltamux.deltas import BaseModel
-from deltamux.errors import DeltamuxError
+from deltamux.errors import DeltamuxError, FailedPreconditionError, InvalidArgumentError
 from deltamux.server.compile_job import Budgets, Job, packed
 from deltamux.server.compiler import Compiler
 from deltamux.store import AdapterStore, CompiledAdapter, VersionRecord
@@ -62,21 +62,32 @@ class Recompiler:
         self._budgets = budgets
         self._threads = threads
         self._running: dict[str, asyncio.Task[None]] = {}
+        self._refused: dict[str, DeltamuxError] = {}
 
     async def __call__(self, record: VersionRecord) -> VersionRecord:
         """Compiles a version's kept upload for the present base; returns its record with the new program.
 
+        What an upload is refused for is not tried again: the files stay as they are.
+
         Raises:
             DataLossError: the kept upload is damaged too.
-            DeltamuxError: as for an upload of the same files.
+            FailedPreconditionError: the files cannot be compiled for the present base; the reason is that of an upload.
+            DeltamuxError: nothing can be said of them now, as for an upload.
         """
         digest = record.compiled.digest
-        task = self._running.get(digest)
-        if task is None:
-            task = self._running[digest] = asyncio.create_task(self._compile(record))
-            task.add_done_callback(lambda done: self._ended(digest, done))
-        # Shielded: a caller that goes away must not end it for the others.
-        await asyncio.shield(task)
+        if (refusal := self._refused.get(digest)) is None:
+            task = self._running.get(digest)
+            if task is None:
+                task = self._running[digest] = asyncio.create_task(self._compile(record))
+                task.add_done_callback(lambda done: self._ended(digest, done))
+            try:
+                # Shielded: a caller that goes away must not end it for the others.
+                await asyncio.shield(task)
+            except (InvalidArgumentError, FailedPreconditionError) as error:
+                refusal = self._refused[digest] = error
+                log.warning("%s cannot be compiled for base %s: %s", record.key, self._base.fingerprint, error.message)
+        if refusal is not None:
+            raise _not_compiled(record, refusal)
         return await asyncio.get_running_loop().run_in_executor(self._threads, self._store.version, record.key)
 
     async def _compile(self, record: VersionRecord) -> None:
@@ -106,3 +117,11 @@ class Recompiler:
         self._running.pop(digest, None)
         if not task.cancelled():
             task.exception()  # whoever wanted it has heard of it, or has gone
+
+
+def _not_compiled(record: VersionRecord, error: DeltamuxError) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"{record.key} cannot be compiled for this server's base: {error.message}",
+        reason=error.reason,
+        metadata={"name": str(record.key), **error.metadata},
+    )
