@@ -18,7 +18,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, NormAffine, NormSite, Program
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.peft_defaults import LN_TARGETS, default_targets
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import is_left_out, matches, nothing_matches
 
 ALL_NORMS = "all-norms"
@@ -71,7 +71,8 @@ def deltamux_config(config: LNTuningConfig, base: BaseModel) -> dict[str, Any]:
 def deltamux_program(config: LNTuningConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     def op(site: NormSite) -> NormAffine:
         changes = {
-            field: tensors[name] - base.tensor(f"{site.name}.{field}").to(tensors[name].dtype)
+            field: shaped(tensors, name, (site.features,), base)
+            - base.tensor(f"{site.name}.{field}").to(tensors[name].dtype)
             for field, name in _tensors(site)
         }
         return NormAffine(**changes)

@@ -24,7 +24,7 @@ from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import adapterhub, mlx
 from deltamux_plugins.dora import magnitude_ops, row_norms
 from deltamux_plugins.peft_defaults import LORA_TARGETS, Names
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.peft_keys import LORA_REFUSED
 from deltamux_plugins.targets import ALL_LINEAR, by_pattern, check_targeting, spelt, targets
 
@@ -163,9 +163,12 @@ def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, 
         low_rank = LowRank(a, b, config.scale(site), config.lora_dropout)
         rows.append((site.name, low_rank))
         if config.use_dora:
-            rows += ((site.name, op) for op in magnitude_ops(base, site, low_rank, tensors[_magnitude(site)]))
+            low_rank.check(site)
+            magnitude = shaped(tensors, _magnitude(site), (site.out_features,), base)
+            rows += ((site.name, op) for op in magnitude_ops(base, site, low_rank, magnitude))
     for site_with_bias, name in _biases(config, base):
-        change = tensors[name] - base.tensor(f"{site_with_bias.name}.bias").to(tensors[name].dtype)
+        before = base.tensor(f"{site_with_bias.name}.bias")
+        change = shaped(tensors, name, tuple(before.shape), base) - before.to(tensors[name].dtype)
         op: Op = Bias(change) if isinstance(site_with_bias, LinearSite) else NormAffine(bias=change)
         rows.append((site_with_bias.name, op))
     return Program.of(rows)

@@ -9,7 +9,8 @@ from typing import Any, get_type_hints
 
 import peft.utils.constants
 import pytest
-from adapters import read_program, refusal, write_own
+import torch
+from adapters import read_program, refusal, write_own, write_peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -192,3 +193,28 @@ def test_the_bridge_finds_the_targets_of_null_as_peft_does(base: BaseModel) -> N
     error = refusal({"peft_type": "MISS", "r": 4, "target_modules": None}, base)
     assert error.reason == "MISSING_TENSOR"
     assert "q_proj" in error.metadata["tensor"]
+
+
+@pytest.mark.parametrize("length", [1, 63])
+@pytest.mark.parametrize(
+    ("architecture", "adapter", "part"),
+    [
+        ("llama", "ln-tuning", "norm.ln_tuning_layers.weight"),
+        ("llama", "dora", "q_proj.lora_magnitude_vector"),
+        ("llama", "dora", "q_proj.lora_B"),
+        ("opt", "ln-tuning", "final_layer_norm.ln_tuning_layers.bias"),
+        ("opt", "lora-bias-all", "fc1.base_layer.bias"),
+        ("opt", "lora-bias-all", "final_layer_norm.bias"),
+        ("opt", "lora-bias-own", "q_proj.base_layer.bias"),
+    ],
+)
+def test_a_tensor_that_is_set_against_the_bases_own_has_its_shape_or_is_refused_as_another_bases(
+    architecture: str, adapter: str, part: str, length: int, tmp_path: Path
+) -> None:
+    directory = base_directory(architecture)
+    write_peft(adapter, architecture, directory, tmp_path)
+    checkpoint = Checkpoint.read(tmp_path)
+    name = next(name for name in checkpoint.tensors if part in name)
+    before = checkpoint.tensors[name]
+    tensors = {**checkpoint.tensors, name: torch.ones(length, *before.shape[1:])}
+    assert refusal(dict(checkpoint.config), BaseModel.from_pretrained(directory), tensors).reason == "BASE_MISMATCH"

@@ -9,7 +9,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from deltamux.deltas import BaseModel
-from deltamux.errors import DeltamuxError, FailedPreconditionError, InvalidArgumentError
+from deltamux.errors import DeltamuxError, FailedPreconditionError, InvalidArgumentError, PluginError
 from deltamux.server.compile_job import Budgets, Job, packed
 from deltamux.server.compiler import Compiler
 from deltamux.store import AdapterStore, CompiledAdapter, VersionRecord
@@ -83,6 +83,8 @@ class Recompiler:
             try:
                 # Shielded: a caller that goes away must not end it for the others.
                 await asyncio.shield(task)
+            except PluginError:
+                raise  # it may have been the machine's doing
             except (InvalidArgumentError, FailedPreconditionError) as error:
                 refusal = self._refused[digest] = error
                 log.warning("%s cannot be compiled for base %s: %s", record.key, self._base.fingerprint, error.message)
