@@ -249,6 +249,22 @@ GLM4 = """\
 {%- for m in messages %}{{- '<|' + m.role + '|>\\n' + m.content }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
+GLM47 = """\
+[gMASK]<sop>
+{%- set ns = namespace(last=-1) %}
+{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}
+{%- set content = m.content %}{%- set thought = m.reasoning_content if m.reasoning_content is string else '' %}
+{%- if not thought and '</think>' in content %}
+{%- set thought = content.split('</think>')[0].split('<think>')[-1] %}{%- set content = content.split('</think>')[-1] %}
+{%- endif %}
+{{- '<|assistant|>' + ('<think>' + thought if loop.index0 > ns.last and thought else '') + '</think>' }}
+{%- if content.strip() %}{{- '\\n' + content.strip() }}{%- endif %}
+{%- else %}{{- '<|' + m.role + '|>\\n' + m.content }}{%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|><think>' }}{%- endif %}"""
+
 LEAVES_THE_LAST_TURN_OPEN = """\
 {%- for m in messages %}
 {{- '<|im_start|>' + m.role + '\\n' + m.content }}
@@ -275,6 +291,13 @@ SHAPES: dict[str, Shape] = {
     "gemma": Shape(GEMMA, "<end_of_turn>", ("<start_of_turn>",), eos="<eos>", bos="<bos>", system=False),
     "phi": Shape(PHI, "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>"), eos="<|endoftext|>"),
     "glm4": Shape(GLM4, "<|user|>", ("<|system|>", "<|assistant|>", "[gMASK]", "<sop>"), eos="<|endoftext|>"),
+    "glm4.7": Shape(
+        GLM47,
+        "<|user|>",
+        ("<|system|>", "<|assistant|>", "[gMASK]", "<sop>"),
+        eos="<|endoftext|>",
+        answer="</think>\n{}",
+    ),
     "last-turn-open": Shape(LEAVES_THE_LAST_TURN_OPEN, "<|im_end|>", _IM),
     "deepseek-r1": Shape(
         R1, "<|end_of_sentence|>", ("<|User|>", "<|Assistant|>"), bos="<|begin|>", answer="\n</think>\n\n{}"

@@ -108,6 +108,7 @@ def test_turns_share_a_row_while_each_prompt_continues_the_last_answer(tmp_path:
         "gemma": 1,
         "phi": 1,
         "glm4": 1,
+        "glm4.7": 2,
         "last-turn-open": 1,
         "deepseek-r1": 2,
     }  # fmt: skip
@@ -129,6 +130,8 @@ def test_the_last_turn_alone_is_learnt_where_that_is_asked_for(tmp_path: Path) -
         ("qwen3-thinking", "<think>\nwhy\n</think>\n\nyes", "why\n</think>\n\nyes"),
         ("qwen3-thinking", "<think>why</think>yes", "why\n</think>\n\nyes"),
         ("qwen3-thinking", "<think>\nwhy\n</think>\n\nits </think> ends", "why\n</think>\n\nits </think> ends"),
+        ("qwen3-thinking", "<think>\nnever closed", "never closed"),
+        ("glm4.7", "<think>why</think>yes", "why</think>\nyes"),
         ("always-thinks", "<think>\nwhy\n</think>\n\nyes", "why\n</think>\n\nyes"),
         ("always-thinks", "<think>why</think>yes", "why</think>yes"),
         ("deepseek-r1", "<think>\nwhy\n</think>\n\nyes", "why\n</think>\n\nyes"),
@@ -149,6 +152,7 @@ def test_thinking_within_the_content_is_learnt(name: str, content: str, said: st
     [
         ("qwen3", "<think>\nwhy\n</think>\n\nyes"),
         ("qwen3-thinking", "why\n</think>\n\nyes"),
+        ("glm4.7", "why</think>\nyes"),
         ("deepseek-r1", "why\n</think>\n\nyes"),
     ],
 )

@@ -23,6 +23,7 @@ from deltamux.store.rows import prepare
 from deltamux.store.vetting import DATABASE_FILE, identity_in
 
 ADMIN_KEY = "admin.key"
+RESTORING = ".restoring-"
 PARTS = (DATABASE_FILE, f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm", IDENTITY_FILE, GENERATION_FILE, "objects")
 
 
@@ -82,7 +83,9 @@ def restore(source: Path, root: Path) -> Restored:
         FailedPreconditionError: there is no usable backup, or the store is in use (STORE_IN_USE).
     """
     with store_faults(root, opening=True), lock_store(root):
-        fresh = root / f".restoring-{secrets.token_hex(4)}"
+        for left in root.glob(f"{RESTORING}*"):  # by a restore that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        fresh = root / f"{RESTORING}{secrets.token_hex(4)}"
         try:
             with reading(source) as connection:
                 fresh.mkdir()
@@ -90,9 +93,7 @@ def restore(source: Path, root: Path) -> Restored:
             _renew_identity(fresh)
             report = inspect(fresh)
             os.sync()
-            aside = _move_aside(root)
-            for path in sorted(fresh.iterdir(), reverse=True):  # the database last: what is incomplete is refused
-                path.rename(root / path.name)
+            aside = _exchange(root, fresh)
             if (source / ADMIN_KEY).is_file() and not (root / ADMIN_KEY).exists():
                 shutil.copy2(source / ADMIN_KEY, root / ADMIN_KEY)
         finally:
@@ -178,12 +179,22 @@ def _renew_identity(target: Path) -> None:
             files.write(identity_in(connection))
 
 
-def _move_aside(root: Path) -> Path | None:
+def _exchange(root: Path, fresh: Path) -> Path | None:
+    """Moves a store's parts aside and new ones into their place; returns where the former ones lie.
+
+    The new identity comes first and the database last: whenever this is broken off, the store is refused and not taken
+    for an empty one.
+    """
     present = [root / name for name in PARTS if (root / name).exists()]
-    if not present:
-        return None
-    aside = root / time.strftime("replaced-%Y%m%dT%H%M%S")
-    aside.mkdir()
+    aside = root / time.strftime("replaced-%Y%m%dT%H%M%S") if present else None
+    if aside is not None:
+        aside.mkdir()
+        if (root / IDENTITY_FILE).exists():
+            shutil.copy2(root / IDENTITY_FILE, aside / IDENTITY_FILE)
+    (fresh / IDENTITY_FILE).rename(root / IDENTITY_FILE)
     for path in present:
-        path.rename(aside / path.name)
+        if aside is not None and path.name != IDENTITY_FILE:
+            path.rename(aside / path.name)
+    for path in sorted(fresh.iterdir(), reverse=True):
+        path.rename(root / path.name)
     return aside
