@@ -9,7 +9,7 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -295,6 +295,35 @@ def test_a_backup_of_a_damaged_store_says_so(root: Path, capsys: pytest.CaptureF
     assert "PROGRAM_DAMAGED" in capsys.readouterr().out
     assert main(["store", "backup", str(root), str(root.parent / "backup")]) == 1
     assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moves", range(9))
+def test_a_restore_that_is_broken_off_leaves_the_store_as_it_was_or_one_that_is_refused_and_can_be_done_again(
+    moves: int, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["store", "backup", str(root), str(tmp_path / "backup")]) == 0
+    rename, count = Path.rename, 0
+
+    def broken_off(path: Path, target: Path) -> Path:
+        nonlocal count
+        if count == moves:
+            raise KeyboardInterrupt
+        count += path.is_relative_to(root)
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", broken_off)
+        with suppress(KeyboardInterrupt):
+            main(["store", "restore", str(tmp_path / "backup"), str(root)])
+    with suppress(FailedPreconditionError):  # what is neither the former store nor the new one
+        store = AdapterStore.open(root)
+        assert len(store.versions(KEY)) == 2
+        store.close()
+    assert main(["store", "restore", str(tmp_path / "backup"), str(root)]) == 0
+    store = AdapterStore.open(root)
+    assert len(store.versions(KEY)) == 2
+    store.close()
+    assert not list(root.glob(".restoring-*"))
 
 
 def test_a_store_in_use_is_neither_restored_nor_cleaned(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,13 +96,17 @@ class _Rendering:
         """Returns what follows the prompt: the message as the template renders it, and how it closes the turn."""
         message = self._message()
         after = self._turn(message)
-        content = message["content"] or ""
-        block = _OPENS.search(self.prompt)
-        content = _without_opening(content, block[1]) if block else content
-        if after.startswith(self.prompt) and _squashed(content) in _squashed(after[len(self.prompt) :]):
+        if after.startswith(self.prompt) and self._is_whole(message["content"] or "", after[len(self.prompt) :]):
             self._check_said(message, after)
             return after[len(self.prompt) :]
         return self._spliced(message, after)
+
+    def _is_whole(self, content: str, answer: str) -> bool:
+        """Tells whether an answer holds a content, but for what opens its thinking where the prompt has done so."""
+        block = _OPENS.search(self.prompt)
+        rest = _without_opening(content, block[1]) if block else content
+        content, answer = _squashed(rest), _squashed(answer)
+        return content in answer if block is None or rest == content else answer.startswith(content)
 
     def behind(self, answer: str) -> str:
         """Returns the answer with what the template puts behind it where the user goes on; or "" where it differs.
@@ -112,9 +116,19 @@ class _Rendering:
         goes_on = [*self._sent, self._message(), {"role": "user", "content": _MARK}]
         try:
             text, found, _ = self._render(goes_on, False, self._row.arguments).partition(_MARK)
+            if found and text.startswith(self.prompt + answer.rstrip()):
+                return text.removeprefix(self.prompt)
+            return answer + self._header_behind()
         except InvalidArgumentError:  # a template that does not take a user's message there
             return ""
-        return text.removeprefix(self.prompt) if found and text.startswith(self.prompt + answer.rstrip()) else ""
+
+    def _header_behind(self) -> str:
+        """Returns what the template puts behind a turn where the user goes on, beyond how it closes a last one."""
+        turn = {"role": self._row.messages[self._index]["role"], "content": _CONTENT}
+        goes_on = [*self._sent, turn, {"role": "user", "content": _MARK}]
+        alone = self._turn(turn).rpartition(_CONTENT)[2]
+        between = self._render(goes_on, False, self._row.arguments).partition(_MARK)[0].rpartition(_CONTENT)[2]
+        return between.removeprefix(alone) if between.startswith(alone) else ""
 
     def without_space(self, answer: str) -> str:
         """Returns the answer without the space behind what closes the turn; where space alone does, with it."""
@@ -240,7 +254,12 @@ class _Rendering:
             return None
         if behind_turn.startswith(behind_prompt):
             return behind_turn[len(behind_prompt) :], ""
-        return ("", behind_prompt[len(behind_turn) :]) if behind_prompt.startswith(behind_turn) else None
+        if behind_prompt.startswith(behind_turn):
+            return "", behind_prompt[len(behind_turn) :]
+        # Of a turn without thinking, what closes the block stands where the prompt opens it.
+        block = _OPENS.search(behind_prompt)
+        closing = behind_turn.removeprefix(behind_prompt[: block.start()]) if block else ""
+        return (closing, "") if block and closing.startswith(f"</{block[1]}>") else None
 
     def _continued(self, content: str, opened: str, thought: str) -> str:
         """Returns the content as it goes on in the block that the prompt has opened."""
