@@ -16,7 +16,7 @@ SOURCES = {ROOT / "runtime": "deltamux", ROOT / "plugins": "deltamux_plugins", R
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 MAX_LINES = 400
 
-CORE = {"deltamux", "deltamux.adapter_files", "deltamux.errors"}
+CORE = {"deltamux", "deltamux.adapter_files", "deltamux.child_process", "deltamux.errors"}
 MODEL = CORE | {"deltamux.deltas"}
 METHODS = MODEL | {"deltamux.hookspecs", "deltamux.registry"}
 WIRE = CORE | {"deltamux.v1"}
@@ -25,6 +25,7 @@ WIRE = CORE | {"deltamux.v1"}
 ALLOWED: dict[str, set[str]] = {
     "deltamux": set(),
     "deltamux.adapter_files": set(),
+    "deltamux.child_process": set(),
     "deltamux.errors": set(),
     "deltamux.__main__": {"deltamux.cli"},
     "deltamux.deltas": CORE,

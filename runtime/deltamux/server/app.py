@@ -28,6 +28,7 @@ from deltamux.server.interceptors import Around, AroundInterceptor, errors_becom
 from deltamux.server.listen import SERVER_OPTIONS, bind, check_exposure
 from deltamux.server.logs import bound_lines
 from deltamux.server.options import ServeOptions
+from deltamux.server.pacing import PacedCalls, RefusalPace
 from deltamux.server.pins import Pins
 from deltamux.server.programs import Programs
 from deltamux.server.quarantine import Quarantine
@@ -215,7 +216,12 @@ def _grpc_server(options: ServeOptions, store: AdapterStore, checked: CheckedReq
     if options.auth == "keys":
         identify = key_decides(store, admin_key(options.admin_key_file or options.store / "admin.key"))
     return grpc.aio.server(
-        interceptors=[AroundInterceptor(errors_become_statuses), AroundInterceptor(identify), checked],
+        interceptors=[
+            PacedCalls(),
+            AroundInterceptor(errors_become_statuses(RefusalPace().delay)),
+            AroundInterceptor(identify),
+            checked,
+        ],
         options=SERVER_OPTIONS,
     )
 

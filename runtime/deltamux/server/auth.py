@@ -13,10 +13,8 @@ from pathlib import Path
 from deltamux.errors import FailedPreconditionError, UnauthenticatedError
 from deltamux.server.caller import ADMINISTRATOR, CURRENT, Caller
 from deltamux.server.interceptors import Around, Context
+from deltamux.server.pacing import OPEN_SERVICES
 from deltamux.store import AdapterStore
-
-OPEN_SERVICES = ("/grpc.health.v1.Health/",)
-"""Load balancers look at the health without a key."""
 
 LONGEST_KEY = 4096
 """Characters of an administrator's key: more do not fit into a call's metadata."""

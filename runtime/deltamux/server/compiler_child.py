@@ -6,21 +6,19 @@ what it is about to run it says there first, so that its death or its silence ca
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import traceback
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError
 
+from deltamux.child_process import become_helper
 from deltamux.deltas import BaseModel, Checkpoint, Program
 from deltamux.deltas.rehearsal import rehearse
 from deltamux.errors import (
@@ -36,7 +34,8 @@ from deltamux.server.compiler_memory import COMPILING, COPIES, READING, at_most,
 from deltamux.store import PROGRAM_FILE
 from deltamux.store.faults import FULL, store_error
 
-PR_SET_PDEATHSIG = 1
+NICE = 5
+"""Of four ticks of a core that the engine could use, this process takes one."""
 
 MAX_GROWTH = 1 << 30
 """Bytes of memory, beyond those after the start, at which the process asks to be replaced: some plugin leaks."""
@@ -45,7 +44,8 @@ MAX_GROWTH = 1 << 30
 def main() -> None:
     """Serves jobs from the socket until it is closed."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    _live_and_die_with(parent)
+    become_helper(parent, NICE)
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     os.set_inheritable(descriptor, False)
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as channel:
         Child(channel).run()  # type: ignore[arg-type]  # makefile's type is narrower than a binary file's
@@ -180,21 +180,6 @@ def _check_finite(checkpoint: Checkpoint) -> None:
                 reason="NOT_FINITE",
                 metadata={"tensor": name, "index": str(index)},
             )
-
-
-def _live_and_die_with(parent: int) -> None:
-    """Ends this process with the server, whatever it hangs in; and lets the server alone decide when it ends before."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    # What a plugin prints goes to the log: the server's standard output is the server's.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        # Should a plugin take all the memory there is, the kernel is to end this process, and not the engine's.
-        with suppress(OSError):  # /proc may be read-only
-            Path("/proc/self/oom_score_adj").write_text("1000")
-    if os.getppid() != parent:
-        sys.exit("the server has gone")
 
 
 def _own_bytes() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 import secrets
@@ -71,22 +72,37 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
         return run
 
 
-@asynccontextmanager
-async def errors_become_statuses(method: str, context: Context) -> AsyncIterator[None]:
-    """Ends the RPC with the status of what it raised; the unexpected becomes INTERNAL and tells no detail."""
-    try:
-        yield
-        return
-    except grpc.aio.AbortError:
-        raise
-    except DeltamuxError as raised:
-        log.info("%s: %s %s: %s", method, raised.status, raised.reason, raised.message)
-        error = raised
-    except Exception:
-        incident = secrets.token_hex(6)
-        log.exception("%s: unexpected, incident %s", method, incident)
-        error = DeltamuxError(
-            f"the server failed unexpectedly; its log tells more under incident {incident}",
-            metadata={"incident": incident},
-        )
-    await context.abort_with_status(rpc_status.to_status(status_of(error)))
+def errors_become_statuses(delay: Callable[[DeltamuxError], float]) -> Around:
+    """Returns what ends an RPC with the status of what it raised; the unexpected becomes INTERNAL and tells no detail.
+
+    Args:
+        delay: returns the seconds by which an error is to be answered late.
+    """
+
+    @asynccontextmanager
+    async def around(method: str, context: Context) -> AsyncIterator[None]:
+        try:
+            yield
+            return
+        except grpc.aio.AbortError:
+            raise
+        except DeltamuxError as raised:
+            log.info("%s: %s %s: %s", method, raised.status, raised.reason, raised.message)
+            error = raised
+        except Exception:
+            error = _unexpected(method)
+        if late := delay(error):
+            await asyncio.sleep(late)
+        await context.abort_with_status(rpc_status.to_status(status_of(error)))
+
+    return around
+
+
+def _unexpected(method: str) -> DeltamuxError:
+    """Logs the exception that is being handled, and returns what the caller is told of it."""
+    incident = secrets.token_hex(6)
+    log.exception("%s: unexpected, incident %s", method, incident)
+    return DeltamuxError(
+        f"the server failed unexpectedly; its log tells more under incident {incident}",
+        metadata={"incident": incident},
+    )

@@ -10,6 +10,7 @@ import grpc
 from deltamux.errors import DeltamuxError, InvalidArgumentError
 from deltamux.server.interceptors import KINDS, Context
 from deltamux.server.limits import check_limits, max_bytes
+from deltamux.server.pacing import request_bytes
 from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
 
 REQUESTS: Mapping[str, str] = {
@@ -54,6 +55,7 @@ class CheckedRequests(grpc.aio.ServerInterceptor):
             return None
 
         def read(raw: bytes) -> Any:
+            request_bytes.set(request_bytes.get() + len(raw))
             if len(raw) > (limit := max_bytes(kind, self.max_model_len)):
                 return Refused(_too_large(len(raw), limit))
             try:

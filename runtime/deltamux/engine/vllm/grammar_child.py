@@ -7,7 +7,6 @@ its own job, and the next job finds everything imported.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
@@ -27,8 +26,10 @@ import numpy as np
 import torch
 import xgrammar
 
-PR_SET_PDEATHSIG = 1
+from deltamux.child_process import become_helper
+
 NICE = 10
+"""Of ten ticks of a core that the engine could use, this process takes one."""
 
 WALKS, STEPS = 4, 32
 """Texts that a grammar is tried with, and tokens of each."""
@@ -43,8 +44,7 @@ HARMLESS = re.compile(r"Escape sequence '\\[^0-9A-Za-z]' is not recognized")
 def main() -> None:
     """Runs jobs from the socket until it is closed."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    _live_and_die_with(parent)
-    os.nice(NICE)
+    become_helper(parent, NICE)
     torch.set_num_threads(1)
     with socket.socket(fileno=descriptor) as connection:
         Child(connection).run()
@@ -183,19 +183,6 @@ def _walk(
 
 def _data_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _live_and_die_with(parent: int) -> None:
-    """Ends this process with the server, and its jobs with this process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        with suppress(OSError):  # /proc may be read-only
-            Path("/proc/self/oom_score_adj").write_text("1000")
-    if os.getppid() != parent:
-        sys.exit("the server has gone")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager, suppress
@@ -14,23 +11,17 @@ from typing import Any
 
 import psutil
 
-PR_SET_PDEATHSIG = 1
+from deltamux.child_process import end_with_parent
+
 POLL_SECONDS = 0.1
 GONE_SECONDS = 10.0
 """How long a killed process may take to be gone; one in the middle of a system call ends after it."""
 
 
-def end_with_parent() -> None:
-    """Has the kernel end this process when the one that started it ends, however it ends. Nothing outside Linux.
-
-    The signal comes when the *thread* that started this process ends, so that thread lives as long as the engine.
-    """
-    parent = multiprocessing.parent_process()
-    if sys.platform != "linux" or parent is None:
-        return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent.pid:
-        os.kill(os.getpid(), signal.SIGKILL)
+def end_with_engine() -> None:
+    """Has the kernel end this process when the one that started it by `multiprocessing` ends."""
+    if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
+        end_with_parent(parent.pid)
 
 
 def family(pids: Collection[int]) -> list[psutil.Process]:

@@ -20,7 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from deltamux.engine.vllm.grammar_threads import prepare_grammars
 from deltamux.engine.vllm.prefixes import KnownPrefixes
-from deltamux.engine.vllm.processes import end_with_parent
+from deltamux.engine.vllm.processes import end_with_engine
 from deltamux.engine.vllm.turns import Turns, Work
 
 READY = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
@@ -31,7 +31,7 @@ class TurnMixin(Scheduler):
     """Overrides the two places where vLLM decides whether a request may be part of a step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        end_with_parent()
+        end_with_engine()
         super().__init__(*args, **kwargs)
         assert self.lora_config is not None
         prepare_grammars(self.structured_output_manager)

@@ -14,7 +14,7 @@ from deltamux.deltas.kernels import triton
 from deltamux.engine.vllm import opaque
 from deltamux.engine.vllm.loader_link import LoaderServer
 from deltamux.engine.vllm.manager import DeltaManager, ScheduledRequest
-from deltamux.engine.vllm.processes import end_with_parent
+from deltamux.engine.vllm.processes import end_with_engine
 
 
 def _manager_class(device: torch.device) -> type[DeltaManager]:
@@ -56,7 +56,7 @@ class DeltaWorkerMixin:
     _link: LoaderServer | None = None
 
     def init_device(self) -> None:
-        end_with_parent()
+        end_with_engine()
         super().init_device()  # type: ignore[misc]  # vLLM's worker stands behind the mixin
         runner = self.model_runner
         runner.__class__ = type("DeltaModelRunner", (DeltaRunnerMixin, type(runner)), {})

@@ -1,0 +1,121 @@
+"""What keeps a flood of calls from the streams that run and from health: calls are let in one by one, and the refusals
+of one tenant are answered at a bounded pace.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import grpc
+
+from deltamux.errors import DeltamuxError
+from deltamux.server.caller import CURRENT
+
+OPEN_SERVICES = ("/grpc.health.v1.Health/",)
+"""Load balancers look at the health without a key, and are answered before others."""
+
+TICK_SECONDS = 0.001
+PER_TICK = 2
+
+REFUSALS_PER_SECOND = 100.0
+BURST = 200
+"""Refusals of one tenant that are answered at once, after two seconds without any."""
+
+BYTES_PER_REFUSAL = 1 << 16
+"""A refused request of so many bytes counts as one more refusal."""
+
+MAX_DELAY = 1.0
+"""Seconds by which a refusal is late at most: less than the deadlines that callers set."""
+
+request_bytes: ContextVar[int] = ContextVar("deltamux_request_bytes", default=0)
+"""Of the messages that this task's RPC has received."""
+
+
+class PacedCalls(grpc.aio.ServerInterceptor):
+    """Lets calls in one by one, in their order; the outermost interceptor, and health passes it.
+
+    A call costs about a millisecond of the loop until it runs or is refused. A thousand that come at once would run
+    all together, and everything else of the loop after them; so each turn of the loop begins one of them at most, and
+    none as long as more arrive, since what arrives next may be for health.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._ticking = False
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        if not handler_call_details.method.startswith(OPEN_SERVICES):
+            await self._turn()
+        return await continuation(handler_call_details)
+
+    async def _turn(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._ticking:
+            self._ticking = True
+            loop.call_later(TICK_SECONDS, self._tick)
+            return
+        turn: asyncio.Future[None] = loop.create_future()
+        self._waiting.append(turn)
+        await turn
+
+    def _tick(self) -> None:
+        for _ in range(PER_TICK):
+            self._let_in()
+        if self._ticking:
+            asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+
+    def _let_in(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():  # a cancelled call waits no more
+                turn.set_result(None)
+                return
+        self._ticking = False
+
+
+class RefusalPace:
+    """How late a refusal is answered, so that those of one tenant come at a bounded pace (a leaky bucket as a meter).
+
+    So a client that repeats what is refused, as one does that retries without end, costs others no more than that. An
+    answer that itself says when to come again, such as that of a server that is busy, is not late.
+
+    Args:
+        per_second: refusals of one tenant.
+        burst: of them at once.
+        clock: seconds, monotonic.
+    """
+
+    MAX_TENANTS = 4096
+
+    def __init__(
+        self,
+        per_second: float = REFUSALS_PER_SECOND,
+        burst: float = BURST,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._per_second = per_second
+        self._burst = burst
+        self._clock = clock
+        self._even_at: OrderedDict[str, float] = OrderedDict()
+
+    def delay(self, error: DeltamuxError) -> float:
+        """Counts an error of the RPC that runs in this task, and returns the seconds by which its answer is late."""
+        if error.retry_after is not None:
+            return 0.0
+        caller = CURRENT.get(None)
+        return self.count(caller.tenant or "" if caller else "", 1.0 + request_bytes.get() / BYTES_PER_REFUSAL)
+
+    def count(self, tenant: str, refusals: float) -> float:
+        now, burst_seconds = self._clock(), self._burst / self._per_second
+        even_at = max(now, self._even_at.pop(tenant, now)) + refusals / self._per_second
+        late = min(max(even_at - now - burst_seconds, 0.0), MAX_DELAY)
+        # What goes beyond the longest delay is forgotten: one that mends its ways is soon answered at once.
+        self._even_at[tenant] = min(even_at, now + burst_seconds + MAX_DELAY)
+        if len(self._even_at) > self.MAX_TENANTS:
+            self._even_at.popitem(last=False)
+        return late
