@@ -17,7 +17,7 @@ from deltamux.client import Client
 
 READY = re.compile(r"ready on (\S+)")
 START_SECONDS = 480
-GONE_SECONDS = 10
+GONE_SECONDS = 30
 
 
 def command(model: Path, store: Path, *options: str) -> list[str]:

@@ -7,15 +7,27 @@ from pathlib import Path
 
 from storms.kill import Storm
 
+from acceptance.process import ServerProcess
+
 
 def test_what_was_acknowledged_outlives_engine_compiler_and_server_and_the_service_comes_back(tmp_path: Path) -> None:
     with Storm(tmp_path, seed=int(time.time())) as storm:
+        made = shared_memory(storm.server)
+        assert made, "the engine's processes talk through shared memory"
         for victim in ("compiler", "engine", "server"):
             if victim == "server":
                 storm.options += ["--on-engine-death", "exit"]
             found = storm.round(victim)
             assert not found.problems, found
             assert found.acknowledged > 0, "something must have been acknowledged, or this test could not fail"
+            if victim == "engine":
+                assert not [file for file in made if file.exists()], "a dead engine's shared memory stays"
         storm.engine_process().kill()
         assert storm.server.wait() == 1
         assert "ENGINE_LOST" in storm.server.log()
+
+
+def shared_memory(server: ServerProcess) -> set[Path]:
+    """Returns the files of the shared memory that a server's processes hold."""
+    held = {mapped.path for process in server.workers() for mapped in process.memory_maps()}
+    return {Path(path) for path in held if path.startswith("/dev/shm/psm_")}

@@ -185,7 +185,7 @@ async def test_an_upload_that_trickles_is_given_up_for_its_rate(
 
 
 async def test_calls_that_are_reset_at_once_are_turned_away_before_the_server_looks_at_them(served: Running) -> None:
-    begun = 5000
+    begun = 15_000
     host, port = served.address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0))

@@ -18,9 +18,13 @@ from deltamux.server.options import ServeOptions, split_address
 
 MAX_UNSEEN_CALLS = 1 << 16
 
-MAX_CALLS_PER_CONNECTION = 512
-"""Calls that one connection may have under way; gRPC's clients hold further ones back. Calls that a client begins and
-resets at once, key or not, count until the server has seen them end, so that they cannot fill its queue."""
+MAX_CALLS_PER_CONNECTION = 4096
+"""Calls that one connection may have under way; gRPC's clients hold further ones back.
+
+Calls that a client begins and resets at once, key or not, count until the server has seen them end, so that they cannot
+fill its queue. So do those that were just answered: a client at the limit may be refused (UNAVAILABLE), so the limit is
+more than one channel is used for.
+"""
 
 SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),

@@ -22,9 +22,9 @@ OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 TICK_SECONDS = 0.001
 PER_TICK = 2
 
-REFUSALS_PER_SECOND = 100.0
-BURST = 200
-"""Refusals of one tenant that are answered at once, after two seconds without any."""
+REFUSALS_PER_SECOND = 50.0
+BURST = 50
+"""Refusals of one tenant that are answered at once, after a second without any."""
 
 BYTES_PER_REFUSAL = 1 << 16
 """A refused request of so many bytes counts as one more refusal."""

@@ -28,11 +28,10 @@ from deltamux.engine.fair import FairOrder, Place
 from deltamux.engine.vllm.grammar_vocabulary import check_stop_tokens, special_tokens
 from deltamux.engine.vllm.host_tier import HostTier
 from deltamux.engine.vllm.loader_link import LoaderLink
-from deltamux.engine.vllm.processes import Launch, end, family, spawning
+from deltamux.engine.vllm.processes import EngineProcesses, Launch, spawning
 from deltamux.errors import DeltamuxError, FailedPreconditionError, UnavailableError
 
 if TYPE_CHECKING:
-    import psutil
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -71,7 +70,7 @@ class VLLMEngine:
         self._llm: AsyncLLM | None = None
         self._link: LoaderLink | None = None
         self._launch: Launch | None = None
-        self._processes: list[psutil.Process] = []
+        self._processes: EngineProcesses | None = None
         # vLLM's processes end with the thread that has started them.
         self._thread = ThreadPoolExecutor(1, "deltamux-engine")
         self._prompts: Prompts | None = None
@@ -120,8 +119,8 @@ class VLLMEngine:
                 )
 
         self._launch = Launch(self._thread, launch)
-        self._llm = llm = await asyncio.wrap_future(self._launch.result)
-        self._processes = await asyncio.to_thread(family, _core_pids(llm))
+        llm = await asyncio.wrap_future(self._launch.result)
+        self._processes, self._llm = EngineProcesses(_core_pids(llm)), llm
         self._link = await LoaderLink.open(self.call_workers, os.sched_getaffinity(0))
         self._host = HostTier(self._link, self._options.max_host_adapters)
         self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
@@ -155,8 +154,8 @@ class VLLMEngine:
                 await self._grammars.close()
             if self._link is not None:
                 await self._link.close()
-            await asyncio.to_thread(llm.shutdown)
-            if left := await asyncio.to_thread(end, self._processes):
+            assert self._processes is not None, "they are known since vLLM has started"
+            if left := await asyncio.to_thread(self._processes.stop, llm.shutdown):
                 logger.error("processes of the engine cannot be ended: %s", left)
         self._thread.shutdown(wait=False)
 

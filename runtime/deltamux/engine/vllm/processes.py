@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor, Future, wait
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from deltamux.child_process import end_with_parent
+
+SHARED_MEMORY = "/dev/shm/psm_"
+"""What the paths of `multiprocessing`'s shared memory begin with."""
+
+GRACE_SECONDS = 0.5
+"""For vLLM's processes to end by themselves, which its worker does not; nothing they hold needs an end of its own."""
 
 POLL_SECONDS = 0.1
 GONE_SECONDS = 10.0
@@ -39,15 +48,53 @@ def end(processes: Collection[psutil.Process]) -> list[int]:
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()  # a process id that now belongs to another process counts as gone
-    _, alive = psutil.wait_procs(processes, timeout=GONE_SECONDS)
-    return [process.pid for process in alive if _holds_memory(process)]
+    deadline = time.monotonic() + GONE_SECONDS
+    while (left := [process.pid for process in processes if _holds_memory(process)]) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    multiprocessing.active_children()  # asks for the exit statuses, which is what remains of this process's own
+    return left
 
 
 def _holds_memory(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+class EngineProcesses:
+    """The processes of an engine that has started, and the shared memory by which they talk.
+
+    Args:
+        pids: of those that have started all others.
+    """
+
+    def __init__(self, pids: Collection[int]) -> None:
+        self._processes = family(pids)
+        self._shared_memory = {file for process in self._processes for file in _shared_memory(process)}
+
+    def stop(self, shutdown: Callable[[float], None]) -> list[int]:
+        """Ends them; returns the ids of those that do not end.
+
+        Args:
+            shutdown: asks them to end by themselves, and waits for so many seconds.
+        """
+        shutdown(GRACE_SECONDS)
+        left = end(self._processes)
+        for file in self._shared_memory:  # what killed ones leave of it stays until this process ends
+            with suppress(FileNotFoundError):
+                file.unlink()
+                resource_tracker.unregister(f"/{file.name}", "shared_memory")
+        return left
+
+
+def _shared_memory(process: psutil.Process) -> set[Path]:
+    """Returns the files of the shared memory that a process has mapped; none outside Linux."""
+    try:
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:
+        return set()
+    return {Path(line[line.index(SHARED_MEMORY) :]) for line in maps.splitlines() if SHARED_MEMORY in line}
 
 
 class Launch:
