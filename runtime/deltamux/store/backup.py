@@ -186,7 +186,7 @@ def _exchange(root: Path, fresh: Path) -> Path | None:
     for an empty one.
     """
     present = [root / name for name in PARTS if (root / name).exists()]
-    aside = root / time.strftime("replaced-%Y%m%dT%H%M%S") if present else None
+    aside = root / f"{time.strftime('replaced-%Y%m%dT%H%M%S')}-{secrets.token_hex(2)}" if present else None
     if aside is not None:
         aside.mkdir()
         if (root / IDENTITY_FILE).exists():
