@@ -78,12 +78,12 @@ def render_chat_within(
 
     if not getattr(tokenizer, "chat_template", None):
         return render_chat(tokenizer, messages)
-    template = _compile_jinja_template(tokenizer.get_chat_template())
     rows = [dict(message) for message in messages]
     given = {"messages": rows, "tools": None, "documents": None, "add_generation_prompt": True}
     pieces: list[str] = []
     size, deadline = 0, time.monotonic() + max_seconds
     try:
+        template = _compile_jinja_template(tokenizer.get_chat_template())
         for piece in template.generate(**tokenizer.special_tokens_map, **given):
             pieces.append(piece)
             size += len(piece)

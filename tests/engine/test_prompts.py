@@ -50,6 +50,17 @@ async def test_a_long_text_that_fits_is_tokenised_whole() -> None:
     assert len(await prompts(3 * LONG_TEXT).token_ids(text, 3 * LONG_TEXT, "")) == len(text)
 
 
+@pytest.mark.parametrize("template", ["{% broken", {"tool_use": "{{ messages }}"}], ids=["syntax", "no default"])
+async def test_a_base_whose_chat_template_is_none_refuses_chats_and_no_more(template: Any) -> None:
+    tokenizer: Any = byte_tokenizer()
+    tokenizer.chat_template = template
+    subject = Prompts(tokenizer, ROOM + 1)
+    with pytest.raises(InvalidArgumentError, match="the base model's chat template refuses these messages") as refused:
+        await subject.token_ids((ChatMessage("user", "what?"),), ROOM, "")
+    assert refused.value.reason == "INVALID_CHAT"
+    assert await subject.token_ids("what?", ROOM, "") == tokenizer.encode("what?")
+
+
 async def test_a_chat_is_laid_out_as_the_tokenizer_does() -> None:
     messages = (ChatMessage("system", "be brief"), ChatMessage("user", "hé {{ 1 }}"))
     tokenizer = byte_tokenizer()
