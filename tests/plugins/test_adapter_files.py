@@ -265,6 +265,29 @@ def test_an_empty_file_is_told_from_a_damaged_one(
     assert refusal({"peft_type": "LORA", "r": 4}, base, tensors).reason == "EMPTY_ADAPTER"
 
 
+NOT_DENSE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sparse": torch.Tensor.to_sparse,
+    "without values": lambda tensor: tensor.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", [*NOT_DENSE, "a damaged pickle"])
+def test_a_pickle_of_anything_but_dense_tensors_is_refused_in_a_sentence(
+    kind: str, good: Checkpoint, tmp_path: Path
+) -> None:
+    good.write(tmp_path / "source")
+    (tmp_path / "source" / WEIGHTS).unlink()
+    file = tmp_path / "source" / "adapter_model.bin"
+    if kind in NOT_DENSE:
+        torch.save({name: NOT_DENSE[kind](tensor) for name, tensor in good.tensors.items()}, file)
+    else:
+        file.write_bytes(b"abc")
+    with pytest.raises(InvalidAdapterError, match=r"adapter_model\.bin (is damaged|holds something else)") as refused:
+        convert(tmp_path / "source", tmp_path / "out")
+    assert refused.value.reason == "PICKLE"
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
