@@ -13,11 +13,13 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from store.disks import small_disk
 from store.uploads import KEY, copy_of, objects, upload
 
 from deltamux.cli import main
 from deltamux.errors import FailedPreconditionError
 from deltamux.store import AdapterKey, AdapterStore
+from deltamux.store.lock import Lock
 
 
 @pytest.fixture
@@ -169,6 +171,33 @@ def test_a_name_that_is_too_long_for_a_backup_is_refused_in_a_sentence(
 ) -> None:
     assert main(["store", "backup", str(root), str(tmp_path / ("n" * 300))]) == 1
     assert "STORE_PATH" in capsys.readouterr().err
+
+
+def test_a_backup_clears_away_what_one_to_the_same_place_has_left_that_was_killed_and_nothing_else(
+    root: Path, tmp_path: Path
+) -> None:
+    for name in (".backup.0123abcd", ".backup.held1234", ".backup.0123abce", ".other.0123abcd"):
+        (tmp_path / name / "objects").mkdir(parents=True)
+    with Lock() as held:
+        held.take(tmp_path / ".backup.0123abce", os.O_RDONLY)
+        assert main(["store", "backup", str(root), str(tmp_path / "backup")]) == 0
+    left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
+    assert left == {".backup.held1234", ".backup.0123abce", ".other.0123abcd"}
+
+
+def test_a_backup_to_a_full_disk_says_which_disk_and_leaves_nothing(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = AdapterStore.open(root)
+    upload(store, "large " * 200_000)
+    store.close()
+    with small_disk(tmp_path / "disk", 2) as disk:
+        assert main(["store", "backup", str(root), str(disk / "backup")]) == 1
+        said = capsys.readouterr().err
+        assert str(disk) in said
+        assert str(root) not in said
+        assert "STORE_FULL" in said
+        assert not list(disk.iterdir())
 
 
 def test_a_store_that_was_killed_is_checked_as_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

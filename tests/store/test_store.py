@@ -140,7 +140,13 @@ def test_everything_is_there_after_reopening_and_interrupted_uploads_are_gone(ro
 
 
 @pytest.mark.usefixtures("store")
-def test_a_second_process_is_turned_away(root: Path) -> None:
+@pytest.mark.parametrize("lock_file", ["kept", "removed"])
+@pytest.mark.usefixtures("store")
+def test_a_second_process_is_turned_away_also_where_somebody_has_removed_the_lock_file(
+    lock_file: str, root: Path
+) -> None:
+    if lock_file == "removed":
+        (root / "lock").unlink()
     code = "import sys; from deltamux.store import AdapterStore; AdapterStore.open(sys.argv[1])"
     second = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, check=False)
     assert second.returncode != 0

@@ -9,15 +9,16 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from deltamux.errors import FailedPreconditionError
-from deltamux.store.faults import store_faults
+from deltamux.errors import FailedPreconditionError, ResourceExhaustedError
+from deltamux.store.faults import FULL, store_error, store_faults
 from deltamux.store.identity import GENERATION_FILE, IDENTITY_FILE, IdentityFiles
 from deltamux.store.inspection import ATTEMPTS, Advance, Report, Snapshot, inspect, reading, silent
-from deltamux.store.lock import lock_store
+from deltamux.store.lock import Lock, lock_directory, lock_store
 from deltamux.store.objects import PROGRAM_FILE, ObjectStore, is_digest, open_regular
 from deltamux.store.rows import prepare
 from deltamux.store.vetting import DATABASE_FILE, identity_in
@@ -54,8 +55,11 @@ def backup(root: Path, target: Path, advance: Advance = silent) -> Report:
             raise FailedPreconditionError(
                 f"{target} exists already: give a directory that does not, or an empty one", reason="BACKUP_EXISTS"
             )
+        _clear_broken_off(target)
         partial.mkdir(parents=True)
+        lock = Lock()
         try:
+            lock_directory(lock, partial)
             with reading(root) as connection:
                 snapshot = _copy(root, partial, connection, advance)
             _keep_only(partial, snapshot.versions)
@@ -71,7 +75,17 @@ def backup(root: Path, target: Path, advance: Advance = silent) -> Report:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        finally:
+            lock.close()
     return report
+
+
+def _clear_broken_off(target: Path) -> None:
+    """Removes what backups to the same target have left that were killed: what nobody holds the lock of."""
+    for left in target.parent.glob(f".{escape(target.name[:200])}.{'[0-9a-f]' * 8}"):
+        with suppress(OSError), Lock() as lock:
+            lock.take(left, os.O_RDONLY | os.O_DIRECTORY)
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def restore(source: Path, root: Path) -> Restored:
@@ -151,10 +165,17 @@ def _copy_file(source: Path, target: Path) -> str | None:
         file = open_regular(source)
     except OSError:
         return None
-    with file, target.open("wb") as copy:
-        while piece := _read(file):
-            digest.update(piece)
-            copy.write(piece)
+    try:
+        with file, target.open("wb") as copy:
+            while piece := _read(file):
+                digest.update(piece)
+                copy.write(piece)
+    except OSError as error:
+        if (found := store_error(error, target)) is not None and found.reason == FULL:
+            raise ResourceExhaustedError(
+                f"the disk of {target} is full: free space on it, or choose another place", reason=FULL
+            ) from error
+        raise
     return digest.hexdigest()
 
 

@@ -3,28 +3,75 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from pathlib import Path
-from typing import IO
+from types import TracebackType
+from typing import Self
 
 from deltamux.errors import FailedPreconditionError
 from deltamux.store.faults import store_faults
 
 
-def lock_store(root: Path) -> IO[str]:
-    """Makes the store's directory where there is none, and locks it until the returned file is closed.
+class Lock:
+    """Exclusive locks on files and directories, held until they are closed or the process ends."""
+
+    def __init__(self) -> None:
+        self._descriptors: list[int] = []
+
+    def take(self, path: Path, flags: int) -> None:
+        """Locks one more; raises BlockingIOError where another process holds it."""
+        descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+        self._descriptors.append(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def lock_store(root: Path) -> Lock:
+    """Makes the store's directory where there is none, and locks it until what is returned is closed.
+
+    The directory itself is locked, and a file in it: somebody may remove the file, and some file systems lock no
+    directories.
 
     Raises:
         FailedPreconditionError: another process has the store open (STORE_IN_USE).
     """
-    with store_faults(root, opening=True):
-        root.mkdir(parents=True, exist_ok=True)
-        file = (root / "lock").open("a")
+    lock = Lock()
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise FailedPreconditionError(
-            f"the store {root} is in use by another process: stop that server, or give this one a store of its own",
-            reason="STORE_IN_USE",
-        ) from None
-    return file
+        with store_faults(root, opening=True):
+            root.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.take(root / "lock", os.O_RDWR | os.O_CREAT)
+                lock_directory(lock, root)
+            except BlockingIOError:
+                raise _in_use(root) from None
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+def lock_directory(lock: Lock, directory: Path) -> None:
+    """Locks a directory too, where its file system can; raises BlockingIOError where another process holds it."""
+    try:
+        lock.take(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
+
+
+def _in_use(root: Path) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"the store {root} is in use by another process: stop that server, or give this one a store of its own",
+        reason="STORE_IN_USE",
+    )

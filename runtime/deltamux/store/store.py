@@ -14,13 +14,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store.admission import Admission
 from deltamux.store.database import ADAPTER_ROWS, VERSION_ROWS, Database
 from deltamux.store.faults import store_faults
-from deltamux.store.lock import lock_store
+from deltamux.store.lock import Lock, lock_store
 from deltamux.store.objects import ObjectStore
 from deltamux.store.programs import StoredPrograms
 from deltamux.store.records import AdapterKey, AdapterRecord, CompiledAdapter, VersionKey, VersionRecord, VersionState
@@ -40,9 +39,9 @@ class AdapterStore:
         rows: the checks of the database's rows.
     """
 
-    def __init__(self, root: Path, lock_file: IO[str], *, adopt: bool = False) -> None:
+    def __init__(self, root: Path, lock: Lock, *, adopt: bool = False) -> None:
         self.root = root
-        self._lock_file = lock_file
+        self._lock = lock
         self._objects = ObjectStore(root)
         self._database = Database(root, self._objects, adopt=adopt)
         self.tenants = Tenants(self._database)
@@ -75,17 +74,17 @@ class AdapterStore:
             ResourceExhaustedError: the disk is full (STORE_FULL).
         """
         root = Path(root)
-        lock_file = lock_store(root)
+        lock = lock_store(root)
         try:
-            return cls(root, lock_file, adopt=adopt)
+            return cls(root, lock, adopt=adopt)
         except BaseException:
-            lock_file.close()
+            lock.close()
             raise
 
     def close(self) -> None:
         self._removal.close()
         self._database.close()
-        self._lock_file.close()
+        self._lock.close()
 
     @property
     def on_removed(self) -> Removed:
