@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 
 from deltamux.errors import FailedPreconditionError
 
-TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "Parent directory")
-"""What torch.save says, in errors that have no class of their own."""
+FULL = "the disk is full, or a limit on the size of files is reached"
+TORCH_CANNOT_WRITE = {"PytorchStreamWriter": FULL, "unexpected pos": FULL, "Parent directory": "its directory is gone"}
+"""What torch.save says, in errors that have no class of their own, and what that means."""
 
 
 def check_output(output: Path, sources: Sequence[Path] = (), *, overwrite: bool = False) -> None:
@@ -85,12 +86,13 @@ def told(what: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         raise _not_writable(what, error) from error
     except RuntimeError as error:
-        if not any(words in str(error) for words in TORCH_CANNOT_WRITE):
+        meant = next((meant for words, meant in TORCH_CANNOT_WRITE.items() if words in str(error)), None)
+        if meant is None:
             raise
-        raise _not_writable(what, error) from error
+        raise _not_writable(what, meant) from error
 
 
-def _not_writable(what: Path, error: Exception) -> FailedPreconditionError:
+def _not_writable(what: Path, error: Exception | str) -> FailedPreconditionError:
     problem = str(error).strip().partition("\n")[0]
     return FailedPreconditionError(f"{what} cannot be written: {problem}", reason="OUTPUT_NOT_WRITABLE")
 
