@@ -7,7 +7,10 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -177,6 +180,26 @@ def test_no_change_is_acknowledged_that_nobody_would_find_again(harm: Callable[[
         assert gone.value.reason == "STORE_GONE"
     with store.lease(KEY) as held:
         assert held.key.number == 1
+    store.close()
+
+
+def test_who_waits_for_another_programs_lock_keeps_nobody_from_being_served(tmp_path: Path) -> None:
+    store = AdapterStore.open(tmp_path / "store")
+    upload(store, "one")
+    upload(store, "two")
+    with closing(sqlite3.connect(tmp_path / "store" / "db.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with ThreadPoolExecutor(1) as threads:
+            change = threads.submit(store.promote, KEY, 2)
+            time.sleep(0.2)
+            began = time.monotonic()
+            for _ in range(20):
+                with store.lease(KEY) as held:
+                    assert held.key.number == 1
+            assert time.monotonic() - began < 1
+            assert not change.done()
+            other.execute("ROLLBACK")
+            assert change.result().serving == 2
     store.close()
 
 

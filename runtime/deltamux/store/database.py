@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from deltamux.store.records import AdapterRecord, ApiKeyRecord, TenantRecord, Ve
 from deltamux.store.vetting import DATABASE_FILE, check_present, vet
 
 T = TypeVar("T")
+BUSY_SECONDS = 5.0
+"""How long a change waits for another program that has locked the database."""
 
 
 def is_id(column: str) -> str:
@@ -133,10 +136,7 @@ class Database:
             ResourceExhaustedError, UnavailableError: see `store_faults`; nothing of the block has happened.
             UnavailableError: the database is no longer the file that is open: the change would be lost (STORE_GONE).
         """
-        with self.lock, store_faults(self._root):
-            if self._place not in (None, self._found()):
-                raise gone(self._root)
-            self._connection.execute("BEGIN IMMEDIATE")
+        with store_faults(self._root), self._begun():
             try:
                 yield
                 sql = "UPDATE identity SET generation = generation + 1 RETURNING generation"
@@ -148,6 +148,36 @@ class Database:
                 raise
             self._files.note(generation)
             self._reserve.fill()
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        """Holds the lock for the length of the block, and a transaction that has begun.
+
+        Where another program has locked the database, the lock is let go while this waits: the event loop takes it for
+        every request.
+        """
+        deadline = time.monotonic() + BUSY_SECONDS
+        while True:
+            with self.lock:
+                if self._place not in (None, self._found()):
+                    raise gone(self._root)
+                if self._begin(last=time.monotonic() > deadline):
+                    yield
+                    return
+            time.sleep(0.02)
+
+    def _begin(self, *, last: bool) -> bool:
+        """Begins a transaction; returns whether it could, or raises what SQLite does where this is the last try."""
+        self._connection.execute("PRAGMA busy_timeout = 0")
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if last or error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                raise
+            return False
+        finally:
+            self._connection.execute(f"PRAGMA busy_timeout = {int(1000 * BUSY_SECONDS)}")
+        return True
 
     def _found(self) -> list[tuple[int, int]]:
         """Returns which files the database and its log are, by device and inode; none where one is missing."""
