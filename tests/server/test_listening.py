@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import resource
 import socket
 import threading
 from collections.abc import AsyncIterator
@@ -29,6 +30,7 @@ from deltamux.errors import (
 )
 from deltamux.server.app import SERVICES, Running, running
 from deltamux.server.compiler import Compiler
+from deltamux.server.listen import MAX_DESCRIPTORS, allow_descriptors
 from deltamux.server.status import status_of, without_paths
 from deltamux.v1 import adapters_pb2, tenants_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
@@ -231,3 +233,15 @@ async def test_an_error_over_a_lost_file_names_no_directory_of_the_store(
     with pytest.raises(DeltamuxError) as refused:
         await client.generate("x", adapter=f"{NAME}/versions/1", max_tokens=1)
     assert str(tmp_path) not in refused.value.message + str(refused.value.metadata)
+
+
+def test_a_server_takes_as_many_descriptors_as_it_may_have() -> None:
+    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
+        allow_descriptors()
+        soft, kept = resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert soft == (MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS))
+        assert kept == hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))

@@ -25,7 +25,7 @@ from deltamux.server.events import EventHub
 from deltamux.server.health import HealthMonitor
 from deltamux.server.inference import InferenceService
 from deltamux.server.interceptors import Around, AroundInterceptor, errors_become_statuses
-from deltamux.server.listen import SERVER_OPTIONS, bind, check_exposure
+from deltamux.server.listen import SERVER_OPTIONS, allow_descriptors, bind, check_exposure
 from deltamux.server.logs import bound_lines
 from deltamux.server.options import ServeOptions
 from deltamux.server.pacing import PacedCalls, RefusalPace
@@ -79,6 +79,7 @@ def serve(options: ServeOptions) -> None:
     Raises:
         UnavailableError: the engine was given up (see `RestartPolicy`); requests under way were let end before.
     """
+    allow_descriptors()
     asyncio.run(_serve(options))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import resource
 import socket
 import ssl
 from collections.abc import Sequence
@@ -44,6 +45,18 @@ SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
 )
+
+
+MAX_DESCRIPTORS = 1 << 16
+"""Each connection takes one, an idle one too. Many systems give a process 1024, and let it ask for more."""
+
+
+def allow_descriptors() -> None:
+    """Raises this process's limit of open files as far as it may, up to MAX_DESCRIPTORS."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_exposure(options: ServeOptions) -> None:
