@@ -20,6 +20,7 @@ from deltamux.client import AsyncClient
 from deltamux.client.uploads import upload_messages
 from deltamux.server.app import Running, running
 from deltamux.server.compiler import Compiler
+from deltamux.server.events import MAX_WATCHES
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1 import inference_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
@@ -215,3 +216,30 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 def header(pair: tuple[str, str]) -> bytes:
     """Returns a header as HPACK writes it without its tables."""
     return b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in pair)
+
+
+async def test_a_tenant_is_watched_so_many_times_at_once_and_another_all_the_same(
+    served: Running, client: AsyncClient, loras: list[Path]
+) -> None:
+    for name in (ACME, GLOBEX):
+        await client.upload_adapter(name, loras[0])
+    async with grpc.aio.insecure_channel(served.address) as channel:
+
+        def watch(parent: str) -> Any:
+            return AdaptersStub(channel).WatchAdapters(pb.WatchAdaptersRequest(parent=parent))
+
+        watches = [watch("tenants/acme") for _ in range(MAX_WATCHES)]
+        await asyncio.gather(*(each.read() for each in watches))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await watch(ACME).read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert retry_delay(refused.value)
+        assert (await watch(GLOBEX).read()).adapter.name == GLOBEX
+        watches[0].cancel()
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    assert (await watch(ACME).read()).adapter.name == ACME
+                    break
+                except grpc.aio.AioRpcError:
+                    await asyncio.sleep(0.05)

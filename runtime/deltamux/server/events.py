@@ -7,11 +7,14 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from deltamux.errors import AbortedError, UnavailableError
+from deltamux.errors import AbortedError, ResourceExhaustedError, UnavailableError
 from deltamux.store import AdapterKey
 from deltamux.v1 import adapters_pb2 as pb
 
 MAX_WAITING = 256
+
+MAX_WATCHES = 256
+"""Of one tenant and its adapters at once: a change is sent to all of them before the event loop does anything else."""
 
 
 @dataclass(eq=False)
@@ -64,6 +67,13 @@ class EventHub:
     def subscribe(self, tenant: str, adapter: str | None = None) -> Iterator[Subscription]:
         if self._closed:
             raise _shutting_down()
+        if sum(subscription.tenant == tenant for subscription in self._subscriptions) >= MAX_WATCHES:
+            raise ResourceExhaustedError(
+                f"tenants/{tenant} is watched {MAX_WATCHES} times already, which is the limit: end one, or share one",
+                reason="SERVER_BUSY",
+                metadata={"limit": str(MAX_WATCHES)},
+                retry_after=10.0,
+            )
         subscription = Subscription(tenant, adapter)
         self._subscriptions.add(subscription)
         try:

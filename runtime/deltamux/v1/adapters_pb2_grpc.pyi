@@ -71,7 +71,9 @@ class AdaptersStub:
     """
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.Adapter]
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.AdapterEvent]
-    """Sends every matching adapter as it is now (type STATE), and then every change as it happens."""
+    """Sends every matching adapter as it is now (type STATE), and then every change as it happens.
+    RESOURCE_EXHAUSTED with RetryInfo: 256 watches of the tenant and its adapters are open.
+    """
 
 @_typing.type_check_only
 class AdaptersAsyncStub(AdaptersStub):
@@ -115,7 +117,9 @@ class AdaptersAsyncStub(AdaptersStub):
     """
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.Adapter]  # type: ignore[assignment]
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.AdapterEvent]  # type: ignore[assignment]
-    """Sends every matching adapter as it is now (type STATE), and then every change as it happens."""
+    """Sends every matching adapter as it is now (type STATE), and then every change as it happens.
+    RESOURCE_EXHAUSTED with RetryInfo: 256 watches of the tenant and its adapters are open.
+    """
 
 class AdaptersServicer(metaclass=_abc_1.ABCMeta):
     """The life of adapters: immutable versions, and a name that serves one of them.
@@ -234,6 +238,8 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapters_pb2.AdapterEvent], _abc.AsyncIterator[_adapters_pb2.AdapterEvent]]:
-        """Sends every matching adapter as it is now (type STATE), and then every change as it happens."""
+        """Sends every matching adapter as it is now (type STATE), and then every change as it happens.
+        RESOURCE_EXHAUSTED with RetryInfo: 256 watches of the tenant and its adapters are open.
+        """
 
 def add_AdaptersServicer_to_server(servicer: AdaptersServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
