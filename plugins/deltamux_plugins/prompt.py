@@ -82,7 +82,7 @@ def text_ids(text: str, tokenizer_name_or_path: str, count: int) -> Tensor:
     """Returns `count` token ids: those of the text, repeated or cut."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name_or_path, mistral_format=False)
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return torch.tensor((ids * -(-count // len(ids)))[:count])
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server.tiny_base import byte_tokenizer
+from server.tiny_base import byte_tokenizer, write_base
 
-from deltamux.engine.base import ChatMessage
+from deltamux.engine.base import ChatMessage, EngineOptions
 from deltamux.engine.fair import FairQueue
+from deltamux.engine.vllm.engine import _engine_arguments
 from deltamux.engine.vllm.prompts import LONG_TEXT, Prompts
 from deltamux.errors import InvalidArgumentError, ResourceExhaustedError
+from deltamux_trainers.loading import load_tokenizer
 
 ROOM = 255
 
@@ -48,6 +52,23 @@ async def test_a_text_is_tokenised_as_the_tokenizer_does(text: str) -> None:
 async def test_a_long_text_that_fits_is_tokenised_whole() -> None:
     text = "x" * (2 * LONG_TEXT)
     assert len(await prompts(3 * LONG_TEXT).token_ids(text, 3 * LONG_TEXT, "")) == len(text)
+
+
+def test_hugging_faces_files_are_read_where_mistrals_own_stand_beside_them(tmp_path: Path) -> None:
+    """As the trainers do, so that what is trained is what is served."""
+    from vllm.tokenizers.registry import resolve_tokenizer_args
+    from vllm.transformers_utils.config import get_config
+
+    base = write_base(tmp_path / "base")
+    for name in ("consolidated.safetensors", "params.json", "tekken.json"):
+        (base / name).write_text("{}")
+    given = _engine_arguments(EngineOptions(str(base)))
+    assert resolve_tokenizer_args(base, runner_type="generate", tokenizer_mode="auto")[0] == "mistral"
+    assert resolve_tokenizer_args(base, runner_type="generate", tokenizer_mode=given["tokenizer_mode"])[0] == "hf"
+    config = get_config(str(base), trust_remote_code=False, config_format=given["config_format"])
+    assert config.model_type == json.loads((base / "config.json").read_text())["model_type"]
+    assert given["load_format"] == "hf"
+    assert load_tokenizer(str(base)).encode("what?") == byte_tokenizer().encode("what?")
 
 
 @pytest.mark.parametrize("template", ["{% broken", {"tool_use": "{{ messages }}"}], ids=["syntax", "no default"])

@@ -82,7 +82,8 @@ def load_tokenizer(model: str) -> Any:
         FailedPreconditionError: the base has no tokenizer files, or damaged ones.
     """
     try:
-        return AutoTokenizer.from_pretrained(model)
+        # As the engine does: of a base with Mistral's own files beside, the Hugging Face ones are meant.
+        return AutoTokenizer.from_pretrained(model, mistral_format=False)
     except Exception as error:  # whatever a damaged file makes the parsers raise
         problem = str(error).partition("\n")[0]
         raise FailedPreconditionError(
