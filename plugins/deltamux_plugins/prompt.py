@@ -79,11 +79,24 @@ def _ids_of_text(config: PromptConfig) -> Tensor:
 
 
 def text_ids(text: str, tokenizer_name_or_path: str, count: int) -> Tensor:
-    """Returns `count` token ids: those of the text, repeated or cut."""
+    """Returns `count` token ids: those of the text, repeated or cut.
+
+    Raises:
+        InvalidConfigError: the tokenizer cannot be read, or makes no token of the text.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name_or_path, mistral_format=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name_or_path, mistral_format=False)
+    except Exception as error:  # whatever a damaged file makes the parsers raise
+        problem = str(error).partition("\n")[0]
+        raise InvalidConfigError(
+            f"tokenizer_name_or_path {tokenizer_name_or_path!r} cannot be read: {problem}",
+            metadata={"field": "tokenizer_name_or_path"},
+        ) from error
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if not ids:
+        raise InvalidConfigError(f"the tokenizer makes no token of the text {text!r:.80}: give another")
     return torch.tensor((ids * -(-count // len(ids)))[:count])
 
 

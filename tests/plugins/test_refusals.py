@@ -19,6 +19,7 @@ from deltamux.deltas import BaseModel, Checkpoint
 from deltamux.errors import DeltamuxError, InvalidConfigError, UnknownMethodError
 from deltamux.registry import Registry
 from deltamux_plugins import peft_defaults
+from deltamux_plugins.prompt import text_ids
 from deltamux_plugins.targets import targets
 
 REGISTRY = Registry()
@@ -218,3 +219,14 @@ def test_a_tensor_that_is_set_against_the_bases_own_has_its_shape_or_is_refused_
     before = checkpoint.tensors[name]
     tensors = {**checkpoint.tensors, name: torch.ones(length, *before.shape[1:])}
     assert refusal(dict(checkpoint.config), BaseModel.from_pretrained(directory), tensors).reason == "BASE_MISMATCH"
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "text", "problem"),
+    [("/no/such", "be brief", "tokenizer_name_or_path '/no/such' cannot be read"), (None, "", "makes no token of")],
+)
+def test_a_text_that_a_prompt_cannot_start_from_is_told(
+    tokenizer: str | None, text: str, problem: str, base: BaseModel
+) -> None:
+    with pytest.raises(InvalidConfigError, match=problem):
+        text_ids(text, tokenizer or base.name, 3)
