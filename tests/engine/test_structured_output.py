@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from deltamux.engine.base import GuidedDecoding, SamplingOptions
 from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.grammar_threads import CachedCompiler
 from deltamux.errors import InvalidArgumentError
 
 PROMPT = (5, 17, 20)
@@ -60,3 +62,26 @@ async def test_a_stop_token_of_text_beside_a_format_is_refused_and_a_special_one
 def test_a_format_ends_the_text_so_that_nothing_may_follow_its_end() -> None:
     with pytest.raises(InvalidArgumentError, match="ignore_eos must be false beside structured_output"):
         SamplingOptions(ignore_eos=True, guided=GuidedDecoding(choice=("yes", "no")))
+
+
+async def test_what_the_gate_lets_pass_the_engine_can_compile(engine: VLLMEngine) -> None:
+    lengths = {f"p{most}": {"type": "string", "maxLength": most} for most in (900, 700, 600)}
+    schema = {"type": "object", "properties": lengths | {"a": {"enum": [1]}}, "required": ["a"]}
+    for attempt in range(2):
+        written = await text_of(engine, GuidedDecoding(json_schema=json.dumps(schema)), f"long-{attempt}")
+        assert written.lstrip().startswith("{")
+    assert await text_of(engine, GuidedDecoding(regex=".{600}"), "long-regex")
+
+
+def test_compiled_grammars_are_remembered_within_their_bytes() -> None:
+    made: list[str] = []
+
+    class Compiler:
+        def compile_regex(self, regex: str) -> SimpleNamespace:
+            made.append(regex)
+            return SimpleNamespace(memory_size_bytes=40)
+
+    compiler = CachedCompiler(Compiler(), 100)
+    for regex in ("a", "b", "a", "c", "a", "b"):
+        compiler.compile_regex(regex)
+    assert made == ["a", "b", "c", "b"]

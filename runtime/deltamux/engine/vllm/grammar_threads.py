@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -33,13 +34,52 @@ def prepare_grammars(manager: Any) -> None:
         import xgrammar
 
         backend = XgrammarBackend(manager.vllm_config, tokenizer=manager.tokenizer, vocab_size=vocab_size)
-        backend.compiler = xgrammar.GrammarCompiler(
-            vocabulary_of(backend, manager.tokenizer),
-            max_threads=1,
-            cache_enabled=True,
-            cache_limit_bytes=envs.VLLM_XGRAMMAR_CACHE_MB << 20,
+        compiler = xgrammar.GrammarCompiler(
+            vocabulary_of(backend, manager.tokenizer), max_threads=1, cache_enabled=False
         )
+        backend.compiler = CachedCompiler(compiler, envs.VLLM_XGRAMMAR_CACHE_MB << 20)  # type: ignore[assignment]  # alike
         manager.backend = backend
+
+
+class CachedCompiler:
+    """xgrammar's compiler, which remembers whole grammars.
+
+    xgrammar's own cache keeps rules as well, and fails at grammars that compile without it, such as ``.{0,600}`` in a
+    schema: the gate, which compiles each grammar in a process of its own, would let pass what fails here.
+
+    Args:
+        limit: bytes of grammars that are remembered.
+    """
+
+    def __init__(self, compiler: Any, limit: int) -> None:
+        self._compiler = compiler
+        self._limit = limit
+        self._size = 0
+        self._lock = threading.Lock()
+        self._made: OrderedDict[tuple[object, ...], Any] = OrderedDict()
+
+    def compile_json_schema(self, schema: str, **given: Any) -> Any:
+        return self._compiled("compile_json_schema", schema, **given)
+
+    def compile_regex(self, regex: str) -> Any:
+        return self._compiled("compile_regex", regex)
+
+    def compile_grammar(self, grammar: str) -> Any:
+        return self._compiled("compile_grammar", grammar)
+
+    def _compiled(self, method: str, text: str, **given: Any) -> Any:
+        key = (method, text, *sorted(given.items()))
+        with self._lock:
+            if key in self._made:
+                self._made.move_to_end(key)
+                return self._made[key]
+        made = getattr(self._compiler, method)(text, **given)
+        with self._lock:
+            self._size += made.memory_size_bytes - (self._made[key].memory_size_bytes if key in self._made else 0)
+            self._made[key] = made
+            while self._size > self._limit and len(self._made) > 1:
+                self._size -= self._made.popitem(last=False)[1].memory_size_bytes
+        return made
 
 
 def _give_way() -> None:
