@@ -52,6 +52,9 @@ SERVICES = tuple(
     module.DESCRIPTOR.services_by_name[name].full_name
     for module, name in ((inference_pb2, "Inference"), (adapters_pb2, "Adapters"), (tenants_pb2, "Tenants"))
 )
+GC_THRESHOLD = (50_000, 20, 100)
+"""Of the garbage collector: at Python's 700 objects, a burst of calls is walked through again for each that comes."""
+
 UPLOAD_PATIENCE = 30.0
 """Seconds that an upload waits for a slot."""
 
@@ -107,6 +110,7 @@ async def _until_stopped(options: ServeOptions, stop: asyncio.Event, started: as
         started.set()
         # What start-up has made stays: a walk through it, even one, would hold every stream up for half a second.
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLD)
         gc.enable()
         print(f"ready on {server.address}", flush=True)
         lost = asyncio.create_task(server.engine.lost())

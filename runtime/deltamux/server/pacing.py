@@ -21,6 +21,13 @@ OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 
 TICK_SECONDS = 0.001
 PER_TICK = 2
+"""Calls that are let in per tick where several wait."""
+
+FLOOD = 3
+"""Calls that come within a tick, from which on those that come are looked at before those that wait are let in."""
+
+MAX_SKIPPED = 8
+"""Ticks in a row in which none is let in."""
 
 REFUSALS_PER_SECOND = 50.0
 BURST = 50
@@ -37,16 +44,18 @@ request_bytes: ContextVar[int] = ContextVar("deltamux_request_bytes", default=0)
 
 
 class PacedCalls(grpc.aio.ServerInterceptor):
-    """Lets calls in one by one, in their order; the outermost interceptor, and health passes it.
+    """Lets calls in a few at a time, in their order; the outermost interceptor, and health passes it.
 
-    A call costs about a millisecond of the loop until it runs or is refused. A thousand that come at once would run
-    all together, and everything else of the loop after them; so each turn of the loop begins one of them at most, and
-    none as long as more arrive, since what arrives next may be for health.
+    A call costs about a millisecond of the loop until it runs or is refused. A thousand that come at once would all run
+    together, and everything else of the loop after them. As gRPC hands over one call per turn of the loop, a check of
+    health behind a thousand calls would also wait for the work of them all; so that work comes after the handing over.
     """
 
     def __init__(self) -> None:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._ticking = False
+        self._came = 0
+        self._skipped = 0
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         if not handler_call_details.method.startswith(OPEN_SERVICES):
@@ -55,6 +64,7 @@ class PacedCalls(grpc.aio.ServerInterceptor):
 
     async def _turn(self) -> None:
         loop = asyncio.get_running_loop()
+        self._came += 1
         if not self._ticking:
             self._ticking = True
             loop.call_later(TICK_SECONDS, self._tick)
@@ -64,8 +74,13 @@ class PacedCalls(grpc.aio.ServerInterceptor):
         await turn
 
     def _tick(self) -> None:
-        for _ in range(PER_TICK):
-            self._let_in()
+        if self._came > FLOOD and self._skipped < MAX_SKIPPED:
+            self._skipped += 1
+        else:
+            self._skipped = 0
+            for _ in range(PER_TICK):
+                self._let_in()
+        self._came = 0
         if self._ticking:
             asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
 
