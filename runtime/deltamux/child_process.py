@@ -10,6 +10,12 @@ from contextlib import suppress
 from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
+NICE = 10
+"""Of ten ticks of a core that the engine could use, a helper takes one.
+
+Linux's SCHED_IDLE would cost the engine less, since its threads then need not wait for the end of a helper's slice when
+they wake up; but beside threads that never sleep a helper would not run at all, nor may it leave that policy again.
+"""
 
 
 def end_with_parent(parent: int) -> None:
@@ -27,19 +33,16 @@ def end_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def become_helper(parent: int, nice: int) -> None:
+def become_helper(parent: int) -> None:
     """Makes this process a helper of its parent: it ends with it, and yields CPU and memory to it and to the engine.
 
     Signals of a terminal are ignored, since the parent decides when its helper ends. What is printed goes to standard
     error, since standard output is the parent's.
-
-    Args:
-        nice: added to the niceness.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    os.nice(nice)
+    os.nice(NICE)
     with suppress(OSError):  # outside Linux there is none, and it may be read-only
         # Where memory runs out, the kernel is to end this process, and not the engine's.
         Path("/proc/self/oom_score_adj").write_text("1000")

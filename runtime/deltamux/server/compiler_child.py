@@ -34,9 +34,6 @@ from deltamux.server.compiler_memory import COMPILING, COPIES, READING, at_most,
 from deltamux.store import PROGRAM_FILE
 from deltamux.store.faults import FULL, store_error
 
-NICE = 5
-"""Of four ticks of a core that the engine could use, this process takes one."""
-
 MAX_GROWTH = 1 << 30
 """Bytes of memory, beyond those after the start, at which the process asks to be replaced: some plugin leaks."""
 
@@ -44,7 +41,7 @@ MAX_GROWTH = 1 << 30
 def main() -> None:
     """Serves jobs from the socket until it is closed."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    become_helper(parent, NICE)
+    become_helper(parent)
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     os.set_inheritable(descriptor, False)
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as channel:

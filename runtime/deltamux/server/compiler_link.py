@@ -8,8 +8,10 @@ import os
 import signal
 import socket
 import sys
+import time
 from asyncio.subprocess import DEVNULL, Process
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 MAX_LINE = 1 << 24
@@ -18,6 +20,19 @@ CHILD_MODULE = "deltamux.server.compiler_child"
 
 _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 """SIGKILL is also how Linux ends a process when memory is short."""
+
+
+MOST_WAITING = 10.0
+"""Times its patience that a process may take where it waits for a core: the engine's threads go before it."""
+
+LEAST_SECONDS = 0.01
+
+
+class Clock(NamedTuple):
+    """A moment, and the seconds that a process has waited for a core until then."""
+
+    wall: float
+    waited: float
 
 
 class Step(NamedTuple):
@@ -95,24 +110,45 @@ class CompilerLink:
         Raises:
             LinkFailedError: there is no answer.
         """
-        self._step = None
-        limit = asyncio.timeout(patience)
+        self._step, allowed, since = None, patience, self._clock()
         try:
-            async with limit:
+            async with asyncio.timeout(patience):
                 self._writer.write(json.dumps(message).encode() + b"\n")
                 await self._writer.drain()
-                while True:
-                    answer = await self._receive()
-                    if "step" not in answer:
-                        return answer
-                    self._step = Step(str(answer.get("plugin")), str(answer["step"]))
-                    if step_patience is not None:
-                        limit.reschedule(asyncio.get_running_loop().time() + step_patience)
+            while True:
+                answer = await self._receive_within(allowed, since)
+                if "step" not in answer:
+                    return answer
+                self._step = Step(str(answer.get("plugin")), str(answer["step"]))
+                if step_patience is not None:
+                    allowed, since = step_patience, self._clock()
         except TimeoutError:
-            allowed = patience if step_patience is None or self._step is None else step_patience
             raise LinkFailedError(f"took more than {allowed:g} s", self._step, timed_out=True) from None
         except OSError:
             raise await self._ended() from None
+
+    async def _receive_within(self, seconds: float, since: Clock) -> dict[str, Any]:
+        """Returns what the process says next. Seconds in which it waits for a core do not count, up to a limit.
+
+        Raises:
+            TimeoutError: it says nothing in time.
+        """
+        while True:
+            now = self._clock()
+            wall, waited = now.wall - since.wall, now.waited - since.waited
+            left = min(seconds - (wall - waited), seconds * MOST_WAITING - wall)
+            if left <= 0:
+                raise TimeoutError
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(left, LEAST_SECONDS)):
+                    return await self._receive()
+
+    def _clock(self) -> Clock:
+        try:
+            waited = int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
+        except (OSError, IndexError, ValueError):  # outside Linux, or it has ended
+            waited = 0.0
+        return Clock(time.monotonic(), waited)
 
     async def ended(self) -> None:
         """Waits until the process has ended, whoever ends it."""

@@ -28,9 +28,6 @@ import xgrammar
 
 from deltamux.child_process import become_helper
 
-NICE = 10
-"""Of ten ticks of a core that the engine could use, this process takes one."""
-
 WALKS, STEPS = 4, 32
 """Texts that a grammar is tried with, and tokens of each."""
 
@@ -44,7 +41,7 @@ HARMLESS = re.compile(r"Escape sequence '\\[^0-9A-Za-z]' is not recognized")
 def main() -> None:
     """Runs jobs from the socket until it is closed."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
-    become_helper(parent, NICE)
+    become_helper(parent)
     torch.set_num_threads(1)
     with socket.socket(fileno=descriptor) as connection:
         Child(connection).run()
