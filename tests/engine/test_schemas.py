@@ -35,7 +35,7 @@ def object_of(**properties: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("schema", "named"),
     [
-        # What stands beside a form.
+        # Constraints in a subschema that has a form.
         ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": INTEGER}}, "#/minimum has no effect beside $ref"),
         ({"enum": ["a", "bb"], "minLength": 2}, "#/minLength has no effect beside enum"),
         ({"type": "integer", "enum": [1, "a"]}, "#/type has no effect beside enum"),

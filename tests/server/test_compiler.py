@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def _third_party(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     plugins = {name: source for name, (source, _) in BAD_IMPORTS.items()}
     plugins |= {name: method(name, body) + BABBLE for name, (body, _, _) in BAD_HOOKS.items()}
     plugins |= {"starts": STARTS, "leaks": LEAKS, "good": method("good", "print('hello')"), "swells": SWELLS}
+    plugins["works"] = method("works", "end = time.process_time() + 0.3\n    while time.process_time() < end: pass")
     plugins["naps"] = method("naps", "time.sleep(1.5)")
     directory = install(tmp_path_factory.mktemp("third-party"), plugins)
     with pytest.MonkeyPatch.context() as patch:
@@ -165,6 +167,30 @@ async def test_a_bad_hook_is_refused_by_name_and_the_next_upload_is_compiled(
     assert refused.value.metadata["plugin"] == name
     assert (await compiler.compile(job(loras[0]))).method == "lora"
     assert set(compiler.broken) == set(BAD_IMPORTS), "a plugin that fails an upload is not left out of the next"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells how long a process has waited for a core")
+async def test_seconds_in_which_its_process_waits_for_a_core_are_not_a_plugins(
+    compiler: Compiler, job: Any, tmp_path: Path
+) -> None:
+    await compiler.started()
+    process = psutil.Process(compiler.pid)
+    core = min(os.sched_getaffinity(0))
+    process.cpu_affinity([core])
+    os.sched_setscheduler(process.pid, os.SCHED_IDLE, os.sched_param(0))
+    spin = f"import os, time; os.sched_setaffinity(0, [{core}]); end = time.time() + {TIMEOUT + 2}\n"
+    command = [sys.executable, "-c", f"{spin}while time.time() < end: pass"]
+    others = [await asyncio.create_subprocess_exec(*command) for _ in range(2)]
+    await asyncio.sleep(0.5)
+    began = time.monotonic()
+    assert (await compiler.compile(job(write_adapter(tmp_path / "works", "works")))).method == "works"
+    assert time.monotonic() - began > TIMEOUT, "it must have waited, or this test could not fail"
+    for other in others:
+        await other.wait()
+    process.kill()  # the next one may use every core
+    while compiler.pid in (None, process.pid):  # noqa: ASYNC110 - another process cannot set an event
+        await asyncio.sleep(0.02)
+    await compiler.started()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone bounds what a process allocates")

@@ -158,7 +158,7 @@ def test_only_a_line_feed_ends_a_row(ending: str, mark: str, tmp_path: Path) -> 
         ('{"text": "a"}\n'.encode("utf-16"), "is UTF-16 text: save it as UTF-8"),
         (b"PAR1....", "is a Parquet file"),
         (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r":2 is not UTF-8 \(byte 0xe9 at 13\): save the file as UTF-8"),
-        (b'[{"text": "a"}]\n', "like a JSON array: one object a line is needed"),
+        (b'[{"text": "a"}]\n', "like a JSON array: one object per line is needed"),
         (b'[\n{"text": "a"},\n{"text": "b"}\n]\n', "like a JSON array"),
         (b'{"text": "a"}\n[1]\n', ":2 is not a JSON object"),
         (b'{"text": "a"}\n{"text": "b', ":2 is not valid JSON: Unterminated string"),

@@ -83,7 +83,7 @@ class ChatRow(Row):
 
 
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
-    """Reads a JSONL file: UTF-8, with or without a byte-order mark, one object a line; only ``\\n`` ends a line.
+    """Reads a JSONL file: UTF-8, with or without a byte-order mark, one object per line; only ``\\n`` ends a line.
 
     Args:
         limit: rows to read; None reads all.
@@ -123,7 +123,8 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
         line = line.removeprefix(_BOM) if number == 1 else line
         if number == 1 and line.lstrip().startswith(b"["):
             raise _unreadable(
-                path, "begins with [, like a JSON array: one object a line is needed (`jq -c '.[]'` writes an array so)"
+                path,
+                "begins with [, like a JSON array: one object per line is needed (`jq -c '.[]'` makes that)",
             )
         if len(line) > MAX_LINE_BYTES:
             raise refused(

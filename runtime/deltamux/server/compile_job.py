@@ -1,4 +1,4 @@
-"""What the server and its compiler process say to each other: plain data, a JSON object a line.
+"""What the server and its compiler process say to each other: plain data, one JSON object per line.
 
 Only the server pickles anything (the base model's description): what comes out of the process that runs plugins is
 never more than JSON.

@@ -1,5 +1,5 @@
-"""What keeps a flood of calls from the streams that run and from health: calls are let in one by one, and the refusals
-of one tenant are answered at a bounded pace.
+"""What keeps a flood of calls from the streams that run and from health: calls are let in a few at a time, and the
+refusals of one tenant are answered at a bounded pace.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextvars import ContextVar
 from typing import Any
 
@@ -20,6 +20,8 @@ OPEN_SERVICES = ("/grpc.health.v1.Health/",)
 """Load balancers look at the health without a key, and are answered before others."""
 
 TICK_SECONDS = 0.001
+"""Between two moments at which calls are let in."""
+
 PER_TICK = 2
 """Calls that are let in per tick where several wait."""
 
@@ -97,7 +99,8 @@ class RefusalPace:
     """How late a refusal is answered, so that those of one tenant come at a bounded pace (a leaky bucket as a meter).
 
     So a client that repeats what is refused, as one does that retries without end, costs others no more than that. An
-    answer that itself says when to come again, such as that of a server that is busy, is not late.
+    answer that itself says when to come again, such as that of a server that is busy, is not late. Administrators count
+    as one tenant, and callers without a valid key as another.
 
     Args:
         per_second: refusals of one tenant.
@@ -105,7 +108,7 @@ class RefusalPace:
         clock: seconds, monotonic.
     """
 
-    MAX_TENANTS = 4096
+    MAX_CALLERS = 4096
 
     def __init__(
         self,
@@ -116,21 +119,21 @@ class RefusalPace:
         self._per_second = per_second
         self._burst = burst
         self._clock = clock
-        self._even_at: OrderedDict[str, float] = OrderedDict()
+        self._even_at: OrderedDict[Hashable, float] = OrderedDict()
 
     def delay(self, error: DeltamuxError) -> float:
         """Counts an error of the RPC that runs in this task, and returns the seconds by which its answer is late."""
         if error.retry_after is not None:
             return 0.0
-        caller = CURRENT.get(None)
-        return self.count(caller.tenant or "" if caller else "", 1.0 + request_bytes.get() / BYTES_PER_REFUSAL)
+        return self.count(CURRENT.get(None), 1.0 + request_bytes.get() / BYTES_PER_REFUSAL)
 
-    def count(self, tenant: str, refusals: float) -> float:
+    def count(self, caller: Hashable, refusals: float) -> float:
+        """Counts refusals of a caller, and returns the seconds by which the answer to the last one is late."""
         now, burst_seconds = self._clock(), self._burst / self._per_second
-        even_at = max(now, self._even_at.pop(tenant, now)) + refusals / self._per_second
+        even_at = max(now, self._even_at.pop(caller, now)) + refusals / self._per_second
         late = min(max(even_at - now - burst_seconds, 0.0), MAX_DELAY)
         # What goes beyond the longest delay is forgotten: one that mends its ways is soon answered at once.
-        self._even_at[tenant] = min(even_at, now + burst_seconds + MAX_DELAY)
-        if len(self._even_at) > self.MAX_TENANTS:
+        self._even_at[caller] = min(even_at, now + burst_seconds + MAX_DELAY)
+        if len(self._even_at) > self.MAX_CALLERS:
             self._even_at.popitem(last=False)
         return late

@@ -384,7 +384,7 @@ def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "scheduling_policy": "priority",
         "worker_cls": f"deltamux.engine.vllm.{worker}",
         "disable_log_stats": True,
-        # The files that the trainers read, too, also where Mistral's own stand beside them.
+        # The files that the trainers read as well, also where a folder has Mistral's own, too.
         **dict.fromkeys(("config_format", "load_format", "tokenizer_mode"), "hf"),
     }
     if options.max_model_len is not None:

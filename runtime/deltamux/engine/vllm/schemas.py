@@ -1,7 +1,7 @@
 """What of JSON Schema xgrammar holds an output to; the rest, which it would ignore without a word, is refused.
 
 xgrammar reads one form of a subschema, the first of ``$ref``, ``const``, ``enum``, ``anyOf``, ``oneOf``, ``allOf`` and
-``type``, and nothing that stands beside it. Checked against xgrammar 0.2.8. Torch-free.
+``type``, and none of the others in it. Checked against xgrammar 0.2.8. Torch-free.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ class _Reader:
                 node["pattern"] = f"^.{{{least},{'' if most is None else most}}}$"
 
     def _check_form(self, path: str, node: dict[str, Any], form: str, beside: set[str]) -> None:
-        """Refuses what stands beside a form, unless it says what the form says anyway."""
+        """Refuses further constraints in a subschema that has a form, unless they say what the form says anyway."""
         if form in ("anyOf", "oneOf", "allOf") and node[form] == []:
             raise _refused(path, form, "is empty")
         if "type" in beside and self._kinds(node) <= _wider(node["type"]):
