@@ -7,13 +7,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store import AdapterKey, AdapterStore, VersionKey
-from store.uploads import KEY, objects, upload
+from store.uploads import KEY, objects, staged_upload, upload
 
 
 @pytest.fixture
@@ -42,6 +44,20 @@ def test_the_same_content_is_the_same_version(store: AdapterStore) -> None:
     first = upload(store, "one")
     upload(store, "two")
     assert upload(store, "one") == first
+
+
+def test_labels_that_come_with_the_same_content_replace_those_of_the_version_and_none_leave_them(
+    store: AdapterStore,
+) -> None:
+    for given, kept in (
+        ({"stage": "test"}, {"stage": "test"}),
+        ({}, {"stage": "test"}),
+        ({"owner": "a"}, {"owner": "a"}),
+    ):
+        with store.staging() as staged:
+            record = store.commit(staged, KEY, staged_upload(staged, "one"), labels=given)
+        assert (record.key.number, record.labels) == (1, kept)
+        assert store.version(record.key).labels == kept
 
 
 def test_equal_content_of_two_tenants_is_stored_once_and_kept_until_both_are_gone(
@@ -78,15 +94,10 @@ async def test_on_an_event_loop_a_released_version_is_removed_by_a_thread(root: 
     store.on_removed = lambda record, last: threads.append(threading.current_thread().name)
     upload(store, "one")
     with store._moving, store.lease(KEY):  # something is being moved, by whoever it may be
-        await asyncio.to_thread(delete_later, store)
+        await asyncio.to_thread(store.delete_adapter, KEY)
     store.close()
     assert [name.startswith("deltamux-removal") for name in threads] == [True]
     assert objects(root) == set()
-
-
-def delete_later(store: AdapterStore) -> None:
-    """Deletes what is leased: it goes with its last lease."""
-    store._database.run("UPDATE versions SET state = 'DRAINING'")
 
 
 def test_numbers_are_never_used_again(store: AdapterStore) -> None:
@@ -111,6 +122,79 @@ def test_a_rollback_skips_what_was_deleted(store: AdapterStore) -> None:
     assert store.rollback(KEY).serving == 1
     with pytest.raises(FailedPreconditionError, match="no earlier version"):
         store.rollback(KEY)
+
+
+@pytest.mark.parametrize(("promoted", "deleted", "returns_to"), [((2, 3, 2), 3, 1), ((2, 1, 2, 1), 2, None)])
+def test_a_rollback_returns_to_another_version_also_where_the_one_between_was_deleted(
+    promoted: tuple[int, ...], deleted: int, returns_to: int | None, store: AdapterStore
+) -> None:
+    for content in ("one", "two", "three"):
+        upload(store, content)
+    for number in promoted:
+        store.promote(KEY, number)
+    store.delete_version(VersionKey(*KEY, deleted))
+    assert store.adapter(KEY).previous == returns_to
+    if returns_to is None:
+        with pytest.raises(FailedPreconditionError, match="no earlier version"):
+            store.rollback(KEY)
+        return
+    rolled = store.rollback(KEY)
+    assert (rolled.serving, rolled.previous) == (returns_to, None)
+    with store.lease(KEY) as held:
+        assert held.key.number == returns_to
+
+
+def test_nobody_waits_for_a_change_that_waits_for_the_disk(store: AdapterStore) -> None:
+    upload(store, "one")
+    upload(store, "two")
+    _, secret = store.tenants.create_key("acme")
+    begun, ends = threading.Event(), threading.Event()
+
+    def change() -> None:
+        with store._database.transaction():
+            store._promote(KEY, 2)
+            begun.set()
+            ends.wait(10)  # as for a disk that takes long to make it durable
+
+    def serves() -> list[object]:
+        """What the event loop does for requests and uploads."""
+        with store.lease(KEY) as held, store.lease(VersionKey(*KEY, 2)) as other, store.staging():
+            return [held.key.number, other.key.number, store.tenants.verify(secret), store.adapter(KEY).serving]
+
+    with ThreadPoolExecutor(2) as threads:
+        changing = threads.submit(change)
+        assert begun.wait(10)
+        try:
+            assert threads.submit(serves).result(5) == [1, 2, "acme", 1]
+        finally:
+            ends.set()
+        changing.result()
+    assert store.adapter(KEY).serving == 2
+
+
+def test_what_a_request_holds_is_there_whatever_is_promoted_and_deleted_meanwhile(store: AdapterStore) -> None:
+    upload(store, "0")
+    stop = threading.Event()
+
+    def hold(by_version: bool) -> int:
+        count = 0
+        while not stop.is_set():
+            key = VersionKey(*KEY, store.adapter(KEY).serving) if by_version else KEY
+            with suppress(NotFoundError), store.lease(key) as held:  # its version may go before it is held
+                assert held.program.read_text().startswith("compiled ")
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as threads:
+        holding = [threads.submit(hold, by_version) for by_version in (False, True) * 2]
+        for number in range(1, 60):
+            record = upload(store, str(number), promote=True)
+            with store.lease(KEY) as held:
+                assert held.key == record.key  # what was acknowledged is what serves
+            store.delete_version(VersionKey(*KEY, number))
+        stop.set()
+        assert all(done.result() for done in holding)
+    assert len(objects(store.root)) == 1
 
 
 def test_a_canary_splits_by_request_and_the_same_request_decides_alike(store: AdapterStore) -> None:

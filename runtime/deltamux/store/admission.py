@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ class Admission:
         self._root = root
         self._database = database
         self._objects = objects
+        self._lock = threading.Lock()  # the event loop takes it, so that nothing waits for the disk meanwhile
         # Of each upload under way: how many tenants had been deleted when it began; of a tenant, which of these it was.
         self._began: dict[Path, int] = {}
         self._deletions: dict[str, int] = {}
@@ -43,25 +45,25 @@ class Admission:
     def staging(self) -> Iterator[Path]:
         """Yields an empty directory for an upload, which begins here; the directory is gone after the block."""
         with store_faults(self._root), self._objects.staging() as staged:
-            with self._database.lock:
+            with self._lock:
                 self._began[staged] = self._num_deletions
             try:
                 yield staged
             finally:
-                with self._database.lock:
+                with self._lock:
                     del self._began[staged]
                     if not self._began:
                         self._deletions.clear()
 
     def tenant_deleted(self, tenant: str) -> None:
         """Notes that a tenant is gone, and with it the uploads to it that are under way."""
-        with self._database.lock:
+        with self._lock:
             self._num_deletions += 1
             self._deletions[tenant] = self._num_deletions
 
     def check_tenant(self, staged: Path, tenant: str) -> None:
         """Raises AbortedError if the tenant was deleted after the upload began."""
-        with self._database.lock:
+        with self._lock:
             lost = self._deletions.get(tenant, 0) > self._began.get(staged, self._num_deletions)
         if lost:
             raise AbortedError(

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from deltamux.store.faults import FULL, Reserve, gone, store_faults
 from deltamux.store.identity import Identity, IdentityFiles
 from deltamux.store.objects import ObjectStore
 from deltamux.store.records import AdapterRecord, ApiKeyRecord, TenantRecord, VersionRecord
-from deltamux.store.vetting import DATABASE_FILE, check_present, vet
+from deltamux.store.vetting import DATABASE_FILE, check_present, identity_in, vet
 
 T = TypeVar("T")
 BUSY_SECONDS = 5.0
@@ -33,13 +33,13 @@ def is_id(column: str) -> str:
     )
 
 
+_LAST_PROMOTED = "(SELECT number FROM promotions p WHERE p.tenant = a.tenant AND p.adapter = a.adapter"
+# Where a version was deleted, one that served before and after it stands twice in a row.
 ADAPTER_ROWS = f"""
 SELECT a.*,
-    (SELECT number FROM promotions p WHERE p.tenant = a.tenant AND p.adapter = a.adapter ORDER BY id DESC LIMIT 1)
-        AS serving,
-    (SELECT number FROM promotions p WHERE p.tenant = a.tenant AND p.adapter = a.adapter
-        ORDER BY id DESC LIMIT 1 OFFSET 1)
-        AS previous
+    {_LAST_PROMOTED} ORDER BY id DESC LIMIT 1) AS serving,
+    {_LAST_PROMOTED} AND number IS NOT ({_LAST_PROMOTED} ORDER BY id DESC LIMIT 1))
+        ORDER BY id DESC LIMIT 1) AS previous
 FROM adapters a WHERE NOT deleted AND {is_id("adapter")}
 """
 VERSION_ROWS = """
@@ -50,7 +50,10 @@ FROM versions v LEFT JOIN programs p USING (digest) WHERE TRUE
 
 
 class Database:
-    """One connection, one writer at a time; a committed transaction survives a power cut.
+    """One writer at a time; a committed transaction survives a power cut.
+
+    What is read outside a transaction is read by a connection of its own, and so is the last committed state: readers,
+    the event loop among them, do not wait until a change is on the disk.
 
     Args:
         adopt: take the database that is there, or an empty one where there is none, whatever the objects belong to.
@@ -64,7 +67,9 @@ class Database:
         self._files = IdentityFiles(root)
         self._reserve = Reserve(root)
         self._place: list[tuple[int, int]] | None = None  # the files that are open; None while the store opens
-        self.lock = threading.RLock()
+        self._writing = threading.RLock()
+        self._reading = threading.RLock()
+        self._writer: int | None = None  # the thread that has a transaction under way
         self.freeing(lambda: self._open(adopt))
 
     def _open(self, adopt: bool) -> None:
@@ -76,14 +81,11 @@ class Database:
         claimed = not adopt and (files is not None or next(self._objects.digests(), None) is not None)
         check_present(self._root, files, claimed=claimed)
         version = self._vetted(files, claimed, adopt)
-        self._connection = sqlite3.connect(self._root / DATABASE_FILE, isolation_level=None, check_same_thread=False)
-        self._connection.row_factory = sqlite3.Row
-        rows.prepare(self._connection)
-        try:
+        with ExitStack() as stack:
+            self._connection = stack.enter_context(closing(self._connected()))
             self._bring_up_to_date(version, files)
-        except BaseException:
-            self._connection.close()
-            raise
+            self._reader = stack.enter_context(closing(self._reading_only()))
+            stack.pop_all()
 
     def _vetted(self, files: Identity | None, claimed: bool, adopt: bool) -> int:
         """Returns the version of the database's schema.
@@ -107,13 +109,26 @@ class Database:
         elif version == 1:
             schema.migrate_from_first(self._connection, self._objects.program_sum)
         if files is None:
-            self._files.write(self.identity())
+            self._files.write(identity_in(self._connection))
         with self.transaction():
             pass  # from here on an earlier copy of the database is an older one
         self._place = self._found()
 
+    def _reading_only(self) -> sqlite3.Connection:
+        connection = self._connected()
+        connection.execute("PRAGMA query_only = ON")
+        identity_in(connection)  # opens its files, whatever becomes of their names
+        return connection
+
+    def _connected(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._root / DATABASE_FILE, isolation_level=None, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        rows.prepare(connection)
+        return connection
+
     def close(self) -> None:
-        with self.lock:
+        with self._writing, self._reading:
+            self._reader.close()
             self._connection.close()
             self._files.close()
 
@@ -153,16 +168,19 @@ class Database:
     def _begun(self) -> Iterator[None]:
         """Holds the lock for the length of the block, and a transaction that has begun.
 
-        Where another program has locked the database, the lock is let go while this waits: the event loop takes it for
-        every request.
+        Where another program has locked the database, the lock is let go while this waits, for whoever closes it.
         """
         deadline = time.monotonic() + BUSY_SECONDS
         while True:
-            with self.lock:
+            with self._writing:
                 if self._place not in (None, self._found()):
                     raise gone(self._root)
                 if self._begin(last=time.monotonic() > deadline):
-                    yield
+                    self._writer = threading.get_ident()
+                    try:
+                        yield
+                    finally:
+                        self._writer = None
                     return
             time.sleep(0.02)
 
@@ -198,20 +216,36 @@ class Database:
             return work()
 
     def reading(self, read: Callable[[sqlite3.Connection], T]) -> T:
-        with self.lock, store_faults(self._root):
-            return read(self._connection)
+        """Returns what a function reads; inside a transaction with what that has changed, else as it was committed."""
+        if self._writer == threading.get_ident():
+            with store_faults(self._root):
+                return read(self._connection)
+        with self._reading, store_faults(self._root):
+            return read(self._reader)
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Has what the block reads outside a transaction be of one committed state."""
+        with self._reading, store_faults(self._root):
+            self._reader.execute("BEGIN")
+            try:
+                yield
+            finally:
+                self._reader.execute("ROLLBACK")
 
     def run(self, sql: str, *values: object) -> sqlite3.Cursor:
-        with self.lock, store_faults(self._root):
+        with self._writing, store_faults(self._root):
             return self._connection.execute(sql, values)
 
     def all(self, sql: str, *values: object) -> list[Any]:
-        with self.lock, store_faults(self._root):
-            return self._connection.execute(sql, values).fetchall()
+        return self.reading(lambda connection: connection.execute(sql, values).fetchall())
 
     def one(self, sql: str, *values: object) -> Any:
-        with self.lock, store_faults(self._root):
-            return self._connection.execute(sql, values).fetchone()
+        def first(connection: sqlite3.Connection) -> Any:
+            with closing(connection.execute(sql, values)) as found:  # an open one would keep the reader at this state
+                return found.fetchone()
+
+        return self.reading(first)
 
     # Rows as records.
 

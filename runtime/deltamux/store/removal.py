@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from deltamux.errors import DeltamuxError
 from deltamux.store.database import VERSION_ROWS, Database
+from deltamux.store.leases import Leases
 from deltamux.store.objects import ObjectStore
-from deltamux.store.records import VersionKey, VersionRecord, VersionState
+from deltamux.store.records import VersionRecord, VersionState
 
 log = logging.getLogger("deltamux.store")
+
+BATCH = 100
+"""Versions that are removed as one change: other tenants' changes and uploads come between two batches."""
 
 Removed = Callable[[VersionRecord, bool], None]
 """Told when a version is gone: its record, and whether no other version has the same content."""
@@ -24,16 +27,14 @@ class Removal:
     """Removes versions that drain, once no request holds them.
 
     Args:
-        leases: how many requests hold each version.
+        leases: which versions requests hold.
         moving: orders what moves objects.
 
     Attributes:
         on_removed: called after a version's last lease is gone and its files are removed.
     """
 
-    def __init__(
-        self, database: Database, objects: ObjectStore, leases: Counter[VersionKey], moving: threading.RLock
-    ) -> None:
+    def __init__(self, database: Database, objects: ObjectStore, leases: Leases, moving: threading.RLock) -> None:
         self.on_removed: Removed = lambda record, last: None
         self._database = database
         self._objects = objects
@@ -49,12 +50,10 @@ class Removal:
 
     def remove_drained(self, where: str, *values: object) -> None:
         """Removes the versions among those of a condition that drain and that nobody holds."""
-        with self._database.lock:
-            rows = self._database.all(f"{VERSION_ROWS} AND state = ? AND {where}", VersionState.DRAINING, *values)
-            records = [self._database.version(row) for row in rows]
-            free = [record for record in records if record.key not in self._leases]
-        if free:
-            self._remove(free)
+        rows = self._database.all(f"{VERSION_ROWS} AND state = ? AND {where}", VersionState.DRAINING, *values)
+        free = self._leases.free(self._database.version(row) for row in rows)
+        for first in range(0, len(free), BATCH):
+            self._remove(free[first : first + BATCH])
 
     def remove_released(self, record: VersionRecord) -> None:
         """Removes a version whose last lease has ended; what cannot be removed now is when the store opens again.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Self
 
 from deltamux.errors import DataLossError
 from deltamux.store.records import AdapterRecord, VersionRecord
@@ -16,6 +17,19 @@ class Route(NamedTuple):
     canary: VersionRecord | None
     percent: int
 
+    @classmethod
+    def of(cls, adapter: AdapterRecord, there: Callable[[int], VersionRecord | None]) -> Self:
+        """Returns an adapter's route; raises DataLossError where no version serves (ROW_DAMAGED).
+
+        Args:
+            there: returns the adapter's version of a number; None where there is none.
+        """
+        serving, canary = there(adapter.serving), adapter.canary
+        if serving is None:
+            raise _no_serving_version(adapter)
+        tried = there(canary.number) if canary else None
+        return cls(serving, tried, canary.percent if canary and tried else 0)
+
     def choose(self, request_key: str) -> VersionRecord:
         """Returns the version for a request; the same key chooses alike."""
         if self.canary is not None and _percentile(request_key) < self.percent:
@@ -23,7 +37,7 @@ class Route(NamedTuple):
         return self.serving
 
 
-def no_serving_version(adapter: AdapterRecord) -> DataLossError:
+def _no_serving_version(adapter: AdapterRecord) -> DataLossError:
     """Returns the error of an adapter whose rows are damaged, so that no version of it serves."""
     which = f"version {adapter.serving}, which serves, is not in the store" if adapter.serving else "no version serves"
     return DataLossError(

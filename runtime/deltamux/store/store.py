@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store.admission import Admission
 from deltamux.store.database import ADAPTER_ROWS, VERSION_ROWS, Database
 from deltamux.store.faults import store_faults
+from deltamux.store.leases import Leases
 from deltamux.store.lock import Lock, lock_store
 from deltamux.store.objects import ObjectStore
 from deltamux.store.programs import StoredPrograms
 from deltamux.store.records import AdapterKey, AdapterRecord, CompiledAdapter, VersionKey, VersionRecord, VersionState
 from deltamux.store.removal import Removal, Removed
-from deltamux.store.routes import Route, no_serving_version
+from deltamux.store.routes import Route
 from deltamux.store.row_checks import RowChecks
 from deltamux.store.tenants import Tenants
 
@@ -45,16 +45,15 @@ class AdapterStore:
         self._objects = ObjectStore(root)
         self._database = Database(root, self._objects, adopt=adopt)
         self.tenants = Tenants(self._database)
-        self._routes: dict[AdapterKey, Route] = {}
-        self._leases: Counter[VersionKey] = Counter()
+        self._leases = Leases()
         # Orders what moves objects, and may wait for the disk; readers need the database's lock only.
         self._moving = threading.RLock()
         self._removal = Removal(self._database, self._objects, self._leases, self._moving)
         self._admission = Admission(root, self._database, self._objects)
         self.programs = StoredPrograms(
-            root, self._database, self._objects, self._admission, self._moving, self._routes.clear
+            root, self._database, self._objects, self._admission, self._moving, self._leases.forget
         )
-        self.rows = RowChecks(self._database, self._routes.clear)
+        self.rows = RowChecks(self._database, self._leases.forget)
         with store_faults(root, opening=True):
             self._objects.prepare()
             self._database.freeing(self._removal.recover)
@@ -112,9 +111,10 @@ class AdapterStore:
     ) -> VersionRecord:
         """Makes a staged upload, its compiled program included, a version of an adapter.
 
-        The same content in the same adapter is the same version. A first version serves at once; a later one when
-        `promote` is true, or when it is promoted. Where the content is stored already, but damaged or compiled for
-        another base, the staged files take its place, for all versions that share it.
+        The same content in the same adapter is the same version; labels, where any are given, replace its own. A first
+        version serves at once; a later one when `promote` is true, or when it is promoted. Where the content is stored
+        already, but damaged or compiled for another base, the staged files take its place, for all versions that share
+        it.
 
         Raises:
             AbortedError: the tenant was deleted after the upload began (TENANT_DELETED).
@@ -125,24 +125,27 @@ class AdapterStore:
             try:
                 placed = self._admission.place(staged, compiled)
                 with self._database.transaction():
-                    number = self._number(key, compiled) or self._insert(key, compiled, labels or {})
+                    number = self._number(key, compiled, labels) or self._insert(key, compiled, labels or {})
                     if promote or not self._serves(key):
                         self._promote(key, number)
                     self._admission.record(placed)
             except BaseException:
                 self._removal.discard(compiled.digest)
                 raise
-            self._routes.clear()
+            self._leases.forget()
         return self.version(VersionKey(*key, number))
 
     def _serves(self, key: AdapterKey) -> bool:
         return self._database.one("SELECT 1 FROM promotions WHERE tenant = ? AND adapter = ?", *key) is not None
 
-    def _number(self, key: AdapterKey, compiled: CompiledAdapter) -> int | None:
+    def _number(self, key: AdapterKey, compiled: CompiledAdapter, labels: Mapping[str, str] | None) -> int | None:
         row = self._database.one(
             "SELECT number FROM versions WHERE tenant = ? AND adapter = ? AND digest = ? AND state <> ?",
             *key, compiled.digest, VersionState.DRAINING,
         )  # fmt: skip
+        if row and labels:
+            sql = "UPDATE versions SET labels = ? WHERE tenant = ? AND adapter = ? AND number = ?"
+            self._database.run(sql, json.dumps(dict(labels)), *key, row["number"])
         return row["number"] if row else None
 
     def _insert(self, key: AdapterKey, compiled: CompiledAdapter, labels: Mapping[str, str]) -> int:
@@ -207,44 +210,39 @@ class AdapterStore:
         Raises:
             NotFoundError: no such adapter or version.
         """
-        with self._database.lock:
-            record = self._resolve(key, request_key)
-            self._leases[record.key] += 1
+        record = self._held(key, request_key)
         try:
             yield record
         finally:
             self._release(record.key)
 
-    def _resolve(self, key: AdapterKey | VersionKey, request_key: str) -> VersionRecord:
+    def _held(self, key: AdapterKey | VersionKey, request_key: str) -> VersionRecord:
         if isinstance(key, VersionKey):
-            record = self.version(key)
-            if record.state is VersionState.DRAINING:
-                raise _not_found(key)
-            return record
-        route = self._routes.get(key)
-        if route is None:
-            route = self._routes[key] = self._route(self.adapter(key))
-        return route.choose(request_key)
+            return self._hold(key)
+        while (record := self._leases.hold_routed(key, request_key)) is None:
+            chosen = self._leases.learn(key, lambda: self._route(key)).choose(request_key)
+            with suppress(NotFoundError):  # it was deleted since the route was read
+                return self._hold(chosen.key)
+        return record
 
-    def _route(self, adapter: AdapterRecord) -> Route:
-        serving, canary = self._there(adapter.key, adapter.serving), adapter.canary
-        if serving is None:
-            raise no_serving_version(adapter)
-        tried = self._there(adapter.key, canary.number) if canary else None
-        return Route(serving, tried, canary.percent if canary and tried else 0)
+    def _hold(self, key: VersionKey) -> VersionRecord:
+        self._leases.hold(key)
+        try:
+            return self._ready(key)
+        except BaseException:
+            self._release(key)
+            raise
+
+    def _route(self, key: AdapterKey) -> Route:
+        with self._database.snapshot():
+            return Route.of(self.adapter(key), lambda number: self._there(key, number))
 
     def _there(self, key: AdapterKey, number: int) -> VersionRecord | None:
         row = self._database.one(f"{VERSION_ROWS} AND tenant = ? AND adapter = ? AND number = ?", *key, number)
         return row and self._database.version(row)
 
     def _release(self, key: VersionKey) -> None:
-        with self._database.lock:
-            self._leases[key] -= 1
-            if self._leases[key]:
-                return
-            del self._leases[key]
-            record = self.version(key)
-        if record.state is VersionState.DRAINING:
+        if (record := self._leases.release(key)) is not None:
             self._removal.remove_released(record)
 
     # Change.
@@ -280,8 +278,9 @@ class AdapterStore:
                 )
             else:
                 self._database.run(
-                    "DELETE FROM promotions WHERE id ="
-                    " (SELECT max(id) FROM promotions WHERE tenant = ? AND adapter = ?)", *key
+                    "DELETE FROM promotions WHERE tenant = ?1 AND adapter = ?2 AND id >"
+                    " (SELECT max(id) FROM promotions WHERE tenant = ?1 AND adapter = ?2 AND number = ?3)",
+                    *key, adapter.previous,
                 )  # fmt: skip
         return self.adapter(key)
 
@@ -321,7 +320,7 @@ class AdapterStore:
                 self.tenants.delete(tenant, empty=force or not rows)
                 self._hide("tenant = ?", tenant)
             self._admission.tenant_deleted(tenant)
-            self._routes.clear()
+            self._leases.forget()
             return [self._database.adapter(row) for row in rows]
 
         with self._moving:
@@ -335,7 +334,7 @@ class AdapterStore:
             "UPDATE adapters SET deleted = 1, pinned = 0, canary_number = NULL, canary_percent = NULL"
             f" WHERE {where}", *values
         )  # fmt: skip
-        self._drain(where, *values)
+        self._database.run(f"UPDATE versions SET state = ? WHERE {where}", VersionState.DRAINING, *values)
 
     def delete_version(self, key: VersionKey) -> None:
         """Hides a version at once, and removes it when its last lease ends.
@@ -349,7 +348,7 @@ class AdapterStore:
                 self._check_hideable(key, adapter)
                 where = "tenant = ? AND adapter = ? AND number = ?"
                 self._database.run(f"DELETE FROM promotions WHERE {where}", *key)
-                self._drain(where, *key)
+                self._database.run(f"UPDATE versions SET state = ? WHERE {where}", VersionState.DRAINING, *key)
 
         self._database.freeing(hide)
         self._removal.remove_drained("tenant = ? AND adapter = ? AND number = ?", *key)
@@ -366,16 +365,20 @@ class AdapterStore:
     @contextmanager
     def _changing(self, key: AdapterKey) -> Iterator[AdapterRecord]:
         """One transaction on an adapter, which must exist; its route is looked up anew afterwards."""
-        with self._database.transaction():
-            yield self.adapter(key)
-            self._database.run(
-                "UPDATE adapters SET updated = ? WHERE tenant = ? AND adapter = ?", time.time(), *key
-            )  # fmt: skip
-            self._routes.pop(key, None)
+        try:
+            with self._database.transaction():
+                yield self.adapter(key)
+                self._database.run(
+                    "UPDATE adapters SET updated = ? WHERE tenant = ? AND adapter = ?", time.time(), *key
+                )  # fmt: skip
+        finally:
+            self._leases.forget(key)
 
-    def _ready(self, key: VersionKey) -> None:
-        if self.version(key).state is VersionState.DRAINING:
+    def _ready(self, key: VersionKey) -> VersionRecord:
+        record = self.version(key)
+        if record.state is VersionState.DRAINING:
             raise _not_found(key)
+        return record
 
     def _promote(self, key: AdapterKey, number: int) -> None:
         self._set_canary(key, None, None)
@@ -390,9 +393,6 @@ class AdapterStore:
             "UPDATE adapters SET canary_number = ?, canary_percent = ? WHERE tenant = ? AND adapter = ?",
             number, percent, *key,
         )  # fmt: skip
-
-    def _drain(self, where: str, *values: object) -> None:
-        self._database.run(f"UPDATE versions SET state = ? WHERE {where}", VersionState.DRAINING, *values)
 
 
 def _not_found(key: AdapterKey | VersionKey) -> NotFoundError:

@@ -291,7 +291,9 @@ class UploadHeader(_message.Message):
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """At most 32, keys of at most 63 and values of at most 255 characters, all together at most 4096 bytes."""
+        """At most 32, keys of at most 63 and values of at most 255 characters, all together at most 4096 bytes. Where the same
+        files are a version of the adapter already, labels replace its own; none leave them.
+        """
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from deltamux.engine.fair import FairOrder, Place
 from deltamux.engine.vllm.grammar_vocabulary import check_stop_tokens, special_tokens
 from deltamux.engine.vllm.host_tier import HostTier
 from deltamux.engine.vllm.loader_link import LoaderLink
-from deltamux.engine.vllm.processes import EngineProcesses, Launch, spawning
+from deltamux.engine.vllm.processes import EngineProcesses, Launch, starting
 from deltamux.errors import DeltamuxError, FailedPreconditionError, UnavailableError
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class VLLMEngine:
         self._num_slots = config.lora_config.max_loras
 
         def launch() -> AsyncLLM:
-            with spawning(self._spawn):
+            with starting(afresh=self._spawn):
                 return AsyncLLM.from_vllm_config(
                     config, usage_context=UsageContext.ENGINE_CONTEXT, disable_log_stats=True
                 )

@@ -117,20 +117,53 @@ class Launch:
 
 
 @contextmanager
-def spawning(wanted: bool) -> Iterator[None]:
-    """Has vLLM start processes afresh for the length of the block, instead of as copies of this one.
+def starting(*, afresh: bool) -> Iterator[None]:
+    """Has processes that are started by `multiprocessing` in the block end with this one, from their first moment on.
 
-    A copy is there sooner, but shares this process's open files: the sockets that clients are connected to would stay
-    open when the server has gone.
+    vLLM's own code in them comes late: after the import of vLLM, or the load of the model, in which one that outlives a
+    killed server would hold memory, and by its open files the store's lock.
+
+    Args:
+        afresh: has vLLM start them afresh, instead of as copies of this one. A copy is there sooner, but shares this
+            process's open files: the sockets that clients are connected to would stay open when the server has gone.
     """
-    name = "VLLM_WORKER_MULTIPROC_METHOD"
+    global _parent
+    name, process = "VLLM_WORKER_MULTIPROC_METHOD", multiprocessing.current_process()
     before = os.environ.get(name)
-    if wanted:
+    if afresh:
         os.environ[name] = "spawn"
+    _parent = os.getpid()
+    # What a process is configured with is read before its target, and so before the import of vLLM.
+    config: dict[str, object] = process._config  # type: ignore[attr-defined]  # typeshed leaves it out
+    config[_ENDS] = _EndWithParent()
     try:
         yield
     finally:
+        _parent = None
+        del config[_ENDS]
         if before is None:
             os.environ.pop(name, None)
         else:
             os.environ[name] = before
+
+
+_ENDS = "deltamux.ends_with_parent"
+_parent: int | None = None  # the process whose copies are to end with it
+
+
+class _EndWithParent:
+    """What, once it is read by another process, has that end with the one that wrote it."""
+
+    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
+        return end_with_parent, (os.getpid(),)
+
+
+def _copied() -> None:
+    """In a copy of this process, before anything else runs there."""
+    global _parent
+    parent, _parent = _parent, None
+    if parent is not None:
+        end_with_parent(parent)
+
+
+os.register_at_fork(after_in_child=_copied)
