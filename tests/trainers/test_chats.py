@@ -15,7 +15,7 @@ from deltamux.errors import InvalidArgumentError
 from deltamux.prompts import encode_rendered, render_chat, render_chat_within
 from deltamux_trainers.data import IGNORED, Encoded, Encoder
 from deltamux_trainers.rows import read_rows
-from trainers.templates import SHAPES, Shape, decoded
+from trainers.templates import CHATML, SHAPES, Shape, decoded
 
 Message = dict[str, Any]
 LONG = 1 << 20
@@ -205,6 +205,55 @@ def test_a_last_turn_of_calls_is_learnt_as_the_template_renders_it(tmp_path: Pat
     ]  # fmt: skip
 
 
+ASKED: Message = {"role": "user", "content": "what?"}
+YES: Message = {"role": "assistant", "content": "yes"}
+TAKES_TEXT = CHATML.replace(
+    "{{ m.content }}", "{{ m.tool_calls[0].function.arguments + '' if m.tool_calls else m.content }}"
+)
+"""Puts arguments in as they are, which fails on an object."""
+
+
+@pytest.mark.parametrize("arguments", [{"where": "here"}, {}, {"a": 'say "yes"', "b": [1, None]}])
+@pytest.mark.parametrize("shape", [SHAPES["qwen2.5"], SHAPES["llama3"]], ids=["qwen2.5", "llama3"])
+def test_arguments_as_text_are_learnt_as_the_object_that_they_are(
+    shape: Shape, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    """OpenAI's form has them as JSON text, which a template that writes JSON would quote once more."""
+
+    def turn(given: Any) -> list[Encoded]:
+        call = {"type": "function", "function": {"name": "look", "arguments": given}}
+        return encoded(shape, tmp_path, [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}])
+
+    assert turn(json.dumps(arguments)) == turn(arguments)
+    assert "\\\\" not in repr(decoded(shape.tokenizer, turn("{}")[0].input_ids))
+
+
+@pytest.mark.parametrize("text", ['{"where":   "here"}', "{}", "not JSON"])
+def test_arguments_as_text_stay_text_where_the_template_takes_text(text: str, tmp_path: Path) -> None:
+    shape = Shape(TAKES_TEXT, "<|im_end|>", ("<|im_start|>",))
+    call = {"type": "function", "function": {"name": "look", "arguments": text}}
+    (row,) = encoded(shape, tmp_path, [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}])
+    ((_, said),) = learnt(row)
+    assert decoded(shape.tokenizer, said) == f"{text}<|im_end|>"
+
+
+READS_EVERY_KEY = CHATML.replace(
+    "{{ m.content }}",
+    "{% if m.reasoning_content is defined %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% if 'tool_calls' in m %}{{ m.tool_calls | length }} calls{% endif %}{{ m.content }}",
+)
+
+
+@pytest.mark.parametrize(
+    "nothing", [{"reasoning_content": None}, {"tool_calls": None}, {"tool_calls": []}, {"name": None}]
+)
+def test_a_key_that_is_null_is_not_there(nothing: dict[str, Any], tmp_path: Path) -> None:
+    """As in files of columns, where every message has every key."""
+    shape = Shape(READS_EVERY_KEY, "<|im_end|>", ("<|im_start|>",))
+    (plain,) = encoded(shape, tmp_path, [ASKED, YES])
+    assert encoded(shape, tmp_path, [{**ASKED, **nothing}, {**YES, **nothing}]) == [plain]
+
+
 def calling(**beside: Any) -> list[Message]:
     return [
         {"role": "user", "content": "what?"},
@@ -212,10 +261,6 @@ def calling(**beside: Any) -> list[Message]:
         {"role": "tool", "content": "here"},
         {"role": "assistant", "content": "yes"},
     ]
-
-
-ASKED: Message = {"role": "user", "content": "what?"}
-YES: Message = {"role": "assistant", "content": "yes"}
 
 
 @pytest.mark.parametrize(
@@ -242,6 +287,10 @@ YES: Message = {"role": "assistant", "content": "yes"}
         ("chatml", [ASKED, {"role": "assistant", "content": ["yes"]}], {}, r"content\[0\], which is "),
         ("chatml", [{"role": "user", "content": [{"type": "image_url"}]}, YES], {}, "of type 'image_url'"),
         ("chatml", [ASKED, {**YES, "weight": 0.5}], {}, r"messages\[1\].weight 0.5"),
+        ("chatml", [ASKED, {**YES, "train": False}], {}, r"messages\[1\].train False, which is not read: write"),
+        ("chatml", [ASKED, {**YES, "loss": 0}], {}, r"messages\[1\].loss 0, which is not read"),
+        ("chatml", [ASKED, YES], {"system": "be brief"}, "has system beside messages, which would be left out"),
+        ("chatml", [ASKED, YES], {"history": [["a", "b"]]}, "has history beside messages"),
         ("chatml", [{**ASKED, "weight": 1}, YES], {}, "only the assistant's messages are learnt"),
         ("chatml", [YES, ASKED, YES], {}, "begins with a message of the assistant"),
         ("chatml", [ASKED], {}, "no message of the assistant"),

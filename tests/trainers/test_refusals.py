@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from engine import worlds
+from safetensors.torch import load_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -176,6 +178,41 @@ def test_a_base_saved_without_its_head_is_whole_where_the_head_is_tied(data: Pat
     AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "headless")
     whole, headless = (evaluate(EvaluateOptions(str(tmp_path / n), data, limit=4)) for n in ("whole", "headless"))
     assert headless.loss == pytest.approx(whole.loss, abs=1e-6)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut short": (
+        lambda base: _cut(base / "model.safetensors"),
+        r"model\.safetensors, of the base model, cannot be read",
+    ),
+    "a shard missing": (lambda base: (base / "model.safetensors").rename(base / "x"), "is missing"),
+    "an index of nothing": (lambda base: (base / INDEX).write_text("[]"), "is not an index of weights"),
+    "generation options": (
+        lambda base: (base / "generation_config.json").write_text("[]"),
+        "cannot be loaded",
+    ),
+}
+INDEX = "model.safetensors.index.json"
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:20000])
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_base_whose_files_are_damaged_is_named_with_the_file(
+    damage: str, data: Path, directory: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(directory, tmp_path / "base")
+    if damage == "a shard missing":
+        names = load_file(base / "model.safetensors")
+        (base / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    change, problem = DAMAGE[damage]
+    change(base)
+    with pytest.raises(FailedPreconditionError, match=problem) as refused:
+        train(TrainOptions("lora", str(base), data, tmp_path / "out", quiet=True))
+    assert refused.value.reason in ("BASE_DAMAGED", "BASE_NOT_LOADABLE")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_base_without_a_tokenizer_is_named(data: Path, directory: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ _OPENED = re.compile(r"\s*<([\w:-]+)>\s*")
 _OPENS = re.compile(r"<([\w:-]+)>\s*\Z")
 _NO_THOUGHT = re.compile(r"\s*<([\w:-]+)>\s*</\1>\s*")
 """A block of thinking that a template has opened, that a prompt ends with, and one without a thought."""
+
+
+_AS_TEXT = '\ue000"'
+"""Arguments of a call that a template renders as they are, unless it makes JSON of them."""
 
 
 class Turn(NamedTuple):
@@ -177,11 +182,24 @@ class _Rendering:
         return "messages"
 
     def _message(self) -> dict[str, Any]:
-        """Returns the message, without a content that the template would render as the word None."""
-        message = dict(self._row.messages[self._index])
+        """Returns the message as the template takes it.
+
+        That is without a content that it would render as the word None, and without arguments of calls as JSON text
+        (OpenAI's form) where it would render them as a JSON string.
+        """
+        message = self._with_arguments(dict(self._row.messages[self._index]))
         if message["content"] is None and self._turn(message) == self._turn({**message, "content": "None"}):
             message["content"] = ""
         return message
+
+    def _with_arguments(self, message: dict[str, Any]) -> dict[str, Any]:
+        objects = _with_arguments(message)
+        if objects == message:  # no arguments that are the text of an object
+            return message
+        try:
+            return message if _AS_TEXT in self._turn(_with_arguments(message, _AS_TEXT)) else objects
+        except InvalidArgumentError:  # a template that takes objects alone
+            return objects
 
     def _check_said(self, message: Mapping[str, Any], after: str) -> None:
         for key in SAID_KEYS:
@@ -285,3 +303,29 @@ def _without_opening(content: str, block: str) -> str:
 
 def _squashed(text: str) -> str:
     return "".join(text.split())
+
+
+def _with_arguments(message: Mapping[str, Any], arguments: str | None = None) -> dict[str, Any]:
+    """Returns a message whose calls' arguments that are the text of a JSON object are that object, or a text given."""
+
+    def read(function: Any) -> Any:
+        text = function.get("arguments") if isinstance(function, Mapping) else None
+        try:
+            found = json.loads(text) if isinstance(text, str) else None
+        except (ValueError, RecursionError):
+            return function
+        if not isinstance(found, dict):
+            return function
+        return {**function, "arguments": found if arguments is None else arguments}
+
+    changed = dict(message)
+    if isinstance(message.get("tool_calls"), list):
+        changed["tool_calls"] = [
+            read({**call, "function": read(call["function"])} if "function" in call else call)
+            if isinstance(call, Mapping)
+            else call
+            for call in message["tool_calls"]
+        ]
+    if "function_call" in message:
+        changed["function_call"] = read(message["function_call"])
+    return changed

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,14 @@ def remove_old(root: Path, best: int | None) -> None:
     for path in _newest_first(root):
         if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_all(root: Path) -> None:
+    """Removes all checkpoints and, where nothing else is left in it, the directory that they are in."""
+    for path in (root / STAGING, *_newest_first(root)):
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # it holds other files
+        root.rmdir()
 
 
 def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], changeable: str) -> None:

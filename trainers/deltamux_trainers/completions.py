@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
+from deltamux.errors import FailedPreconditionError
+
 ANCHORS = ("", "\n", "=", "a")
 """Texts behind which a completion is tokenised where it would merge with its prompt; the first that fits is taken."""
 
@@ -18,13 +20,23 @@ class Completion(NamedTuple):
 
 
 def end_tokens(model: str, tokenizer: Any) -> frozenset[int]:
-    """Returns the ids at which the server ends a generation: the tokenizer's and those of the generation config."""
+    """Returns the ids at which the server ends a generation: the tokenizer's and those of the generation config.
+
+    Raises:
+        FailedPreconditionError: the base's generation_config.json is not an object of options.
+    """
     from transformers import AutoConfig, GenerationConfig
 
     try:
         config = GenerationConfig.from_pretrained(model)
     except OSError:  # none: the engine takes the model's config for it
         config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(model))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise FailedPreconditionError(
+            f"generation_config.json of base model {model!r} cannot be read: {str(error).partition(chr(10))[0]}",
+            reason="BASE_DAMAGED",
+            metadata={"file": "generation_config.json"},
+        ) from error
     given: Any = config.eos_token_id
     ids = given if isinstance(given, list) else [given]
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)

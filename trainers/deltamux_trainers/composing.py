@@ -10,7 +10,7 @@ from deltamux.deltas import Checkpoint
 from deltamux.deltas.composition import Mode, Part, compose
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 from deltamux.registry import Registry
-from deltamux_trainers.loading import check_base, describe_base
+from deltamux_trainers.loading import check_base, compiled, describe_base
 from deltamux_trainers.writing import replacing
 
 
@@ -50,8 +50,7 @@ def compose_directories(
     method, own = Registry().recognise(composed)
     base = describe_base(model)
     check_base(composed, base)
-    program = method.program(method.parse(own.config), base, own.tensors)
-    program.check_finite()
+    program = compiled(method, own, base)
     with replacing(output) as staging:
         composed.write(staging)
     return ComposeResult(output, mode, len(read), program.rank(), program.num_virtual_tokens, program.num_bytes())

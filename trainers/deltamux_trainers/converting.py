@@ -21,6 +21,7 @@ from deltamux.deltas.checkpoint import (
     as_read,
     check_dtypes,
     check_filled,
+    check_finite,
     read_config,
     read_tensors,
 )
@@ -65,15 +66,27 @@ def convert(
         raise FailedPreconditionError(f"{destination} is not empty: choose another destination", reason="OUTPUT_EXISTS")
     foreign = read_foreign(source)
     check_filled(foreign.tensors)
+    check_finite(foreign.tensors)
     method, checkpoint = Registry().recognise(foreign)
     method.parse(checkpoint.config)
     if "peft_type" in foreign.config:
         checkpoint = foreign
     if method.info.in_peft:
+        _check_floats(checkpoint.tensors)
         checkpoint = renamed(checkpoint, adapter_name, _paths(model), note)
     with replacing(destination) as staging:
         checkpoint.write(staging)
     return method.name
+
+
+def _check_floats(tensors: Mapping[str, Tensor]) -> None:
+    """Raises InvalidAdapterError where a tensor of PEFT's holds integers, and its name does not say that of what."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and "indices" not in name:
+            raise InvalidAdapterError(
+                f"tensor {name[:200]!r} holds integers ({tensor.dtype}), and it is a parameter: save it as floats",
+                metadata={"tensor": name[:200]},
+            )
 
 
 def renamed(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from deltamux.deltas import BaseModel, Program, attached
+from deltamux.errors import FailedPreconditionError
 from deltamux.prompts import encode_text
 from deltamux_trainers.data import IGNORED, Encoded, Encoder, collate, load_data
-from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device, read_adapter
+from deltamux_trainers.loading import compiled, describe_base, load_model, load_tokenizer, pick_device, read_adapter
 from deltamux_trainers.model import token_loss
 from deltamux_trainers.options import EvaluateOptions
 from deltamux_trainers.rows import PromptRow, Row
@@ -50,6 +51,7 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
 
     Raises:
         BaseMismatchError: the adapter was trained on another base.
+        FailedPreconditionError: the loss is not finite.
         InvalidArgumentError: a row is wrong, none has a learnt token, or exact matches are asked of rows without prompt
             and completion.
     """
@@ -70,6 +72,12 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
         answers = Answers(model, tokenizer, encoder.ends, options.max_new_tokens, base.dims.max_position - virtual)
         matches = _exact_matches(answers, data.rows, options.batch_size) if options.generate else None
     loss = total / count
+    if not math.isfinite(loss):
+        raise FailedPreconditionError(
+            f"the loss is {loss:g}: the base's weights are not finite, or what they compute is not in {options.dtype}; "
+            "use --dtype float32",
+            reason="NOT_FINITE",
+        )
     untaught, cut = len(data.untaught), len(data.truncated)
     return EvalResult(len(data.rows), count, loss, math.exp(min(loss, 80.0)), right / count, matches, untaught, cut)
 
@@ -78,8 +86,7 @@ def read_program(adapter: Path | None, base: BaseModel) -> Program | None:
     """Returns the program of an adapter's directory; None of None."""
     if adapter is None:
         return None
-    method, checkpoint = read_adapter(adapter, base)
-    return method.program(method.parse(checkpoint.config), base, checkpoint.tensors)
+    return compiled(*read_adapter(adapter, base), base)
 
 
 class Answers(NamedTuple):

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from deltamux.deltas import BaseModel, Checkpoint
+from deltamux.deltas import BaseModel, Checkpoint, Program
+from deltamux.deltas.checkpoint import check_finite
 from deltamux.errors import BaseMismatchError, FailedPreconditionError
 from deltamux.registry import Method, Registry
 
@@ -32,15 +33,19 @@ def describe_base(model: str) -> BaseModel:
     """Describes a base model for training, merging or evaluation; its weights are not read but for the fingerprint.
 
     Raises:
-        FailedPreconditionError: it cannot be read, is not a decoder, or its files lack weights of the model, which
-            transformers would initialise at random.
+        FailedPreconditionError: it cannot be read, is not a decoder, its files lack weights of the model, which
+            transformers would initialise at random, or hold an adapter, which transformers would add to them.
     """
     base = BaseModel.from_pretrained(model)
+    if (Path(model) / "adapter_config.json").is_file():
+        raise _with_adapter(model)
     with _quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(model, device_map="meta", output_loading_info=True)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
+        except Exception as error:  # whatever a damaged file makes transformers raise
             raise _unloadable(model, error) from error
+    if getattr(loaded[0], "_hf_peft_config_loaded", False):  # of a Hugging Face id
+        raise _with_adapter(model)
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
         shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
@@ -63,6 +68,20 @@ def read_adapter(directory: Path, base: BaseModel) -> tuple[Method, Checkpoint]:
     method, checkpoint = Registry().recognise(Checkpoint.read(directory))
     check_base(checkpoint, base)
     return method, checkpoint
+
+
+def compiled(method: Method, checkpoint: Checkpoint, base: BaseModel) -> Program:
+    """Returns an adapter's program, checked as an upload's is.
+
+    Raises:
+        InvalidAdapterError, BaseMismatchError: the files are wrong, hold a value that is not finite, or are of another
+            base.
+    """
+    config = method.parse(checkpoint.config)
+    check_finite(checkpoint.tensors)
+    program = method.program(config, base, checkpoint.tensors)
+    program.check_finite()
+    return program
 
 
 def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
@@ -133,6 +152,15 @@ def pick_device(device: str) -> str:
             metadata={"device": device},
         )
     return device
+
+
+def _with_adapter(model: str) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"base model {model!r} holds an adapter_config.json beside its weights: transformers adds that adapter to them "
+        "whenever it loads them, and the server does not. Move the adapter's files to a directory of their own",
+        reason="BASE_HOLDS_ADAPTER",
+        metadata={"file": "adapter_config.json"},
+    )
 
 
 def _unloadable(model: str, error: Exception) -> FailedPreconditionError:

@@ -23,7 +23,7 @@ from deltamux.deltas.program import Placement
 from deltamux.deltas.weights import WeightFiles
 from deltamux.errors import BaseMismatchError, InvalidArgumentError, NotMergeableError
 from deltamux.registry import Method, Registry
-from deltamux_trainers.loading import describe_base, load_model, read_adapter
+from deltamux_trainers.loading import compiled, describe_base, load_model, read_adapter
 from deltamux_trainers.model_files import ModelFiles
 from deltamux_trainers.options import DTYPES
 from deltamux_trainers.writing import check_output, replacing
@@ -132,7 +132,7 @@ class _Merging:
         self._base = base = replace(base, _read=lambda name: weights.read(name).float())
         self._weights = weights
         config = method.parse(checkpoint.config)
-        self.program = method.program(config, base, checkpoint.tensors)
+        self.program = compiled(method, checkpoint, base)
         self._own = method.own_merge(config, base, checkpoint.tensors)
         self._rows: dict[Path, list[Placement]] = {}
         for row in self.program:

@@ -20,6 +20,10 @@ MAX_SHOWN = 20
 FORMS = ("text", "prompt", "messages")
 OUTSIDE_KEYS = ("tools", "functions", "function_call", "documents", "chat_template_kwargs")
 """Keys of a row that would change its prompt; `Generate` cannot send them."""
+PROMPT_KEYS = ("system", "system_prompt", "history")
+"""Keys of other programs' rows that hold a part of the prompt."""
+LEARNT_KEYS = ("train", "training", "trainable", "loss")
+"""Keys by which other programs' messages say whether they are learnt; here, `weight` does."""
 CALL_KEYS = ("tool_calls", "function_call")
 
 _FOREIGN = {
@@ -147,6 +151,14 @@ def _row(line: bytes, where: str, number: int) -> Row:
         found = f"has {' and '.join(forms)}" if forms else found
         raise refused(where, f"{found}: a row has one of text, prompt with completion, or messages")
     form = forms[0]
+    for key in PROMPT_KEYS if form != "text" else ():
+        if values.get(key):
+            raise refused(
+                where,
+                f"has {key} beside {form}, which would be left out of the prompt: write it into {form}, or give the "
+                "key another name",
+                key,
+            )
     outside = [key for key in OUTSIDE_KEYS if values.get(key)]
     if form == "messages":
         arguments = values.get("chat_template_kwargs") or {}
@@ -254,6 +266,8 @@ def _chat(where: str, number: int, given: Any, arguments: Mapping[str, Any]) -> 
 def _message(where: str, given: Any, field: str) -> Mapping[str, Any]:
     if not isinstance(given, dict):
         raise refused(where, f"has {field}, which is {_kind(given)}: an object with role and content is needed", field)
+    # What is null, or an empty list of calls, is not there: a file of columns holds every key in every message.
+    given = {key: value for key, value in given.items() if value is not None and not (key in CALL_KEYS and not value)}
     role = _text(where, given, "role", f"{field}.role")
     content = given.get("content")
     if content is None and any(given.get(key) for key in CALL_KEYS):
@@ -272,6 +286,11 @@ def _part(where: str, part: Any, field: str) -> str:
 
 
 def _weight(where: str, message: Mapping[str, Any], field: str) -> bool:
+    for key in LEARNT_KEYS if message["role"] == "assistant" else ():
+        if key in message and message[key] is not None and not message[key] and message.get("weight") != 0:
+            raise refused(
+                where, f"has {field}.{key} {message[key]!r}, which is not read: write weight 0", f"{field}.{key}"
+            )
     weight = message.get("weight")
     if weight is None:
         return True

@@ -287,10 +287,7 @@ def _check_output(options: TrainOptions) -> None:
             f"output {options.output} cannot be written: {nearest} is not a directory that this user may write to",
             metadata={"field": "output"},
         )
-    if (options.output / "adapter_config.json").exists():
-        raise FailedPreconditionError(
-            f"{options.output} holds an adapter already: choose another output, or remove it", reason="OUTPUT_EXISTS"
-        )
+    _check_empty_place(options.output)
     if not options.resume and any((options.output / CHECKPOINTS).glob("checkpoint-*")):
         raise InvalidConfigError(
             f"{options.output} holds checkpoints of an unfinished run: resume it, or choose another output",
@@ -298,15 +295,39 @@ def _check_output(options: TrainOptions) -> None:
         )
 
 
+def _check_empty_place(output: Path) -> None:
+    """Refuses an output whose files the adapter's would replace, or stand beside as if they were of one model."""
+    weights, report = output / "adapter_model.safetensors", output / REPORT_FILE
+    # Weights beside a report are what a run leaves that was killed before it had written the config.
+    if (output / "adapter_config.json").exists() or (weights.exists() and not report.exists()):
+        raise FailedPreconditionError(
+            f"{output} holds an adapter already: choose another output, or remove it", reason="OUTPUT_EXISTS"
+        )
+    if (output / "config.json").exists():
+        raise FailedPreconditionError(
+            f"{output} holds a model, to which transformers would add an adapter beside it whenever it loads the "
+            "model: choose another output",
+            reason="OUTPUT_EXISTS",
+        )
+    if (output / CHECKPOINTS).exists() and not (output / CHECKPOINTS).is_dir():
+        raise FailedPreconditionError(
+            f"{output / CHECKPOINTS} is a file, and checkpoints are written there: choose another output",
+            reason="OUTPUT_EXISTS",
+        )
+
+
 def _write(checkpoint: Checkpoint, options: TrainOptions, result: TrainResult) -> None:
     """Writes the adapter's files beside and renames them in, the config last: an adapter is whole when it has one."""
-    if not math.isfinite(result.loss) or not all(t.isfinite().all() for t in checkpoint.tensors.values()):
+    losses = [result.loss, *([] if result.eval_loss is None else [result.eval_loss])]
+    if not all(map(math.isfinite, losses)) or not all(t.isfinite().all() for t in checkpoint.tensors.values()):
+        evaluated = "" if result.eval_loss is None else f" ({result.eval_loss:g} on the evaluation data)"
         raise FailedPreconditionError(
-            f"training diverged: the mean loss is {result.loss:g}, and nothing is written. Lower the learning rate "
-            f"({result.learning_rate:g}), or use --dtype float32",
+            f"training diverged: the mean loss is {result.loss:g}{evaluated}, and nothing is written. Lower the "
+            f"learning rate ({result.learning_rate:g}), or use --dtype float32",
             reason="DIVERGED",
         )
-    staging = options.output / "writing"
+    staging = options.output / checkpoints.STAGING
+    shutil.rmtree(staging, ignore_errors=True)
     checkpoint.write(staging)
     report = {**asdict(result), "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}}
     (staging / REPORT_FILE).write_text(json.dumps(report, indent=2, default=str) + "\n")
@@ -316,4 +337,4 @@ def _write(checkpoint: Checkpoint, options: TrainOptions, result: TrainResult) -
     staging.rmdir()
     checkpoints.sync(options.output)
     if not options.keep_checkpoints:
-        shutil.rmtree(options.output / CHECKPOINTS, ignore_errors=True)
+        checkpoints.remove_all(options.output / CHECKPOINTS)

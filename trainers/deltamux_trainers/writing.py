@@ -104,7 +104,7 @@ def replacing(output: Path) -> Iterator[Path]:
     Raises:
         FailedPreconditionError: it cannot be written.
     """
-    whole = Path(os.path.abspath(output))
+    whole = Path(os.path.realpath(output))  # what a link leads to is replaced, not the link
     staging = whole.with_name(f".{whole.name}.writing")
     try:
         with told(output):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -52,6 +53,8 @@ def plain(record: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no other word for it
     if isinstance(value, datetime):
         return value.isoformat()
     return str(value) if not isinstance(value, str | int | float | bool | dict | list | tuple | None) else value

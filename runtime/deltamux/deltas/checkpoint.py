@@ -183,6 +183,19 @@ def check_filled(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raises InvalidAdapterError naming the first tensor with a value that is not finite."""
+    for name, tensor in tensors.items():
+        finite = torch.isfinite(tensor)
+        if not finite.all():
+            index = (~finite).nonzero()[0].tolist()
+            raise InvalidAdapterError(
+                f"tensor {name!r} holds {tensor[tuple(index)].item()} at {index}; adapters hold finite numbers only",
+                reason="NOT_FINITE",
+                metadata={"tensor": name, "index": str(index)},
+            )
+
+
 def check_dtypes(tensors: Mapping[str, Tensor]) -> None:
     """Raises InvalidAdapterError naming the first tensor that does not hold floats."""
     for name, tensor in tensors.items():

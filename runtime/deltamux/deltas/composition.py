@@ -6,6 +6,7 @@ when it is made. Its tensors are those of its parts, behind ``0.``, ``1.`` and s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
@@ -44,13 +45,18 @@ def compose(parts: Sequence[Part], mode: Mode) -> Checkpoint:
     """Returns the files of a composition; whether its parts go together is seen when it is compiled.
 
     Raises:
-        InvalidArgumentError: fewer than two parts, too many, or weights in a stack.
+        InvalidArgumentError: fewer than two parts, too many, a weight that is not finite, or weights in a stack.
         BaseMismatchError: the parts were trained on different bases.
     """
     if not 2 <= len(parts) <= MAX_PARTS:
         raise InvalidArgumentError(f"a composition has 2 to {MAX_PARTS} parts, not {len(parts)}")
     if mode is Mode.STACK and any(part.weight != 1.0 for part in parts):
         raise InvalidArgumentError("a stack applies its parts as they are; weights are for a sum")
+    for part in parts:
+        if not math.isfinite(part.weight):
+            raise InvalidArgumentError(
+                f"the weight of {part.name} is {part.weight}: a finite number is needed", metadata={"field": "parts"}
+            )
     fingerprints = {p.checkpoint.metadata.get("base_fingerprint", ""): p.name for p in parts}
     known = sorted(fingerprint for fingerprint in fingerprints if fingerprint)
     if len(known) > 1:

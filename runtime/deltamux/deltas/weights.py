@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deltamux.errors import FailedPreconditionError
@@ -30,7 +31,11 @@ class WeightFiles:
 
     @classmethod
     def locate(cls, model: str | Path) -> WeightFiles:
-        """Finds the safetensors of a directory or of a Hugging Face id (downloading them as transformers would)."""
+        """Finds the safetensors of a directory or of a Hugging Face id (downloading them as transformers would).
+
+        Raises:
+            FailedPreconditionError: there are none, or one of them or their index is missing or damaged.
+        """
         directory = Path(model)
         if not directory.is_dir():
             from huggingface_hub import snapshot_download
@@ -38,15 +43,14 @@ class WeightFiles:
             directory = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
         index = directory / "model.safetensors.index.json"
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-            return cls({name: directory / file for name, file in weight_map.items()})
+            return cls(_indexed(index))
         single = directory / "model.safetensors"
         if not single.is_file():
             raise FailedPreconditionError(
                 f"{directory} has no model.safetensors; save the base with save_pretrained(safe_serialization=True)",
                 reason="BASE_NOT_FOUND",
             )
-        with safe_open(single, framework="pt") as file:
+        with _opened(single) as file:
             return cls(dict.fromkeys(file.keys(), single))
 
     def names(self) -> list[str]:
@@ -66,13 +70,13 @@ class WeightFiles:
 
     def read(self, name: str) -> Tensor:
         stored = self._resolve(name)
-        with safe_open(self._files[stored], framework="pt") as file:
+        with _opened(self._files[stored]) as file:
             tensor: Tensor = file.get_tensor(stored)
         return tensor
 
     def sample(self, name: str) -> np.ndarray[Any, np.dtype[np.int16]]:
         """Returns the first values of a tensor, rounded to bfloat16, as their bits."""
-        with safe_open(self._files[name], framework="pt") as file:
+        with _opened(self._files[name]) as file:
             view = file.get_slice(name)
             shape = view.get_shape()
             part = view[:1] if shape else file.get_tensor(name)
@@ -87,3 +91,35 @@ class WeightFiles:
         if headless in self._files:
             return headless
         raise KeyError(name)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Opens a file of weights to read from it.
+
+    Raises:
+        FailedPreconditionError: BASE_DAMAGED, it is missing, cut short or damaged, or lacks a tensor of its index.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        problem = f"cannot be read: {str(error).partition(chr(10))[0]}"
+        raise _damaged(path, problem if path.exists() else "is missing") from error
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    """Returns the file of each tensor that an index of weights names."""
+    try:
+        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): index.parent / file for name, file in places.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(index, "is not an index of weights: an object with a weight_map is needed") from error
+
+
+def _damaged(path: Path, problem: str) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"{path}, of the base model, {problem}; where it is damaged, copy or download it again",
+        reason="BASE_DAMAGED",
+        metadata={"file": path.name},
+    )

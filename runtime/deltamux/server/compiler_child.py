@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 
 from deltamux.child_process import become_helper
 from deltamux.deltas import BaseModel, Checkpoint, Program
+from deltamux.deltas.checkpoint import check_finite
 from deltamux.deltas.rehearsal import rehearse
 from deltamux.errors import (
     BaseMismatchError,
@@ -92,7 +93,7 @@ class Child:
             )
         config = method.parse(checkpoint.config)
         _check_fingerprint(checkpoint, base)
-        _check_finite(checkpoint)
+        check_finite(checkpoint.tensors)
         program = method.program(config, base, checkpoint.tensors)
         self._announce(method.name, "the check of its program")
         return self._save(method, program, job, base)
@@ -164,18 +165,6 @@ def _check_budgets(program: Program, budgets: Budgets) -> None:
             raise BudgetExceededError(
                 f"the adapter needs {needed} {what}; this server gives one adapter at most {limit}",
                 metadata={"budget": what, "needed": str(needed), "limit": str(limit)},
-            )
-
-
-def _check_finite(checkpoint: Checkpoint) -> None:
-    for name, tensor in checkpoint.tensors.items():
-        finite = torch.isfinite(tensor)
-        if not finite.all():
-            index = (~finite).nonzero()[0].tolist()
-            raise InvalidAdapterError(
-                f"tensor {name!r} holds {tensor[tuple(index)].item()} at {index}; adapters hold finite numbers only",
-                reason="NOT_FINITE",
-                metadata={"tensor": name, "index": str(index)},
             )
 
 
