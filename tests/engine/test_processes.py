@@ -13,45 +13,57 @@ import psutil
 import pytest
 
 SLOW = """
-import multiprocessing, time
+import multiprocessing, os, time
 
-if multiprocessing.parent_process() is not None:  # as where vLLM is imported
+if os.environ.get("SLOW") and multiprocessing.parent_process() is not None:  # as where vLLM is imported
     time.sleep(60)
 
 
 def run():
     time.sleep(60)
+
+
+def core():
+    os.environ["SLOW"] = "1"
+    worker = multiprocessing.get_context("spawn").Process(target=run)
+    worker.start()
+    print(worker.pid, flush=True)
+    time.sleep(60)
 """
 SERVER = """
 import multiprocessing, sys, threading, time
 from deltamux.engine.vllm.processes import starting
-from slow import run
+import os, slow
 
 if __name__ == "__main__":
-    method = sys.argv[1]
+    method, of_core = sys.argv[1], sys.argv[2] == "worker"
+    if not of_core:
+        os.environ["SLOW"] = "1"
     with starting(afresh=method == "spawn"):
-        child = multiprocessing.get_context(method).Process(target=run)
+        child = multiprocessing.get_context(method).Process(target=slow.core if of_core else slow.run)
         child.start()
-    print(child.pid, flush=True)
+    if not of_core:
+        print(child.pid, flush=True)
     time.sleep(60)
 """
 
 
+@pytest.mark.parametrize("process", ["core", "worker"])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_process_that_an_engine_starts_ends_with_a_killed_server_before_its_own_code_runs(
-    method: str, tmp_path: Path
+    method: str, process: str, tmp_path: Path
 ) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "server.py").write_text(SERVER)
     path = os.pathsep.join([str(tmp_path), *sys.path])
-    command = [sys.executable, str(tmp_path / "server.py"), method]
+    command = [sys.executable, str(tmp_path / "server.py"), method, process]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}) as server:
         assert server.stdout is not None
         child = psutil.Process(int(server.stdout.readline()))
-        time.sleep(1.0 if method == "spawn" else 0.2)  # it is in the import, or in its target
+        time.sleep(0.2 if (method, process) == ("fork", "core") else 1.0)  # it is in its target, or in the import
         assert child.status() == psutil.STATUS_SLEEPING
         server.send_signal(signal.SIGKILL)
         _, alive = psutil.wait_procs([child], timeout=5)
-        for process in alive:
-            process.kill()
+        for left in alive:
+            left.kill()
     assert not alive

@@ -187,7 +187,7 @@ def test_what_a_request_holds_is_there_whatever_is_promoted_and_deleted_meanwhil
 
     with ThreadPoolExecutor(4) as threads:
         holding = [threads.submit(hold, by_version) for by_version in (False, True) * 2]
-        for number in range(1, 60):
+        for number in range(1, 30):
             record = upload(store, str(number), promote=True)
             with store.lease(KEY) as held:
                 assert held.key == record.key  # what was acknowledged is what serves
@@ -249,6 +249,23 @@ def test_ten_thousand_adapters_are_listed_page_by_page(store: AdapterStore) -> N
     assert seen == [f"a{number:05}" for number in range(10_000)]
     with store.lease(AdapterKey("many", "a07777")) as held:
         assert held.compiled == record.compiled
+
+
+def test_uploads_of_others_come_between_those_versions_of_a_large_tenant_that_are_removed(store: AdapterStore) -> None:
+    record = upload(store, "one")
+    with store._database.transaction():
+        for number in range(2000):
+            store._insert(AdapterKey("many", f"a{number:04}"), record.compiled, {})
+    begun = threading.Event()
+    store.on_removed = lambda record, last: begun.set()
+    with ThreadPoolExecutor(1) as threads:
+        deleting = threads.submit(store.delete_tenant, "many", force=True)
+        assert begun.wait(30)
+        upload(store, "two")
+        left = store._database.one("SELECT count(*) FROM versions WHERE tenant = 'many'")[0]
+        assert left > 0
+        assert len(deleting.result()) == 2000
+    assert store._database.one("SELECT count(*) FROM versions WHERE tenant = 'many'")[0] == 0
 
 
 def test_a_key_opens_its_tenant_until_it_is_revoked(store: AdapterStore) -> None:

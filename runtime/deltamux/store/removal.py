@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,8 +17,11 @@ from deltamux.store.records import VersionRecord, VersionState
 
 log = logging.getLogger("deltamux.store")
 
-BATCH = 100
+BATCH = 32
 """Versions that are removed as one change: other tenants' changes and uploads come between two batches."""
+
+PAUSE_SECONDS = 0.002
+"""Between two batches: whoever waits for the lock is not given it by its release, but has to wake up and take it."""
 
 Removed = Callable[[VersionRecord, bool], None]
 """Told when a version is gone: its record, and whether no other version has the same content."""
@@ -54,6 +58,8 @@ class Removal:
         free = self._leases.free(self._database.version(row) for row in rows)
         for first in range(0, len(free), BATCH):
             self._remove(free[first : first + BATCH])
+            if first + BATCH < len(free):
+                time.sleep(PAUSE_SECONDS)
 
     def remove_released(self, record: VersionRecord) -> None:
         """Removes a version whose last lease has ended; what cannot be removed now is when the store opens again.

@@ -120,8 +120,8 @@ class Launch:
 def starting(*, afresh: bool) -> Iterator[None]:
     """Has processes that are started by `multiprocessing` in the block end with this one, from their first moment on.
 
-    vLLM's own code in them comes late: after the import of vLLM, or the load of the model, in which one that outlives a
-    killed server would hold memory, and by its open files the store's lock.
+    What vLLM lets be called in them comes late: after the import of vLLM, a handshake with the server, which a killed
+    one never ends, and the load of the model. One that outlives the server meanwhile holds memory.
 
     Args:
         afresh: has vLLM start them afresh, instead of as copies of this one. A copy is there sooner, but shares this
@@ -135,7 +135,7 @@ def starting(*, afresh: bool) -> Iterator[None]:
     _parent = os.getpid()
     # What a process is configured with is read before its target, and so before the import of vLLM.
     config: dict[str, object] = process._config  # type: ignore[attr-defined]  # typeshed leaves it out
-    config[_ENDS] = _EndWithParent()
+    config[_ENDS] = _EndWithParent(generations=1)  # the engine's core, and its workers
     try:
         yield
     finally:
@@ -152,10 +152,22 @@ _parent: int | None = None  # the process whose copies are to end with it
 
 
 class _EndWithParent:
-    """What, once it is read by another process, has that end with the one that wrote it."""
+    """What, once it is read by another process, has that end with the one that wrote it.
 
-    def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
-        return end_with_parent, (os.getpid(),)
+    Args:
+        generations: of processes below that one for which the same holds.
+    """
+
+    def __init__(self, generations: int) -> None:
+        self._generations = generations
+
+    def __reduce__(self) -> tuple[Callable[[int, int], _EndWithParent | None], tuple[int, int]]:
+        return _read, (os.getpid(), self._generations)
+
+
+def _read(parent: int, generations: int) -> _EndWithParent | None:
+    end_with_parent(parent)
+    return _EndWithParent(generations - 1) if generations else None
 
 
 def _copied() -> None:
