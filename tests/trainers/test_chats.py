@@ -289,6 +289,8 @@ def calling(**beside: Any) -> list[Message]:
         ("chatml", [ASKED, {**YES, "weight": 0.5}], {}, r"messages\[1\].weight 0.5"),
         ("chatml", [ASKED, {**YES, "train": False}], {}, r"messages\[1\].train False, which is not read: write"),
         ("chatml", [ASKED, {**YES, "loss": 0}], {}, r"messages\[1\].loss 0, which is not read"),
+        ("chatml", [ASKED, YES], {"weight": 0}, "has weight 0, and rows are learnt alike"),
+        ("chatml", [ASKED, YES], {"label": False}, "has label false, which marks an answer that is not wanted"),
         ("chatml", [ASKED, YES], {"system": "be brief"}, "has system beside messages, which would be left out"),
         ("chatml", [ASKED, YES], {"history": [["a", "b"]]}, "has history beside messages"),
         ("chatml", [{**ASKED, "weight": 1}, YES], {}, "only the assistant's messages are learnt"),

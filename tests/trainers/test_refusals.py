@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from engine import worlds
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -178,6 +178,27 @@ def test_a_base_saved_without_its_head_is_whole_where_the_head_is_tied(data: Pat
     AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "headless")
     whole, headless = (evaluate(EvaluateOptions(str(tmp_path / n), data, limit=4)) for n in ("whole", "headless"))
     assert headless.loss == pytest.approx(whole.loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("differ", [True, False])
+def test_a_head_that_is_not_the_embedding_which_the_config_ties_it_to_is_refused(
+    differ: bool, data: Path, directory: Path, tmp_path: Path
+) -> None:
+    """transformers keeps both, and the engine one: the base would be served otherwise than trained."""
+    base = shutil.copytree(directory, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    tensors = load_file(base / "model.safetensors")
+    if not differ:
+        same = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        save_file(same, base / "model.safetensors", {"format": "pt"})
+        assert evaluate(EvaluateOptions(str(base), data, limit=2)).rows == 2
+        return
+    with pytest.raises(
+        FailedPreconditionError, match=r"ties lm_head\.weight to model\.embed_tokens\.weight"
+    ) as refused:
+        train(TrainOptions("lora", str(base), data, tmp_path / "out", quiet=True))
+    assert refused.value.reason == "BASE_AMBIGUOUS"
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -34,7 +34,8 @@ def describe_base(model: str) -> BaseModel:
 
     Raises:
         FailedPreconditionError: it cannot be read, is not a decoder, its files lack weights of the model, which
-            transformers would initialise at random, or hold an adapter, which transformers would add to them.
+            transformers would initialise at random, or hold an adapter, which transformers would add to them, or an
+            output head other than the embedding that the config ties it to.
     """
     base = BaseModel.from_pretrained(model)
     if (Path(model) / "adapter_config.json").is_file():
@@ -55,7 +56,27 @@ def describe_base(model: str) -> BaseModel:
             reason="BASE_INCOMPLETE",
             metadata={"tensor": missing[0]},
         )
+    _check_tied(base)
     return base
+
+
+def _check_tied(base: BaseModel) -> None:
+    """Raises FailedPreconditionError where the config ties the output head to an embedding that it differs from.
+
+    transformers then leaves the two apart, and the engine, as the config says, has one.
+    """
+    head = base.head
+    if head is None or head.tied_to is None:
+        return
+    own, shared = f"{head.name}.weight", f"{head.tied_to}.weight"
+    if base.has_tensor(own) and not torch.equal(base.tensor(own), base.tensor(shared)):
+        raise FailedPreconditionError(
+            f"config.json of base model {base.name!r} ties {own} to {shared} (tie_word_embeddings), but its files hold "
+            "two that differ: it would be served otherwise than trained. Set tie_word_embeddings to false where "
+            f"both are meant, or remove {own} from the files",
+            reason="BASE_AMBIGUOUS",
+            metadata={"tensor": own},
+        )
 
 
 def read_adapter(directory: Path, base: BaseModel) -> tuple[Method, Checkpoint]:

@@ -151,14 +151,7 @@ def _row(line: bytes, where: str, number: int) -> Row:
         found = f"has {' and '.join(forms)}" if forms else found
         raise refused(where, f"{found}: a row has one of text, prompt with completion, or messages")
     form = forms[0]
-    for key in PROMPT_KEYS if form != "text" else ():
-        if values.get(key):
-            raise refused(
-                where,
-                f"has {key} beside {form}, which would be left out of the prompt: write it into {form}, or give the "
-                "key another name",
-                key,
-            )
+    _refuse_unread(where, form, values)
     outside = [key for key in OUTSIDE_KEYS if values.get(key)]
     if form == "messages":
         arguments = values.get("chat_template_kwargs") or {}
@@ -171,6 +164,30 @@ def _row(line: bytes, where: str, number: int) -> Row:
     if form == "text":
         return TextRow(where, number, _text(where, values, "text"))
     return PromptRow(where, number, _text(where, values, "prompt"), _text(where, values, "completion"))
+
+
+def _refuse_unread(where: str, form: str, values: Mapping[str, Any]) -> None:
+    """Refuses a row that would be learnt otherwise than a key of another program's format says."""
+    for key in PROMPT_KEYS if form != "text" else ():
+        if values.get(key):
+            raise refused(
+                where,
+                f"has {key} beside {form}, which would be left out of the prompt: write it into {form}, or give the "
+                "key another name",
+                key,
+            )
+    if values.get("label") is False:
+        raise refused(
+            where,
+            "has label false, which marks an answer that is not wanted, and all answers are learnt: leave the row out",
+            "label",
+        )
+    if values.get("weight") not in (None, 1):
+        raise refused(
+            where,
+            f"has weight {values['weight']!r}, and rows are learnt alike: leave the row out, or the key",
+            "weight",
+        )
 
 
 def _refuse_outside(where: str, keys: Sequence[str]) -> None:
