@@ -263,6 +263,21 @@ async def test_a_job_given_up_costs_nobody_the_process(compiler: Compiler, job: 
     assert compiler.pid == before
 
 
+async def test_a_job_given_up_whose_files_go_is_no_failure_of_the_server(
+    compiler: Compiler, job: Any, loras: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    await compiler.started()
+    asked = job(loras[0])
+    given_up = asyncio.create_task(compiler.compile(asked))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await given_up
+    shutil.rmtree(asked.staged)
+    assert (await compiler.compile(job(loras[0]))).method == "lora"
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 async def test_a_process_that_ends_between_two_jobs_is_started_again_before_the_next(
     compiler: Compiler, job: Any, loras: list[Path]
 ) -> None:

@@ -83,6 +83,18 @@ async def test_credentials_that_are_not_one_key_are_refused_with_the_reason(guar
     assert await listed(address, ("x-api-key", "dmx_wrong")) == "KEY_UNKNOWN"
 
 
+@pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
+async def test_compressed_messages_are_refused_before_they_are_unpacked(
+    compression: grpc.Compression, guarded: tuple[str, str]
+) -> None:
+    address, key = guarded
+    async with grpc.aio.insecure_channel(address, compression=compression) as channel:
+        request = tenants_pb2.GetTenantRequest(name="x" * 100_000)
+        with pytest.raises(grpc.aio.AioRpcError, match="is disabled") as refused:
+            await TenantsStub(channel).GetTenant(request, metadata=[("x-api-key", key)], timeout=20)
+    assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
 async def test_a_client_that_pings_often_keeps_its_silent_stream(
     served: Running, client: AsyncClient, loras: list[Path]
 ) -> None:

@@ -47,6 +47,11 @@ def test_a_number_outside_its_range_is_refused_with_the_range(name: str) -> None
         assert getattr(made(**{name: value}), name) == value
 
 
+def test_a_context_that_holds_a_prompt_and_no_new_token_is_refused() -> None:
+    with pytest.raises(InvalidConfigError, match="max_model_len must be a whole number from 2 to "):
+        made(max_model_len=1)
+
+
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_word_that_an_option_does_not_have_is_refused_with_those_it_has(name: str) -> None:
     for value in ("int3", "", None, 1, CHOICES[name][0].upper()):

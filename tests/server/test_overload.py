@@ -7,7 +7,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 
 from deltamux.client import AsyncClient
 from deltamux.client.uploads import upload_messages
+from deltamux.errors import ResourceExhaustedError
 from deltamux.server.app import Running, running
 from deltamux.server.compiler import Compiler
 from deltamux.server.events import MAX_WATCHES
@@ -73,6 +74,26 @@ async def test_each_of_thousands_of_calls_at_once_is_served_or_told_when_to_come
         outcomes = await asyncio.to_thread(call, server.address)
     assert set(outcomes) == {"served", "RESOURCE_EXHAUSTED with a time to come back"}
     assert outcomes["served"] >= 50
+
+
+async def test_a_tenant_that_holds_its_slots_for_long_keeps_no_other_out(
+    tiny_base: Path, tmp_path: Path, loras: list[Path], shared_compiler: Compiler
+) -> None:
+    given = options(tiny_base, tmp_path / "store", max_pending_requests=4)
+    engine = engine_for(tiny_base, 0.5)
+    async with (
+        running(given, lambda _: engine, shared_compiler) as server,
+        AsyncClient(server.address, timeout=60, retries=0) as client,
+        AsyncExitStack() as stack,
+    ):
+        for name, files in zip((ACME, GLOBEX), loras, strict=True):
+            await client.upload_adapter(name, files)
+        for _ in range(3):
+            stream: Any = client.generate_stream("a", adapter=ACME, max_tokens=400)
+            await anext(await stack.enter_async_context(aclosing(stream)))
+        with pytest.raises(ResourceExhaustedError, match="3 of at most 4 generations"):
+            await client.generate("a", adapter=ACME, max_tokens=1)
+        assert (await client.generate("a", adapter=GLOBEX, max_tokens=1)).adapter_version == f"{GLOBEX}/versions/1"
 
 
 class Stalled:

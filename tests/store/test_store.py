@@ -211,6 +211,14 @@ def test_a_canary_splits_by_request_and_the_same_request_decides_alike(store: Ad
     assert counts == [served(f"request {i}") for i in range(400)]
 
 
+def test_a_version_that_serves_cannot_be_its_own_canary(store: AdapterStore) -> None:
+    upload(store, "one")
+    with pytest.raises(FailedPreconditionError, match="serves already") as refused:
+        store.promote(KEY, 1, canary_percent=30)
+    assert refused.value.reason == "ALREADY_SERVING"
+    assert store.adapter(KEY).canary is None
+
+
 def test_everything_is_there_after_reopening_and_interrupted_uploads_are_gone(root: Path) -> None:
     store = AdapterStore.open(root)
     record = upload(store, "one")

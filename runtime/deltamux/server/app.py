@@ -237,7 +237,8 @@ def _inference_service(
     return InferenceService(
         engine,
         Router(store, programs),
-        Slots(options.max_pending_requests, "generations"),
+        # The last quarter goes to tenants that hold none: one that holds its slots for long keeps nobody out.
+        Slots(options.max_pending_requests, "generations", reserved=options.max_pending_requests // 4),
         share_prefix_cache=options.share_prefix_cache,
     )
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Self
+from weakref import WeakSet
 
 from deltamux.errors import DeltamuxError, PluginCrashedError, PluginTimeoutError, UnavailableError
 from deltamux.server.compile_job import Compiled, Job, error_of
@@ -57,6 +58,7 @@ class Compiler:
         self._short_lives = 0
         self._link: CompilerLink | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._abandoned: WeakSet[asyncio.Task[Any]] = WeakSet()
 
     async def __aenter__(self) -> Self:
         self._spawn(self._warm())
@@ -92,7 +94,12 @@ class Compiler:
             PluginTimeoutError, PluginCrashedError: the process was ended, or ended itself, over the job.
             UnavailableError: there is no process, and none can be started.
         """
-        return await asyncio.shield(self._spawn(self._run(job, tenant)))
+        task = self._spawn(self._run(job, tenant))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._abandoned.add(task)
+            raise
 
     async def _run(self, job: Job, tenant: str) -> Compiled:
         async with self._turns.take(tenant), self._one_at_a_time:
@@ -198,8 +205,12 @@ class Compiler:
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None or isinstance(error, DeltamuxError):
+            return
         # Nobody may be left to hear of it.
-        if not task.cancelled() and (error := task.exception()) and not isinstance(error, DeltamuxError):
+        if task in self._abandoned:
+            log.info("a job was given up with its upload, whose files went: %s", type(error).__name__)
+        else:
             log.error("compiling failed unexpectedly", exc_info=error)
 
 

@@ -15,6 +15,7 @@ from grpc_status import rpc_status
 
 from deltamux.errors import DeltamuxError
 from deltamux.server.status import status_of
+from deltamux.server.unread import Unread
 
 log = logging.getLogger("deltamux.server")
 
@@ -35,11 +36,13 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
     """Runs every RPC inside an async context manager.
 
     A streaming RPC is inside for the whole of its iteration, and its generator is closed before the context manager is
-    left, whatever ends it: so a cancelled call frees what it held at once and not when it is collected.
+    left, whatever ends it: so a cancelled call frees what it held at once and not when it is collected. So does one
+    whose client does not read (see `Unread`).
     """
 
     def __init__(self, around: Around) -> None:
         self._around = around
+        self._unread = Unread()
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
@@ -66,8 +69,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
                     await result
                     return
                 async with aclosing(result) as responses:
-                    async for response in responses:
-                        await context.write(response)
+                    await self._unread.send(context, responses)
 
         return run
 

@@ -38,6 +38,8 @@ SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
     ("grpc.server_max_unrequested_time_in_server", 600),
     ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+    # A compressed message of 8 KiB can stand for 8 MiB, and gRPC unpacks it before a key is looked at. Bit 0: as it is.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # Clients may ask as often as they like whether a silent connection lives; the server asks as well, so that what a
     # vanished client holds is freed.
     ("grpc.http2.max_ping_strikes", 0),

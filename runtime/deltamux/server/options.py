@@ -28,7 +28,7 @@ class ServeOptions:
         max_host_adapters: compiled adapters kept ready in host memory.
         max_pinned_adapters_per_tenant: adapters that one tenant may pin; all tenants together may pin half as many as
             there are host adapters.
-        max_model_len: longest context in tokens; None takes the model's own.
+        max_model_len: longest context in tokens, one of the prompt and a new one at least; None takes the model's own.
         max_num_seqs: most sequences in one batch.
         dtype: auto, float32, bfloat16 or float16.
         device: auto, cpu or cuda.
@@ -43,7 +43,8 @@ class ServeOptions:
         max_virtual_tokens: most virtual tokens that an uploaded adapter may have.
         max_adapter_bytes: largest upload, all files together.
         max_concurrent_uploads: uploads at once; one more is told to come back.
-        max_pending_requests: generations at once, waiting ones included; one more is told to come back.
+        max_pending_requests: generations at once, waiting ones included; one more is told to come back. The last
+            quarter goes to tenants that have none.
         upload_idle_seconds: an upload that sends nothing for so long is given up.
         upload_min_bytes_per_second: least mean rate of an upload, its first `upload_idle_seconds` left out; one that is
             slower is given up.
@@ -166,7 +167,7 @@ RANGES: Mapping[str, Range] = {
     "max_active_adapters": Range(1, 4096),
     "max_host_adapters": Range(1, 1_000_000),
     "max_pinned_adapters_per_tenant": Range(1, 1_000_000),
-    "max_model_len": Range(1, 1 << 27),
+    "max_model_len": Range(2, 1 << 27),
     "max_num_seqs": Range(1, 1 << 16),
     "kv_cache_gib": Range(0.01, 65536.0),
     "grammar_seconds": Range(0.05, 60.0),

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Callable
 from typing import NamedTuple, Self
 
-from deltamux.errors import DataLossError
-from deltamux.store.records import AdapterRecord, VersionRecord
+from deltamux.errors import DataLossError, FailedPreconditionError
+from deltamux.store.records import AdapterRecord, VersionKey, VersionRecord
 
 
 class Route(NamedTuple):
@@ -50,3 +50,13 @@ def _no_serving_version(adapter: AdapterRecord) -> DataLossError:
 
 def _percentile(request_key: str) -> int:
     return int.from_bytes(hashlib.sha256(request_key.encode()).digest()[:8], "big") % 100
+
+
+def check_canary(adapter: AdapterRecord, number: int) -> None:
+    """Raises FailedPreconditionError, reason ALREADY_SERVING, for the version that serves all traffic anyway."""
+    if number == adapter.serving:
+        raise FailedPreconditionError(
+            f"version {number} of {adapter.key} serves already: a canary is another version",
+            reason="ALREADY_SERVING",
+            metadata={"name": str(VersionKey(*adapter.key, number))},
+        )

@@ -24,7 +24,7 @@ from deltamux.store.objects import ObjectStore
 from deltamux.store.programs import StoredPrograms
 from deltamux.store.records import AdapterKey, AdapterRecord, CompiledAdapter, VersionKey, VersionRecord, VersionState
 from deltamux.store.removal import Removal, Removed
-from deltamux.store.routes import Route
+from deltamux.store.routes import Route, check_canary
 from deltamux.store.row_checks import RowChecks
 from deltamux.store.tenants import Tenants
 
@@ -251,11 +251,12 @@ class AdapterStore:
         """Makes a version the one that the name means; or gives it a share of the traffic, 1 to 99 percent.
 
         Raises:
-            NotFoundError: no such adapter or version.
+            NotFoundError, FailedPreconditionError: no such adapter or version; one that serves, as its own canary.
         """
-        with self._changing(key):
+        with self._changing(key) as adapter:
             self._ready(VersionKey(*key, number))
             if canary_percent:
+                check_canary(adapter, number)
                 self._set_canary(key, number, canary_percent)
             else:
                 self._promote(key, number)

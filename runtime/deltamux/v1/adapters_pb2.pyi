@@ -606,7 +606,9 @@ class PromoteAdapterRequest(_message.Message):
     """`tenants/{tenant}/adapters/{adapter}`"""
     version: _builtins.int
     canary_percent: _builtins.int
-    """1 to 99: the version gets this share of the traffic as a canary. 0 or 100: all of it."""
+    """1 to 99: the version gets this share of the traffic as a canary; FAILED_PRECONDITION with reason ALREADY_SERVING for
+    the one that serves. 0 or 100: all of it.
+    """
     def __init__(
         self,
         *,

@@ -101,11 +101,12 @@ class VLLMEngine:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        from deltamux.engine.vllm import detokenizing, outputs
         from deltamux.engine.vllm.grammars import Grammars
-        from deltamux.engine.vllm.outputs import Pace
         from deltamux.engine.vllm.prompts import Prompts
         from deltamux.engine.vllm.warmup import check_head_size, warm_up
 
+        detokenizing.install()
         config = await asyncio.to_thread(_engine_config, AsyncEngineArgs(**_engine_arguments(self._options)))
         assert config.lora_config is not None
         if config.device_config.device_type == "cpu":
@@ -124,7 +125,7 @@ class VLLMEngine:
         self._link = await LoaderLink.open(self.call_workers, os.sched_getaffinity(0))
         self._host = HostTier(self._link, self._options.max_host_adapters)
         self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
-        self._pace = Pace.of(llm)
+        self._pace = outputs.Pace.of(llm)
         self.max_model_len = llm.model_config.max_model_len
         tokenizer = llm.get_tokenizer()
         self._prompts = await asyncio.to_thread(Prompts, tokenizer, self.max_model_len)
