@@ -12,7 +12,7 @@ from hypothesis import settings
 ENGINES = ("tests/acceptance/", "tests/benchmarks/", "tests/engine/")
 """Folders whose tests run real engines: one after the other, since each takes all cores."""
 
-PARTS = ("dominance", "doors", "graphs", "loading", "opaque", "outputs", "residency_policy", "turns")
+PARTS = ("merge_policy", "fast_path", "graphs", "loading", "custom_ops", "outputs", "eviction", "time_slicing")
 """Files of tests/engine/ that look at parts of an engine and start none."""
 
 

@@ -42,7 +42,7 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.v1": set(),
     # The server's process never runs a plugin, and so knows neither the registry nor the child that does.
     "deltamux.server": MODEL | WIRE | {"deltamux.engine", "deltamux.store"},
-    "deltamux.server.compiler_child": METHODS | {"deltamux.server", "deltamux.store"},
+    "deltamux.server.compiling.child": METHODS | {"deltamux.server", "deltamux.store"},
     "deltamux.client": WIRE,
     "deltamux.cli": WIRE | {"deltamux.client"},
     "deltamux_plugins": METHODS,

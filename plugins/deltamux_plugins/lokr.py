@@ -1,6 +1,7 @@
 """LoKr: a change that is a Kronecker product of two small matrices, the larger of them low-rank.
 
-Yeh et al. 2023 (LyCORIS), https://arxiv.org/abs/2309.14859; Edalati et al. 2022 (KronA), https://arxiv.org/abs/2212.10650.
+Yeh et al. 2023 (LyCORIS), https://arxiv.org/abs/2309.14859; Edalati et al. 2022 (KronA),
+https://arxiv.org/abs/2212.10650.
 
     W' = W + s kron(W1, W2),   W1 [l, m], W2 [k, n],  l k = out, m n = in,   s = alpha / r
     W2 = W2a W2b of rank r where that is smaller; W1 likewise with `decompose_both`

@@ -35,8 +35,8 @@ from benchmarks.worlds import SIZES, write_base
 from deltamux.bench import EngineSubject, Subject, Workload, drive
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import EngineOptions
-from deltamux.engine.vllm.cpu_worker import CPUDeltaWorker
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from deltamux.engine.vllm.worker.cpu import CPUDeltaWorker
 
 SEQUENCES = 32
 PROMPT_TOKENS = 8
@@ -56,7 +56,7 @@ class Burst(NamedTuple):
     tokens: int
 
 
-class Turns:
+class AdapterTimeSlicer:
     """One side's view of the turn: a byte in its pipe.
 
     Args:
@@ -92,7 +92,7 @@ class Turns:
 class TurnsMixin:
     """A worker that waits for its turn."""
 
-    _turns: Turns | None = None
+    _turns: AdapterTimeSlicer | None = None
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         if self._turns is not None and scheduler_output.total_num_scheduled_tokens:
@@ -100,7 +100,7 @@ class TurnsMixin:
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]  # vLLM's worker
 
     def take_turns(self, mine: str, following: str, steps: int) -> None:
-        self._turns = Turns(Path(mine), Path(following), steps)
+        self._turns = AdapterTimeSlicer(Path(mine), Path(following), steps)
 
     def end_turns(self) -> list[list[float]]:
         assert self._turns is not None

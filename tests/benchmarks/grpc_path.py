@@ -25,16 +25,16 @@ from typing import Any
 import psutil
 from acceptance.process import ServerProcess
 
-from benchmarks.grpc_load import Figures, Round
+from benchmarks.grpc_load import Figures, OpGroup
 from benchmarks.worlds import SIZES, write_base
 from deltamux.engine.base import EngineOptions, SamplingOptions
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
 PROMPT_TOKENS = 8
 NEW_TOKENS = 64
 SETTLE_SECONDS = 1.3
 LIMITS: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 512, "kv_cache_gib": 1, "max_num_seqs": 32}
-Way = Callable[[Round], Awaitable[Figures]]
+Way = Callable[[OpGroup], Awaitable[Figures]]
 
 
 class LoadProcess:
@@ -48,20 +48,20 @@ class LoadProcess:
             text=True,
         )
 
-    async def run(self, wanted: Round) -> Figures:
+    async def run(self, wanted: OpGroup) -> Figures:
         return await asyncio.to_thread(self._ask, wanted)
 
     def close(self) -> None:
         self._process.communicate()
 
-    def _ask(self, wanted: Round) -> Figures:
+    def _ask(self, wanted: OpGroup) -> Figures:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(wanted._asdict()), file=self._process.stdin, flush=True)
         return Figures(*json.loads(self._process.stdout.readline()))
 
 
-async def in_process(answers: Callable[[list[int], str], Any], wanted: Round) -> Figures:
+async def in_process(answers: Callable[[list[int], str], Any], wanted: OpGroup) -> Figures:
     """Runs a round in this process; `answers` yields token ids for a prompt and a request id."""
     started, cpu = time.perf_counter(), time.process_time()
 
@@ -121,7 +121,7 @@ def prompts(streams: int, salt: int) -> list[list[int]]:
     return [[(salt * 101 + i * 37 + k * 13) % 8000 for k in range(PROMPT_TOKENS)] for i in range(streams)]
 
 
-async def rounds(ways: dict[str, Way], streams: int, repeats: int, server: psutil.Process) -> list[dict[str, Any]]:
+async def group_ops(ways: dict[str, Way], streams: int, repeats: int, server: psutil.Process) -> list[dict[str, Any]]:
     """Lets the ways take turns; returns a row for each: medians, and its rate as a ratio to vLLM's."""
     seen: dict[str, list[Figures]] = {name: [] for name in ways}
     served: dict[str, list[float]] = {name: [] for name in ways}
@@ -131,7 +131,7 @@ async def rounds(ways: dict[str, Way], streams: int, repeats: int, server: psuti
             # A worker of vLLM looks for work without a pause for a second after the last.
             await asyncio.sleep(SETTLE_SECONDS)
             before = _cpu(server)
-            figures = await ways[name](Round(name, prompts(streams, repeat * len(ways) + number), NEW_TOKENS))
+            figures = await ways[name](OpGroup(name, prompts(streams, repeat * len(ways) + number), NEW_TOKENS))
             assert figures.tokens == streams * NEW_TOKENS
             if repeat:  # the first round warms up
                 seen[name].append(figures)
@@ -176,7 +176,7 @@ async def measure(size: str, streams: list[int], repeats: int, *, eager: bool) -
         load = LoadProcess(server.address)
         stack.callback(load.close)
         ways = {"AsyncLLM": vllm_alone(engine), "VLLMEngine": our_engine(engine), **over_grpc(load)}
-        rows = [row for count in streams for row in await rounds(ways, count, repeats, process)]
+        rows = [row for count in streams for row in await group_ops(ways, count, repeats, process)]
         return {"size": size, "eager": eager, "cores": os.cpu_count(), "rows": rows}
 
 

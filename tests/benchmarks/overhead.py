@@ -31,7 +31,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from benchmarks.steps import WARM_STEPS, Engine, Row, row
 from benchmarks.worlds import SIZES, write_base
-from deltamux.engine.vllm.cpu_worker import CPUDeltaWorker
+from deltamux.engine.vllm.worker.cpu import CPUDeltaWorker
 
 COMPILED = "aot_compiled_fn"
 """Where vLLM keeps a compiled model: in the model."""

@@ -359,8 +359,8 @@ def disk_rate(path: Path) -> float:
     return statistics.median(rates)
 
 
-Part = Callable[[Bench], Awaitable[list[Row]]]
-PARTS: dict[str, Part] = {
+PackedSlice = Callable[[Bench], Awaitable[list[Row]]]
+PARTS: dict[str, PackedSlice] = {
     "loras": loras,
     "methods": methods,
     "long": long,

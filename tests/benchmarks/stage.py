@@ -17,7 +17,7 @@ from benchmarks.worlds import World
 from deltamux.bench import ClientSubject, EngineSubject, Subject, Workload, drive
 from deltamux.client import AsyncClient
 from deltamux.engine.base import Engine, EngineOptions, ProgramRef
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
 SLOTS = 32
 MAX_ALIVE = 2

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from benchmarks.worlds import SIZES, World, write_base
 from deltamux.bench.traffic import Workload
 from deltamux.engine.base import EngineOptions, ProgramRef
-from deltamux.engine.vllm.cpu_worker import CPUDeltaWorker
+from deltamux.engine.vllm.worker.cpu import CPUDeltaWorker
 
 SEQUENCES = 32
 PROMPT_TOKENS = 8
@@ -100,7 +100,7 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from deltamux.engine.vllm.engine import _engine_arguments, _engine_config, _set_environment
+        from deltamux.engine.vllm.frontend.engine import _engine_arguments, _engine_config, _set_environment
 
         _set_environment()
         arguments = EngineOptions(

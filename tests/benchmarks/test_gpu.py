@@ -46,7 +46,7 @@ def test_without_a_gpu_a_command_refuses_and_says_what_is_missing(command: str) 
 
 def test_a_rehearsal_runs_the_whole_command_on_any_device(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--skip-tests", "--output", str(output)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--check_batched", "--skip-tests", "--output", str(output)]
     done = subprocess.run(
         [*command, "--engines", "deltas-eager"], cwd=TESTS, capture_output=True, text=True, timeout=600
     )

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from benchmarks import beside
-from benchmarks.beside import SEQUENCES, Burst, Turns, labels, pairs
+from benchmarks.beside import SEQUENCES, AdapterTimeSlicer, Burst, labels, pairs
 from benchmarks.overhead import overrides
 
 
@@ -28,9 +28,9 @@ def test_sides_run_bursts_by_turns_and_the_last_goes_on_alone(
     monkeypatch.setattr(beside, "PATIENCE_SECONDS", 0.5)
     order: list[str] = []
     one, other = pipes
-    first, second = Turns(one, other, 3), Turns(other, one, 3)
+    first, second = AdapterTimeSlicer(one, other, 3), AdapterTimeSlicer(other, one, 3)
 
-    def run(name: str, turns: Turns, steps: int) -> None:
+    def run(name: str, turns: AdapterTimeSlicer, steps: int) -> None:
         for _ in range(steps):
             turns.begin(SEQUENCES)
             order.append(name)

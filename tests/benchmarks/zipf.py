@@ -29,8 +29,8 @@ from benchmarks.parts import FEW, MANY, ZIPF_EXPONENT
 from benchmarks.worlds import SIZES, World, write_base
 from deltamux.bench import EngineSubject, Workload, drive
 from deltamux.engine.base import EngineOptions, ProgramRef
-from deltamux.engine.vllm.cpu_worker import CPUDeltaWorker
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from deltamux.engine.vllm.worker.cpu import CPUDeltaWorker
 
 SEQUENCES = 32
 FILES = 30

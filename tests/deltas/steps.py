@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deltamux.deltas.ops import Run, StepIndex
+from deltamux.deltas.ops import RowRange, StepIndex
 
 
 def step_of(requests: Sequence[tuple[int, int]], num_slots: int) -> StepIndex:
@@ -12,6 +12,6 @@ def step_of(requests: Sequence[tuple[int, int]], num_slots: int) -> StepIndex:
     runs, row = [], 0
     for slot, rows in requests:
         if slot >= 0:
-            runs.append(Run(slot, row, row + rows))
+            runs.append(RowRange(slot, row, row + rows))
         row += rows
     return StepIndex(runs, row, num_slots)

@@ -34,9 +34,10 @@ from deltamux.deltas import (
     Site,
     SoftPrompt,
 )
-from deltamux.deltas.ops import Run, StepIndex, VirtualRows, low_rank
+from deltamux.deltas.ops import RowRange, StepIndex, VirtualRows, low_rank
 from deltamux.deltas.ops import bottleneck as bottlenecks
 from deltamux.deltas.ops.sign_dense import pack_signs
+from deltamux.deltas.ops.step import VirtualToken
 from deltamux.deltas.sites import EmbeddingSite, NormForm
 from deltas.steps import step_of
 
@@ -134,7 +135,7 @@ def test_a_mixed_step_equals_each_adapter_alone(
     ops = {slot: maker(seed + slot)[1] for slot in present}
     batch = type(maker(0)[1]).batch(site, SLOTS, torch.float32, "cpu")
     for slot, op in ops.items():
-        batch.place(slot, op)
+        batch.set(slot, op)
     index = index_of(step)
     x, before = draw(seed, index.num_rows, FEATURES), draw(seed + 1, index.num_rows, FEATURES)
     after = before.clone()
@@ -155,8 +156,8 @@ def test_one_adapters_rows_never_reach_anothers(maker: Any, rows: int) -> None:
     ops = {slot: maker(slot)[1] for slot in range(4)}
     clean, spoilt = (type(ops[0]).batch(site, SLOTS, torch.float32, "cpu") for _ in range(2))
     for slot, op in ops.items():
-        clean.place(slot, op)
-        spoilt.place(slot, op)
+        clean.set(slot, op)
+        spoilt.set(slot, op)
     step = [(0, rows), (1, rows), (2, rows), (-1, rows), (3, rows)]
     index = index_of(step)
     x, y = draw(1, index.num_rows, FEATURES), draw(2, index.num_rows, FEATURES)
@@ -177,8 +178,8 @@ def test_a_slot_that_is_not_finite_spoils_no_row_but_its_own(maker: Any, value: 
     ops = {slot: maker(slot)[1] for slot in range(4)}
     clean, spoilt = (type(ops[0]).batch(site, SLOTS, torch.float32, "cpu") for _ in range(2))
     for slot, op in ops.items():
-        clean.place(slot, op)
-        spoilt.place(slot, poisoned(op, value) if slot == 2 else op)
+        clean.set(slot, op)
+        spoilt.set(slot, poisoned(op, value) if slot == 2 else op)
     index = index_of([(0, 3), (1, 3), *([(2, 3)] if in_step else []), (-1, 3), (3, 3)])
     x, y = draw(1, index.num_rows, FEATURES), draw(2, index.num_rows, FEATURES)
     expected, actual = y.clone(), y.clone()
@@ -194,7 +195,7 @@ def test_a_scaled_input_is_each_adapters_own(step: list[tuple[int, int]], presen
     ops = {slot: ScaleInput(draw(seed + slot, FEATURES)) for slot in present}
     batch = ScaleInput.batch(LINEAR, SLOTS, torch.float32, "cpu")
     for slot, op in ops.items():
-        batch.place(slot, op)
+        batch.set(slot, op)
     index = index_of(step)
     before = draw(seed, index.num_rows, FEATURES)
     after = before.clone()
@@ -214,7 +215,7 @@ def test_a_changed_embedding_is_each_adapters_own(step: list[tuple[int, int]], p
     ops = {slot: DenseEmbedding(draw(seed + slot, 16, FEATURES)) for slot in present}
     batch = DenseEmbedding.batch(site, SLOTS, torch.float32, "cpu")
     for slot, op in ops.items():
-        batch.place(slot, op)
+        batch.set(slot, op)
     index = index_of(step)
     ids, before = torch.arange(index.num_rows) % 16, draw(seed, index.num_rows, FEATURES)
     after = before.clone()
@@ -230,9 +231,9 @@ def test_a_changed_embedding_is_each_adapters_own(step: list[tuple[int, int]], p
 def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
     site, op = factors(3)
     batch = LowRank.batch(site, SLOTS, torch.float32, "cpu")
-    batch.place(1, op)
-    batch.clear(1)
-    batch.clear(1)
+    batch.set(1, op)
+    batch.reset(1)
+    batch.reset(1)
     y = draw(1, 4, FEATURES)
     before = y.clone()
     batch.apply(draw(2, 4, FEATURES), y, index_of([(1, 4)]))
@@ -242,8 +243,10 @@ def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
 
 def two_prefixed_requests() -> StepIndex:
     """Requests of slots 0 and 2, among the base's rows: the second continues its prefix at its third virtual token."""
-    virtual = VirtualRows(torch.tensor([0, 1, 5, 6]), torch.tensor([0, 0, 2, 2]), torch.tensor([0, 1, 2, 3]), 0b101)
-    return StepIndex([Run(0, 0, 3), Run(2, 5, 8)], 8, SLOTS, virtual=virtual)
+    virtual = VirtualRows.of(
+        [VirtualToken(0, 0, 0), VirtualToken(1, 0, 1), VirtualToken(5, 2, 2), VirtualToken(6, 2, 3)]
+    )
+    return StepIndex([RowRange(0, 0, 3), RowRange(2, 5, 8)], 8, SLOTS, virtual=virtual)
 
 
 def test_virtual_rows_and_no_others_get_their_adapters_keys_and_values() -> None:
@@ -251,8 +254,8 @@ def test_virtual_rows_and_no_others_get_their_adapters_keys_and_values() -> None
     prefixes = {slot: KVPrefix(draw(slot, 4, 2, 3), draw(slot + 9, 4, 2, 3)) for slot in (0, 2)}
     batch = KVPrefix.batch(site, SLOTS, torch.float32, "cpu")
     for slot, prefix in prefixes.items():
-        batch.place(slot, prefix)
-    batch.place(1, poisoned(prefixes[0], float("nan")))
+        batch.set(slot, prefix)
+    batch.set(1, poisoned(prefixes[0], float("nan")))
     index = two_prefixed_requests()
     key, value = draw(20, 8, 6), draw(21, 8, 6)
     new_key, new_value = key.clone(), value.clone()
@@ -270,8 +273,8 @@ def test_virtual_rows_and_no_others_get_their_adapters_embeddings() -> None:
     prompts = {slot: SoftPrompt(draw(slot, 4, FEATURES)) for slot in (0, 2)}
     batch = SoftPrompt.batch(site, SLOTS, torch.float32, "cpu")
     for slot, prompt in prompts.items():
-        batch.place(slot, prompt)
-    batch.place(1, poisoned(prompts[0], float("nan")))
+        batch.set(slot, prompt)
+    batch.set(1, poisoned(prompts[0], float("nan")))
     before = draw(20, 8, FEATURES)
     after = before.clone()
     batch.apply(torch.zeros(8), after, two_prefixed_requests())

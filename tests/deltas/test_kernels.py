@@ -28,11 +28,12 @@ from deltamux.deltas import (
     Scale,
     ScaleInput,
 )
-from deltamux.deltas.batches import module_batch
-from deltamux.deltas.kernels import library
-from deltamux.deltas.kernels.tables import Columns, Factors, pack
+from deltamux.deltas.backends.choice import module_batch
+from deltamux.deltas.backends.cpu import library
+from deltamux.deltas.backends.cpu.ops import CPU_OPS, CPUModuleBatch, prepack, prepacked
+from deltamux.deltas.backends.cpu.slot_params import PrepackedFactors, pack
+from deltamux.deltas.backends.module_batch import ColumnRange, ModuleBatch, PackedSlice, PerSliceBatch
 from deltamux.deltas.ops import StepIndex
-from deltamux.deltas.ops.batched import KernelBatch, ModuleBatch, Part, PerPart
 from deltamux.deltas.sites import NormForm
 from deltas.steps import step_of
 
@@ -52,16 +53,16 @@ def linear(size: int) -> LinearSite:
     return LinearSite(f"layer.{size}", WIDTH, size, True, False, 0, BlockRole.ATTENTION)
 
 
-def fused() -> list[Part]:
+def fused() -> list[PackedSlice]:
     firsts = [sum(SIZES[:i]) for i in range(len(SIZES))]
-    return [Part(linear(size), Columns(first, size)) for first, size in zip(firsts, SIZES, strict=True)]
+    return [PackedSlice(linear(size), ColumnRange(first, size)) for first, size in zip(firsts, SIZES, strict=True)]
 
 
 BLOCK = BlockSite("layers.0.attention", WIDTH, BlockRole.ATTENTION, "q", "o", 0, "norm")
 
 
-def norm(form: NormForm) -> list[Part]:
-    return [Part(NormSite("layer.norm", WIDTH, form, 1e-5, True, 0), Columns(0, WIDTH))]
+def norm(form: NormForm) -> list[PackedSlice]:
+    return [PackedSlice(NormSite("layer.norm", WIDTH, form, 1e-5, True, 0), ColumnRange(0, WIDTH))]
 
 
 def low_rank(seed: int, size: int) -> Op:
@@ -89,12 +90,12 @@ def norm_affine(seed: int, size: int) -> Op:
     )
 
 
-CASES: dict[str, tuple[list[Part], Any]] = {
+CASES: dict[str, tuple[list[PackedSlice], Any]] = {
     "low_rank, fused": (fused(), low_rank),
     "low_rank": (fused()[:1], low_rank),
     "bias, fused": (fused(), lambda seed, size: Bias(draw(seed, size))),
     "scale, fused": (fused(), lambda seed, size: Scale(draw(seed, size))),
-    "bottleneck": ([Part(BLOCK, Columns(0, WIDTH))], bottleneck),
+    "bottleneck": ([PackedSlice(BLOCK, ColumnRange(0, WIDTH))], bottleneck),
     "norm_affine, layer": (norm(NormForm.LAYER), norm_affine),
     "norm_affine, rms": (norm(NormForm.RMS), norm_affine),
 }
@@ -107,14 +108,14 @@ def index_of(step: list[tuple[int, int]]) -> StepIndex:
     return step_of(step, SLOTS)
 
 
-def twins(parts: list[Part], op: Op, dtype: torch.dtype) -> tuple[ModuleBatch, ModuleBatch]:
+def twins(parts: list[PackedSlice], op: Op, dtype: torch.dtype) -> tuple[ModuleBatch, ModuleBatch]:
     """The kernel's batch, and the one in torch."""
     kernel = module_batch(type(op), parts, SLOTS, dtype, "cpu")
-    assert isinstance(kernel, KernelBatch), "these tests need a C++ compiler, as the engine itself does"
-    return kernel, PerPart(parts, lambda site: type(op).batch(site, SLOTS, dtype, "cpu"))
+    assert isinstance(kernel, CPUModuleBatch), "these tests need a C++ compiler, as the engine itself does"
+    return kernel, PerSliceBatch(parts, lambda site: type(op).batch(site, SLOTS, dtype, "cpu"))
 
 
-def columns_of(part: Part) -> int:
+def columns_of(part: PackedSlice) -> int:
     return part.columns.size
 
 
@@ -127,14 +128,14 @@ def filled(op: Op, value: float) -> Op:
 @settings(max_examples=40, deadline=None)
 @given(step=steps, present=st.sets(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 2))), seed=st.integers(0, 999))
 def test_a_kernel_equals_its_twin_in_torch(
-    parts: list[Part], make: Any, dtype: torch.dtype, step: list[tuple[int, int]], present: set[Any], seed: int
+    parts: list[PackedSlice], make: Any, dtype: torch.dtype, step: list[tuple[int, int]], present: set[Any], seed: int
 ) -> None:
     kernel, twin = twins(parts, make(0, columns_of(parts[0])), dtype)
     for slot in range(SLOTS):
         own = (part for part in range(len(parts)) if (slot, part) in present)
         if ops := {part: make(seed + 7 * slot + part, columns_of(parts[part])).to(dtype) for part in own}:
-            kernel.place(slot, ops)
-            twin.place(slot, ops)
+            kernel.set(slot, ops)
+            twin.set(slot, ops)
     index = index_of(step)
     x = draw(seed, index.num_rows, WIDTH).to(dtype)
     before = draw(seed + 1, index.num_rows, sum(map(columns_of, parts))).to(dtype)
@@ -153,7 +154,7 @@ def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(step: list[tuple
     kernel, _ = twins(fused(), low_rank(0, SIZES[0]), torch.bfloat16)
     for slot in range(SLOTS):
         ops = (low_rank(seed + 7 * slot + part, columns) for part, columns in enumerate(SIZES))
-        kernel.place(slot, dict(enumerate(op.to(torch.bfloat16) for op in ops)))
+        kernel.set(slot, dict(enumerate(op.to(torch.bfloat16) for op in ops)))
     index = index_of(step)
     x, y = (draw(seed + n, index.num_rows, size).bfloat16() for n, size in enumerate((WIDTH, sum(SIZES))))
     mixed = y.clone()
@@ -168,12 +169,12 @@ def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(step: list[tuple
 WIDE = 2048
 """Columns enough for a kernel to give work to several threads."""
 
-WIDE_PARTS = [Part(linear(WIDE), Columns(0, WIDE)), Part(linear(96), Columns(WIDE, 96))]
-WIDE_OPS: dict[str, tuple[list[Part], Any]] = {
+WIDE_PARTS = [PackedSlice(linear(WIDE), ColumnRange(0, WIDE)), PackedSlice(linear(96), ColumnRange(WIDE, 96))]
+WIDE_OPS: dict[str, tuple[list[PackedSlice], Any]] = {
     "low_rank": (WIDE_PARTS, lambda seed, size: LowRank(draw(seed, 160, WIDTH), draw(seed + 1, size, 160))),
     "bias": (WIDE_PARTS, lambda seed, size: Bias(draw(seed, size))),
     "norm_affine": (
-        [Part(NormSite("norm", WIDE, NormForm.RMS, 1e-5, True, 0), Columns(0, WIDE))],
+        [PackedSlice(NormSite("norm", WIDE, NormForm.RMS, 1e-5, True, 0), ColumnRange(0, WIDE))],
         lambda seed, size: NormAffine(draw(seed, size), draw(seed + 1, size)),
     ),
 }
@@ -183,14 +184,14 @@ WIDE_OPS: dict[str, tuple[list[Part], Any]] = {
 @pytest.mark.parametrize("rows", [2, 40, 3000], ids=["columns", "tiles", "groups of tiles"])
 @pytest.mark.parametrize(("parts", "make"), WIDE_OPS.values(), ids=WIDE_OPS.keys())
 def test_however_threads_share_a_step_each_row_gets_what_it_gets_alone(
-    parts: list[Part], make: Any, rows: int, dtype: torch.dtype
+    parts: list[PackedSlice], make: Any, rows: int, dtype: torch.dtype
 ) -> None:
     kernel, twin = twins(parts, make(0, columns_of(parts[0])), dtype)
     for slot in range(2):
         ops = (make(7 * slot + number, columns_of(part)) for number, part in enumerate(parts))
         placed = dict(enumerate(op.to(dtype) for op in ops))
         for batch in (kernel, twin):
-            batch.place(slot, placed)
+            batch.set(slot, placed)
     index = index_of([(0, rows // 2), (1, rows - rows // 2)])
     width = WIDE if isinstance(parts[0].site, NormSite) else WIDTH
     x, before = draw(1, rows, width).to(dtype), draw(2, rows, sum(map(columns_of, parts))).to(dtype)
@@ -207,13 +208,13 @@ def test_however_threads_share_a_step_each_row_gets_what_it_gets_alone(
 
 @pytest.mark.parametrize(("parts", "make"), CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_slot_that_is_not_finite_spoils_no_row_but_its_own(parts: list[Part], make: Any, value: float) -> None:
+def test_a_slot_that_is_not_finite_spoils_no_row_but_its_own(parts: list[PackedSlice], make: Any, value: float) -> None:
     clean, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
     spoilt, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
     for slot in range(4):
         ops = [make(slot + part, columns.size).to(torch.bfloat16) for part, (_, columns) in enumerate(parts)]
-        clean.place(slot, dict(enumerate(ops)))
-        spoilt.place(slot, dict(enumerate(filled(op, value) for op in ops) if slot == 2 else enumerate(ops)))
+        clean.set(slot, dict(enumerate(ops)))
+        spoilt.set(slot, dict(enumerate(filled(op, value) for op in ops) if slot == 2 else enumerate(ops)))
     index = index_of([(0, 3), (1, 3), (2, 3), (-1, 3), (3, 3)])
     x, y = (draw(n, 15, size).bfloat16() for n, size in enumerate((WIDTH, sum(map(columns_of, parts)))))
     expected, actual = y.clone(), y.clone()
@@ -226,9 +227,9 @@ def test_a_slot_that_is_not_finite_spoils_no_row_but_its_own(parts: list[Part], 
 
 def test_a_scaled_input_changes_only_the_rows_of_its_own_adapter() -> None:
     site = linear(21)
-    batch = module_batch(ScaleInput, [Part(site, Columns(0, 21))], SLOTS, torch.float32, "cpu")
+    batch = module_batch(ScaleInput, [PackedSlice(site, ColumnRange(0, 21))], SLOTS, torch.float32, "cpu")
     op = ScaleInput(draw(1, WIDTH))
-    batch.place(3, {0: op})
+    batch.set(3, {0: op})
     index = index_of([(0, 2), (3, 2), (-1, 2)])
     before = draw(2, 6, WIDTH)
     after = before.clone()
@@ -239,9 +240,9 @@ def test_a_scaled_input_changes_only_the_rows_of_its_own_adapter() -> None:
 
 def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
     kernel, _ = twins(fused(), low_rank(0, SIZES[0]), torch.float32)
-    kernel.place(1, {0: low_rank(3, SIZES[0])})
-    kernel.clear(1)
-    kernel.clear(1)
+    kernel.set(1, {0: low_rank(3, SIZES[0])})
+    kernel.reset(1)
+    kernel.reset(1)
     y = draw(1, 4, sum(SIZES))
     before = y.clone()
     kernel.apply(draw(2, 4, WIDTH), y, index_of([(1, 4)]))
@@ -253,9 +254,9 @@ def test_an_op_derived_from_another_never_runs_the_others_kernel() -> None:
     class Doubled(LowRank):
         name = "doubled"
 
-    assert not Doubled.has_kernel
-    assert not GatedLowRank.has_kernel
-    assert isinstance(module_batch(Doubled, fused(), SLOTS, torch.float32, "cpu"), PerPart)
+    assert Doubled not in CPU_OPS
+    assert GatedLowRank not in CPU_OPS
+    assert isinstance(module_batch(Doubled, fused(), SLOTS, torch.float32, "cpu"), PerSliceBatch)
 
 
 def test_packing_puts_pairs_of_ranks_behind_each_other_and_zeros_where_nothing_is() -> None:
@@ -301,7 +302,7 @@ def test_without_kernels_the_ops_run_in_torch_and_it_is_said_once(
     environment: dict[str, str], words: str, tmp_path: Path
 ) -> None:
     code = (
-        "import logging, torch; logging.basicConfig(); from deltamux.deltas.kernels.tables import available;"
+        "import logging, torch; logging.basicConfig(); from deltamux.deltas.backends.cpu.slot_params import available;"
         "print([available(torch.float32, 'cpu') for _ in range(2)])"
     )
     ran = subprocess.run(
@@ -316,12 +317,13 @@ def test_without_kernels_the_ops_run_in_torch_and_it_is_said_once(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ops_laid_out_together_have_the_entries_that_each_makes_for_itself(dtype: torch.dtype) -> None:
+def test_ops_prepacked_together_are_what_each_is_alone(dtype: torch.dtype) -> None:
     shapes = [(4, 48, 1.5), (4, 48, 1.5), (3, 48, 1.5), (4, 21, 1.5), (4, 48, 0.3)]
     ops = [LowRank(draw(i, r, WIDTH), draw(i + 9, out, r), scale).to(dtype) for i, (r, out, scale) in enumerate(shapes)]
-    LowRank.lay_out(ops)
+    prepack(ops)
     for op in ops:
-        alone, together = LowRank(op.a, op.b, op.scale).entry, vars(op)["entry"]
-        assert isinstance(alone, Factors)
+        alone, together = prepacked(LowRank(op.a, op.b, op.scale)), prepacked(op)
+        assert isinstance(alone, PrepackedFactors)
+        assert isinstance(together, PrepackedFactors)
         assert torch.equal(alone.up, together.up)
         assert torch.equal(alone.down, together.down)

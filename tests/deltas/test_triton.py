@@ -64,11 +64,11 @@ def test_importing_the_deltas_and_making_a_batch_loads_no_triton() -> None:
     program = (
         "import sys, torch; before = set(sys.modules)\n"
         "from deltamux.deltas import BlockRole, LinearSite, LowRank\n"
-        "from deltamux.deltas.batches import module_batch\n"
-        "from deltamux.deltas.ops.batched import Part\n"
+        "from deltamux.deltas.backends.choice import module_batch\n"
+        "from deltamux.deltas.backends.module_batch import PackedSlice\n"
         "site = LinearSite('l', 8, 8, True, False, 0, BlockRole.ATTENTION)\n"
-        "batch = module_batch(LowRank, [Part(site, (0, 8))], 2, torch.float16, 'cpu')\n"
-        "batch.place(0, {0: LowRank(*torch.ones(2, 8, 8))})\n"
+        "batch = module_batch(LowRank, [PackedSlice(site, (0, 8))], 2, torch.float16, 'cpu')\n"
+        "batch.set(0, {0: LowRank(*torch.ones(2, 8, 8))})\n"
         "print(*(set(sys.modules) - before))"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -76,5 +76,5 @@ def test_importing_the_deltas_and_making_a_batch_loads_no_triton() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True, timeout=120
     )
     loaded = set(done.stdout.split())
-    assert "deltamux.deltas.kernels.triton" in loaded
-    assert not {name for name in loaded if name.startswith(("triton", "deltamux.deltas.kernels.triton."))}
+    assert "deltamux.deltas.backends.choice" in loaded
+    assert not {name for name in loaded if name.startswith(("triton", "deltamux.deltas.backends.triton"))}

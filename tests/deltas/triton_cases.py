@@ -17,24 +17,24 @@ from deltamux.deltas import (
     BlockRole,
     Bottleneck,
     Dense,
-    KVPrefix,
     LinearSite,
     LowRank,
     Op,
     Scale,
     SoftPrompt,
 )
-from deltamux.deltas.batches import batch_class
-from deltamux.deltas.kernels.triton.batches import KERNEL_BATCHES
-from deltamux.deltas.kernels.triton.bottleneck import BottleneckDeltas
-from deltamux.deltas.kernels.triton.linear import LinearDeltas
-from deltamux.deltas.kernels.triton.table import Owner, StepTable, VirtualToken
-from deltamux.deltas.kernels.triton.virtual import VirtualRowDeltas
+from deltamux.deltas.backends.triton.bottleneck import BottleneckDeltas
+from deltamux.deltas.backends.triton.linear import LinearDeltas
+from deltamux.deltas.backends.triton.step_records import StepRecords
+from deltamux.deltas.backends.triton.virtual import SoftPromptDeltas
 from deltamux.deltas.ops.bottleneck import ACTIVATIONS
-from deltamux.deltas.sites import BlockSite
+from deltamux.deltas.ops.step import RowRange, VirtualToken
+from deltamux.deltas.sites import BlockSite, EmbeddingSite
 from deltas.test_batched import BLOCK, FEATURES, MAKERS, SLOTS, draw, index_of, poisoned, steps
+from deltas.triton_batches import BUFFERS, buffer_batch
 
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+EMBEDDING = EmbeddingSite("embed", 16, FEATURES)
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: (1e-4, 1e-4), torch.bfloat16: (0.1, 2e-2)}
 """Absolute and relative; for bfloat16, against float32: what rounding inner products and the result makes of it."""
@@ -52,13 +52,13 @@ SIZES = (96, 40, 72)
 """Columns of the parts of a fused module: no multiples of what a program finishes at once."""
 
 
-def owners(step: list[tuple[int, int]]) -> tuple[list[Owner], int]:
+def owners(step: list[tuple[int, int]]) -> tuple[list[RowRange], int]:
     index = index_of(step)
-    return [Owner(*run) for run in index.runs], index.num_rows
+    return [RowRange(*run) for run in index.row_ranges], index.num_rows
 
 
-def filled(step: list[tuple[int, int]], **options: Any) -> StepTable:
-    made = StepTable(400, SLOTS, DEVICE, **options)
+def filled(step: list[tuple[int, int]], **options: Any) -> StepRecords:
+    made = StepRecords(400, SLOTS, DEVICE, **options)
     made.fill(*owners(step))
     return made
 
@@ -115,8 +115,8 @@ def test_a_fused_module_gives_each_row_its_own_adapters_ops_at_every_part(
     }
     for slot, program in programs.items():
         for part, ops in enumerate(program):
-            assert all(deltas.place(slot, part, op) for op in ops)
-    records = filled(step, tall_from=1 if tall else 1000)
+            assert all(deltas.set(slot, part, op) for op in ops)
+    records = filled(step, prefill_from=1 if tall else 1000)
     rows = sum(count for _, count in step) + padding
     x, before = (draw(seed + i, rows, n).to(DEVICE, dtype) for i, n in ((0, in_features), (1, sum(SIZES))))
     after = before.clone()
@@ -145,11 +145,11 @@ def test_low_ranks_of_any_rank_and_width_are_multiplied(dtype: torch.dtype, rank
     }
     moved_ops = {slot: [moved(op, dtype) for op in own] for slot, own in ops.items()}
     for slot, own in moved_ops.items():
-        assert all(deltas.place(slot, 0, op) for op in own)
+        assert all(deltas.set(slot, 0, op) for op in own)
     for tall in (False, True):
         x, before = draw(6, 9, 48).to(DEVICE, dtype), draw(7, 9, features).to(DEVICE, dtype)
         after = before.clone()
-        deltas.apply(x, after, filled([(0, 3), (1, 2), (2, 4)], tall_from=1 if tall else 1000))
+        deltas.apply(x, after, filled([(0, 3), (1, 2), (2, 4)], prefill_from=1 if tall else 1000))
         for slot, rows in ((0, slice(0, 3)), (1, slice(3, 5)), (2, slice(5, 9))):
             assert_close(after[rows], alone(moved_ops[slot], x[rows], before[rows], site), dtype)
 
@@ -162,8 +162,8 @@ def test_a_fused_modules_slot_that_is_not_finite_spoils_no_row_but_its_own(value
     for slot in range(4):
         for part, site in enumerate(sites):
             for op in sequence(slot + 7 * part, site):
-                assert clean.place(slot, part, moved(op, torch.float32))
-                assert spoilt.place(slot, part, moved(poisoned(op, value) if slot == 2 else op, torch.float32))
+                assert clean.set(slot, part, moved(op, torch.float32))
+                assert spoilt.set(slot, part, moved(poisoned(op, value) if slot == 2 else op, torch.float32))
     records = filled([(3, 3), (0, 20), *([(2, 3)] if in_step else []), (-1, 3), (1, 3), (0, 2)])
     rows = 34 if in_step else 31
     x, y = draw(1, rows, 64).to(DEVICE), draw(2, rows, sum(SIZES)).to(DEVICE)
@@ -180,10 +180,10 @@ def test_a_slots_next_tenant_finds_nothing_of_the_one_before() -> None:
     sites = parts(64)
     deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)
     for op in (LowRank(draw(1, 20, 64), draw(2, SIZES[0], 20)), Scale(draw(3, SIZES[0])), Bias(draw(4, SIZES[0]))):
-        assert deltas.place(1, 0, moved(poisoned(op, float("nan")), torch.float32))
-    deltas.clear(1)
+        assert deltas.set(1, 0, moved(poisoned(op, float("nan")), torch.float32))
+    deltas.reset(1)
     small = moved(LowRank(draw(5, 3, 64), draw(6, SIZES[0], 3)), torch.float32)
-    assert deltas.place(1, 0, small)
+    assert deltas.set(1, 0, small)
     x, before = draw(7, 5, 64).to(DEVICE), draw(8, 5, sum(SIZES)).to(DEVICE)
     after = before.clone()
     deltas.apply(x, after, filled([(1, 5)]))
@@ -194,27 +194,26 @@ def test_a_slots_next_tenant_finds_nothing_of_the_one_before() -> None:
 def test_a_fused_module_refuses_what_it_has_no_room_or_no_formula_for() -> None:
     site = parts(64)[0]
     deltas = LinearDeltas([site], SLOTS, 4, torch.float32, DEVICE)
-    assert deltas.place(0, 0, moved(LowRank(draw(1, 3, 64), draw(2, SIZES[0], 3)), torch.float32))
-    assert not deltas.place(0, 0, moved(LowRank(draw(1, 2, 64), draw(2, SIZES[0], 2)), torch.float32))
-    assert not deltas.place(1, 0, Dense(draw(1, SIZES[0], 64)))
+    assert deltas.set(0, 0, moved(LowRank(draw(1, 3, 64), draw(2, SIZES[0], 3)), torch.float32))
+    assert not deltas.set(0, 0, moved(LowRank(draw(1, 2, 64), draw(2, SIZES[0], 2)), torch.float32))
+    assert not deltas.set(1, 0, Dense(draw(1, SIZES[0], 64)))
     assert deltas.mask == 0b1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [name for name in MAKERS if type(MAKERS[name](0)[1]).batch in KERNEL_BATCHES])
+@pytest.mark.parametrize("name", [name for name in MAKERS if type(MAKERS[name](0)[1]) in BUFFERS])
 @settings(max_examples=5, deadline=None)
 @given(step=steps, present=st.sets(st.integers(0, SLOTS - 1), min_size=1), seed=st.integers(0, 1000))
-def test_a_batch_of_kernels_gives_what_the_torch_batch_gives(
+def test_a_static_buffer_gives_what_the_torch_batch_gives(
     name: str, dtype: torch.dtype, step: Any, present: set[int], seed: int
 ) -> None:
     site = MAKERS[name](0)[0]
-    kind = type(MAKERS[name](0)[1]).batch
-    assert batch_class(kind, DEVICE) is KERNEL_BATCHES[kind]
-    kernels, oracle = KERNEL_BATCHES[kind](site, SLOTS, dtype, DEVICE), kind(site, SLOTS, torch.float32, "cpu")
+    op = type(MAKERS[name](0)[1])
+    kernels, oracle = buffer_batch(op)(site, SLOTS, dtype, DEVICE), op.batch(site, SLOTS, torch.float32, "cpu")
     for slot in present:
-        op = MAKERS[name](seed + slot)[1].to(dtype, DEVICE)
-        kernels.place(slot, op)
-        oracle.place(slot, op.to(torch.float32, "cpu"))
+        one = MAKERS[name](seed + slot)[1].to(dtype, DEVICE)
+        kernels.set(slot, one)
+        oracle.set(slot, one.to(torch.float32, "cpu"))
     index = index_of(step)
     x, y = (draw(seed + i, index.num_rows, FEATURES).to(DEVICE, dtype) for i in range(2))
     expected = y.float().cpu()
@@ -225,7 +224,7 @@ def test_a_batch_of_kernels_gives_what_the_torch_batch_gives(
 
 def index_on_device(step: list[tuple[int, int]]) -> Any:
     index = index_of(step)
-    return type(index)(index.runs, index.num_rows, SLOTS, device=DEVICE)
+    return type(index)(index.row_ranges, index.num_rows, SLOTS, device=DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -233,7 +232,7 @@ def index_on_device(step: list[tuple[int, int]]) -> Any:
 def test_every_activation_is_torchs(activation: str, dtype: torch.dtype) -> None:
     deltas = BottleneckDeltas(BLOCK, SLOTS, 16, dtype, DEVICE)
     op = Bottleneck(draw(1, 12, FEATURES), draw(2, FEATURES, 12), draw(3, 12), draw(4, FEATURES), activation)
-    assert deltas.place(3, moved(op, dtype))
+    assert deltas.set(3, moved(op, dtype))
     x, before = (draw(seed, 9, FEATURES).to(DEVICE, dtype) for seed in (5, 6))
     after = before.clone()
     deltas.apply(x, after, filled([(3, 9)]))
@@ -256,7 +255,7 @@ def test_sequential_parallel_and_residual_bottlenecks_share_one_launch(
         weights = (draw(seed + slot, width, features) * small, draw(seed + slot + 1, features, width))
         made = Bottleneck(*weights, activation="gelu", scale=0.5, parallel=slot % 2 == 0, residual=slot >= 2)
         ops[slot] = made.to(dtype, DEVICE)
-        assert deltas.place(slot, ops[slot])
+        assert deltas.set(slot, ops[slot])
     rows = sum(count for _, count in step)
     x, stream, before = (draw(seed + i, rows, features).to(DEVICE, dtype) for i in range(3))
     row = 0
@@ -278,30 +277,24 @@ def test_sequential_parallel_and_residual_bottlenecks_share_one_launch(
 def test_a_bottleneck_that_is_too_wide_or_the_second_is_refused() -> None:
     deltas = BottleneckDeltas(BLOCK, SLOTS, 4, torch.float32, DEVICE)
     narrow, wide = (Bottleneck(draw(1, width, FEATURES), draw(2, FEATURES, width)) for width in (4, 5))
-    assert not deltas.place(0, moved(wide, torch.float32))
-    assert deltas.place(0, moved(narrow, torch.float32))
-    assert not deltas.place(0, moved(narrow, torch.float32))
+    assert not deltas.set(0, moved(wide, torch.float32))
+    assert deltas.set(0, moved(narrow, torch.float32))
+    assert not deltas.set(0, moved(narrow, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_longer_prefixes_make_room_and_keep_the_shorter_ones(dtype: torch.dtype) -> None:
-    deltas = VirtualRowDeltas(FEATURES, 2, SLOTS, dtype, DEVICE)
-    values = {slot: [draw(slot + i, n, FEATURES).to(DEVICE, dtype) for i in range(2)] for slot, n in ((0, 2), (2, 5))}
-    for slot, pair in values.items():
-        deltas.place(slot, *pair)
-    records = StepTable(8, SLOTS, DEVICE)
+def test_longer_prompts_make_room_and_keep_the_shorter_ones(dtype: torch.dtype) -> None:
+    deltas = SoftPromptDeltas(EMBEDDING, SLOTS, dtype, DEVICE)
+    values = {slot: draw(slot, n, FEATURES).to(DEVICE, dtype) for slot, n in ((0, 2), (2, 5))}
+    for slot, embedding in values.items():
+        assert deltas.set(slot, SoftPrompt(embedding))
+    records = StepRecords(8, SLOTS, DEVICE)
     tokens = [VirtualToken(0, 0, 0), VirtualToken(1, 0, 1), VirtualToken(5, 2, 3), VirtualToken(6, 2, 4)]
-    records.fill([Owner(0, 0, 3), Owner(2, 5, 8)], 8, tokens)
-    before = [draw(20 + i, 8, FEATURES).to(DEVICE, dtype) for i in range(2)]
-    after = [tensor.clone() for tensor in before]
-    deltas.apply((after[0], after[1]), records)
-    replaced = {token.row: values[token.slot] for token in tokens}
-    for i in range(2):
-        for token in tokens:
-            assert torch.equal(after[i][token.row], replaced[token.row][i][token.position])
-        others = [row for row in range(8) if row not in replaced]
-        assert torch.equal(after[i][others], before[i][others])
-
-
-def test_prefixes_and_prompts_of_batches_take_the_kernels() -> None:
-    assert {KVPrefix.batch, SoftPrompt.batch} <= set(KERNEL_BATCHES)
+    records.fill([RowRange(0, 0, 3), RowRange(2, 5, 8)], 8, tokens)
+    before = draw(20, 8, FEATURES).to(DEVICE, dtype)
+    after = before.clone()
+    deltas.apply(after, after, records)
+    for token in tokens:
+        assert torch.equal(after[token.row], values[token.slot][token.position])
+    others = [row for row in range(8) if row not in {token.row for token in tokens}]
+    assert torch.equal(after[others], before[others])

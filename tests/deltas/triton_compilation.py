@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from deltamux.deltas.kernels.triton import launches, matrix, rows, table
+from deltamux.deltas.backends.triton import launches, matrix, rows, step_records
 
 SHARED_BYTES = 99 * 1024
 """Shared memory that a program may use on the smallest of today's GPUs (compute capability 8.6 and 8.9)."""
@@ -27,7 +27,7 @@ VALUES = {
 }
 INDICES = {"meta", "columns", "records", "changes", "present", "lengths"}
 SCALARS = {"x_stride", "residual_stride", "y_stride", "more_y_stride", "split_stride", "slot_stride"}
-SCALARS |= {"features", "chunk", "parts", "max_rank", "out_features"}
+SCALARS |= {"features", "chunk", "slices", "max_rank", "out_features"}
 
 
 class Target(NamedTuple):
@@ -36,10 +36,10 @@ class Target(NamedTuple):
 
 
 BUILDS = [
-    pytest.param(torch.bfloat16, Target(80, table.SHORT_TILE), id="bfloat16, 8.0, short tiles"),
-    pytest.param(torch.bfloat16, Target(90, table.TALL_TILE), id="bfloat16, 9.0, tall tiles"),
-    pytest.param(torch.float16, Target(89, table.TALL_TILE), id="float16, 8.9, tall tiles"),
-    pytest.param(torch.float32, Target(89, table.TALL_TILE), id="float32, 8.9, tall tiles"),
+    pytest.param(torch.bfloat16, Target(80, step_records.DECODE_TILE), id="bfloat16, 8.0, short tiles"),
+    pytest.param(torch.bfloat16, Target(90, step_records.PREFILL_TILE), id="bfloat16, 9.0, tall tiles"),
+    pytest.param(torch.float16, Target(89, step_records.PREFILL_TILE), id="float16, 8.9, tall tiles"),
+    pytest.param(torch.float32, Target(89, step_records.PREFILL_TILE), id="float32, 8.9, tall tiles"),
 ]
 """Each type and each target once; float32 in tall tiles takes the most shared memory."""
 
@@ -69,7 +69,7 @@ def compiled(
 @pytest.mark.parametrize(("dtype", "target"), BUILDS)
 @pytest.mark.parametrize("bottleneck", [False, True], ids=["fused linear", "bottleneck"])
 def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: Target, bottleneck: bool) -> None:
-    cut = launches.SHORT if target.tile_rows == table.SHORT_TILE else launches.TALL
+    config = launches.DECODE if target.tile_rows == step_records.DECODE_TILE else launches.PREFILL
     common = {"DOT": VALUES[dtype][1], "OVERLAPS": target.capability >= 90, "BLOCK_ROWS": target.tile_rows}
     made = [
         compiled(
@@ -78,23 +78,23 @@ def test_shrink_and_expand_compile_to_tensor_cores(dtype: torch.dtype, target: T
             target,
             **common,
             MIXED=bottleneck,
-            BLOCK_RANK=cut.ranks,
-            BLOCK_IN=cut.inner_columns(dtype, mixed=bottleneck),
-            num_warps=cut.shrink_warps,
+            BLOCK_RANK=config.ranks,
+            BLOCK_IN=config.inner_columns(dtype, mixed=bottleneck),
+            num_warps=config.shrink_warps,
         ),
         compiled(
             matrix.expand_kernel,
             dtype,
             target,
             **common,
-            SPLITS=cut.splits(4096),
+            SPLITS=config.splits(4096),
             SCALES=not bottleneck,
             ACTIVATES=bottleneck,
             WIDE=True,
             ALIGNED=16,
-            BLOCK_OUT=cut.out_columns(dtype),
-            STAGES=cut.stages,
-            num_warps=cut.expand_warps,
+            BLOCK_OUT=config.out_columns(dtype),
+            STAGES=config.stages,
+            num_warps=config.expand_warps,
         ),
     ]
     if dtype is not torch.float32:
@@ -106,5 +106,4 @@ def test_the_kernels_of_rows_compile(dtype: torch.dtype, target: Target) -> None
     for centres in (False, True):
         compiled(rows._norm_kernel, dtype, target, FEATURES=4096, CENTRES=centres, BLOCK=4096)
     compiled(rows._scale_kernel, dtype, target, FEATURES=4096, BLOCK=1024)
-    for pair in (False, True):
-        compiled(rows._gather_kernel, dtype, target, FEATURES=1024, PAIR=pair, BLOCK=1024)
+    compiled(rows._gather_kernel, dtype, target, FEATURES=1024, BLOCK=1024)

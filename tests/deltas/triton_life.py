@@ -14,26 +14,26 @@ from crossings import Crossings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltamux.deltas import Bias, Bottleneck, Scale
-from deltamux.deltas.kernels.triton import table
-from deltamux.deltas.kernels.triton.batches import KERNEL_BATCHES
-from deltamux.deltas.kernels.triton.bottleneck import BottleneckDeltas
-from deltamux.deltas.kernels.triton.factors import FactorDeltas
-from deltamux.deltas.kernels.triton.linear import LinearDeltas
-from deltamux.deltas.kernels.triton.table import StepTable
-from deltamux.deltas.kernels.triton.virtual import VirtualRowDeltas
+from deltamux.deltas import Bias, Bottleneck, Scale, SoftPrompt
+from deltamux.deltas.backends.triton import step_records
+from deltamux.deltas.backends.triton.bottleneck import BottleneckDeltas
+from deltamux.deltas.backends.triton.factors import FactorDeltas
+from deltamux.deltas.backends.triton.linear import LinearDeltas
+from deltamux.deltas.backends.triton.step_records import StepRecords
+from deltamux.deltas.backends.triton.virtual import SoftPromptDeltas
 from deltas.test_batched import BLOCK, FEATURES, MAKERS, SLOTS, draw
-from deltas.triton_cases import DEVICE, SIZES, alone, assert_close, moved, owners, parts, sequence
+from deltas.triton_batches import BUFFERS, buffer_batch
+from deltas.triton_cases import DEVICE, EMBEDDING, SIZES, alone, assert_close, moved, owners, parts, sequence
 
 many_steps = st.lists(st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 30)), max_size=9), min_size=1)
 
 
 @settings(max_examples=60, deadline=None)
-@given(many=many_steps.filter(lambda many: len(many) < 8), tall_from=st.sampled_from([1, 60, 1000]))
+@given(many=many_steps.filter(lambda many: len(many) < 8), prefill_from=st.sampled_from([1, 60, 1000]))
 def test_a_table_says_of_every_step_who_owns_each_row_and_nothing_of_the_steps_before(
-    many: Any, tall_from: int
+    many: Any, prefill_from: int
 ) -> None:
-    made = StepTable(300, SLOTS, DEVICE, tall_from=tall_from)
+    made = StepRecords(300, SLOTS, DEVICE, prefill_from=prefill_from)
     address = made.records.data_ptr()
     for step in many:
         runs, num_rows = owners(step)
@@ -43,16 +43,16 @@ def test_a_table_says_of_every_step_who_owns_each_row_and_nothing_of_the_steps_b
         expected = np.full(300, -1)
         for slot, start, stop in runs:
             expected[start:stop] = slot
-        assert np.array_equal(records[:, table.SLOT], expected)
-        tiles = [record for record in records if record[table.TILE_SLOT] >= 0]
+        assert np.array_equal(records[:, step_records.SLOT], expected)
+        tiles = [record for record in records if record[step_records.TILE_SLOT] >= 0]
         assert len(tiles) <= made.max_tiles(num_rows)
-        assert (records[len(tiles) :, table.TILE_SLOT] == -1).all()
+        assert (records[len(tiles) :, step_records.TILE_SLOT] == -1).all()
         seen: list[int] = []
         for record in tiles:
-            start, count = record[table.TILE_START], record[table.TILE_COUNT]
+            start, count = record[step_records.TILE_START], record[step_records.TILE_COUNT]
             assert 0 < count <= made.tile_rows
-            rows = records[start : start + count, table.ROW].tolist()
-            assert (expected[rows] == record[table.TILE_SLOT]).all()
+            rows = records[start : start + count, step_records.ROW].tolist()
+            assert (expected[rows] == record[step_records.TILE_SLOT]).all()
             seen += rows
         assert sorted(seen) == np.flatnonzero(expected >= 0).tolist()
 
@@ -63,8 +63,8 @@ def test_what_was_launched_for_many_rows_serves_a_step_of_few() -> None:
     deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)
     ops = {slot: [moved(op, torch.float32) for op in sequence(slot + 3, sites[0])] for slot in range(SLOTS)}
     for slot, program in ops.items():
-        assert all(deltas.place(slot, 0, op) for op in program)
-    records = StepTable(64, SLOTS, DEVICE)
+        assert all(deltas.set(slot, 0, op) for op in program)
+    records = StepRecords(64, SLOTS, DEVICE)
     for step in ([(0, 20), (1, 20)], [(5, 1), (-1, 2), (1, 1)], []):
         records.fill(*owners(step))
         x, before = draw(1, 64, 64).to(DEVICE), draw(2, 64, sum(SIZES)).to(DEVICE)
@@ -78,31 +78,31 @@ def test_what_was_launched_for_many_rows_serves_a_step_of_few() -> None:
             row += count
 
 
-@pytest.mark.parametrize("name", [name for name in MAKERS if type(MAKERS[name](0)[1]).batch in KERNEL_BATCHES])
+@pytest.mark.parametrize("name", [name for name in MAKERS if type(MAKERS[name](0)[1]) in BUFFERS])
 def test_arriving_and_leaving_read_nothing_of_the_device_and_write_nothing_from_the_host(name: str) -> None:
     site, op = MAKERS[name](0)
-    made = KERNEL_BATCHES[type(op).batch](site, SLOTS, torch.bfloat16, "meta")
+    made = buffer_batch(type(op))(site, SLOTS, torch.bfloat16, "meta")
     ops = [MAKERS[name](seed)[1].to(torch.bfloat16, "meta") for seed in range(SLOTS)]
     with Crossings() as crossings:
         for slot, one in enumerate(ops):
-            made.place(slot, one)
+            made.set(slot, one)
         for slot in range(SLOTS):
-            made.clear(slot)
+            made.reset(slot)
     assert not crossings.ops
 
 
-def test_prefixes_prompts_and_factors_of_inputs_arrive_and_leave_without_asking_the_device() -> None:
+def test_prompts_and_factors_of_inputs_arrive_and_leave_without_asking_the_device() -> None:
     short, long, factor = (draw(1, n, FEATURES).to("meta", torch.bfloat16) for n in (2, 5, 1))
-    prefixes = VirtualRowDeltas(FEATURES, 2, SLOTS, torch.bfloat16, "meta")
+    prompts = SoftPromptDeltas(EMBEDDING, SLOTS, torch.bfloat16, "meta")
     factors = FactorDeltas(FEATURES, SLOTS, torch.bfloat16, "meta")
     with Crossings() as crossings:
-        for slot, values in enumerate((short, long)):
-            prefixes.place(slot, values, values)
-            factors.place(slot, factor[0])
-            factors.place(slot, factor[0])
+        for slot, embedding in enumerate((short, long)):
+            assert prompts.set(slot, SoftPrompt(embedding))
+            factors.set(slot, factor[0])
+            factors.set(slot, factor[0])
         for slot in range(2):
-            prefixes.clear(slot)
-            factors.clear(slot)
+            prompts.reset(slot)
+            factors.reset(slot)
     assert not crossings.ops
 
 
@@ -115,8 +115,8 @@ def test_any_sequence_of_ops_arrives_at_a_fused_module_without_asking_the_device
     ]
     with Crossings() as crossings:
         for slot, program in enumerate(programs):
-            assert all(deltas.place(slot, part, op) for part, ops in enumerate(program) for op in ops)
-            deltas.clear(slot)
+            assert all(deltas.set(slot, part, op) for part, ops in enumerate(program) for op in ops)
+            deltas.reset(slot)
     assert not crossings.ops
 
 
@@ -126,7 +126,7 @@ if DEVICE == "cuda":
         site = parts(64)[0]
         deltas = LinearDeltas([site], SLOTS, 24, torch.float32, DEVICE)
         bottlenecks = BottleneckDeltas(BLOCK, SLOTS, 16, torch.float32, DEVICE)
-        records = StepTable(64, SLOTS, DEVICE)
+        records = StepRecords(64, SLOTS, DEVICE)
         ops = [moved(op, torch.float32) for op in (Scale(draw(1, SIZES[0])), Bias(draw(2, SIZES[0])))]
         wide = moved(Bottleneck(draw(3, 12, FEATURES), draw(4, FEATURES, 12), draw(5, 12)), torch.float32)
         x, y, z = (torch.zeros(20, n, device=DEVICE) for n in (64, SIZES[0], FEATURES))
@@ -134,20 +134,20 @@ if DEVICE == "cuda":
         bottlenecks.apply(z, z.clone(), records)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            assert all(deltas.place(1, 0, op) for op in ops)
-            assert bottlenecks.place(1, wide)
+            assert all(deltas.set(1, 0, op) for op in ops)
+            assert bottlenecks.set(1, wide)
             records.fill(*owners([(1, 20)]))
             deltas.apply(x, y, records)
             bottlenecks.apply(z, z.clone(), records)
-            deltas.clear(1)
-            bottlenecks.clear(1)
+            deltas.reset(1)
+            bottlenecks.reset(1)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
     def test_one_captured_graph_serves_other_steps_other_adapters_and_none() -> None:
         sites = parts(64)
         deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)
-        records = StepTable(64, SLOTS, DEVICE)
+        records = StepRecords(64, SLOTS, DEVICE)
         x, y = (torch.zeros(64, n, device=DEVICE) for n in (64, sum(SIZES)))
         deltas.apply(x, y, records)  # compiles
         torch.cuda.synchronize()
@@ -155,9 +155,9 @@ if DEVICE == "cuda":
         with torch.cuda.graph(graph):
             deltas.apply(x, y, records)
         for turn, step in enumerate(([(0, 20), (1, 20)], [(2, 1), (-1, 2), (1, 1)], [])):
-            deltas.clear(1)
+            deltas.reset(1)
             ops = [moved(op, torch.float32) for op in sequence(turn + 3, sites[0])]
-            assert all(deltas.place(1, 0, op) for op in ops)
+            assert all(deltas.set(1, 0, op) for op in ops)
             records.fill(*owners(step))
             x.copy_(draw(turn, 64, 64))
             before = draw(turn + 1, 64, sum(SIZES)).to(DEVICE)

@@ -9,7 +9,7 @@ import pytest
 
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import EngineOptions, ProgramRef
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from engine import worlds
 
 SLOTS = 4

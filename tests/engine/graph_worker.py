@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from deltamux.engine.vllm.gpu_worker import GPUDeltaWorker
-from deltamux.engine.vllm.kernel_lanes import Profile
+from deltamux.engine.vllm.cuda.profiles import GraphProfile
+from deltamux.engine.vllm.cuda.worker import GPUDeltaWorker
 
 
 class _CountingRunnerMixin:
@@ -16,7 +16,7 @@ class _CountingRunnerMixin:
         chosen = super()._determine_batch_execution_and_padding(*args, **kwargs)  # type: ignore[misc]  # the runner
         if kwargs.get("force_num_active_loras") is None:  # a step of requests, and none of vLLM's own
             mode, batch = chosen[:2]
-            self.replayed[f"{mode.name} {Profile(batch.num_active_loras).name}" if mode.value else "none"] += 1
+            self.replayed[f"{mode.name} {GraphProfile(batch.num_active_loras).name}" if mode.value else "none"] += 1
         return chosen
 
 

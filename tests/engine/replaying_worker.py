@@ -1,31 +1,34 @@
-"""A CPU worker whose steps run as CUDA graphs would replay them: from the launches that were captured, by the table."""
+"""A CPU worker whose steps run as CUDA graphs would replay them, by the launches that were captured."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
-from deltamux.engine.vllm.cpu_worker import CPUDeltaWorker
-from deltamux.engine.vllm.kernel_manager import CapturedStep, KernelDeltaManager
+from deltamux.engine.vllm.cuda.backend import CapturedStep, CudaBackend
+from deltamux.engine.vllm.cuda.worker import InterpretedDeltaWorker
+from deltamux.engine.vllm.worker.manager import DeltaManager
 
 
 class _ReplayingRunnerMixin:
-    """After a step was made active, keeps nothing of it but what a graph has: its profile and its table."""
+    """After a step was made active, keeps nothing of it but what a graph has: its profile and its records."""
 
-    lora_manager: KernelDeltaManager
+    lora_manager: DeltaManager
     replayed: Counter[str]
 
     def set_active_loras(self, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> None:
         super().set_active_loras(input_batch, num_scheduled_tokens, *args, **kwargs)  # type: ignore[misc]  # the runner
-        manager, profile = self.lora_manager, self.lora_manager.profile()
+        backend = self.lora_manager.backend
+        assert isinstance(backend, CudaBackend)
+        profile = backend.profile()
         self.replayed["none" if profile is None else profile.name] += 1
         if profile:
             rows = int(num_scheduled_tokens.sum())
-            last_rows = manager.current.index.last_rows
-            manager.current.begin(CapturedStep(profile, rows, manager.table, last_rows))
+            last_rows = backend.current.index.last_rows
+            backend.current.begin(CapturedStep(profile, rows, backend.records, last_rows))
 
 
-class ReplayingWorker(CPUDeltaWorker):
+class ReplayingWorker(InterpretedDeltaWorker):
     """See the module."""
 
     def init_device(self) -> None:

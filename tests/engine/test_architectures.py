@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from deltamux.conformance.parity import Greedy, assert_same, reference, served
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux_trainers import compose_directories, compress
 from engine import worlds
 from engine.conftest import OPTIONS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from deltamux.engine.base import ProgramRef, SamplingOptions
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
 PROMPT = tuple(range(5, 165))
 """Five blocks of the engine's cache."""

@@ -13,8 +13,8 @@ from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
 from deltamux.engine.base import SamplingOptions
-from deltamux.engine.vllm.detokenizing import MAX_PENDING, BoundedDetokenizer
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.detokenizing import MAX_PENDING, BoundedDetokenizer
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
 END = 256
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from deltamux.engine.base import SamplingOptions
 from deltamux.engine.fair import FairOrder, Place
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
 
 def test_a_group_with_many_in_the_queue_lets_one_with_few_in_front() -> None:

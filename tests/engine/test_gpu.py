@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM
 from deltamux.conformance.parity import TOLERANCE, Greedy, assert_same, reference, served
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from engine.conftest import OPTIONS
-from engine.test_kernel_lanes import PROFILES
+from engine.test_cuda_module_ops import PROFILES
 from engine.test_mixed_batch import NAMES, Request, requests, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from server.tiny_base import byte_tokenizer
 
 from deltamux.engine.base import GuidedDecoding
-from deltamux.engine.vllm.grammar_link import Settings
-from deltamux.engine.vllm.grammars import Grammars
+from deltamux.engine.vllm.grammars.admission import Grammars
+from deltamux.engine.vllm.grammars.client import Settings
 from deltamux.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 
 

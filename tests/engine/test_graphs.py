@@ -12,9 +12,9 @@ from vllm.platforms import current_platform
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from deltamux.engine.base import EngineOptions
-from deltamux.engine.vllm.engine import _engine_arguments
-from deltamux.engine.vllm.graphs import ProfileDispatcher
-from deltamux.engine.vllm.kernel_lanes import Profile
+from deltamux.engine.vllm.cuda.graphs import ProfileDispatcher
+from deltamux.engine.vllm.cuda.profiles import GraphProfile
+from deltamux.engine.vllm.frontend.engine import _engine_arguments
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,15 @@ def test_every_size_is_captured_once_a_profile(dispatcher: ProfileDispatcher) ->
     for descriptors in captured.values():
         assert len(descriptors) == 12
         assert {(desc.num_tokens, desc.num_active_loras, desc.has_lora) for desc in descriptors} == {
-            (size, int(profile), profile is not Profile.BASE) for size in (1, 2, 4, 8) for profile in Profile
+            (size, int(profile), profile is not GraphProfile.BASE) for size in (1, 2, 4, 8) for profile in GraphProfile
         }
 
 
-@pytest.mark.parametrize("profile", list(Profile))
+@pytest.mark.parametrize("profile", list(GraphProfile))
 @pytest.mark.parametrize("decode", [True, False], ids=["decode", "prefill"])
-def test_a_step_replays_the_graph_of_its_profile(dispatcher: ProfileDispatcher, profile: Profile, decode: bool) -> None:
+def test_a_step_replays_the_graph_of_its_profile(
+    dispatcher: ProfileDispatcher, profile: GraphProfile, decode: bool
+) -> None:
     mode, found = dispatcher.dispatch(3, uniform_decode=decode, has_lora=profile > 0, num_active_loras=int(profile))
     assert mode is (CUDAGraphMode.FULL if decode else CUDAGraphMode.PIECEWISE)
     assert (found.num_tokens, found.num_active_loras) == (4, int(profile))

@@ -12,7 +12,8 @@ import torch
 from crossings import Crossings
 
 from deltamux.deltas import BaseModel, LowRank, Program, SignDense
-from deltamux.engine.vllm.loading import Loaded, ProgramLoader, on_device, outcome, packed
+from deltamux.engine.vllm.loading.blocks import in_one_block, on_device
+from deltamux.engine.vllm.loading.loader import Loaded, ProgramLoader, outcome
 from deltamux.errors import InvalidAdapterError
 from engine import worlds
 
@@ -20,7 +21,7 @@ from engine import worlds
 def test_a_packed_program_is_the_program_in_memory_of_its_own(base: BaseModel, tmp_path: Path) -> None:
     program = worlds.random_everything(base, 1)
     ref = worlds.saved(program, tmp_path, "everything")
-    moved = packed(Program.load(ref.path), torch.float32)
+    moved = in_one_block(Program.load(ref.path), torch.float32)
     # Nothing may be left in the file, not even a page of it.
     ref.path.write_bytes(bytes(ref.path.stat().st_size))
     assert moved.num_virtual_tokens == program.num_virtual_tokens
@@ -42,14 +43,14 @@ def test_a_packed_program_is_the_program_in_memory_of_its_own(base: BaseModel, t
 )
 def test_what_is_not_finite_after_the_cast_is_named(low_rank: LowRank, parameter: str) -> None:
     with pytest.raises(InvalidAdapterError) as refused:
-        packed(Program.of([("somewhere", low_rank)]), torch.float16)
+        in_one_block(Program.of([("somewhere", low_rank)]), torch.float16)
     assert refused.value.reason == "NOT_FINITE"
     assert refused.value.metadata == {"site": "somewhere", "parameter": parameter}
 
 
 def test_bits_are_not_cast() -> None:
     signs = torch.randint(256, (64, 8), dtype=torch.uint8)
-    [(_, moved)] = packed(Program.of([("somewhere", SignDense(signs, 0.5))]), torch.bfloat16)
+    [(_, moved)] = in_one_block(Program.of([("somewhere", SignDense(signs, 0.5))]), torch.bfloat16)
     assert torch.equal(moved.tensors()["signs"], signs)
     assert moved.attributes() == {"scale": 0.5}
 
@@ -58,7 +59,7 @@ def test_a_packed_program_moves_to_a_device_by_one_copy_for_its_floats_and_one_f
     base: BaseModel,
 ) -> None:
     bits = ("bits", SignDense(torch.randint(256, (64, 8), dtype=torch.uint8), 0.5))
-    program = packed(Program.of([*worlds.random_everything(base, 1), bits]), torch.bfloat16)
+    program = in_one_block(Program.of([*worlds.random_everything(base, 1), bits]), torch.bfloat16)
     assert len(list(program)) > 10
     with Crossings() as crossings:
         on_meta = on_device(program, torch.device("meta"))

@@ -11,7 +11,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
-from deltamux.engine.vllm.outputs import LONGEST_INTERVAL, Pace, PacedCollector
+from deltamux.engine.vllm.frontend.outputs import LONGEST_INTERVAL, Pace, PacedCollector
 
 PATIENCE = 30.0
 

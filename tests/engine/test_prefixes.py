@@ -11,9 +11,9 @@ import pytest
 from deltamux.conformance.parity import assert_same, served
 from deltamux.deltas import BaseModel, Program
 from deltamux.engine.base import ProgramRef
-from deltamux.engine.vllm import translate
-from deltamux.engine.vllm.engine import VLLMEngine
-from deltamux.engine.vllm.prefixes import cache_slots, known_prefix, known_tokens
+from deltamux.engine.vllm.frontend import translate
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from deltamux.engine.vllm.prefixes import known_prefix, known_tokens, slot_mapping
 from engine import worlds
 
 PREFIX, PROMPT = 6, (5, 6, 7)
@@ -64,4 +64,4 @@ def test_a_program_whose_file_is_gone_has_its_prefix_computed(base: BaseModel, t
 
 
 def test_a_prefix_lies_in_the_cache_where_the_block_table_says() -> None:
-    assert cache_slots(np.array([7, 2, 9], dtype=np.int32), 4, 6).tolist() == [28, 29, 30, 31, 8, 9]
+    assert slot_mapping(np.array([7, 2, 9], dtype=np.int32), 4, 6).tolist() == [28, 29, 30, 31, 8, 9]

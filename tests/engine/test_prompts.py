@@ -16,8 +16,8 @@ from server.tiny_base import byte_tokenizer, write_base
 
 from deltamux.engine.base import ChatMessage, EngineOptions
 from deltamux.engine.fair import FairQueue
-from deltamux.engine.vllm.engine import _engine_arguments
-from deltamux.engine.vllm.prompts import LONG_TEXT, Prompts
+from deltamux.engine.vllm.frontend.engine import _engine_arguments
+from deltamux.engine.vllm.frontend.prompts import LONG_TEXT, Prompts
 from deltamux.errors import InvalidArgumentError, ResourceExhaustedError
 from deltamux_trainers.loading import load_tokenizer
 

@@ -14,7 +14,7 @@ import xgrammar
 from server.tiny_base import byte_tokenizer
 
 from deltamux.engine.base import GuidedDecoding
-from deltamux.engine.vllm.grammars import constraint_of
+from deltamux.engine.vllm.grammars.admission import constraint_of
 from deltamux.errors import InvalidArgumentError
 
 INTEGER, TEXT = {"type": "integer"}, {"type": "string"}

@@ -9,8 +9,8 @@ from contextlib import aclosing
 import pytest
 
 from deltamux.engine.base import GenerationChunk, SamplingOptions
-from deltamux.engine.vllm.engine import VLLMEngine
-from deltamux.engine.vllm.outputs import Pace
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.outputs import Pace
 
 NEW_TOKENS = 100
 GREEDY = SamplingOptions(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=1)

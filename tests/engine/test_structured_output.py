@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from deltamux.engine.base import GuidedDecoding, SamplingOptions
-from deltamux.engine.vllm.engine import VLLMEngine
-from deltamux.engine.vllm.grammar_threads import CachedCompiler
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from deltamux.engine.vllm.scheduling.grammars import CachedCompiler
 from deltamux.errors import InvalidArgumentError
 
 PROMPT = (5, 17, 20)

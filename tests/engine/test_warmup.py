@@ -14,8 +14,8 @@ import transformers
 from deltamux.conformance.bases import byte_tokenizer
 from deltamux.deltas import BaseModel, Bottleneck, KVPrefix, LowRank, NormAffine, SiteKind, SoftPrompt
 from deltamux.engine.base import EngineOptions
-from deltamux.engine.vllm.engine import VLLMEngine
-from deltamux.engine.vllm.warmup import rehearsals
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.warmup import rehearsals
 from deltamux.errors import FailedPreconditionError
 from engine.conftest import OPTIONS
 

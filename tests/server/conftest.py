@@ -10,7 +10,7 @@ import pytest
 
 from deltamux.client import AsyncClient
 from deltamux.server.app import Running, running
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.options import ServeOptions
 from server.reference_engine import ReferenceEngine
 from server.tiny_base import write_base, write_lora

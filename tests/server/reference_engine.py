@@ -24,7 +24,7 @@ from deltamux.engine.base import (
     TokenLogprobs,
 )
 from deltamux.engine.checks import check_prompt, check_sampling
-from deltamux.engine.vllm.prompts import Prompts
+from deltamux.engine.vllm.frontend.prompts import Prompts
 from deltamux.errors import FailedPreconditionError, UnavailableError
 
 

@@ -17,8 +17,8 @@ from deltamux.client import AsyncClient
 from deltamux.deltas import BaseModel
 from deltamux.errors import DataLossError, FailedPreconditionError
 from deltamux.server.app import Running, running
-from deltamux.server.compile_job import Job
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
+from deltamux.server.compiling.job import Job
 from deltamux.store import AdapterKey, VersionKey
 from server.conftest import engine_for, options
 from server.tiny_base import write_base

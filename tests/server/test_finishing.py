@@ -14,7 +14,7 @@ import pytest
 from deltamux.client import AsyncClient
 from deltamux.errors import DeltamuxError
 from deltamux.server.app import Running
-from deltamux.server.finishing import finished
+from deltamux.server.transport.finishing import finished
 from deltamux.store.inspection import inspect
 from deltamux.store.objects import ObjectStore
 from deltamux.store.store import AdapterStore

@@ -11,7 +11,7 @@ from store.disks import fill, small_disk
 from deltamux.client import AsyncClient
 from deltamux.errors import NotFoundError, ResourceExhaustedError
 from deltamux.server.app import running
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
 from server.conftest import engine_for, options
 
 NAME = "tenants/acme/adapters/tickets"

@@ -11,7 +11,7 @@ from google.protobuf import message_factory
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from deltamux.errors import InvalidArgumentError
-from deltamux.server.limits import LIMITS, Limit, check_limits, is_map, is_sized, key_of
+from deltamux.server.transport.limits import LIMITS, Limit, check_limits, is_map, is_sized, key_of
 from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
 
 FILES = (inference_pb2, adapters_pb2, tenants_pb2)

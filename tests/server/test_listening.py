@@ -29,9 +29,9 @@ from deltamux.errors import (
     UnavailableError,
 )
 from deltamux.server.app import SERVICES, Running, running
-from deltamux.server.compiler import Compiler
-from deltamux.server.listen import MAX_DESCRIPTORS, allow_descriptors
-from deltamux.server.status import status_of, without_paths
+from deltamux.server.compiling.compiler import Compiler
+from deltamux.server.transport.listen import MAX_DESCRIPTORS, allow_descriptors
+from deltamux.server.transport.status import status_of, without_paths
 from deltamux.v1 import adapters_pb2, tenants_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.tenants_pb2_grpc import TenantsStub

@@ -16,7 +16,7 @@ from deltamux.client import AsyncClient
 from deltamux.engine.base import Engine, EngineOptions
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.server.app import running
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.options import CHOICES, RANGES, ServeOptions
 from server.conftest import engine_for, options
 from server.test_server import write_certificate

@@ -20,7 +20,7 @@ from deltamux.client import AsyncClient
 from deltamux.client.uploads import upload_messages
 from deltamux.errors import ResourceExhaustedError
 from deltamux.server.app import Running, running
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.events import MAX_WATCHES
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1 import inference_pb2

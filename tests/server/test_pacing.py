@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deltamux.client import AsyncClient
 from deltamux.errors import InvalidArgumentError
-from deltamux.server.pacing import BURST, MAX_DELAY, REFUSALS_PER_SECOND, PacedCalls, RefusalPace
+from deltamux.server.transport.pacing import BURST, MAX_DELAY, REFUSALS_PER_SECOND, PacedCalls, RefusalPace
 
 
 class Clock:

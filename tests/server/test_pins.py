@@ -13,7 +13,7 @@ import pytest
 from deltamux.client import AsyncClient
 from deltamux.errors import ResourceExhaustedError, UnavailableError
 from deltamux.server.app import running
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
 from server.conftest import engine_for, options
 from server.reference_engine import ReferenceEngine
 

@@ -15,7 +15,7 @@ from grpc_status import rpc_status
 from deltamux.client import AsyncClient
 from deltamux.errors import InvalidArgumentError
 from deltamux.server.app import Running, running
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
 from deltamux.v1 import adapters_pb2, inference_pb2
 from server.conftest import engine_for, options
 from server.tiny_base import CHAT_TEMPLATE

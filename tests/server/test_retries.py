@@ -24,7 +24,7 @@ from deltamux.errors import (
     UnavailableError,
 )
 from deltamux.server.app import Running, running
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
 from server.conftest import engine_for, options
 from server.test_overload import Stalled
 

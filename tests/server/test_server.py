@@ -23,7 +23,7 @@ from deltamux.errors import (
     UnauthenticatedError,
 )
 from deltamux.server.app import SERVICES, Running, running
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
 from server.conftest import engine_for, options
 
 NAME = "tenants/acme/adapters/tickets"

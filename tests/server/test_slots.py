@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltamux.errors import ResourceExhaustedError
-from deltamux.server.slots import Slots
+from deltamux.server.access.concurrency import Slots
 
 
 async def hold(slots: Slots, tenant: str, stack: AsyncExitStack) -> None:

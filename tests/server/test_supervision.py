@@ -17,7 +17,7 @@ from deltamux.engine.base import ProgramRef
 from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
 from deltamux.errors import FailedPreconditionError, UnavailableError
 from deltamux.server.app import Running, running
-from deltamux.server.compiler import Compiler
+from deltamux.server.compiling.compiler import Compiler
 from server.conftest import engine_for, options
 from server.reference_engine import ReferenceEngine
 

@@ -11,11 +11,11 @@ from trainers.templates import SHAPES
 
 from deltamux.client import AsyncClient
 from deltamux.deltas import Program
-from deltamux.engine.vllm.prompts import Prompts
+from deltamux.engine.vllm.frontend.prompts import Prompts
 from deltamux.server.app import running
-from deltamux.server.compiler import Compiler
-from deltamux_trainers.data import IGNORED, Encoder
-from deltamux_trainers.rows import read_rows
+from deltamux.server.compiling.compiler import Compiler
+from deltamux_trainers.data.files import IGNORED, Encoder
+from deltamux_trainers.data.rows import read_rows
 from server.conftest import options
 from server.reference_engine import ReferenceEngine
 from server.tiny_base import write_base

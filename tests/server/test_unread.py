@@ -11,8 +11,8 @@ import grpc
 import pytest
 
 from deltamux.errors import DeltamuxError
-from deltamux.server import unread
-from deltamux.server.interceptors import AroundInterceptor, errors_become_statuses
+from deltamux.server.transport import unread
+from deltamux.server.transport.interceptors import AroundInterceptor, errors_become_statuses
 from server.raw_http2 import RawConnection
 
 PATH = "/test.Streams/Endless"

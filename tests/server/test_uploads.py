@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from deltamux.client import AsyncClient
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidArgumentError
 from deltamux.server.app import Running
-from deltamux.server.compiler_memory import is_shortage
+from deltamux.server.compiling.memory import is_shortage
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -100,7 +100,7 @@ async def test_a_config_that_does_not_fit_its_file_is_refused_at_once_and_costs_
 
 
 def _compilers() -> set[int]:
-    return {child.pid for child in psutil.Process().children() if "deltamux.server.compiler_child" in child.cmdline()}
+    return {child.pid for child in psutil.Process().children() if "deltamux.server.compiling.child" in child.cmdline()}
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])

@@ -207,7 +207,7 @@ def test_a_backup_of_a_damaged_row_stays_within_its_directory(case: str, root: P
     ],
 )
 def test_sql_and_the_server_agree_on_what_an_id_is(value: object, holds: bool) -> None:
-    from deltamux.server import names
+    from deltamux.server.rpc import names
 
     found = sqlite3.connect(":memory:").execute(f"SELECT {is_id('x')} FROM (SELECT ? AS x)", [value]).fetchone()
     assert bool(found[0]) is holds

@@ -143,7 +143,7 @@ class Storm:
         process = (
             self.engine_process()
             if victim == "engine"
-            else self._processes(lambda name: "deltamux.server.compiler_child" in name)[0]
+            else self._processes(lambda name: "deltamux.server.compiling.child" in name)[0]
         )
         process.kill()
 

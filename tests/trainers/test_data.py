@@ -20,9 +20,9 @@ from deltamux.cli import main
 from deltamux.errors import InvalidArgumentError, InvalidConfigError
 from deltamux.prompts import encode_text
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, train
-from deltamux_trainers.completions import end_tokens
-from deltamux_trainers.data import IGNORED, Encoded, Encoder, load_data
-from deltamux_trainers.rows import MAX_LINE_BYTES, PromptRow, TextRow, read_rows
+from deltamux_trainers.data.completions import end_tokens
+from deltamux_trainers.data.files import IGNORED, Encoded, Encoder, load_data
+from deltamux_trainers.data.rows import MAX_LINE_BYTES, PromptRow, TextRow, read_rows
 from trainers.templates import SHAPES, byte_level, decoded, metaspace
 
 BYTES = byte_level(["</s>"], eos="</s>", bos=None, chat_template=None)

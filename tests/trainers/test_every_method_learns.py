@@ -8,7 +8,7 @@ import pytest
 
 from deltamux.registry import Registry
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, train
-from deltamux_trainers.evaluation import EvalResult
+from deltamux_trainers.tools.evaluate import EvalResult
 
 METHODS = [method.name for method in Registry().methods() if method.info.trains]
 STEPS = 120

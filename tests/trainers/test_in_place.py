@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import NotMergeableError
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
-from deltamux_trainers.data import Encoder, collate, load_data
+from deltamux_trainers.data.files import Encoder, collate, load_data
 
 STEPS, RATE = 5, 1e-3
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])

@@ -22,7 +22,7 @@ from deltamux.cli.training import ended_by_sigterm
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
 from deltamux_trainers import convert, merge
-from deltamux_trainers.merging import PROBE_LENGTH, PROBE_ROWS
+from deltamux_trainers.tools.merge import PROBE_LENGTH, PROBE_ROWS
 from deltamux_trainers.writing import replacing
 
 QUANTISED = {

@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux_trainers import TrainOptions, train
-from deltamux_trainers.stopping import TrainingInterrupted
-from deltamux_trainers.training import TrainResult
+from deltamux_trainers.training.run import TrainResult
+from deltamux_trainers.training.stopping import TrainingInterrupted
 from deltamux_trainers.writing import told
 
 STEPS = 12

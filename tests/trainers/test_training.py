@@ -21,7 +21,7 @@ from deltamux.deltas import BaseModel, attached
 from deltamux.errors import FailedPreconditionError, InvalidConfigError, NotMergeableError
 from deltamux.registry import Registry
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, read_config, train
-from deltamux_trainers.data import Encoder, collate, load_data
+from deltamux_trainers.data.files import Encoder, collate, load_data
 from deltamux_trainers.model import token_loss
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])

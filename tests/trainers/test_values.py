@@ -18,7 +18,7 @@ from deltamux.cli.output import plain
 from deltamux.deltas import BaseModel
 from deltamux.errors import DeltamuxError, InvalidAdapterError
 from deltamux_trainers import EvaluateOptions, compose_directories, compress, convert, evaluate, merge
-from deltamux_trainers.evaluation import EvalResult
+from deltamux_trainers.tools.evaluate import EvalResult
 
 Change = Callable[[Tensor], Tensor]
 

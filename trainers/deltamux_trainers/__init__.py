@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from deltamux_trainers.options import EvaluateOptions, TrainOptions, read_config
 
 if TYPE_CHECKING:
-    from deltamux_trainers.checking import DataReport, check_data
-    from deltamux_trainers.composing import ComposeResult, compose_directories
-    from deltamux_trainers.compressing import CompressResult, compress
-    from deltamux_trainers.converting import convert
-    from deltamux_trainers.evaluation import EvalResult, evaluate
-    from deltamux_trainers.merging import MergeResult, merge
-    from deltamux_trainers.training import TrainResult, train
+    from deltamux_trainers.tools.check import DataReport, check_data
+    from deltamux_trainers.tools.compose import ComposeResult, compose_directories
+    from deltamux_trainers.tools.compress import CompressResult, compress
+    from deltamux_trainers.tools.convert import convert
+    from deltamux_trainers.tools.evaluate import EvalResult, evaluate
+    from deltamux_trainers.tools.merge import MergeResult, merge
+    from deltamux_trainers.training.run import TrainResult, train
 
 __all__ = [
     "ComposeResult",
@@ -34,19 +34,19 @@ __all__ = [
     "train",
 ]
 _LAZY = {
-    "DataReport": "checking",
-    "check_data": "checking",
-    "ComposeResult": "composing",
-    "compose_directories": "composing",
-    "CompressResult": "compressing",
-    "compress": "compressing",
-    "convert": "converting",
-    "EvalResult": "evaluation",
-    "evaluate": "evaluation",
-    "MergeResult": "merging",
-    "merge": "merging",
-    "TrainResult": "training",
-    "train": "training",
+    "DataReport": "tools.check",
+    "check_data": "tools.check",
+    "ComposeResult": "tools.compose",
+    "compose_directories": "tools.compose",
+    "CompressResult": "tools.compress",
+    "compress": "tools.compress",
+    "convert": "tools.convert",
+    "EvalResult": "tools.evaluate",
+    "evaluate": "tools.evaluate",
+    "MergeResult": "tools.merge",
+    "merge": "tools.merge",
+    "TrainResult": "training.run",
+    "train": "training.run",
 }
 
 

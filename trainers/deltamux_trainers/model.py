@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from deltamux.deltas import Attachment, BaseModel, Program
 from deltamux.hookspecs import ParameterSpec, TrainingSchedule
 from deltamux.registry import Method
-from deltamux_trainers.data import IGNORED
-from deltamux_trainers.in_place import own_weights
+from deltamux_trainers.data.files import IGNORED
+from deltamux_trainers.training.in_place import own_weights
 
 
 class DeltaModel(nn.Module):

@@ -105,7 +105,7 @@ class TrainOptions:
     Attributes:
         method: a registered method's name.
         model: directory or Hugging Face id of the base.
-        data: JSONL to train on; see `deltamux_trainers.data`.
+        data: JSONL to train on; see `deltamux_trainers.data.files`.
         output: directory of the adapter; checkpoints go to ``checkpoints`` within it.
         eval_data: JSONL to evaluate on; None takes `eval_fraction` of the data, chosen by the seed.
         max_length: tokens of a sequence; longer ones are cut at the end.
@@ -186,9 +186,10 @@ class TrainOptions:
 def default_rate(info: MethodInfo, hidden_size: int) -> float:
     """Returns a method's learning rate for a base of a width.
 
-    Adam's best rate for a matrix goes with one over its width (muP: Yang et al. 2022, https://arxiv.org/abs/2203.03466),
-    that for a vector does not depend on it. So the rate of a method that trains matrices, found on bases of
-    `learning_rate_width`, is multiplied by that width over the present one, within NARROWER_BY and WIDER_BY.
+    Adam's best rate for a matrix goes with one over its width (muP: Yang et al. 2022,
+    https://arxiv.org/abs/2203.03466), that for a vector does not depend on it. So the rate of a method that trains
+    matrices, found on bases of `learning_rate_width`, is multiplied by that width over the present one, within
+    NARROWER_BY and WIDER_BY.
     """
     if info.learning_rate_width is None:
         return info.learning_rate

@@ -116,7 +116,7 @@ def _row(compared: Comparison, load: Workload | None, length: int, measured: _Me
 @asynccontextmanager
 async def _started(options: BenchOptions, given: EngineOptions, progress: Progress) -> AsyncIterator[_Measured]:
     from deltamux.bench.floor import Work, floor
-    from deltamux.engine.vllm.engine import VLLMEngine
+    from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
     engine = VLLMEngine(given)
     with tempfile.TemporaryDirectory(prefix="deltamux-bench-") as folder:

@@ -84,9 +84,9 @@ def _repair(store: Any, uploads: Sequence[Path], model: str | None) -> list[str]
 def _recompile(store: Any, model: str) -> list[str]:
     import asyncio
 
-    from deltamux.server.compile_job import Budgets
+    from deltamux.server.compiling.job import Budgets
+    from deltamux.server.compiling.recompiling import recompile_damaged
     from deltamux.server.options import ServeOptions
-    from deltamux.server.recompiling import recompile_damaged
 
     limits = ServeOptions(model=model, store=store.root)
     budgets = Budgets(limits.max_lora_rank, limits.max_virtual_tokens, limits.max_adapter_bytes)

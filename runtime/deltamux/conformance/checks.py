@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltamux.conformance.cases import PROMPT, Case, Refused
 from deltamux.deltas import Checkpoint, Program, SiteKind
-from deltamux.deltas.rehearsal import rehearse
+from deltamux.deltas.batched_check import check_batched
 from deltamux.errors import DeltamuxError, InvalidAdapterError, InvalidConfigError, NotMergeableError
 
 TOLERANCE = 1e-4
@@ -109,7 +109,7 @@ def compiled_programs_survive_a_round_trip(case: Case) -> None:
 
 def ops_in_a_batch_are_the_ops_alone(case: Case) -> None:
     """In a step with other adapters' rows, every op does to its own rows what was trained, and to others nothing."""
-    rehearse(case.program(case.checkpoint()).placed(case.base), foreign_only=False)
+    check_batched(case.program(case.checkpoint()).placed(case.base), foreign_only=False)
 
 
 def merging_equals_attaching_or_is_refused(case: Case) -> None:

@@ -82,7 +82,7 @@ def _saved(program: Program, directory: Path, name: str) -> ProgramRef:
 
 
 def _engine(directory: Path, programs: dict[str, Program]) -> Engine:
-    from deltamux.engine.vllm.engine import VLLMEngine
+    from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
     return VLLMEngine(
         EngineOptions(

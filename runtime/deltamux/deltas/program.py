@@ -112,15 +112,6 @@ class Program:
     def to(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Program:
         return Program(tuple(Placement(s, op.to(dtype, device)) for s, op in self.placements), self.num_virtual_tokens)
 
-    def lay_out(self) -> None:
-        """Lays the parameters out as the CPU kernels read them, ahead of time; only for dtypes that they know."""
-        alike: dict[type[Op], list[Op]] = {}
-        for _, op in self.placements:
-            if op.has_kernel:
-                alike.setdefault(type(op), []).append(op)
-        for kind, ops in alike.items():
-            kind.lay_out(ops)
-
     def save(self, path: Path, *, base_fingerprint: str = "") -> None:
         """Writes the compiled file: tensors ``<row>.<parameter>`` and the rows as JSON in the header.
 

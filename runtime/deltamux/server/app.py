@@ -17,28 +17,28 @@ from deltamux.deltas import BaseModel
 from deltamux.engine.arguments import check_options
 from deltamux.engine.base import Engine, EngineOptions
 from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
-from deltamux.server.adapters import AdaptersService
-from deltamux.server.auth import admin_key, everybody_is_administrator, key_decides
-from deltamux.server.compile_job import Budgets
-from deltamux.server.compiler import Compiler
+from deltamux.server.access.auth import admin_key, everybody_is_administrator, key_decides
+from deltamux.server.access.concurrency import Slots
+from deltamux.server.access.pins import Pins
+from deltamux.server.compiling.compiler import Compiler
+from deltamux.server.compiling.job import Budgets
+from deltamux.server.compiling.quarantine import Quarantine
+from deltamux.server.compiling.recompiling import Recompiler
 from deltamux.server.events import EventHub
-from deltamux.server.health import HealthMonitor
-from deltamux.server.inference import InferenceService
-from deltamux.server.interceptors import Around, AroundInterceptor, errors_become_statuses
-from deltamux.server.listen import SERVER_OPTIONS, allow_descriptors, bind, check_exposure
-from deltamux.server.logs import bound_lines
 from deltamux.server.options import ServeOptions
-from deltamux.server.pacing import PacedCalls, RefusalPace
-from deltamux.server.pins import Pins
 from deltamux.server.programs import Programs
-from deltamux.server.quarantine import Quarantine
-from deltamux.server.recompiling import Recompiler
-from deltamux.server.reflection import add_reflection
-from deltamux.server.requests import CheckedRequests
 from deltamux.server.routing import Router
-from deltamux.server.services import HEALTH, Services
-from deltamux.server.slots import Slots
-from deltamux.server.tenants import TenantsService
+from deltamux.server.rpc.adapters import AdaptersService
+from deltamux.server.rpc.health import HealthMonitor
+from deltamux.server.rpc.inference import InferenceService
+from deltamux.server.rpc.reflection import add_reflection
+from deltamux.server.rpc.tenants import TenantsService
+from deltamux.server.transport.interceptors import Around, AroundInterceptor, errors_become_statuses
+from deltamux.server.transport.listen import SERVER_OPTIONS, allow_descriptors, bind, check_exposure
+from deltamux.server.transport.logs import bound_lines
+from deltamux.server.transport.pacing import PacedCalls, RefusalPace
+from deltamux.server.transport.requests import CheckedRequests
+from deltamux.server.transport.services import HEALTH, Services
 from deltamux.server.uploads import UploadLimits
 from deltamux.store import AdapterStore, VersionRecord
 from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
@@ -125,7 +125,7 @@ def vllm_engines() -> EngineFactory:
     known: list[BaseModel] = []
 
     def make(options: EngineOptions) -> Engine:
-        from deltamux.engine.vllm.engine import VLLMEngine
+        from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
         # What comes after the first one is started while clients are connected.
         engine = VLLMEngine(options, base=known[0], spawn=True) if known else VLLMEngine(options)

@@ -7,9 +7,9 @@ from contextlib import asynccontextmanager
 from typing import NamedTuple
 
 from deltamux.engine.base import ProgramRef
-from deltamux.server.caller import current_caller
-from deltamux.server.names import parse_adapter_or_version
+from deltamux.server.access.caller import current_caller
 from deltamux.server.programs import Programs
+from deltamux.server.rpc.names import parse_adapter_or_version
 from deltamux.store import AdapterStore
 
 

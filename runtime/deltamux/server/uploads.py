@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from deltamux.errors import DeadlineExceededError, InvalidAdapterError, InvalidArgumentError
+from deltamux.server.access.concurrency import Slot
 from deltamux.server.options import MIB
-from deltamux.server.slots import Slot
 from deltamux.v1 import adapters_pb2 as pb
 
 CONFIG_FILE = "adapter_config.json"

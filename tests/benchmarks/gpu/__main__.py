@@ -7,7 +7,8 @@ programs (for deltas). First it runs the tests of the kernels and of the engine 
 once and take turns: vLLM as it comes; vLLM with its LoRA; deltas with CUDA graphs. Deltas without graphs, which nobody
 would serve with, are left to `--engines`.
 
-`--rehearse` does all of that on whatever device there is, so that the command itself is tried before a GPU is rented.
+`--check_batched` does all of that on whatever device there is, so that the command itself is tried before a GPU is
+rented.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="memory of every engine's KV cache")
     parser.add_argument("--skip-tests", action="store_true", help="measure without running the tests first")
     parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--rehearse", action="store_true", help="small, and on a CPU too: no figure says anything")
-    if parser.parse_args(arguments).rehearse:
+    parser.add_argument("--check_batched", action="store_true", help="small, and on a CPU too: no figure says anything")
+    if parser.parse_args(arguments).check_batched:
         parser.set_defaults(**REHEARSAL)
     return parser.parse_args(arguments)
 
@@ -123,7 +124,7 @@ def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
         for seat in seats:
             stack.callback(seat.close)
         rows = table(measure(seats, given.repeats))
-    about = "; a rehearsal, whose figures say nothing" if given.rehearse else ""
+    about = "; a rehearsal, whose figures say nothing" if given.check_batched else ""
     print(f"{device_name()}, {given.size}, {given.sequences} sequences of {given.new_tokens} tokens{about}")
     print(f"{'engine':14}  {'workload':10}  {'tokens/s':>10}  {'of base':>7}")
     for row in rows:
@@ -140,7 +141,7 @@ def device_name() -> str:
 
 def main() -> int:
     given = parse()
-    if not given.rehearse and (problem := refusal()) is not None:
+    if not given.check_batched and (problem := refusal()) is not None:
         print(f"benchmarks.gpu: {problem}", file=sys.stderr)
         return 2
     if not given.skip_tests:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.gpu.material import LORAS, Material
 from deltamux.engine.base import EngineOptions, SamplingOptions
-from deltamux.engine.vllm.engine import VLLMEngine
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from benchmarks.gpu.material import SIZES, Size
 from deltamux.deltas import BlockRole, LinearSite, LowRank
-from deltamux.deltas.kernels.triton.linear import LinearDeltas
-from deltamux.deltas.kernels.triton.table import Owner, StepTable
+from deltamux.deltas.backends.triton.linear import LinearDeltas
+from deltamux.deltas.backends.triton.step_records import StepRecords
+from deltamux.deltas.ops.step import RowRange
 
 LAYERS = 4
 SLOTS = 20
@@ -54,7 +55,7 @@ class Layer:
         for made in self.made:
             torch.mm(made.x, made.weight, out=made.y)
 
-    def ours(self, step: StepTable) -> None:
+    def ours(self, step: StepRecords) -> None:
         for made in self.made:
             torch.mm(made.x, made.weight, out=made.y)
             made.deltas.apply(made.x, made.y, step)
@@ -82,7 +83,7 @@ class _Made:
                 for factor in (self.a[part][slot, 0], self.b[part][slot, 0].T):
                     factor[rank:] = 0
                 a, b = self.a[part][slot, 0, :rank], self.b[part][slot, 0, :, :rank]
-                assert self.deltas.place(slot, part, LowRank(a.contiguous(), b.contiguous()))
+                assert self.deltas.set(slot, part, LowRank(a.contiguous(), b.contiguous()))
 
 
 def _draw(*shape: int) -> Tensor:
@@ -127,13 +128,13 @@ def microseconds(graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int = 15, repl
     return {name: statistics.median(every) for name, every in times.items()}
 
 
-def steps(rows: int, adapters: int) -> tuple[StepTable, list[int]]:
+def steps(rows: int, adapters: int) -> tuple[StepRecords, list[int]]:
     """Returns a step whose rows the adapters share evenly, and the slot of each row."""
-    table = StepTable(rows, SLOTS, "cuda")
+    table = StepRecords(rows, SLOTS, "cuda")
     share = rows // adapters
     slots = [min(row // share, adapters - 1) for row in range(rows)]
     bounds = [*(slot * share for slot in range(adapters)), rows]
-    table.fill([Owner(slot, bounds[slot], bounds[slot + 1]) for slot in range(adapters)], rows)
+    table.fill([RowRange(slot, bounds[slot], bounds[slot + 1]) for slot in range(adapters)], rows)
     return table, slots
 
 

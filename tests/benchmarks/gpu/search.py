@@ -1,6 +1,6 @@
-"""Searches the cuts of shrink and expand that are fastest on this GPU (`launches.SHORT` and `TALL`).
+"""Searches the configs of shrink and expand that are fastest on this GPU (`launches.DECODE` and `PREFILL`).
 
-    cd tests && ../.venv/bin/python -m benchmarks.gpu.search --size 8b --output cuts.json
+    cd tests && ../.venv/bin/python -m benchmarks.gpu.search --size 8b --output configs.json
 
 First expand beside today's shrink, then shrink beside the best expand, then the best few of expand once more, longer.
 Times are of one layer's linear modules with their LoRAs, by CUDA graphs that take turns (`benchmarks.gpu.kernels`).
@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.gpu.kernels import LAYERS, Layer, captured, microseconds, steps
 from benchmarks.gpu.material import SIZES, Size
-from deltamux.deltas.kernels.triton import launches
-from deltamux.deltas.kernels.triton.launches import Cut
+from deltamux.deltas.backends.triton import launches
+from deltamux.deltas.backends.triton.launches import LaunchConfig
 
 WARPS_OF_COLUMNS = {False: [(64, 2), (64, 4), (128, 2), (128, 4)], True: [(32, 4), (64, 4), (128, 4), (128, 8)]}
 SPANS = {False: [128, 256, 512, 1024], True: [128, 256, 512, 1024, 2048]}
@@ -32,13 +32,13 @@ SPLITS = {
     True: [(4096, 1), (1024, 2), (1024, 4), (512, 8), (1024, 14)],
 }
 """The least columns of a split, and the most splits."""
-START = {False: launches.SHORT, True: launches.TALL}
+START = {False: launches.DECODE, True: launches.PREFILL}
 
 
 class Timed(NamedTuple):
     """Microseconds of a layer by number of adapters, and their geometric mean."""
 
-    cut: Cut
+    config: LaunchConfig
     times: dict[int, float]
 
     @property
@@ -46,8 +46,8 @@ class Timed(NamedTuple):
         return math.prod(self.times.values()) ** (1 / len(self.times))
 
 
-def expands(start: Cut, *, tall: bool) -> list[Cut]:
-    """Returns cuts that differ in what a program of expand does; stages are for spans of several blocks."""
+def expands(start: LaunchConfig, *, tall: bool) -> list[LaunchConfig]:
+    """Returns configs that differ in what a program of expand does; stages are for spans of several blocks."""
     return [
         start._replace(columns=columns, expand_warps=warps, span=span, stages=stages)
         for (columns, warps), span, stages in product(WARPS_OF_COLUMNS[tall], SPANS[tall], (1, 2, 3))
@@ -55,8 +55,8 @@ def expands(start: Cut, *, tall: bool) -> list[Cut]:
     ]
 
 
-def shrinks(start: Cut, *, tall: bool) -> list[Cut]:
-    """Returns cuts that differ in what a program of shrink does."""
+def shrinks(start: LaunchConfig, *, tall: bool) -> list[LaunchConfig]:
+    """Returns configs that differ in what a program of shrink does."""
     shapes = product((16, 32, 64), (64, 128), (4,)) if tall else product((16,), (128, 256), (2, 4))
     return [
         start._replace(ranks=ranks, inner=inner, shrink_warps=warps, split=split, max_splits=most)
@@ -70,7 +70,7 @@ class Bench:
     def __init__(self, size: Size, rows: int, adapters: Iterable[int], rank: int) -> None:
         self._layers = [Layer(size, rows, rank) for _ in range(LAYERS)]
         self._steps = {count: steps(rows, count)[0] for count in adapters}
-        self.tall = launches.cut_of(next(iter(self._steps.values()))) is launches.TALL
+        self.tall = launches.launch_config(next(iter(self._steps.values()))) is launches.PREFILL
 
     def base(self) -> float:
         """Returns the microseconds of a layer without deltas."""
@@ -81,25 +81,25 @@ class Bench:
 
         return microseconds({"base": captured(every)})["base"]
 
-    def timed(self, cuts: Iterable[Cut], rounds: int) -> list[Timed]:
-        """Returns the cuts with their times, the fastest first; what does not fit the GPU is left out, and named."""
+    def timed(self, configs: Iterable[LaunchConfig], rounds: int) -> list[Timed]:
+        """Returns the configs with their times, the fastest first; what does not fit the GPU is left out, and named."""
         graphs: dict[Any, torch.cuda.CUDAGraph] = {}
-        for cut in cuts:
+        for config in configs:
             try:
-                graphs |= {(cut, count): self._graph(cut, count) for count in self._steps}
+                graphs |= {(config, count): self._graph(config, count) for count in self._steps}
             except Exception as error:  # Triton's compiler and torch have one each for what does not fit
-                print(f"{tuple(cut)}: {error}", file=sys.stderr)
+                print(f"{tuple(config)}: {error}", file=sys.stderr)
         times = microseconds(graphs, rounds=rounds, replays=4)
-        made = {cut for cut, _ in graphs}
+        made = {config for config, _ in graphs}
         return sorted(
-            (Timed(cut, {n: times[cut, n] for n in self._steps}) for cut in made), key=lambda timed: timed.mean
+            (Timed(config, {n: times[config, n] for n in self._steps}) for config in made), key=lambda timed: timed.mean
         )
 
-    def _graph(self, cut: Cut, count: int) -> torch.cuda.CUDAGraph:
-        setattr(launches, "TALL" if self.tall else "SHORT", cut)
+    def _graph(self, config: LaunchConfig, count: int) -> torch.cuda.CUDAGraph:
+        setattr(launches, "PREFILL" if self.tall else "DECODE", config)
         for layer in self._layers:
             for made in layer.made:
-                made.deltas.add_spans(cut.span)
+                made.deltas.add_spans(config.span)
 
         def every() -> None:
             for layer in self._layers:
@@ -108,14 +108,14 @@ class Bench:
         return captured(every)
 
 
-def search(bench: Bench, start: Cut) -> dict[str, list[Timed]]:
+def search(bench: Bench, start: LaunchConfig) -> dict[str, list[Timed]]:
     found = {"expand": bench.timed(expands(start, tall=bench.tall), 5)}
-    best = found["expand"][0].cut
+    best = found["expand"][0].config
     found["shrink"] = bench.timed([best, *shrinks(best, tall=bench.tall)], 5)
-    best = found["shrink"][0].cut
+    best = found["shrink"][0].config
     few = {
-        best._replace(columns=cut.columns, expand_warps=cut.expand_warps, span=cut.span, stages=cut.stages)
-        for cut, _ in found["expand"][:4]
+        best._replace(columns=config.columns, expand_warps=config.expand_warps, span=config.span, stages=config.stages)
+        for config, _ in found["expand"][:4]
     }
     found["both"] = bench.timed({best, start, *few}, 9)
     return found
@@ -140,12 +140,12 @@ def main() -> int:
         print(f"{rows} rows; products alone {bench.base():.1f} microseconds a layer", flush=True)
         results[rows] = {}
         for stage, every in search(bench, START[bench.tall]).items():
-            results[rows][stage] = [(timed.cut._asdict(), timed.times) for timed in every]
+            results[rows][stage] = [(timed.config._asdict(), timed.times) for timed in every]
             for timed in every[:6]:
                 print(
                     f"{stage:6} {timed.mean:8.1f} ",
                     {n: round(t, 1) for n, t in timed.times.items()},
-                    timed.cut,
+                    timed.config,
                     flush=True,
                 )
     if given.output:

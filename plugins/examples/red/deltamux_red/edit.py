@@ -19,11 +19,11 @@ class EditBatch(OpBatch):
         super().__init__(site, num_slots, dtype, device)
         self._ops: dict[int, Edit] = {}
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, Edit)
         self._ops[slot] = op
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._ops[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:

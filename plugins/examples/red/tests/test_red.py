@@ -5,7 +5,7 @@ import torch
 from deltamux_red.edit import Edit
 
 from deltamux.conformance import CHECKS, cases, check_serving
-from deltamux.deltas.rehearsal import rehearse
+from deltamux.deltas.batched_check import check_batched
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
@@ -26,4 +26,4 @@ def test_the_op_scales_and_shifts():
 
 def test_the_op_touches_nobody_elses_rows():
     (case, *_) = cases("red")
-    rehearse(case.program(case.checkpoint()).placed(case.base))
+    check_batched(case.program(case.checkpoint()).placed(case.base))

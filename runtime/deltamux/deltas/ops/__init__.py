@@ -4,7 +4,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from deltamux.deltas.ops.base import Op
-from deltamux.deltas.ops.batched import OpBatch, Run, StepIndex, VirtualRows
+from deltamux.deltas.ops.batch import OpBatch
 from deltamux.deltas.ops.bias import Bias
 from deltamux.deltas.ops.bottleneck import Bottleneck
 from deltamux.deltas.ops.dense import Dense
@@ -17,6 +17,7 @@ from deltamux.deltas.ops.norm_affine import NormAffine
 from deltamux.deltas.ops.scale import Scale, ScaleInput
 from deltamux.deltas.ops.sign_dense import SignDense
 from deltamux.deltas.ops.soft_prompt import SoftPrompt
+from deltamux.deltas.ops.step import RowRange, StepIndex, VirtualRows
 from deltamux.errors import InvalidAdapterError
 
 OPS: dict[str, type[Op]] = {
@@ -82,7 +83,7 @@ __all__ = [
     "NormAffine",
     "Op",
     "OpBatch",
-    "Run",
+    "RowRange",
     "Scale",
     "ScaleInput",
     "SignDense",

@@ -1,18 +1,18 @@
-"""What a delta op is: parameters, one formula, and its three lives.
+"""`Op`: one formula with parameters, in three forms.
 
 An op is a frozen dataclass: its tensor fields are its parameters, its other fields its attributes (plain JSON values).
 
-* train: `apply` is differentiable; the reference executor calls it behind the module of the op's site.
-* merge: `merge` folds it into the site's weights, or raises NotMergeableError with the reason.
-* inference: `batch` names the class that holds the parameters of all resident adapters at one site of the engine, and
-  applies each to its own rows of a mixed batch.
+* train: `apply`, differentiable; the reference executor calls it after the module of the op's site.
+* merge: `merge` returns the site's changed weights, or raises NotMergeableError with the reason.
+* serve: `batch`, the class that has the parameters of all resident adapters at one site of the engine, and applies each
+  to its own rows of a mixed batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -22,8 +22,7 @@ from deltamux.deltas.sites import Site, SiteKind
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
 
 if TYPE_CHECKING:
-    from deltamux.deltas.kernels.tables import Columns, Entry, Table
-    from deltamux.deltas.ops.batched import OpBatch
+    from deltamux.deltas.ops.batch import OpBatch
 
 Attribute = bool | int | float | str
 ReadTensor = Callable[[str], Tensor]
@@ -36,23 +35,17 @@ class Op:
     name: ClassVar[str]
     site_kind: ClassVar[SiteKind]
     batch: ClassVar[type[OpBatch]]
-    has_kernel: ClassVar[bool] = False
-    """Whether the CPU kernels know the op, through `table` and `entry`; `batch` is then their twin in torch.
-
-    Never inherited: an op derived from another has mathematics of its own.
-    """
     changes_input: ClassVar[bool] = False
     changes_weight: ClassVar[bool] = False
-    """Whether the op changes a projection's weight and nothing else, so that an engine may fold it while it runs.
+    """Whether the op changes a projection's weight and nothing else, so that an engine may merge it while it runs.
 
-    Never inherited either.
+    Never inherited: an op derived from another has mathematics of its own.
     """
     packed: ClassVar[frozenset[str]] = frozenset()
     """Parameters that hold bits (uint8), which no cast may touch; all others are floats."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.has_kernel = cls.__dict__.get("has_kernel", False)
         cls.changes_weight = cls.__dict__.get("changes_weight", False)
 
     @property
@@ -88,22 +81,6 @@ class Op:
         if all(tensor is cast[field] for field, tensor in tensors.items()):
             return self
         return self.of(cast, self.attributes())
-
-    @classmethod
-    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
-        """Returns the kernel that serves the op at the parts of one module, all like `site` but for their columns."""
-        raise NotImplementedError(f"{cls.name} has no kernel")
-
-    @cached_property
-    def entry(self) -> Entry:
-        """The parameters as the kernel reads them; made once, off the step loop, so that placing is cheap."""
-        raise NotImplementedError(f"{self.name} has no kernel")
-
-    @classmethod
-    def lay_out(cls, ops: Sequence[Self]) -> None:
-        """Makes the entries of all ops of one program that are of this kind; together where that is faster."""
-        for op in ops:
-            _ = op.entry
 
     def products(self) -> dict[str, Tensor]:
         """Returns, by name, the parameters that the op multiplies ahead of time, each by one of its attributes.

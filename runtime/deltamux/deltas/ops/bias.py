@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deltamux.deltas.kernels.tables import Affine, Columns, Entry, Table, Vectors
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.step import StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 from deltamux.errors import NotMergeableError
 
@@ -24,11 +22,11 @@ class BiasBatch(OpBatch):
         super().__init__(site, num_slots, dtype, device)
         self._vectors: dict[int, Tensor] = {}
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, Bias)
         self._vectors[slot] = op.bias
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._vectors[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
@@ -47,15 +45,6 @@ class Bias(Op):
     name: ClassVar[str] = "bias"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = BiasBatch
-    has_kernel: ClassVar[bool] = True
-
-    @classmethod
-    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
-        return Affine(parts, num_slots, dtype)
-
-    @cached_property
-    def entry(self) -> Entry:
-        return Vectors(bias=self.bias.float().contiguous())
 
     def weighted(self, weight: float) -> Bias:
         return Bias(self.bias * weight)

@@ -7,19 +7,17 @@ Reading the residual stream h, as AdapterHub places both: of h + y (sequential) 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltamux.deltas.kernels import tables
-from deltamux.deltas.kernels.tables import Columns, Entry, Factors, ShrinkExpand, Table
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StackedColumns, StepIndex, add_rows, bits
+from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.step import StackedColumns, StepIndex, add_rows, bits
 from deltamux.deltas.sites import BlockSite, Site, SiteKind
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
 
@@ -47,12 +45,12 @@ class BottleneckBatch(OpBatch):
         self._ops: dict[int, Bottleneck] = {}
         self._stacks: list[_Stack] | None = None
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, Bottleneck)
         self._ops[slot] = op
         self._stacks = None
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._ops[slot]
         self._stacks = None
 
@@ -97,24 +95,6 @@ class Bottleneck(Op):
     name: ClassVar[str] = "bottleneck"
     site_kind: ClassVar[SiteKind] = SiteKind.BLOCK
     batch: ClassVar[type[OpBatch]] = BottleneckBatch
-    has_kernel: ClassVar[bool] = True
-
-    @classmethod
-    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
-        assert isinstance(site, BlockSite)
-        return ShrinkExpand(site.features, parts, num_slots, dtype)
-
-    @cached_property
-    def entry(self) -> Entry:
-        reads = tables.FROM_X if self.parallel else tables.FROM_SUM if self.residual else tables.FROM_Y
-        return Factors.of(
-            self.down_weight,
-            self.scale * self.up_weight,
-            down_bias=None if self.down_bias is None else self.down_bias.float().contiguous(),
-            up_bias=None if self.up_bias is None else self.scale * self.up_bias.float().contiguous(),
-            activation=tables.ACTIVATIONS.index({"swish": "silu"}.get(self.activation, self.activation)),
-            reads=reads,
-        )
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:

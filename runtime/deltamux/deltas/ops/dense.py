@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.step import StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
 
@@ -21,10 +22,10 @@ class DenseBatch(OpBatch):
         super().__init__(site, num_slots, dtype, device)
         self._weights: dict[int, Tensor] = {}
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         self._weights[slot] = op.tensors()["weight"]
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._weights[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.step import StepIndex, add_rows, bits
 from deltamux.deltas.sites import EmbeddingSite, Site, SiteKind
 
 
@@ -21,11 +22,11 @@ class DenseEmbeddingBatch(OpBatch):
         super().__init__(site, num_slots, dtype, device)
         self._tables: dict[int, Tensor] = {}
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, DenseEmbedding)
         self._tables[slot] = op.weight
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._tables[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:

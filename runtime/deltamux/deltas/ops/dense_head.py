@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch
+from deltamux.deltas.ops.batch import OpBatch
 from deltamux.deltas.ops.dense import DenseBatch
 from deltamux.deltas.sites import HeadSite, Site, SiteKind
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.ops.batch import OpBatch
 from deltamux.deltas.ops.bottleneck import Bottleneck
 from deltamux.deltas.ops.low_rank import LowRank
+from deltamux.deltas.ops.step import StepIndex, add_rows, bits
 from deltamux.deltas.sites import BlockSite, LinearSite, Site
 from deltamux.errors import NotMergeableError
 
@@ -36,11 +37,11 @@ class GatedBatch(OpBatch):
         super().__init__(site, num_slots, dtype, device)
         self._ops: dict[int, Op] = {}
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, GatedLowRank | GatedBottleneck)
         self._ops[slot] = op
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._ops[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, bits
+from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.step import StepIndex, bits
 from deltamux.deltas.sites import AttentionSite, Site, SiteKind
 from deltamux.errors import NotMergeableError
 
@@ -24,11 +25,11 @@ class KVPrefixBatch(OpBatch):
         super().__init__(site, num_slots, dtype, device)
         self._prefixes: dict[int, KVPrefix] = {}
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, KVPrefix)
         self._prefixes[slot] = op
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._prefixes[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltamux.deltas.kernels.tables import Columns, Entry, Factors, ShrinkExpand, Table, pack
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StackedColumns, StepIndex, add_rows, bits
+from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.step import StackedColumns, StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
 SEGMENT_ROWS = 12
@@ -33,12 +32,12 @@ class LowRankBatch(OpBatch):
         self._factors: dict[int, _Factors] = {}
         self._stacked: _Stacked | None = None
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, LowRank)
         self._factors[slot] = _Factors(op.a, (op.b.t() * op.scale).contiguous())
         self._stacked = None
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._factors[slot]
         self._stacked = None
 
@@ -83,29 +82,7 @@ class LowRank(Op):
     name: ClassVar[str] = "low_rank"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = LowRankBatch
-    has_kernel: ClassVar[bool] = True
     changes_weight: ClassVar[bool] = True
-
-    @classmethod
-    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
-        assert isinstance(site, LinearSite)
-        return ShrinkExpand(site.in_features, parts, num_slots, dtype)
-
-    @cached_property
-    def entry(self) -> Entry:
-        return Factors.of(self.a, self.scale * self.b)
-
-    @classmethod
-    def lay_out(cls, ops: Sequence[LowRank]) -> None:
-        if cls is not LowRank:  # an op derived from this one may have an entry of its own
-            return super().lay_out(ops)
-        alike: dict[tuple[torch.Size, float], list[LowRank]] = {}
-        for op in ops:
-            alike.setdefault((op.b.shape, op.scale), []).append(op)
-        for (_, scale), same in alike.items():
-            ups = pack(scale * torch.stack([op.b for op in same])).unbind()
-            for op, up in zip(same, ups, strict=True):
-                vars(op)["entry"] = Factors(op.a.contiguous(), up)
 
     def rank(self) -> int:
         return self.a.shape[0]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deltamux.deltas.kernels.tables import Columns, Entry, NormChange, Table, Vectors
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, add_rows, bits
+from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.step import StepIndex, add_rows, bits
 from deltamux.deltas.sites import NormForm, NormSite, Site, SiteKind
 from deltamux.errors import NotMergeableError
 
@@ -32,11 +30,11 @@ class NormAffineBatch(OpBatch):
         super().__init__(site, num_slots, dtype, device)
         self._ops: dict[int, NormAffine] = {}
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, NormAffine)
         self._ops[slot] = op
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._ops[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
@@ -62,17 +60,6 @@ class NormAffine(Op):
     name: ClassVar[str] = "norm_affine"
     site_kind: ClassVar[SiteKind] = SiteKind.NORM
     batch: ClassVar[type[OpBatch]] = NormAffineBatch
-    has_kernel: ClassVar[bool] = True
-
-    @classmethod
-    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
-        assert isinstance(site, NormSite)
-        return NormChange(site.features, site.eps, parts, num_slots, dtype, centred=site.form is NormForm.LAYER)
-
-    @cached_property
-    def entry(self) -> Entry:
-        weight, bias = (None if v is None else v.float().contiguous() for v in (self.weight, self.bias))
-        return Vectors(weight, bias)
 
     def weighted(self, weight: float) -> NormAffine:
         return NormAffine(**{name: tensor * weight for name, tensor in self.tensors().items()})

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from deltamux.deltas.kernels.tables import Affine, Columns, Entry, Table, Vectors
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, bits
+from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.step import StepIndex, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
 
@@ -23,11 +21,11 @@ class ScaleBatch(OpBatch):
         super().__init__(site, num_slots, dtype, device)
         self._factors: dict[int, Tensor] = {}
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, Scale | ScaleInput)
         self._factors[slot] = op.factor
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._factors[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
@@ -48,15 +46,6 @@ class Scale(Op):
     name: ClassVar[str] = "scale"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = ScaleBatch
-    has_kernel: ClassVar[bool] = True
-
-    @classmethod
-    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
-        return Affine(parts, num_slots, dtype)
-
-    @cached_property
-    def entry(self) -> Entry:
-        return Vectors(factor=self.factor.float().contiguous())
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, LinearSite)
@@ -83,17 +72,7 @@ class ScaleInput(Op):
     name: ClassVar[str] = "scale_input"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = ScaleBatch
-    has_kernel: ClassVar[bool] = True
     changes_input: ClassVar[bool] = True
-
-    @classmethod
-    def table(cls, site: Site, parts: Sequence[Columns], num_slots: int, dtype: torch.dtype) -> Table:
-        assert isinstance(site, LinearSite)
-        return Affine([Columns(0, site.in_features)], num_slots, dtype)  # x is what changes, not y
-
-    @cached_property
-    def entry(self) -> Entry:
-        return Vectors(factor=self.factor.float().contiguous())
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, LinearSite)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch
+from deltamux.deltas.ops.batch import OpBatch
 from deltamux.deltas.ops.dense import DenseBatch
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
@@ -34,7 +34,7 @@ def _shifts(device: torch.device) -> Tensor:
 class SignDenseBatch(DenseBatch):
     """A device slot holds the unpacked matrix; files, store and host memory hold the sixteenth of it."""
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, SignDense)
         assert isinstance(self.site, LinearSite)
         self._weights[slot] = op.weight(self.site.in_features, self.dtype)

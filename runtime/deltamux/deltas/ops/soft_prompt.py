@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batched import OpBatch, StepIndex, bits
+from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.step import StepIndex, bits
 from deltamux.deltas.sites import EmbeddingSite, Site, SiteKind
 from deltamux.errors import NotMergeableError
 
@@ -21,11 +22,11 @@ class SoftPromptBatch(OpBatch):
         super().__init__(site, num_slots, dtype, device)
         self._prompts: dict[int, Tensor] = {}
 
-    def _place(self, slot: int, op: Op) -> None:
+    def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, SoftPrompt)
         self._prompts[slot] = op.embedding
 
-    def _clear(self, slot: int) -> None:
+    def _reset(self, slot: int) -> None:
         del self._prompts[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:

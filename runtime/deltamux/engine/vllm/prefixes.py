@@ -1,9 +1,9 @@
-"""Prefixes that nobody computes: where an adapter brings every layer's keys and values, they go straight to the cache.
+"""Known prefixes: keys and values that an adapter brings for every layer are written to the cache, not computed.
 
-A virtual token of prefix tuning stands for keys and values alone. Running it through the model gives nothing that is
-kept, and a prefix of 16 in front of a prompt of 8 would triple the prompt's price. So the scheduler is told that these
-tokens are computed already, as if they came from a cache elsewhere (the planning half of a vLLM KV connector), and the
-worker writes them into the request's cache blocks before the first step that reads them.
+A virtual token of prefix tuning is keys and values alone: computing it yields nothing that is kept, and a prefix of 16
+in front of a prompt of 8 would triple the prompt's cost. So the scheduler counts these tokens as computed (see
+`scheduling.known_prefixes`), and the worker writes them into the request's cache blocks before the first step that
+reads them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from safetensors import SafetensorError
 
 from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.engine.base import ProgramRef
-
-if TYPE_CHECKING:
-    from vllm.v1.request import Request
 
 EXTRA_ARG = "deltamux_prefix"
 """Key of ``SamplingParams.extra_args`` under which a request says how many of its first tokens are known."""
@@ -52,31 +49,7 @@ def _attentions(base: BaseModel) -> frozenset[str]:
     return frozenset(site.name for site in base.attentions)
 
 
-def cache_slots(blocks: np.ndarray[Any, Any], block_size: int, count: int) -> torch.Tensor:
-    """Returns where a request's first `count` tokens lie in the cache, [count] int64, of its row of the block table."""
+def slot_mapping(blocks: np.ndarray[Any, Any], block_size: int, count: int) -> torch.Tensor:
+    """Returns the cache slots of a request's first `count` tokens, [count] int64, of its row of the block table."""
     positions = np.arange(count)
     return torch.from_numpy(blocks[positions // block_size].astype(np.int64) * block_size + positions % block_size)
-
-
-class KnownPrefixes:
-    """What vLLM's scheduler asks of a KV connector while it plans a step; nothing is ever loaded, sent or awaited."""
-
-    supports_divergent_local_hybrid_hits = False
-
-    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """Returns how many tokens beyond those of the prefix cache are known, and that no load is waited for."""
-        parameters = request.sampling_params
-        known = (parameters.extra_args or {}).get(EXTRA_ARG, 0) if parameters is not None else 0
-        return max(0, known - num_computed_tokens), False
-
-    def update_state_after_alloc(self, request: Request, blocks: object, num_external_tokens: int) -> None:
-        """Nothing to note: the worker sees by a request's first position that its prefix is to be written."""
-
-    def has_pending_block_frees(self) -> bool:
-        return False
-
-    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
-        return ()
-
-    def build_connector_meta(self, scheduler_output: object) -> None:
-        return None

@@ -1,0 +1,25 @@
+"""Which backend serves an op at a module: the CPU kernels, or the op's own batch in torch.
+
+Triton's kernels read static buffers, which the engine keeps by module (`engine.vllm.cuda`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deltamux.deltas.backends.cpu import ops as cpu_ops
+from deltamux.deltas.backends.cpu.slot_params import available
+from deltamux.deltas.backends.module_batch import ModuleBatch, PackedSlice, PerSliceBatch
+from deltamux.deltas.ops.base import Op
+
+
+def module_batch(
+    op: type[Op], slices: Sequence[PackedSlice], num_slots: int, dtype: torch.dtype, device: torch.device | str
+) -> ModuleBatch:
+    """Returns the fastest batch of an op that runs here."""
+    on_cpu = cpu_ops.module_batch(op, slices, num_slots, dtype) if available(dtype, device) else None
+    if on_cpu is not None:
+        return on_cpu
+    return PerSliceBatch(slices, lambda site: op.batch(site, num_slots, dtype, device))

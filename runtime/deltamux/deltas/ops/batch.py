@@ -1,0 +1,55 @@
+"""`OpBatch`: one op at one site, batched over the adapters in all device slots."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from deltamux.deltas.ops.base import Op
+from deltamux.deltas.ops.step import StepIndex
+from deltamux.deltas.sites import Site
+
+
+class OpBatch(ABC):
+    """One op at one site, for the adapters in all device slots.
+
+    Rows of other adapters and of the base are never touched: whatever a slot holds, even a NaN, stays in its own rows.
+
+    Attributes:
+        mask: bit i set when slot i has this op here.
+    """
+
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.site = site
+        self.num_slots = num_slots
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.mask = 0
+
+    def set(self, slot: int, op: Op) -> None:
+        """Puts an adapter's op, already in this batch's dtype and on its device, into a free slot."""
+        self._set(slot, op)
+        self.mask |= 1 << slot
+
+    def reset(self, slot: int) -> None:
+        """Empties a slot and drops its tensors; an empty slot may be reset again."""
+        if self.mask & (1 << slot):
+            self.mask &= ~(1 << slot)
+            self._reset(slot)
+
+    def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
+        """Changes `y` [rows, features] in place for the rows whose slot has the op; `x` is the site's input."""
+        active = self.mask & step.mask
+        if active:
+            self._apply(x, y, step, active)
+
+    @abstractmethod
+    def _set(self, slot: int, op: Op) -> None: ...
+
+    @abstractmethod
+    def _reset(self, slot: int) -> None: ...
+
+    @abstractmethod
+    def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None: ...

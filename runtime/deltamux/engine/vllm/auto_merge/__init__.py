@@ -1,0 +1,1 @@
+"""The worker's process on a CPU: the program with most of the traffic is merged into a second copy of the weights."""

@@ -1,0 +1,1 @@
+"""The server's process: the engine as the server sees it, prompts, outputs, and which programs the workers keep."""

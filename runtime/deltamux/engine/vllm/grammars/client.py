@@ -1,0 +1,152 @@
+"""The server's hold on the process that tries grammars: starts it, sends jobs, cancels them, and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+from asyncio.subprocess import DEVNULL, Process
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from deltamux.errors import UnavailableError
+
+CHILD_MODULE = "deltamux.engine.vllm.grammars.compiler"
+START_SECONDS = 300.0
+MAX_LINE = 1 << 20
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the process is started with.
+
+    Attributes:
+        tokenizer: xgrammar's TokenizerInfo, serialised.
+        any_whitespace, separators: as vLLM compiles JSON schemas.
+        memory_bytes: that compiling a grammar may take.
+        grammar_bytes: that a compiled grammar may keep; the engine holds it while it is used.
+        step_seconds: CPU time that a token's mask may take; every request of the batch waits for it.
+    """
+
+    tokenizer: str
+    any_whitespace: bool = True
+    separators: tuple[str, str] | None = None
+    memory_bytes: int = 512 * MIB
+    grammar_bytes: int = 32 * MIB
+    step_seconds: float = 0.005
+
+
+class Answer(NamedTuple):
+    """What came of a job.
+
+    Attributes:
+        problem: why the grammar is refused; None if it is not.
+        ended: the job's process was ended by its limits, or by itself.
+    """
+
+    problem: str | None
+    ended: bool
+
+
+class GrammarClient:
+    """One process at a time, started with the first job and again after its end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._starting = asyncio.Lock()
+        self._process: Process | None = None
+        self._writer: asyncio.StreamWriter
+        self._reading: asyncio.Task[None] | None = None
+        self._jobs: dict[int, asyncio.Future[Answer]] = {}
+        self._numbers = itertools.count()
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    async def start(self) -> None:
+        """Returns once a process takes jobs; raises UnavailableError if none can be started."""
+        async with self._starting:
+            if self._process is None or self._process.returncode is not None or self._writer.is_closing():
+                await self.close()
+                try:
+                    await self._open()
+                except (OSError, ValueError, TimeoutError) as error:
+                    await self.close()
+                    raise UnavailableError(
+                        "structured output is not available now: the process that tries grammars does not start",
+                        reason="GRAMMARS_UNAVAILABLE",
+                    ) from error
+
+    async def ask(self, kind: str, text: str, seconds: float) -> Answer:
+        """Has a grammar tried with so much CPU time. Cancelling ends the job."""
+        await self.start()
+        number = next(self._numbers)
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._jobs[number] = answer
+        limits = {name: getattr(self.settings, name) for name in ("memory_bytes", "grammar_bytes", "step_seconds")}
+        self._send({"id": number, "kind": kind, "text": text, "seconds": seconds} | limits)
+        try:
+            return await answer
+        except asyncio.CancelledError:
+            self._send({"cancel": number})
+            raise
+        finally:
+            self._jobs.pop(number, None)
+
+    async def close(self) -> None:
+        """Ends the process and every job, at once."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+        self._writer.close()
+        await process.wait()
+        if self._reading is not None:
+            await asyncio.wait([self._reading])
+
+    async def _open(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE)
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", CHILD_MODULE, str(theirs.fileno()), str(os.getpid())),
+                stdin=DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,
+                env=_environment(),
+            )
+        self._send(asdict(self.settings))
+        async with asyncio.timeout(START_SECONDS):
+            if not await reader.readline():
+                raise OSError("the process ended at its start")
+        self._reading = asyncio.create_task(self._read(reader))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        with suppress(OSError, ValueError):
+            while line := await reader.readline():
+                message = json.loads(line)
+                job = self._jobs.get(message["id"])
+                if job is not None and not job.done():
+                    job.set_result(Answer(message.get("problem"), "ended" in message))
+        self._writer.close()
+        for job in self._jobs.values():
+            if not job.done():
+                job.set_exception(UnavailableError("the process that tries grammars has ended; send the request again"))
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(json.dumps(message).encode() + b"\n")
+
+
+def _environment() -> dict[str, str]:
+    """The server's own, with its import path; one thread, and no GPU, which is the engine's."""
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

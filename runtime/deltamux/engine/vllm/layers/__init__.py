@@ -1,0 +1,1 @@
+"""The worker's process: the modules of the loaded model, with deltas."""

@@ -1,0 +1,89 @@
+"""How the engine's process compiles grammars: on threads that give way to the steps, and not one behind another."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from vllm import envs
+from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+
+from deltamux.engine.vllm.grammars.vocabulary import vocabulary_of
+
+THREADS = 4
+"""Grammars compiled at once, each by one thread: vLLM's own, which is one grammar by eight threads on two cores, would
+have a small one wait for a large one, and take more of the cores from the step."""
+
+NICE = 10
+
+
+def prepare_grammars(manager: Any) -> None:
+    """Makes vLLM's `StructuredOutputManager` ready before the first grammar, whose import would hold a step up."""
+    if manager.vllm_config.structured_outputs_config.backend != "xgrammar" or not hasattr(manager, "tokenizer"):
+        return
+    manager.executor.shutdown(wait=False)
+    manager.executor = ThreadPoolExecutor(THREADS, "deltamux-grammars", initializer=_give_way)
+    vocab_size = manager.vllm_config.model_config.get_vocab_size()
+    # Where xgrammar cannot read the vocabulary, the first grammar fails, and nothing else.
+    with suppress(Exception):
+        import xgrammar
+
+        backend = XgrammarBackend(manager.vllm_config, tokenizer=manager.tokenizer, vocab_size=vocab_size)
+        compiler = xgrammar.GrammarCompiler(
+            vocabulary_of(backend, manager.tokenizer), max_threads=1, cache_enabled=False
+        )
+        backend.compiler = CachedCompiler(compiler, envs.VLLM_XGRAMMAR_CACHE_MB << 20)  # type: ignore[assignment]  # alike
+        manager.backend = backend
+
+
+class CachedCompiler:
+    """xgrammar's compiler, which remembers whole grammars.
+
+    xgrammar's own cache keeps rules as well, and fails at grammars that compile without it, such as ``.{0,600}`` in a
+    schema: the gate, which compiles each grammar in a process of its own, would let pass what fails here.
+
+    Args:
+        limit: bytes of grammars that are remembered.
+    """
+
+    def __init__(self, compiler: Any, limit: int) -> None:
+        self._compiler = compiler
+        self._limit = limit
+        self._size = 0
+        self._lock = threading.Lock()
+        self._made: OrderedDict[tuple[object, ...], Any] = OrderedDict()
+
+    def compile_json_schema(self, schema: str, **given: Any) -> Any:
+        return self._compiled("compile_json_schema", schema, **given)
+
+    def compile_regex(self, regex: str) -> Any:
+        return self._compiled("compile_regex", regex)
+
+    def compile_grammar(self, grammar: str) -> Any:
+        return self._compiled("compile_grammar", grammar)
+
+    def _compiled(self, method: str, text: str, **given: Any) -> Any:
+        key = (method, text, *sorted(given.items()))
+        with self._lock:
+            if key in self._made:
+                self._made.move_to_end(key)
+                return self._made[key]
+        made = getattr(self._compiler, method)(text, **given)
+        with self._lock:
+            self._size += made.memory_size_bytes - (self._made[key].memory_size_bytes if key in self._made else 0)
+            self._made[key] = made
+            while self._size > self._limit and len(self._made) > 1:
+                self._size -= self._made.popitem(last=False)[1].memory_size_bytes
+        return made
+
+
+def _give_way() -> None:
+    """Lowers the priority of the calling thread, which on Linux is a matter of the thread and what it starts."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

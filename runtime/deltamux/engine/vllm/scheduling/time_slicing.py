@@ -1,0 +1,82 @@
+"""`AdapterTimeSlicer`: which adapters run in a step when more have work than there are slots (no tensors, no vLLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+QUANTUM = 8
+"""Steps for which an adapter keeps its slot before others that only decode may take it, so that a swap pays."""
+
+
+class Work(NamedTuple):
+    """What one adapter has to run.
+
+    Attributes:
+        waiting_since: arrival time of its oldest request without a first token; None if all of them decode.
+        running: whether a request of it is already under way.
+    """
+
+    waiting_since: float | None
+    running: bool
+
+
+@dataclass
+class _History:
+    """Attributes: waited: steps with work and without a row; held: steps with a row, one after the other."""
+
+    waited: int = 0
+    held: int = 0
+
+
+class AdapterTimeSlicer:
+    """Chooses for every step the adapters that take part in it.
+
+    The order is: adapters that have waited for `max_wait`, the longest first; those with a request without a first
+    token, the oldest first; those that have had a slot for less than a quantum; the others, the longest without a row
+    first.
+
+    Args:
+        slots: adapters that one step can mix.
+        quantum: see QUANTUM.
+    """
+
+    def __init__(self, slots: int, quantum: int = QUANTUM) -> None:
+        self._slots = slots
+        self._quantum = quantum
+        self._histories: dict[int, _History] = {}
+        self._fruitless = False
+
+    def max_wait(self, adapters: int) -> int:
+        """Returns the most steps that an adapter with work is left out of, when so many adapters have work."""
+        return (self._quantum + 1) * -(-adapters // self._slots)
+
+    def choose(self, work: Mapping[int, Work]) -> frozenset[int] | None:
+        """Returns the adapters that the next step may run; None when all of them fit."""
+        if len(work) <= self._slots:
+            return None
+        patience = self._quantum * -(-len(work) // self._slots)
+        ranked = sorted(work, key=lambda adapter: self._rank(adapter, work[adapter], patience))
+        return frozenset(ranked[: self._slots])
+
+    def record(self, work: Collection[int], ran: Collection[int]) -> None:
+        """Records which of the adapters with work had a row in the step that was planned."""
+        self._fruitless = bool(work) and not ran
+        before, self._histories = self._histories, {}
+        for adapter in work:
+            last = before.get(adapter, _History())
+            self._histories[adapter] = _History(0, last.held + 1) if adapter in ran else _History(last.waited + 1, 0)
+
+    def _rank(self, adapter: int, work: Work, patience: int) -> tuple[float, ...]:
+        history = self._histories.get(adapter, _History())
+        if self._fruitless:
+            # The chosen ones got no memory for their tokens: those that hold the memory run.
+            return (not work.running, -history.waited, adapter)
+        if history.waited >= patience:
+            return (0, -history.waited, adapter)
+        if work.waiting_since is not None:
+            return (1, work.waiting_since, adapter)
+        if 0 < history.held < self._quantum:
+            return (2, -history.held, adapter)
+        return (3, -history.waited, history.held, adapter)

@@ -1,0 +1,1 @@
+"""The worker's process: vLLM's worker, with delta programs in place of LoRA."""

@@ -1,0 +1,1 @@
+"""Uploads become programs in a process of their own, the only one that runs plugins."""

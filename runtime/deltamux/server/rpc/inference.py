@@ -1,0 +1,73 @@
+"""The Inference service: admit, resolve the adapter to a version, run, emit."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from deltamux.engine.base import Engine
+from deltamux.server.access.caller import Caller, current_caller
+from deltamux.server.access.concurrency import Slots
+from deltamux.server.routing import Router
+from deltamux.server.rpc.translate import Responses, add_increment, prompt_of, sampling_of
+from deltamux.server.transport.interceptors import Context
+from deltamux.v1 import inference_pb2 as pb
+from deltamux.v1 import inference_pb2_grpc as pb_grpc
+
+SMALL_GRAMMAR_BYTES = 1 << 14
+"""Of a grammar whose check takes three milliseconds at most; that of a larger one, up to ten, runs in a thread."""
+
+
+class InferenceService(pb_grpc.InferenceServicer):
+    """See inference.proto for the contract."""
+
+    def __init__(self, engine: Engine, router: Router, slots: Slots, *, share_prefix_cache: bool = False) -> None:
+        self._engine = engine
+        self._router = router
+        self._slots = slots
+        self._share_prefix_cache = share_prefix_cache
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        whole = pb.GenerateResponse()
+        async with aclosing(self._run(request, stream=False)) as responses:
+            async for response in responses:
+                add_increment(whole, response)
+        return whole
+
+    async def GenerateStream(
+        self, request: pb.GenerateRequest, context: Context
+    ) -> AsyncGenerator[pb.GenerateResponse]:
+        async with aclosing(self._run(request, stream=True)) as responses:
+            async for response in responses:
+                yield response
+
+    async def _run(self, request: pb.GenerateRequest, *, stream: bool) -> AsyncGenerator[pb.GenerateResponse]:
+        """The life of a request. The version it gets here is the one it keeps, whatever is promoted or deleted."""
+        prompt = prompt_of(request, self._engine.max_model_len)
+        if request.sampling.structured_output.ByteSize() > SMALL_GRAMMAR_BYTES:
+            sampling = await asyncio.to_thread(sampling_of, request.sampling)
+        else:
+            sampling = sampling_of(request.sampling)
+        request_id = secrets.token_hex(8)
+        tenant = self._router.tenant_of(request.adapter)
+        async with self._slots.take(tenant), self._router.lease(request.adapter, request_id) as target:
+            emit = Responses(alternatives=bool(sampling.logprobs), adapter_version=target.name, request_id=request_id)
+            chunks = self._engine.generate(
+                prompt,
+                sampling,
+                target.program,
+                request_id=request_id,
+                stream=stream,
+                group=tenant,
+                cache_salt="" if self._share_prefix_cache else cache_salt(current_caller()),
+            )
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    yield emit.of(chunk)
+
+
+def cache_salt(caller: Caller) -> str:
+    """Returns what keeps a tenant's cached prompts from all others; administrators share theirs among themselves."""
+    return f"tenants/{caller.tenant}" if caller.tenant else "administrators"

@@ -1,0 +1,110 @@
+"""What happens around every RPC, streams included: errors become statuses, and the caller becomes known."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+from grpc_status import rpc_status
+
+from deltamux.errors import DeltamuxError
+from deltamux.server.transport.status import status_of
+from deltamux.server.transport.unread import Unread
+
+log = logging.getLogger("deltamux.server")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Around = Callable[[str, Context], AbstractAsyncContextManager[None]]
+"""Given the RPC's full name and its context, what to enter before the RPC runs and to leave after its last response."""
+
+KINDS: dict[tuple[bool, bool], tuple[str, Any]] = {
+    (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
+    (False, True): ("unary_stream", grpc.unary_stream_rpc_method_handler),
+    (True, False): ("stream_unary", grpc.stream_unary_rpc_method_handler),
+    (True, True): ("stream_stream", grpc.stream_stream_rpc_method_handler),
+}
+"""(request streaming, response streaming) to the handler's attribute and the function that makes such a handler."""
+
+
+class AroundInterceptor(grpc.aio.ServerInterceptor):
+    """Runs every RPC inside an async context manager.
+
+    A streaming RPC is inside for the whole of its iteration, and its generator is closed before the context manager is
+    left, whatever ends it: so a cancelled call frees what it held at once and not when it is collected. So does one
+    whose client does not read (see `Unread`).
+    """
+
+    def __init__(self, around: Around) -> None:
+        self._around = around
+        self._unread = Unread()
+
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        attribute, make = KINDS[handler.request_streaming, handler.response_streaming]
+        wrap = self._streaming if handler.response_streaming else self._unary
+        behaviour = wrap(handler_call_details.method, getattr(handler, attribute))
+        return make(behaviour, handler.request_deserializer, handler.response_serializer)
+
+    def _unary(self, name: str, inner: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+        async def run(request: Any, context: Context) -> Any:
+            async with self._around(name, context):
+                return await inner(request, context)
+
+        return run
+
+    def _streaming(self, name: str, inner: Callable[[Any, Context], Any]) -> Any:
+        # A coroutine that writes: gRPC would leave a generator open when a write is what gets cancelled.
+        async def run(request: Any, context: Context) -> None:
+            async with self._around(name, context):
+                result = inner(request, context)
+                if not inspect.isasyncgen(result):
+                    await result
+                    return
+                async with aclosing(result) as responses:
+                    await self._unread.send(context, responses)
+
+        return run
+
+
+def errors_become_statuses(delay: Callable[[DeltamuxError], float]) -> Around:
+    """Returns what ends an RPC with the status of what it raised; the unexpected becomes INTERNAL and tells no detail.
+
+    Args:
+        delay: returns the seconds by which an error is to be answered late.
+    """
+
+    @asynccontextmanager
+    async def around(method: str, context: Context) -> AsyncIterator[None]:
+        try:
+            yield
+            return
+        except grpc.aio.AbortError:
+            raise
+        except DeltamuxError as raised:
+            log.info("%s: %s %s: %s", method, raised.status, raised.reason, raised.message)
+            error = raised
+        except Exception:
+            error = _unexpected(method)
+        if late := delay(error):
+            await asyncio.sleep(late)
+        await context.abort_with_status(rpc_status.to_status(status_of(error)))
+
+    return around
+
+
+def _unexpected(method: str) -> DeltamuxError:
+    """Logs the exception that is being handled, and returns what the caller is told of it."""
+    incident = secrets.token_hex(6)
+    log.exception("%s: unexpected, incident %s", method, incident)
+    return DeltamuxError(
+        f"the server failed unexpectedly; its log tells more under incident {incident}",
+        metadata={"incident": incident},
+    )

@@ -1,0 +1,190 @@
+"""Where the server listens: loopback as it comes; anywhere else only with keys and TLS."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import resource
+import socket
+import ssl
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from deltamux.errors import FailedPreconditionError
+from deltamux.server.options import ServeOptions, split_address
+from deltamux.server.transport.limits import MAX_MESSAGE_BYTES
+
+MAX_UNSEEN_CALLS = 1 << 16
+
+MAX_CALLS_PER_CONNECTION = 4096
+"""Calls that one connection may have under way; gRPC's clients hold further ones back.
+
+Calls that a client begins and resets at once, key or not, count until the server has seen them end, so that they cannot
+fill its queue. So do those that were just answered: a client at the limit may be refused (UNAVAILABLE), so the limit is
+more than one channel is used for.
+"""
+
+SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    # Two servers on one port would share its connections between them at random.
+    ("grpc.so_reuseport", 0),
+    # A call beyond these, or one that is not looked at within that time, gRPC cancels without a word: so many wait that
+    # every call is answered, be it by the refusal of the server's own limits.
+    ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
+    ("grpc.server_max_unrequested_time_in_server", 600),
+    ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+    # A compressed message of 8 KiB can stand for 8 MiB, and gRPC unpacks it before a key is looked at. Bit 0: as it is.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    # Clients may ask as often as they like whether a silent connection lives; the server asks as well, so that what a
+    # vanished client holds is freed.
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+)
+
+
+MAX_DESCRIPTORS = 1 << 16
+"""Each connection takes one, an idle one too. Many systems give a process 1024, and let it ask for more."""
+
+
+def allow_descriptors() -> None:
+    """Raises this process's limit of open files as far as it may, up to MAX_DESCRIPTORS."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def check_exposure(options: ServeOptions) -> None:
+    """Raises FailedPreconditionError if others could reach a server that has no keys or no TLS."""
+    if options.insecure or is_loopback(options.listen):
+        return
+    lacking = [
+        what
+        for what, given in (
+            ("keys (--auth keys)", options.auth == "keys"),
+            ("TLS (--tls-cert and --tls-key)", options.tls_cert is not None),
+        )
+        if not given
+    ]
+    if lacking:
+        raise FailedPreconditionError(
+            f"listening on {options.listen}, which other machines can reach, needs {' and '.join(lacking)}; "
+            "or say --insecure, if the network around is trusted",
+            reason="INSECURE_LISTEN",
+            metadata={"listen": options.listen},
+        )
+
+
+def is_loopback(listen: str) -> bool:
+    """Tells whether only this machine reaches the address; a host name other than localhost may be anything."""
+    if listen.startswith("unix:"):
+        return True
+    host = split_address(listen)[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def bind(server: grpc.aio.Server, options: ServeOptions) -> str:
+    """Takes the port and returns the address that clients use.
+
+    Raises:
+        FailedPreconditionError: the address is taken or not this machine's, or the TLS files cannot be used.
+    """
+    check_tls(options)
+    if _somebody_answers(options.listen):
+        raise _cannot_listen(options, "another process listens there")
+    try:
+        if options.tls_cert is None:
+            port = server.add_insecure_port(options.listen)
+        else:
+            port = server.add_secure_port(options.listen, _credentials(options))
+    except RuntimeError as error:
+        raise _cannot_listen(options, _why_not(options.listen)) from error
+    return options.listen if options.listen.startswith("unix:") else f"{options.listen.rpartition(':')[0]}:{port}"
+
+
+def _cannot_listen(options: ServeOptions, why: str) -> FailedPreconditionError:
+    return FailedPreconditionError(
+        f"cannot listen on {options.listen}: {why}; choose another address with --listen",
+        reason="ADDRESS_UNAVAILABLE",
+        metadata={"listen": options.listen},
+    )
+
+
+def _somebody_answers(listen: str) -> bool:
+    """Tells whether a Unix socket has a listener: gRPC removes its file, and the listener would serve nobody more."""
+    if not listen.startswith("unix:"):
+        return False
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(listen.removeprefix("unix:"))
+        except OSError:
+            return False
+    return True
+
+
+def _why_not(listen: str) -> str:
+    """Returns what the system says of an address that gRPC could not take; gRPC has that in its log alone."""
+    try:
+        if listen.startswith("unix:"):
+            path = Path(listen.removeprefix("unix:"))
+            os.stat(path.parent)
+            return "the socket's file cannot be made" if not path.exists() else "its file is not a socket"
+        host, port = split_address(listen)
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(address)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "the address is taken, or is not this machine's"
+
+
+def check_tls(options: ServeOptions) -> None:
+    """Raises FailedPreconditionError, reason TLS_FILES, that says what is wrong with the certificate or its key."""
+    if options.tls_cert is None or options.tls_key is None:
+        return
+    certificate, key = _pem(options.tls_cert), _pem(options.tls_key)
+    if b"-----BEGIN CERTIFICATE-----" not in certificate:
+        raise _tls_files(options.tls_cert, "holds no certificate in PEM; --tls-cert is the certificate, with its chain")
+    if b"PRIVATE KEY-----" not in key:
+        raise _tls_files(options.tls_key, "holds no private key in PEM; --tls-key is the certificate's key")
+    if b"ENCRYPTED" in key:
+        raise _tls_files(options.tls_key, "is encrypted; give a key without a passphrase, readable by the server alone")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_verify_locations(cadata=certificate.decode("ascii", "ignore"))
+    except (ssl.SSLError, ValueError):
+        raise _tls_files(options.tls_cert, "holds a damaged certificate") from None
+    try:
+        context.load_cert_chain(options.tls_cert, options.tls_key)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise _tls_files(options.tls_key, f"is not the key of the certificate in {options.tls_cert}") from None
+        raise _tls_files(options.tls_key, f"cannot be used with {options.tls_cert}: {error.reason or error}") from None
+
+
+def _pem(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise _tls_files(file, f"cannot be read: {error.strerror}") from None
+
+
+def _tls_files(file: Path, problem: str) -> FailedPreconditionError:
+    return FailedPreconditionError(f"TLS: {file} {problem}", reason="TLS_FILES", metadata={"file": str(file)})
+
+
+def _credentials(options: ServeOptions) -> grpc.ServerCredentials:
+    assert options.tls_cert is not None
+    assert options.tls_key is not None
+    return grpc.ssl_server_credentials([(_pem(options.tls_key), _pem(options.tls_cert))])

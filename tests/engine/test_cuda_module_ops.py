@@ -1,0 +1,99 @@
+"""The kernels in the real engine, in Triton's interpreter: slow, so one engine, one mixed batch and few tokens.
+
+The worker runs its steps as CUDA graphs would be replayed: nothing of a step's content is left to Python.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from deltamux.conformance.parity import assert_same, reference, served
+from deltamux.deltas import BaseModel, Program, attached
+from deltamux.engine.base import EngineOptions, ProgramRef
+from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from engine.conftest import OPTIONS
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+
+NAMES = (
+    "low-rank",
+    "low-rank-wide",
+    "bottleneck",
+    "bottleneck-parallel",
+    "bottleneck-residual",
+    "prefix",
+    "bias",
+    "scale",
+    "soft-prompt",
+    "everything",
+)
+TOKENS = 4
+PROFILES = {
+    "low-rank": {"LINEAR"},
+    "bias": {"LINEAR"},
+    "scale": {"ALL"},  # scales an input as well
+    "bottleneck": {"ALL"},
+    "prefix": {"BASE"},  # its keys and values are in the cache before the first step
+    "soft-prompt": {"none", "BASE"},  # nothing to do once its virtual tokens are in the cache
+    "everything": {"none"},  # three bottlenecks at one place have no kernels
+}
+"""The graphs that the steps of a request need, by its adapter."""
+
+
+@pytest.fixture(scope="module")
+async def replaying(base_directory: Path) -> AsyncIterator[VLLMEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # the engine's processes inherit it
+        worker = {"worker_cls": "engine.replaying_worker.ReplayingWorker"}
+        options = EngineOptions(
+            str(base_directory),
+            max_active_adapters=len(NAMES),
+            enforce_eager=True,
+            engine_arguments=worker,
+            **OPTIONS,  # type: ignore[arg-type]  # a plain dict of the common ones
+        )
+        engine = VLLMEngine(options)
+        await engine.start()
+        yield engine
+        await engine.stop()
+
+
+async def test_a_mixed_batch_by_kernels_is_what_the_reference_executor_computes(
+    replaying: VLLMEngine, programs: dict[str, ProgramRef], base: BaseModel, base_directory: Path
+) -> None:
+    prompts = {name: [5 + i, 17, 99, 200, 3, 42][: 3 + i % 4] for i, name in enumerate((None, *NAMES))}
+    together = await asyncio.gather(
+        *(
+            served(replaying, tuple(prompt), programs[name] if name else None, TOKENS, f"kernels-{name}")
+            for name, prompt in prompts.items()
+        )
+    )
+    model = AutoModelForCausalLM.from_pretrained(base_directory)
+    for (name, prompt), mixed in zip(prompts.items(), together, strict=True):
+        if name is None:
+            assert_same(reference(model, prompt, TOKENS), mixed)
+            continue
+        with attached(model, base, Program.load(programs[name].path)):
+            assert_same(reference(model, prompt, TOKENS), mixed)
+
+
+async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
+    replaying: VLLMEngine, programs: dict[str, ProgramRef]
+) -> None:
+    for name, profiles in PROFILES.items():
+        before = await _replayed(replaying)
+        await served(replaying, (9, 8, 7), programs[name], 3, f"profile-{name}")
+        after = await _replayed(replaying)
+        assert {key for key, count in after.items() if count != before.get(key)} == profiles, name
+
+
+async def _replayed(engine: VLLMEngine) -> dict[str, int]:
+    (counts,) = await engine.call_workers("replayed")
+    assert isinstance(counts, dict)
+    return counts

@@ -1,0 +1,136 @@
+"""When a program is merged and unmerged: the policy alone, step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deltamux.engine.vllm.auto_merge.policy import Action, Costs, Decision, Line, MergePolicy, Thresholds
+
+DEAR = Costs(base=Line(1e-3, 1e-4), ops=Line(1e-3, 1e-4))
+"""Ops as dear as the base's own projections, as a full fine-tuning's are."""
+CHEAP = Costs(base=Line(1e-3, 1e-4), ops=Line(2e-5, 2e-6))
+LIMITS = Thresholds()
+Step = dict[int, int]
+"""Rows by program, 0 for the base's."""
+
+rows = st.integers(0, 64)
+steps = st.dictionaries(st.integers(0, 4), rows, max_size=5)
+traffic = st.lists(st.tuples(steps, st.integers(1, 300)), max_size=12)
+
+
+def watch(dominance: MergePolicy, step: Step, times: int, costs: Costs = DEAR) -> list[Decision]:
+    """Observes a step many times, measuring whatever is to be measured; returns every decision."""
+    decisions = []
+    for _ in range(times):
+        programs = {program: count for program, count in step.items() if program}
+        decisions.append(dominance.observe(programs, sum(step.values())))
+        if decisions[-1].action is Action.MEASURE:
+            dominance.measured(decisions[-1].program, costs)
+    return decisions
+
+
+def actions(decisions: Iterable[Decision]) -> list[Decision]:
+    return [decision for decision in decisions if decision.action is not Action.NOTHING]
+
+
+def test_a_dear_program_with_most_rows_is_measured_then_folded_and_stays_so() -> None:
+    decisions = watch(MergePolicy(), {7: 29, 0: 3}, 5000)
+    assert actions(decisions) == [Decision(Action.MEASURE, 7), Decision(Action.MERGE, 7)]
+
+
+def test_a_cheap_program_is_measured_once_and_never_folded() -> None:
+    decisions = watch(MergePolicy(), {7: 32}, 5000, CHEAP)
+    assert actions(decisions) == [Decision(Action.MEASURE, 7)]
+
+
+def test_a_program_without_most_of_the_rows_is_not_even_measured() -> None:
+    assert not actions(watch(MergePolicy(), {7: 12, 8: 10, 0: 10}, 5000))
+
+
+def test_traffic_that_turns_to_others_unfolds_and_then_folds_the_next() -> None:
+    dominance = MergePolicy()
+    watch(dominance, {7: 32}, 500)
+    assert dominance.merged == 7
+    turned = actions(watch(dominance, {8: 32}, 2000))
+    assert turned == [Decision(Action.UNMERGE, 7), Decision(Action.MEASURE, 8), Decision(Action.MERGE, 8)]
+
+
+def test_the_bases_own_traffic_unfolds() -> None:
+    dominance = MergePolicy()
+    watch(dominance, {7: 32}, 500)
+    assert actions(watch(dominance, {0: 32}, 2000)) == [Decision(Action.UNMERGE, 7)]
+
+
+def test_a_program_that_is_forgotten_is_measured_anew_and_one_that_is_refused_never_folds() -> None:
+    dominance = MergePolicy()
+    watch(dominance, {7: 32}, 500)
+    dominance.keep({8})
+    assert dominance.merged is None
+    assert actions(watch(dominance, {7: 32}, 1000)) == [Decision(Action.MEASURE, 7), Decision(Action.MERGE, 7)]
+    dominance.refuse(7)
+    assert dominance.merged is None
+    assert not actions(watch(dominance, {7: 32}, 5000))
+
+
+def test_a_folding_that_is_postponed_comes_back_after_a_rest() -> None:
+    dominance = MergePolicy()
+    watch(dominance, {7: 32}, 500)
+    dominance.postpone()
+    assert not actions(watch(dominance, {7: 32}, LIMITS.rest - 1))
+    assert actions(watch(dominance, {7: 32}, LIMITS.patience + 1)) == [Decision(Action.MERGE, 7)]
+
+
+@given(traffic)
+def test_whatever_the_traffic_is_nothing_flips_to_and_fro(traffic: list[tuple[Step, int]]) -> None:
+    dominance = MergePolicy()
+    decisions = [decision for step, times in traffic for decision in watch(dominance, step, times)]
+    turns = [(at, d) for at, d in enumerate(decisions) if d.action in (Action.MERGE, Action.UNMERGE)]
+    assert [d.action for _, d in turns] == [(Action.MERGE, Action.UNMERGE)[i % 2] for i in range(len(turns))]
+    for (before, first), (after, then) in pairwise(turns):
+        assert after - before >= (LIMITS.patience if then.action is Action.UNMERGE else LIMITS.rest)
+        assert then.action is Action.MERGE or then.program == first.program
+
+
+@given(traffic)
+def test_only_programs_that_were_measured_and_pay_are_folded(traffic: list[tuple[Step, int]]) -> None:
+    dominance = MergePolicy()
+    decisions = [decision for step, times in traffic for decision in watch(dominance, step, times, CHEAP)]
+    assert not [d for d in decisions if d.action is Action.MERGE]
+    measured = [d.program for d in decisions if d.action is Action.MEASURE]
+    assert len(measured) == len(set(measured)), "costs do not change: each is measured once"
+
+
+seconds = st.floats(0, 1e-2)
+costs = st.builds(Costs, st.builds(Line, seconds, seconds), st.builds(Line, seconds, seconds))
+
+
+@given(costs, rows, rows)
+def test_a_step_runs_folded_when_it_is_all_the_programs_or_when_that_saves_time(
+    costs: Costs, own: int, others: int
+) -> None:
+    merged = costs.base.at(own + others) + costs.base.at(others)
+    unmerged = costs.base.at(own + others) + costs.ops.at(own)
+    if own == 0:
+        assert not costs.worthwhile(own, others)
+    elif others == 0:
+        assert costs.worthwhile(own, others)
+    elif abs(merged - unmerged) > 1e-9:
+        assert costs.worthwhile(own, others) == (merged < unmerged)
+    assert 0 <= costs.gain(own, others) <= 1
+    if not costs.worthwhile(own, others):
+        assert costs.gain(own, others) == 0
+
+
+@given(seconds, seconds)
+def test_a_line_goes_through_what_was_measured_unless_that_would_fall(few: float, many: float) -> None:
+    line = Line.through(4, few, 32, many)
+    assert line.at(0) == 0
+    assert line.fixed >= 0
+    assert line.per_row >= 0
+    if few <= many <= 8 * few:
+        assert abs(line.at(4) - few) < 1e-9
+        assert abs(line.at(32) - many) < 1e-9

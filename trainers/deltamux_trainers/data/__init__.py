@@ -1,0 +1,1 @@
+"""Data files, and the rows of token ids that they become."""

@@ -1,0 +1,1 @@
+"""Tools beside training: merge, convert, compose, compress, evaluate, check data."""
