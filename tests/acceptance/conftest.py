@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from adapters import write_own
-from engine import worlds
 
-from acceptance.process import ServerProcess
 from deltamux.client import Client
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
+from deltamux_testing.adapters import write_own
+from deltamux_testing.server_process import ServerProcess
 
 
 @pytest.fixture(scope="session")
 def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="session")

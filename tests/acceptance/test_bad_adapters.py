@@ -13,16 +13,16 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from adapters import write_own
 from safetensors.torch import load_file, save_file
 
-from acceptance.process import ServerProcess
 from deltamux.client import Client
 from deltamux.client.channel import error_of
 from deltamux.deltas import BaseModel
 from deltamux.errors import DeltamuxError
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
+from deltamux_testing.adapters import write_own
+from deltamux_testing.server_process import ServerProcess
 
 NAME = "tenants/mallory/adapters/bad"
 TENSORS = "adapter_model.safetensors"

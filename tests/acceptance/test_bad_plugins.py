@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from third_party import install, method, write_adapter
 
-from acceptance.process import ServerProcess
 from deltamux.errors import PluginCrashedError, PluginError, PluginTimeoutError
+from deltamux_testing.server_process import ServerProcess
+from deltamux_testing.third_party import install, method, write_adapter
 
 PLUGINS = {
     "hangs_early": "import time; time.sleep(1000)",

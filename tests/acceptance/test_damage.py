@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from adapters import write_own
 
-from acceptance.process import ServerProcess
 from deltamux.cli import main
 from deltamux.client import Client
 from deltamux.deltas import BaseModel
 from deltamux.errors import DataLossError
+from deltamux_testing.adapters import write_own
+from deltamux_testing.server_process import ServerProcess
 
 NAME = "tenants/acme/adapters/harmed"
 

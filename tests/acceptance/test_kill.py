@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from deltamux_testing.server_process import ServerProcess
 from storms.kill import Storm
-
-from acceptance.process import ServerProcess
 
 
 def test_what_was_acknowledged_outlives_engine_compiler_and_server_and_the_service_comes_back(tmp_path: Path) -> None:

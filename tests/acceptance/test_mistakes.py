@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from acceptance.process import ServerProcess
 from deltamux.client import Client
 from deltamux.errors import InvalidArgumentError
+from deltamux_testing.server_process import ServerProcess
 
 MISTAKES: dict[str, dict[str, Any]] = {
     "bias beyond the vocabulary": {"logit_bias": {10_000_000: 1.0}},

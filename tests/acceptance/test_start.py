@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from acceptance.process import await_none, command
+from deltamux_testing.server_process import await_none, command
 
 PATIENCE = 240
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from acceptance.process import ServerProcess
 from deltamux.client import Client
 from deltamux.errors import NotFoundError
+from deltamux_testing.server_process import ServerProcess
 
 STREAMS = 16
 CHANGES = 100

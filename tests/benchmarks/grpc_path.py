@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from acceptance.process import ServerProcess
 
 from benchmarks.grpc_load import Figures, OpGroup
 from benchmarks.worlds import SIZES, write_base
 from deltamux.engine.base import EngineOptions, SamplingOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from deltamux_testing.server_process import ServerProcess
 
 PROMPT_TOKENS = 8
 NEW_TOKENS = 64

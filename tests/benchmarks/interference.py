@@ -24,7 +24,6 @@ from typing import Any
 
 import grpc
 import psutil
-from acceptance.process import ServerProcess
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +32,7 @@ from benchmarks.hostile import INPUTS
 from deltamux.bench.measure import percentile
 from deltamux.client import AsyncClient
 from deltamux.errors import DeltamuxError
+from deltamux_testing.server_process import ServerProcess
 
 STREAMS = 8
 GROWTH = 1.5

@@ -24,8 +24,6 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
-from acceptance.process import ServerProcess
-
 from benchmarks.parts import FEW, SETTLE_SECONDS, ZIPF_EXPONENT
 from benchmarks.stage import HOST_ADAPTERS, KV_CACHE_GIB, served_name
 from benchmarks.startup import Start
@@ -34,6 +32,7 @@ from deltamux.bench import ClientSubject, Comparison, Contender, Workload, drive
 from deltamux.client import AsyncClient
 from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter
 from deltamux.store.objects import PROGRAM_FILE
+from deltamux_testing.server_process import ServerProcess
 
 LISTINGS = 3
 SEQUENCES = 32

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from acceptance.process import ServerProcess
-
 from benchmarks.peers import PEFT, VLLM
 from benchmarks.worlds import World
 from deltamux.bench import ClientSubject, EngineSubject, Subject, Workload, drive
 from deltamux.client import AsyncClient
 from deltamux.engine.base import Engine, EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from deltamux_testing.server_process import ServerProcess
 
 SLOTS = 32
 MAX_ALIVE = 2

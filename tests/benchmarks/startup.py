@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from acceptance.process import ServerProcess
 
 from benchmarks.worlds import SIZES, write_base
+from deltamux_testing.server_process import ServerProcess
 
 LIMITS: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 512, "kv_cache_gib": 1, "max_num_seqs": 32}
 

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import write_own
-from engine import worlds
 
 from benchmarks.__main__ import main as suite
 from benchmarks.parts import PARTS
 from benchmarks.results import BEYOND_WARM, RATE, TARGETS, Row, read_baseline, table, write_baseline
 from deltamux.cli import main as deltamux
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
+from deltamux_testing.adapters import write_own
 
 QUICK = ("--tokens", "2", "--sequences", "4", "--repeats", "1")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("model"), "llama")
+    return save_base(tmp_path_factory.mktemp("model"), "llama")
 
 
 def row(value: float, metric: str = RATE, target: float | None = None) -> Row:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from adapters import write_own
-from server.tiny_base import byte_tokenizer
 
 from deltamux.bench.floor import Floor, Work, floor
 from deltamux.bench.run import compile_adapter
 from deltamux.bench.traffic import Workload
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import ProgramRef
+from deltamux_testing.adapters import write_own
+from deltamux_testing.tiny_base import byte_tokenizer
 
 NUM_LORAS = 32
 RANKS = (4, 8, 16, 32, 64, 4, 16, 64)

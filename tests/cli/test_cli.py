@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from acceptance.process import ServerProcess
-from adapters import write_own
-from engine import worlds
 
 from deltamux.cli import main, parser
 from deltamux.cli.output import show, show_one
 from deltamux.client import AsyncClient, Client
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
+from deltamux_testing.adapters import write_own
+from deltamux_testing.server_process import ServerProcess
 
 COMMANDS = (
     "serve",
@@ -97,7 +97,7 @@ def test_methods_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_methods_tells_what_each_trains_on_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = worlds.save_base(tmp_path, "llama")
+    directory = save_base(tmp_path, "llama")
     base = BaseModel.from_pretrained(directory)
     assert main(["methods", "--json", "--model", str(directory)]) == 0
     lora = next(m for m in json.loads(capsys.readouterr().out) if m["name"] == "lora")
@@ -135,7 +135,7 @@ def test_the_readme_names_only_commands_that_exist() -> None:
 
 
 def test_a_whole_session_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = worlds.save_base(tmp_path / "base", "llama")
+    directory = save_base(tmp_path / "base", "llama")
     base = BaseModel.from_pretrained(directory)
     first, second = (write_own("lora", base, tmp_path / str(seed), seed=seed, r=4) for seed in (1, 2))
     server = ServerProcess(directory, tmp_path / "store")

@@ -13,13 +13,13 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from store.disks import small_disk
-from store.uploads import KEY, copy_of, objects, upload
 
 from deltamux.cli import main
 from deltamux.errors import FailedPreconditionError
 from deltamux.store import AdapterKey, AdapterStore
 from deltamux.store.lock import Lock
+from deltamux_testing.disks import small_disk
+from deltamux_testing.uploads import KEY, copy_of, objects, upload
 
 
 @pytest.fixture

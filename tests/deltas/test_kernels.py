@@ -35,7 +35,7 @@ from deltamux.deltas.backends.cpu.slot_params import PrepackedFactors, pack
 from deltamux.deltas.backends.module_batch import ColumnRange, ModuleBatch, PackedSlice, PerSliceBatch
 from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.sites import NormForm
-from deltas.steps import step_of
+from deltamux_testing.steps import step_of
 
 SLOTS = 5
 WIDTH = 40

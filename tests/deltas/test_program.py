@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine import worlds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import (
     BaseModel,
     Bias,
@@ -30,11 +30,12 @@ from deltamux.deltas import (
 )
 from deltamux.deltas.ops.bottleneck import ACTIVATIONS
 from deltamux.errors import BaseMismatchError, InvalidAdapterError
+from deltamux_testing import random_programs
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def base(directory: Path) -> BaseModel:
 
 
 def test_a_compiled_file_holds_the_whole_program(base: BaseModel, tmp_path: Path) -> None:
-    program = worlds.random_everything(base, 1)
+    program = random_programs.everything(base, 1)
     program.save(tmp_path / "program.safetensors")
     loaded = Program.load(tmp_path / "program.safetensors")
     assert loaded.num_virtual_tokens == program.num_virtual_tokens == 3
@@ -137,7 +138,7 @@ def test_a_soft_prompt_comes_back_from_its_compiled_file(tmp_path: Path) -> None
 def test_a_damaged_compiled_file_is_refused_by_name(
     metadata: dict[str, str], gone: str | None, base: BaseModel, tmp_path: Path
 ) -> None:
-    worlds.random_low_rank(base, 1).save(tmp_path / "program")
+    random_programs.low_rank(base, 1).save(tmp_path / "program")
     with safe_open(tmp_path / "program", framework="pt") as file:
         header: dict[str, str] = file.metadata()
         tensors = {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118 - safe_open is no mapping
@@ -148,7 +149,7 @@ def test_a_damaged_compiled_file_is_refused_by_name(
 
 
 def test_a_compiled_file_whose_tensors_are_not_aligned_is_refused_by_name(base: BaseModel, tmp_path: Path) -> None:
-    worlds.random_low_rank(base, 1).save(path := tmp_path / "program")
+    random_programs.low_rank(base, 1).save(path := tmp_path / "program")
     written = path.read_bytes()
     header = written[8 : (end := 8 + int.from_bytes(written[:8], "little"))] + b" "
     path.write_bytes(len(header).to_bytes(8, "little") + header + written[end:])
@@ -158,7 +159,7 @@ def test_a_compiled_file_whose_tensors_are_not_aligned_is_refused_by_name(base: 
 
 def test_a_program_for_another_base_is_refused_by_its_first_wrong_shape(base: BaseModel) -> None:
     with pytest.raises(BaseMismatchError, match=r"low_rank\.a at model\.layers\.0.* has shape \[4, 128\]"):
-        worlds.for_another_base(base).placed(base)
+        random_programs.for_another_base(base).placed(base)
 
 
 def test_a_site_that_the_base_lacks_is_named(base: BaseModel) -> None:

@@ -26,7 +26,7 @@ WAYS = {
 }
 RUNS = {
     **{f"{cases} by {way}": (f"triton_{cases}.py", (), way) for cases in ("cases", "life") for way in WAYS},
-    "every case of the torch batches": ("test_batched.py", ("-p", "deltas.triton_batches"), "interpreter"),
+    "every case of the torch batches": ("test_batched.py", ("-p", "deltamux_testing.triton_batches"), "interpreter"),
     # Without a GPU: Triton's compiler and NVIDIA's assembler come with Triton.
     "compiled for GPUs": ("triton_compilation.py", (), "compiler"),
 }

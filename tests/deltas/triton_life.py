@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from crossings import Crossings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,9 +20,10 @@ from deltamux.deltas.backends.triton.factors import FactorDeltas
 from deltamux.deltas.backends.triton.linear import LinearDeltas
 from deltamux.deltas.backends.triton.step_records import StepRecords
 from deltamux.deltas.backends.triton.virtual import SoftPromptDeltas
-from deltas.test_batched import BLOCK, FEATURES, MAKERS, SLOTS, draw
-from deltas.triton_batches import BUFFERS, buffer_batch
-from deltas.triton_cases import DEVICE, EMBEDDING, SIZES, alone, assert_close, moved, owners, parts, sequence
+from deltamux_testing.device_transfers import DeviceTransfers
+from deltamux_testing.random_ops import BLOCK, FEATURES, MAKERS, SLOTS, draw
+from deltamux_testing.triton_batches import BUFFERS, buffer_batch
+from deltamux_testing.triton_ops import DEVICE, EMBEDDING, SIZES, alone, assert_close, moved, owners, parts, sequence
 
 many_steps = st.lists(st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 30)), max_size=9), min_size=1)
 
@@ -83,7 +83,7 @@ def test_arriving_and_leaving_read_nothing_of_the_device_and_write_nothing_from_
     site, op = MAKERS[name](0)
     made = buffer_batch(type(op))(site, SLOTS, torch.bfloat16, "meta")
     ops = [MAKERS[name](seed)[1].to(torch.bfloat16, "meta") for seed in range(SLOTS)]
-    with Crossings() as crossings:
+    with DeviceTransfers() as crossings:
         for slot, one in enumerate(ops):
             made.set(slot, one)
         for slot in range(SLOTS):
@@ -95,7 +95,7 @@ def test_prompts_and_factors_of_inputs_arrive_and_leave_without_asking_the_devic
     short, long, factor = (draw(1, n, FEATURES).to("meta", torch.bfloat16) for n in (2, 5, 1))
     prompts = SoftPromptDeltas(EMBEDDING, SLOTS, torch.bfloat16, "meta")
     factors = FactorDeltas(FEATURES, SLOTS, torch.bfloat16, "meta")
-    with Crossings() as crossings:
+    with DeviceTransfers() as crossings:
         for slot, embedding in enumerate((short, long)):
             assert prompts.set(slot, SoftPrompt(embedding))
             factors.set(slot, factor[0])
@@ -113,7 +113,7 @@ def test_any_sequence_of_ops_arrives_at_a_fused_module_without_asking_the_device
         [[op.to(torch.bfloat16, "meta") for op in sequence(seed + i, site)] for i, site in enumerate(sites)]
         for seed in range(SLOTS)
     ]
-    with Crossings() as crossings:
+    with DeviceTransfers() as crossings:
         for slot, program in enumerate(programs):
             assert all(deltas.set(slot, part, op) for part, ops in enumerate(program) for op in ops)
             deltas.reset(slot)

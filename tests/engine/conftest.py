@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
-from engine import worlds
+from deltamux_testing import random_programs
+from deltamux_testing.engines import OPTIONS
 
 SLOTS = 4
 """Fewer than the programs below, so that mixed batches make slots change hands."""
 
-OPTIONS = {"dtype": "float32", "max_model_len": 256, "kv_cache_gib": 0.25, "max_num_seqs": 16}
-
 
 @pytest.fixture(scope="session")
 def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="session")
@@ -53,17 +53,17 @@ def programs(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """One program of every kind, and the same kinds of other tenants."""
     directory = tmp_path_factory.mktemp("programs")
     made = {
-        "low-rank": worlds.random_low_rank(base, 1),
-        "low-rank-wide": worlds.random_low_rank(base, 2, rank=16),
-        "low-rank-other": worlds.random_low_rank(base, 3),
-        "bottleneck": worlds.random_bottleneck(base, 4),
-        "bottleneck-parallel": worlds.random_bottleneck(base, 5, parallel=True, activation="gelu"),
-        "bottleneck-residual": worlds.random_bottleneck(base, 12, residual=True),
-        "prefix": worlds.random_prefix(base, 6),
-        "prefix-long": worlds.random_prefix(base, 7, length=40),
-        "bias": worlds.random_bias(base, 8),
-        "scale": worlds.random_scale(base, 10),
-        "soft-prompt": worlds.random_soft_prompt(base, 11, length=30),
-        "everything": worlds.random_everything(base, 9),
+        "low-rank": random_programs.low_rank(base, 1),
+        "low-rank-wide": random_programs.low_rank(base, 2, rank=16),
+        "low-rank-other": random_programs.low_rank(base, 3),
+        "bottleneck": random_programs.bottleneck(base, 4),
+        "bottleneck-parallel": random_programs.bottleneck(base, 5, parallel=True, activation="gelu"),
+        "bottleneck-residual": random_programs.bottleneck(base, 12, residual=True),
+        "prefix": random_programs.prefix(base, 6),
+        "prefix-long": random_programs.prefix(base, 7, length=40),
+        "bias": random_programs.bias(base, 8),
+        "scale": random_programs.scale(base, 10),
+        "soft-prompt": random_programs.soft_prompt(base, 11, length=30),
+        "everything": random_programs.everything(base, 9),
     }
-    return {name: worlds.saved(program, directory, name) for name, program in made.items()}
+    return {name: random_programs.saved(program, directory, name) for name, program in made.items()}

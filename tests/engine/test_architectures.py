@@ -6,16 +6,17 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from adapters import ARCHITECTURES, peft_adapters, read_program, write_own, write_peft
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.bases import save_base
 from deltamux.conformance.parity import Greedy, assert_same, reference, served
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
+from deltamux_testing import random_programs
+from deltamux_testing.adapters import ARCHITECTURES, peft_adapters, read_program, write_own, write_peft
+from deltamux_testing.engines import OPTIONS
 from deltamux_trainers import compose_directories, compress
-from engine import worlds
-from engine.conftest import OPTIONS
 
 OWN_FORMAT = ("houlsby", "pfeiffer", "parallel", "bitfit", "mam", "unipelt", "topk", "full")
 PROMPT = (5, 17, 99, 200, 3, 42, 77)
@@ -23,16 +24,16 @@ PROMPT = (5, 17, 99, 200, 3, 42, 77)
 
 def every_op(base: BaseModel) -> dict[str, Program]:
     return {
-        "op-low-rank": worlds.random_low_rank(base, 1),
-        "op-bias": worlds.random_bias(base, 2),
-        "op-bottleneck": worlds.random_bottleneck(base, 3),
-        "op-bottleneck-parallel": worlds.random_bottleneck(base, 4, parallel=True),
-        "op-bottleneck-residual": worlds.random_bottleneck(base, 9, residual=True),
-        "op-bottleneck-parallel-residual": worlds.random_bottleneck(base, 10, parallel=True, residual=True),
-        "op-scale": worlds.random_scale(base, 7),
-        "op-soft-prompt": worlds.random_soft_prompt(base, 8),
-        "op-prefix": worlds.random_prefix(base, 5),
-        "op-everything": worlds.random_everything(base, 6),
+        "op-low-rank": random_programs.low_rank(base, 1),
+        "op-bias": random_programs.bias(base, 2),
+        "op-bottleneck": random_programs.bottleneck(base, 3),
+        "op-bottleneck-parallel": random_programs.bottleneck(base, 4, parallel=True),
+        "op-bottleneck-residual": random_programs.bottleneck(base, 9, residual=True),
+        "op-bottleneck-parallel-residual": random_programs.bottleneck(base, 10, parallel=True, residual=True),
+        "op-scale": random_programs.scale(base, 7),
+        "op-soft-prompt": random_programs.soft_prompt(base, 8),
+        "op-prefix": random_programs.prefix(base, 5),
+        "op-everything": random_programs.everything(base, 6),
     }
 
 
@@ -40,7 +41,7 @@ def every_op(base: BaseModel) -> dict[str, Program]:
 async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
     architecture: str, tmp_path: Path
 ) -> None:
-    directory = worlds.save_base(tmp_path / "base", architecture)
+    directory = save_base(tmp_path / "base", architecture)
     base = BaseModel.from_pretrained(directory)
     own = every_op(base)
     own |= composed(directory, base, tmp_path)
@@ -51,7 +52,7 @@ async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
     peft_models = {name: write_peft(name, architecture, directory, tmp_path / name) for name in names}
     programs = {**own, **{name: read_program(tmp_path / name, base) for name in names}}
 
-    answers = await serve(directory, {n: worlds.saved(p, tmp_path, n) for n, p in programs.items()})
+    answers = await serve(directory, {n: random_programs.saved(p, tmp_path, n) for n, p in programs.items()})
 
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert_same(reference(model, PROMPT, 16), answers[None])

@@ -30,7 +30,7 @@ from deltamux.engine.vllm.layers.linear import LinearWithDeltas
 from deltamux.engine.vllm.layers.module_ops import ModuleOps, group_ops
 from deltamux.engine.vllm.loading.loader import ProgramLoader
 from deltamux.errors import FailedPreconditionError
-from engine import worlds
+from deltamux_testing import random_programs
 
 SLOTS, ROWS = 2, 8
 FULL, LORA = 0, 1
@@ -202,7 +202,7 @@ def test_others_rows_never_meet_the_folded_weights_even_if_those_are_not_finite(
 ) -> None:
     modules = Modules.of(base, base_directory)
     modules.set(FULL, full(base, 1))
-    modules.set(LORA, worlds.random_low_rank(base, 2))
+    modules.set(LORA, random_programs.low_rank(base, 2))
     expected = modules.run(MIXED)
     for module in mergeable_modules(modules.layers):
         module.linear.set_second(torch.full((module.linear.out_features, module.linear.in_features), float("nan")))
@@ -300,8 +300,8 @@ def check(expected: Sequence[Greedy], actual: Sequence[Greedy]) -> None:
 
 @pytest.fixture
 def refs(base: BaseModel, tmp_path: Path) -> dict[str, ProgramRef]:
-    programs = {"merge-full": full(base, 21), "merge-lora": worlds.random_low_rank(base, 22)}
-    return {name: worlds.saved(program, tmp_path, name) for name, program in programs.items()}
+    programs = {"merge-full": full(base, 21), "merge-lora": random_programs.low_rank(base, 22)}
+    return {name: random_programs.saved(program, tmp_path, name) for name, program in programs.items()}
 
 
 async def test_the_engine_folds_under_traffic_answers_all_alike_and_unfolds(

@@ -17,7 +17,7 @@ from deltamux.conformance.parity import assert_same, reference, served
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
-from engine.conftest import OPTIONS
+from deltamux_testing.engines import OPTIONS, PROFILES
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -34,23 +34,13 @@ NAMES = (
     "everything",
 )
 TOKENS = 4
-PROFILES = {
-    "low-rank": {"LINEAR"},
-    "bias": {"LINEAR"},
-    "scale": {"ALL"},  # scales an input as well
-    "bottleneck": {"ALL"},
-    "prefix": {"BASE"},  # its keys and values are in the cache before the first step
-    "soft-prompt": {"none", "BASE"},  # nothing to do once its virtual tokens are in the cache
-    "everything": {"none"},  # three bottlenecks at one place have no kernels
-}
-"""The graphs that the steps of a request need, by its adapter."""
 
 
 @pytest.fixture(scope="module")
 async def replaying(base_directory: Path) -> AsyncIterator[VLLMEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # the engine's processes inherit it
-        worker = {"worker_cls": "engine.replaying_worker.ReplayingWorker"}
+        worker = {"worker_cls": "deltamux_testing.replaying_worker.ReplayingWorker"}
         options = EngineOptions(
             str(base_directory),
             max_active_adapters=len(NAMES),

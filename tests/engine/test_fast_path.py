@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from deltas.steps import step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -39,6 +38,7 @@ from deltamux.engine.vllm.layers.current_step import CurrentStep, MergedStep
 from deltamux.engine.vllm.layers.linear import BlockInput, LinearWithDeltas, SubLayer
 from deltamux.engine.vllm.layers.module_ops import ModuleOps, group_ops
 from deltamux.engine.vllm.layers.norm import NormWithDeltas
+from deltamux_testing.steps import step_of
 
 WIDTH = 24
 QUERY, KEY = 20, 12

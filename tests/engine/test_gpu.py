@@ -19,9 +19,8 @@ from deltamux.conformance.parity import TOLERANCE, Greedy, assert_same, referenc
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
-from engine.conftest import OPTIONS
-from engine.test_cuda_module_ops import PROFILES
-from engine.test_mixed_batch import NAMES, Request, requests, run
+from deltamux_testing.engines import OPTIONS, PROFILES
+from deltamux_testing.mixed_batches import NAMES, Request, requests, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
@@ -53,7 +52,7 @@ async def on_gpu(request: pytest.FixtureRequest, base_directory: Path) -> AsyncI
         "attention_backend": way.backend,
         "kv_cache_memory_bytes": 1 << 28,
         "gpu_memory_utilization": 0.1,  # others may use the device as well
-        "worker_cls": "engine.graph_worker.CountingWorker",
+        "worker_cls": "deltamux_testing.graph_worker.CountingWorker",
     }
     options = {**OPTIONS, "dtype": way.dtype}
     with pytest.MonkeyPatch.context() as patch:

@@ -15,12 +15,12 @@ import pytest
 import xgrammar
 from hypothesis import given
 from hypothesis import strategies as st
-from server.tiny_base import byte_tokenizer
 
 from deltamux.engine.base import GuidedDecoding
 from deltamux.engine.vllm.grammars.admission import Grammars
 from deltamux.engine.vllm.grammars.client import Settings
 from deltamux.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from deltamux_testing.tiny_base import byte_tokenizer
 
 
 def schema(**given: Any) -> GuidedDecoding:

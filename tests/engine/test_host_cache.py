@@ -16,7 +16,7 @@ from deltamux.deltas import BaseModel
 from deltamux.engine.base import Engine, EngineStats, GenerationChunk, ProgramRef, SamplingOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
-from engine import worlds
+from deltamux_testing import random_programs
 
 GREEDY = SamplingOptions(max_tokens=200, temperature=0.0, ignore_eos=True)
 
@@ -34,7 +34,7 @@ async def settled(engine: Engine, *, running: int = 0) -> EngineStats:
 async def test_more_adapters_than_slots_and_host_places_are_all_served(
     engine: Engine, base: BaseModel, tmp_path: Path
 ) -> None:
-    refs = [worlds.saved(worlds.random_low_rank(base, 100 + i), tmp_path, f"many-{i}") for i in range(20)]
+    refs = [random_programs.saved(random_programs.low_rank(base, 100 + i), tmp_path, f"many-{i}") for i in range(20)]
     alone = [await served(engine, (5, 6, i + 3), ref, 6, f"alone-{i}") for i, ref in enumerate(refs)]
     assert len({tuple(a.token_ids) for a in alone}) > 10, "different adapters must answer differently"
     jobs = (served(engine, (5, 6, i + 3), ref, 6, f"many-{i}") for i, ref in enumerate(refs))
@@ -46,7 +46,7 @@ async def test_more_adapters_than_slots_and_host_places_are_all_served(
 
 
 async def test_a_resident_program_needs_its_file_no_more(engine: Engine, base: BaseModel, tmp_path: Path) -> None:
-    ref = worlds.saved(worlds.random_low_rank(base, 200), tmp_path, "file-gone")
+    ref = random_programs.saved(random_programs.low_rank(base, 200), tmp_path, "file-gone")
     before = await served(engine, (9, 9, 4), ref, 6, "file-there")
     ref.path.unlink()
     assert_same(before, await served(engine, (9, 9, 4), ref, 6, "file-gone"))
@@ -56,17 +56,17 @@ async def test_a_resident_program_needs_its_file_no_more(engine: Engine, base: B
 async def test_a_program_that_cannot_be_used_is_refused_and_the_engine_serves_on(
     damage: str, engine: Engine, base: BaseModel, base_directory: Path, tmp_path: Path
 ) -> None:
-    good = worlds.random_low_rank(base, 300)
+    good = random_programs.low_rank(base, 300)
     name = f"bad-{damage.replace(' ', '-')}"
     if damage == "not finite":
-        ref = worlds.saved(worlds.with_nan(good), tmp_path, name)
+        ref = random_programs.saved(random_programs.with_nan(good), tmp_path, name)
     elif damage == "another base":
-        ref = worlds.saved(worlds.for_another_base(base), tmp_path, name)
+        ref = random_programs.saved(random_programs.for_another_base(base), tmp_path, name)
     elif damage == "no program":
         ref = ProgramRef(name, tmp_path / "model.safetensors")
         shutil.copy(base_directory / "model.safetensors", ref.path)
     else:
-        ref = worlds.saved(good, tmp_path, name)
+        ref = random_programs.saved(good, tmp_path, name)
         data = ref.path.read_bytes()
         ref.path.unlink() if damage == "missing" else ref.path.write_bytes(data[: len(data) // 2])
     with pytest.raises(FailedPreconditionError) as refused:
@@ -77,18 +77,18 @@ async def test_a_program_that_cannot_be_used_is_refused_and_the_engine_serves_on
 
 
 async def test_a_repaired_program_is_loaded_anew(engine: Engine, base: BaseModel, tmp_path: Path) -> None:
-    program = worlds.random_low_rank(base, 400)
+    program = random_programs.low_rank(base, 400)
     missing = ProgramRef("repaired", tmp_path / "repaired.safetensors")
     with pytest.raises(FailedPreconditionError):
         await engine.prepare(missing)
-    await engine.prepare(worlds.saved(program, tmp_path, "repaired"))
+    await engine.prepare(random_programs.saved(program, tmp_path, "repaired"))
 
 
 @pytest.mark.parametrize("harm", ["one bit flipped", "missing"])
 async def test_a_stored_program_that_is_damaged_is_told_from_one_that_does_not_fit(
     harm: str, engine: Engine, base: BaseModel, tmp_path: Path
 ) -> None:
-    path = worlds.saved(worlds.random_low_rank(base, 401), tmp_path, "stored").path
+    path = random_programs.saved(random_programs.low_rank(base, 401), tmp_path, "stored").path
     whole = path.read_bytes()
     ref = ProgramRef(f"stored-{harm[:3]}", path, sha256=hashlib.sha256(whole).hexdigest())
     path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
@@ -114,7 +114,7 @@ async def test_closing_the_iterator_aborts_the_generation(engine: Engine, progra
 
 
 async def test_eviction_waits_for_the_last_request(engine: Engine, base: BaseModel, tmp_path: Path) -> None:
-    ref = worlds.saved(worlds.random_bottleneck(base, 500), tmp_path, "evicted")
+    ref = random_programs.saved(random_programs.bottleneck(base, 500), tmp_path, "evicted")
     before = await served(engine, (3, 4, 5), ref, 60, "before-eviction")
     running = asyncio.create_task(served(engine, (3, 4, 5), ref, 60, "during-eviction"))
     await settled(engine, running=1)
@@ -128,12 +128,12 @@ async def test_eviction_waits_for_the_last_request(engine: Engine, base: BaseMod
 async def test_a_pinned_program_stays_when_others_crowd_the_host_tier(
     engine: Engine, base: BaseModel, tmp_path: Path
 ) -> None:
-    pinned = worlds.saved(worlds.random_low_rank(base, 600), tmp_path, "pinned")
+    pinned = random_programs.saved(random_programs.low_rank(base, 600), tmp_path, "pinned")
     await engine.prepare(pinned)
     await engine.pin(pinned)
     pinned.path.unlink()
     for i in range(8):
-        await engine.prepare(worlds.saved(worlds.random_low_rank(base, 601 + i), tmp_path, f"crowd-{i}"))
+        await engine.prepare(random_programs.saved(random_programs.low_rank(base, 601 + i), tmp_path, f"crowd-{i}"))
     await engine.prepare(pinned)
     await engine.unpin(pinned.digest)
 
@@ -141,12 +141,12 @@ async def test_a_pinned_program_stays_when_others_crowd_the_host_tier(
 async def test_a_pinned_program_keeps_its_slot_when_others_need_one(
     engine: VLLMEngine, base: BaseModel, tmp_path: Path
 ) -> None:
-    pinned = worlds.saved(worlds.random_low_rank(base, 700), tmp_path, "pinned-slot")
+    pinned = random_programs.saved(random_programs.low_rank(base, 700), tmp_path, "pinned-slot")
     await served(engine, (5, 6, 7), pinned, 2, "pinned-slot")
     await engine.pin(pinned)
     slot = (await engine.device_programs())[-1]
     for i in range(8):
-        other = worlds.saved(worlds.random_low_rank(base, 701 + i), tmp_path, f"slot-{i}")
+        other = random_programs.saved(random_programs.low_rank(base, 701 + i), tmp_path, f"slot-{i}")
         await served(engine, (5, 6, 7), other, 2, f"slot-{i}")
     assert slot in await engine.device_programs()
     await engine.unpin(pinned.digest)

@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from crossings import Crossings
 
 from deltamux.deltas import BaseModel, LowRank, Program, SignDense
 from deltamux.engine.vllm.loading.blocks import in_one_block, on_device
 from deltamux.engine.vllm.loading.loader import Loaded, ProgramLoader, outcome
 from deltamux.errors import InvalidAdapterError
-from engine import worlds
+from deltamux_testing import random_programs
+from deltamux_testing.device_transfers import DeviceTransfers
 
 
 def test_a_packed_program_is_the_program_in_memory_of_its_own(base: BaseModel, tmp_path: Path) -> None:
-    program = worlds.random_everything(base, 1)
-    ref = worlds.saved(program, tmp_path, "everything")
+    program = random_programs.everything(base, 1)
+    ref = random_programs.saved(program, tmp_path, "everything")
     moved = in_one_block(Program.load(ref.path), torch.float32)
     # Nothing may be left in the file, not even a page of it.
     ref.path.write_bytes(bytes(ref.path.stat().st_size))
@@ -59,9 +59,9 @@ def test_a_packed_program_moves_to_a_device_by_one_copy_for_its_floats_and_one_f
     base: BaseModel,
 ) -> None:
     bits = ("bits", SignDense(torch.randint(256, (64, 8), dtype=torch.uint8), 0.5))
-    program = in_one_block(Program.of([*worlds.random_everything(base, 1), bits]), torch.bfloat16)
+    program = in_one_block(Program.of([*random_programs.everything(base, 1), bits]), torch.bfloat16)
     assert len(list(program)) > 10
-    with Crossings() as crossings:
+    with DeviceTransfers() as crossings:
         on_meta = on_device(program, torch.device("meta"))
     assert len(crossings.ops) == 2
     moved = on_device(program, torch.device("cpu"))
@@ -96,7 +96,7 @@ def settled(future: Future[Loaded]) -> str:
 
 
 def test_a_step_sees_a_program_only_when_it_is_loaded_and_not_dropped(base: BaseModel) -> None:
-    gate = Gate(worlds.random_bias(base, 1))
+    gate = Gate(random_programs.bias(base, 1))
     loader = ProgramLoader(gate.read)
     first, second = loader.load(1, Path("one")), loader.load(2, Path("two"))
     assert loader.load(1, Path("one")) is first
@@ -113,7 +113,7 @@ def test_a_step_sees_a_program_only_when_it_is_loaded_and_not_dropped(base: Base
 
 
 def test_a_file_that_is_not_what_was_stored_is_damaged_and_not_refused(base: BaseModel, tmp_path: Path) -> None:
-    path = worlds.saved(worlds.random_low_rank(base, 1), tmp_path, "stored").path
+    path = random_programs.saved(random_programs.low_rank(base, 1), tmp_path, "stored").path
     stored = hashlib.sha256(path.read_bytes()).hexdigest()
     loader = ProgramLoader(Program.load)
     assert settled(loader.load(1, path, stored)) == "ready"
@@ -123,7 +123,7 @@ def test_a_file_that_is_not_what_was_stored_is_damaged_and_not_refused(base: Bas
 
 
 def test_a_load_that_fails_leaves_the_others_alone(base: BaseModel) -> None:
-    gate = Gate(worlds.random_bias(base, 1))
+    gate = Gate(random_programs.bias(base, 1))
     gate.open.set()
     loader = ProgramLoader(gate.read)
     broken, good = loader.load(1, Path("broken")), loader.load(2, Path("good"))

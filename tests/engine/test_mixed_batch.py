@@ -7,46 +7,12 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from deltamux.conformance.parity import Greedy, assert_same, reference, served
+from deltamux.conformance.parity import assert_same, reference
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import Engine, ProgramRef
-
-NAMES = (
-    "low-rank",
-    "low-rank-wide",
-    "low-rank-other",
-    "bottleneck",
-    "bottleneck-parallel",
-    "bottleneck-residual",
-    "prefix",
-    "prefix-long",
-    "bias",
-    "scale",
-    "soft-prompt",
-    "everything",
-)
-Request = tuple[str | None, tuple[int, ...], int]
-"""Program, prompt, tokens to generate."""
-
-requests = st.lists(
-    st.tuples(
-        st.sampled_from((None, *NAMES)),
-        st.lists(st.integers(3, 255), min_size=1, max_size=60).map(tuple),
-        st.integers(1, 12),
-    ),
-    min_size=2,
-    max_size=12,
-)
-serial = iter(range(1_000_000))
-
-
-async def run(engine: Engine, programs: dict[str, ProgramRef], request: Request) -> Greedy:
-    name, prompt, num_tokens = request
-    program = programs[name] if name else None
-    return await served(engine, prompt, program, num_tokens, f"request-{next(serial)}")
+from deltamux_testing.mixed_batches import NAMES, Request, requests, run
 
 
 @pytest.mark.parametrize("name", [None, *NAMES])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from deltas.steps import step_of
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from deltamux.deltas import Bias, BlockRole, LinearSite, Op, Scale
 from deltamux.deltas.backends.module_batch import ColumnRange, PackedSlice
 from deltamux.engine.vllm.layers.module_ops import ModuleOps, group_ops
+from deltamux_testing.steps import step_of
 
 SIZES = (5, 3)
 SLOTS = 3

@@ -14,7 +14,7 @@ from deltamux.engine.base import ProgramRef
 from deltamux.engine.vllm.frontend import translate
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.prefixes import known_prefix, known_tokens, slot_mapping
-from engine import worlds
+from deltamux_testing import random_programs
 
 PREFIX, PROMPT = 6, (5, 6, 7)
 
@@ -36,7 +36,7 @@ def cached(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_a_prefix_of_keys_and_values_is_not_computed(
     engine: VLLMEngine, base: BaseModel, tmp_path: Path, cached: list[int]
 ) -> None:
-    ref = worlds.saved(worlds.random_prefix(base, 900, PREFIX), tmp_path, "known")
+    ref = random_programs.saved(random_programs.prefix(base, 900, PREFIX), tmp_path, "known")
     first = await served(engine, PROMPT, ref, 6, "known-first")
     assert set(cached) == {PREFIX}
     assert_same(first, await served(engine, PROMPT, ref, 6, "known-again"))
@@ -45,18 +45,18 @@ async def test_a_prefix_of_keys_and_values_is_not_computed(
 async def test_a_soft_prompt_is_computed_since_only_its_embeddings_are_known(
     engine: VLLMEngine, base: BaseModel, tmp_path: Path, cached: list[int]
 ) -> None:
-    ref = worlds.saved(worlds.random_soft_prompt(base, 901, PREFIX), tmp_path, "soft")
+    ref = random_programs.saved(random_programs.soft_prompt(base, 901, PREFIX), tmp_path, "soft")
     await served(engine, PROMPT, ref, 6, "soft")
     assert set(cached) == {0}
 
 
 def test_a_program_that_leaves_a_layer_without_a_prefix_has_it_computed(base: BaseModel, tmp_path: Path) -> None:
-    whole = worlds.random_prefix(base, 902, PREFIX)
+    whole = random_programs.prefix(base, 902, PREFIX)
     partial = Program.of(whole.placements[1:])
     assert known_prefix(whole, base) is not None
     assert known_prefix(partial, base) is None
-    assert known_tokens(worlds.saved(whole, tmp_path, "whole"), base) == PREFIX
-    assert known_tokens(worlds.saved(partial, tmp_path, "partial"), base) == 0
+    assert known_tokens(random_programs.saved(whole, tmp_path, "whole"), base) == PREFIX
+    assert known_tokens(random_programs.saved(partial, tmp_path, "partial"), base) == 0
 
 
 def test_a_program_whose_file_is_gone_has_its_prefix_computed(base: BaseModel, tmp_path: Path) -> None:

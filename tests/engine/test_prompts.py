@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from server.tiny_base import byte_tokenizer, write_base
 
 from deltamux.engine.base import ChatMessage, EngineOptions
 from deltamux.engine.fair import FairQueue
 from deltamux.engine.vllm.frontend.engine import _engine_arguments
 from deltamux.engine.vllm.frontend.prompts import LONG_TEXT, Prompts
 from deltamux.errors import InvalidArgumentError, ResourceExhaustedError
+from deltamux_testing.tiny_base import byte_tokenizer, write_base
 from deltamux_trainers.loading import load_tokenizer
 
 ROOM = 255

@@ -11,11 +11,11 @@ import jsonschema  # type: ignore[import-untyped]  # without stubs
 import numpy as np
 import pytest
 import xgrammar
-from server.tiny_base import byte_tokenizer
 
 from deltamux.engine.base import GuidedDecoding
 from deltamux.engine.vllm.grammars.admission import constraint_of
 from deltamux.errors import InvalidArgumentError
+from deltamux_testing.tiny_base import byte_tokenizer
 
 INTEGER, TEXT = {"type": "integer"}, {"type": "string"}
 TITLED = [{"type": "object", "properties": {"title": kind}, "required": ["title"]} for kind in (TEXT, INTEGER)]

@@ -17,8 +17,8 @@ from deltamux.engine.base import EngineOptions, ProgramRef, SamplingOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.loading.client import LoaderClient
 from deltamux.errors import FailedPreconditionError
-from engine import worlds
-from engine.conftest import OPTIONS
+from deltamux_testing import random_programs
+from deltamux_testing.engines import OPTIONS
 
 NAMES = ("low-rank", "low-rank-other", "bottleneck", "prefix", "soft-prompt", "everything")
 serial = iter(range(1_000_000))
@@ -144,7 +144,7 @@ async def test_a_request_cancelled_while_its_adapter_loads_leaves_nothing_behind
     ends: str, narrow: VLLMEngine, base: BaseModel, programs: dict[str, ProgramRef], tmp_path: Path
 ) -> None:
     await emptied(narrow, programs)
-    good = worlds.saved(worlds.random_low_rank(base, 900), tmp_path, "good").path.read_bytes()
+    good = random_programs.saved(random_programs.low_rank(base, 900), tmp_path, "good").path.read_bytes()
     slow = SlowFile(tmp_path / f"cancelled-{ends}.safetensors")
     waiting = asyncio.create_task(served(narrow, (5, 6), slow.ref, 4, f"cancelled-{next(serial)}"))
     await settled(narrow, 1)
@@ -176,7 +176,7 @@ async def test_workers_without_a_socket_are_reached_between_steps(
 async def test_requests_over_many_more_adapters_than_host_memory_keeps_are_all_served(
     narrow: VLLMEngine, base: BaseModel, tmp_path: Path
 ) -> None:
-    refs = [worlds.saved(worlds.random_low_rank(base, 1000 + i), tmp_path, f"many-{i}") for i in range(24)]
+    refs = [random_programs.saved(random_programs.low_rank(base, 1000 + i), tmp_path, f"many-{i}") for i in range(24)]
     alone = [await served(narrow, (5, 6, i + 3), ref, 6, f"alone-{i}") for i, ref in enumerate(refs)]
     order = [i for i in range(24) for _ in range(3)]
     jobs = (served(narrow, (5, 6, i + 3), refs[i], 6, f"many-{next(serial)}") for i in order)

@@ -17,7 +17,7 @@ from deltamux.engine.base import EngineOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.frontend.warmup import rehearsals
 from deltamux.errors import FailedPreconditionError
-from engine.conftest import OPTIONS
+from deltamux_testing.engines import OPTIONS
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256,

@@ -8,9 +8,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from engine import worlds
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.errors import InvalidConfigError
 from deltamux.registry import Registry
@@ -22,7 +22,7 @@ TARGETS = ["q_proj", "v_proj"]
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import read_adapter, read_program, refusal, write_own
 
 from deltamux.client.uploads import upload_messages
 from deltamux.conformance.cases import base_directory
 from deltamux.deltas import BaseModel, Checkpoint, LowRank
 from deltamux.errors import InvalidAdapterError
 from deltamux.registry import Registry
+from deltamux_testing.adapters import read_adapter, read_program, refusal, write_own
 from deltamux_trainers import convert
 
 REGISTRY = Registry()

@@ -1,6 +1,6 @@
 """AdapterHub's adapters: converted, they give the logits that AdapterHub's own library computed.
 
-Fixtures: tests/fixtures/adapterhub/make.py.
+Fixtures: tests/deltamux_testing/adapterhub/make.py.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import read_program, write_own
-from fixtures.adapterhub.make import ADAPTERS, BASES, HERE, IDS, LOGITS_FILE, build_base
 from safetensors.torch import load_file
 from transformers import OPTConfig
 
@@ -23,6 +21,8 @@ from deltamux.deltas import BaseModel, BlockSite, Checkpoint, attached
 from deltamux.deltas.checkpoint import read_config, read_tensors
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidConfigError
 from deltamux.registry import Registry
+from deltamux_testing.adapterhub.make import ADAPTERS, BASES, HERE, IDS, LOGITS_FILE, build_base
+from deltamux_testing.adapters import read_program, write_own
 from deltamux_trainers import convert
 
 LOGITS = load_file(LOGITS_FILE)

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import read_program, write_own
-from engine import worlds
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.registry import Registry
+from deltamux_testing.adapters import read_program, write_own
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 LAYERS = range(2)
@@ -23,7 +23,7 @@ LAYERS = range(2)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import read_program, write_own
-from engine import worlds
 from transformers import AutoModelForCausalLM
 
 from deltamux.cli import main
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, LowRank, Program, attached
 from deltamux.errors import BaseMismatchError, DeltamuxError, InvalidAdapterError, InvalidArgumentError
+from deltamux_testing.adapters import read_program, write_own
 from deltamux_trainers import compose_directories, merge
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
@@ -23,7 +23,7 @@ IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_what_does_not_go_together_is_refused_when_it_is_made(
     refused(InvalidArgumentError, "weights are for a sum", (domain, 1.0), (parts["tenant"], 0.5))
     refused(InvalidArgumentError, "2 to 16 parts", (domain, 1.0))
     refused(InvalidArgumentError, "stack or sum", (domain, 1.0), (domain, 1.0), mode="product")
-    worlds.save_base(tmp_path / "wider", "qwen2")
+    save_base(tmp_path / "wider", "qwen2")
     other = write_own("lora", BaseModel.from_pretrained(tmp_path / "wider"), tmp_path / "other")
     refused(BaseMismatchError, "different bases", (domain, 1.0), (other, 1.0))
 

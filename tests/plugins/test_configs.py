@@ -8,10 +8,10 @@ from typing import Any
 
 import peft
 import pytest
-from engine import worlds
 from peft.utils.other import get_pattern_key
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.errors import InvalidConfigError
 from deltamux.registry import Registry
@@ -23,7 +23,7 @@ HOSTILE = "(?:.|..|...)*[0-9]{3}"
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="module")

@@ -7,21 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import read_program, write_own
-from engine import worlds
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, DenseEmbedding, DenseHead, Program, attached, merge_program
 from deltamux.errors import InvalidConfigError, NotMergeableError
 from deltamux.registry import Registry
+from deltamux_testing.adapters import read_program, write_own
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
-    return BaseModel.from_pretrained(worlds.save_base(tmp_path_factory.mktemp("base"), request.param))
+    return BaseModel.from_pretrained(save_base(tmp_path_factory.mktemp("base"), request.param))
 
 
 def tied(base: BaseModel) -> bool:
@@ -89,7 +89,7 @@ def test_what_is_not_trained_has_no_tensor(base: BaseModel, tmp_path: Path) -> N
 
 
 def test_the_top_layers_are_the_last_ones(tmp_path: Path) -> None:
-    directory = worlds.save_base(tmp_path / "base", "qwen2")
+    directory = save_base(tmp_path / "base", "qwen2")
     base = BaseModel.from_pretrained(directory)
     names = load_file(write_own("topk", base, tmp_path / "adapter") / "adapter_model.safetensors")
     assert {name for name in names if ".0." in name} == set()

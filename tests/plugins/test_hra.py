@@ -8,20 +8,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import read_program, write_own
-from engine import worlds
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, LowRank, attached
 from deltamux.errors import InvalidConfigError
 from deltamux.registry import Registry
+from deltamux_testing.adapters import read_program, write_own
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="module")

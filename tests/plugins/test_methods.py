@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import third_party
 import torch
 
 from deltamux.conformance import CHECKS, Case, cases
@@ -20,6 +19,7 @@ from deltamux.deltas import BaseModel, Bias, Checkpoint, Program
 from deltamux.errors import PluginError, UnknownMethodError
 from deltamux.hookspecs import MethodInfo, hookimpl
 from deltamux.registry import Registry, create_plugin_manager
+from deltamux_testing import third_party
 
 METHODS = Registry().names()
 

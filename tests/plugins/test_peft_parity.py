@@ -9,12 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import ARCHITECTURES, ONLY_ON_LINEAR, peft_adapters, read_program, write_own, write_peft
-from engine import worlds
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.bases import save_base
 from deltamux.conformance.parity import assert_same, reference
 from deltamux.deltas import BaseModel, attached
+from deltamux_testing.adapters import ARCHITECTURES, ONLY_ON_LINEAR, peft_adapters, read_program, write_own, write_peft
 
 PROMPT = (5, 17, 99, 200, 3)
 
@@ -27,7 +27,7 @@ def architecture(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def directory(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp(architecture), architecture)
+    return save_base(tmp_path_factory.mktemp(architecture), architecture)
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine import worlds
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltamux.conformance.bases import ARCHITECTURES
+from deltamux.conformance.bases import ARCHITECTURES, save_base
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.registry import Registry
@@ -23,7 +22,7 @@ PREFIX = Registry().get("prefix")
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), request.param)
+    return save_base(tmp_path_factory.mktemp("base"), request.param)
 
 
 def fresh(base: BaseModel, **options: Any) -> dict[str, Tensor]:
@@ -72,7 +71,7 @@ def test_a_text_does_not_go_with_another_start() -> None:
 
 
 def test_without_the_weights_a_prefix_cannot_start(tmp_path: Path) -> None:
-    model: Any = AutoModelForCausalLM.from_pretrained(worlds.save_base(tmp_path, "llama"))
+    model: Any = AutoModelForCausalLM.from_pretrained(save_base(tmp_path, "llama"))
     with pytest.raises(FailedPreconditionError, match="not at hand"):
         fresh(BaseModel.from_config(model.config))
     assert fresh(BaseModel.from_config(model.config), init_weights="normal")["prompt_embeddings"].std() > 0.9

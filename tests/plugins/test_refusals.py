@@ -10,7 +10,6 @@ from typing import Any, get_type_hints
 import peft.utils.constants
 import pytest
 import torch
-from adapters import read_program, refusal, write_own, write_peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -21,6 +20,7 @@ from deltamux.registry import Registry
 from deltamux_plugins import peft_defaults
 from deltamux_plugins.prompt import text_ids
 from deltamux_plugins.targets import targets
+from deltamux_testing.adapters import read_program, refusal, write_own, write_peft
 
 REGISTRY = Registry()
 ENCODERS = {"bart", "bert", "electra", "roberta", "rwkv", "xlm-roberta"}

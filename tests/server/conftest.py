@@ -11,9 +11,8 @@ import pytest
 from deltamux.client import AsyncClient
 from deltamux.server.app import Running, running
 from deltamux.server.compiling.compiler import Compiler
-from deltamux.server.options import ServeOptions
-from server.reference_engine import ReferenceEngine
-from server.tiny_base import write_base, write_lora
+from deltamux_testing.servers import engine_for, options
+from deltamux_testing.tiny_base import write_base, write_lora
 
 
 @pytest.fixture(scope="session")
@@ -25,14 +24,6 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loras(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("tiny-loras")
     return [write_lora(root / str(seed), tiny_base, seed=seed) for seed in (1, 2)]
-
-
-def options(tiny_base: Path, store: Path, **given: object) -> ServeOptions:
-    return ServeOptions(model=str(tiny_base), store=store, listen="127.0.0.1:0", drain_seconds=5.0, **given)  # type: ignore[arg-type]  # the tests' own
-
-
-def engine_for(tiny_base: Path, step_seconds: float = 0.0) -> ReferenceEngine:
-    return ReferenceEngine(tiny_base, step_seconds=step_seconds)
 
 
 @pytest.fixture(scope="session")

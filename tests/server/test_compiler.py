@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-from third_party import install, method, write_adapter
 
 from deltamux import errors
 from deltamux.client import AsyncClient
@@ -25,7 +24,8 @@ from deltamux.server.app import running
 from deltamux.server.compiling import client as compiler_client
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.compiling.job import Budgets, Job, error_message, error_of, packed
-from server.conftest import engine_for, options
+from deltamux_testing.servers import engine_for, options
+from deltamux_testing.third_party import install, method, write_adapter
 
 TIMEOUT = 4.0
 BUDGETS = Budgets(max_rank=64, max_virtual_tokens=64, max_bytes=1 << 30)

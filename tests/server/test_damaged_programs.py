@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import write_own
 
 from deltamux.cli import main
 from deltamux.client import AsyncClient
@@ -20,8 +19,9 @@ from deltamux.server.app import Running, running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.compiling.job import Job
 from deltamux.store import AdapterKey, VersionKey
-from server.conftest import engine_for, options
-from server.tiny_base import write_base
+from deltamux_testing.adapters import write_own
+from deltamux_testing.servers import engine_for, options
+from deltamux_testing.tiny_base import write_base
 
 NAME = "tenants/acme/adapters/tickets"
 OTHER = "tenants/globex/adapters/mails"

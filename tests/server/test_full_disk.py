@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store.disks import fill, small_disk
 
 from deltamux.client import AsyncClient
 from deltamux.errors import NotFoundError, ResourceExhaustedError
 from deltamux.server.app import running
 from deltamux.server.compiling.compiler import Compiler
-from server.conftest import engine_for, options
+from deltamux_testing.disks import fill, small_disk
+from deltamux_testing.servers import engine_for, options
 
 NAME = "tenants/acme/adapters/tickets"
 GREEDY: dict[str, Any] = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from fuzz.messages import ADAPTER, METHODS
-from fuzz.rpcs import Known, drawn, send
 
 from deltamux.client import AsyncClient
 from deltamux.server.app import SERVICES, Running
+from fuzz.messages import ADAPTER, METHODS
+from fuzz.rpcs import Known, drawn, send
 
 
 @pytest.mark.parametrize("number", range(4))

@@ -35,9 +35,9 @@ from deltamux.server.transport.status import status_of, without_paths
 from deltamux.v1 import adapters_pb2, tenants_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.tenants_pb2_grpc import TenantsStub
-from server.conftest import engine_for, options
-from server.reference_engine import ReferenceEngine
-from server.test_server import write_certificate
+from deltamux_testing.certificates import write_certificate
+from deltamux_testing.reference_engine import ReferenceEngine
+from deltamux_testing.servers import engine_for, options
 
 NAME = "tenants/acme/adapters/tickets"
 

@@ -18,8 +18,8 @@ from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.server.app import running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.options import CHOICES, RANGES, ServeOptions
-from server.conftest import engine_for, options
-from server.test_server import write_certificate
+from deltamux_testing.certificates import write_certificate
+from deltamux_testing.servers import engine_for, options
 
 FREE = {"model", "store", "listen", "engine_arguments", "admin_key_file", "tls_cert", "tls_key"}
 FLAGS = {field.name for field in dataclasses.fields(ServeOptions) if field.type == "bool"}

@@ -26,7 +26,8 @@ from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1 import inference_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.inference_pb2_grpc import InferenceStub
-from server.conftest import engine_for, options
+from deltamux_testing.servers import engine_for, options
+from deltamux_testing.stalled_uploads import Stalled
 
 ACME, GLOBEX = "tenants/acme/adapters/tickets", "tenants/globex/adapters/tickets"
 
@@ -94,33 +95,6 @@ async def test_a_tenant_that_holds_its_slots_for_long_keeps_no_other_out(
         with pytest.raises(ResourceExhaustedError, match="3 of at most 4 generations"):
             await client.generate("a", adapter=ACME, max_tokens=1)
         assert (await client.generate("a", adapter=GLOBEX, max_tokens=1)).adapter_version == f"{GLOBEX}/versions/1"
-
-
-class Stalled:
-    """Uploads that send their header, or nothing at all, and no byte of a file."""
-
-    def __init__(self, address: str, adapter: Path) -> None:
-        self._channel = grpc.aio.insecure_channel(address)
-        self._adapter = adapter
-        self._calls: list[Any] = []
-
-    async def __aenter__(self) -> Stalled:
-        return self
-
-    async def __aexit__(self, *raised: object) -> None:
-        for call in self._calls:
-            call.cancel()
-        await self._channel.close()
-
-    async def begin(self, count: int, name: str | None = None) -> None:
-        for _ in range(count):
-            call: Any = AdaptersStub(self._channel).UploadAdapter()
-            if name is not None:
-                await call.write(next(upload_messages(name, self._adapter)))
-            else:
-                await call.wait_for_connection()
-            self._calls.append(call)
-        await asyncio.sleep(0.3)
 
 
 async def test_uploads_of_one_tenant_that_stall_do_not_keep_another_from_uploading(

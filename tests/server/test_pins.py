@@ -14,8 +14,8 @@ from deltamux.client import AsyncClient
 from deltamux.errors import ResourceExhaustedError, UnavailableError
 from deltamux.server.app import running
 from deltamux.server.compiling.compiler import Compiler
-from server.conftest import engine_for, options
-from server.reference_engine import ReferenceEngine
+from deltamux_testing.reference_engine import ReferenceEngine
+from deltamux_testing.servers import engine_for, options
 
 ONE, TWO, THREE = (f"tenants/acme/adapters/{name}" for name in ("one", "two", "three"))
 OTHERS = "tenants/globex/adapters/one"

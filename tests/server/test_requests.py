@@ -17,8 +17,8 @@ from deltamux.errors import InvalidArgumentError
 from deltamux.server.app import Running, running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.v1 import adapters_pb2, inference_pb2
-from server.conftest import engine_for, options
-from server.tiny_base import CHAT_TEMPLATE
+from deltamux_testing.servers import engine_for, options
+from deltamux_testing.tiny_base import CHAT_TEMPLATE
 
 NAME = "tenants/acme/adapters/tickets"
 

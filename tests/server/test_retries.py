@@ -25,8 +25,8 @@ from deltamux.errors import (
 )
 from deltamux.server.app import Running, running
 from deltamux.server.compiling.compiler import Compiler
-from server.conftest import engine_for, options
-from server.test_overload import Stalled
+from deltamux_testing.servers import engine_for, options
+from deltamux_testing.stalled_uploads import Stalled
 
 NAME = "tenants/acme/adapters/tickets"
 SHORT: dict[str, Any] = {"max_tokens": 2, "temperature": 0.0, "ignore_eos": True}

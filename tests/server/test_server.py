@@ -24,7 +24,8 @@ from deltamux.errors import (
 )
 from deltamux.server.app import SERVICES, Running, running
 from deltamux.server.compiling.compiler import Compiler
-from server.conftest import engine_for, options
+from deltamux_testing.certificates import write_certificate
+from deltamux_testing.servers import engine_for, options
 
 NAME = "tenants/acme/adapters/tickets"
 LONG: dict[str, Any] = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True}
@@ -252,31 +253,6 @@ async def test_with_keys_and_tls_it_listens_to_everybody(
         admin_key = (tmp_path / "store" / "admin.key").read_text().strip()
         async with AsyncClient(address, api_key=admin_key, tls=cert.read_bytes()) as client:
             assert len((await client.generate("x", max_tokens=3, ignore_eos=True)).token_ids) == 3
-
-
-def write_certificate(directory: Path) -> tuple[Path, Path]:
-    """Writes a self-signed certificate for localhost and its key."""
-    import datetime
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (directory / "cert.pem").write_bytes(certificate.public_bytes(pem))
-    (directory / "key.pem").write_bytes(secret)
-    return directory / "cert.pem", directory / "key.pem"
 
 
 @pytest.mark.parametrize("given", [{}, {"auth": "keys"}])

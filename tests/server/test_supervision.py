@@ -18,8 +18,8 @@ from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
 from deltamux.errors import FailedPreconditionError, UnavailableError
 from deltamux.server.app import Running, running
 from deltamux.server.compiling.compiler import Compiler
-from server.conftest import engine_for, options
-from server.reference_engine import ReferenceEngine
+from deltamux_testing.reference_engine import ReferenceEngine
+from deltamux_testing.servers import engine_for, options
 
 NAME = "tenants/acme/adapters/tickets"
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}

@@ -7,18 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from trainers.templates import SHAPES
 
 from deltamux.client import AsyncClient
 from deltamux.deltas import Program
 from deltamux.engine.vllm.frontend.prompts import Prompts
 from deltamux.server.app import running
 from deltamux.server.compiling.compiler import Compiler
+from deltamux_testing.chat_templates import SHAPES
+from deltamux_testing.reference_engine import ReferenceEngine
+from deltamux_testing.servers import options
+from deltamux_testing.tiny_base import write_base
 from deltamux_trainers.data.files import IGNORED, Encoder
 from deltamux_trainers.data.rows import read_rows
-from server.conftest import options
-from server.reference_engine import ReferenceEngine
-from server.tiny_base import write_base
 
 TURNS = [
     ("system", "be brief"),

@@ -13,7 +13,7 @@ import pytest
 from deltamux.errors import DeltamuxError
 from deltamux.server.transport import unread
 from deltamux.server.transport.interceptors import AroundInterceptor, errors_become_statuses
-from server.raw_http2 import RawConnection
+from deltamux_testing.raw_http2 import RawConnection
 
 PATH = "/test.Streams/Endless"
 PATIENCE = 30.0

@@ -24,8 +24,8 @@ from deltamux.errors import (
 )
 from deltamux.store import AdapterKey, AdapterStore
 from deltamux.store.faults import store_error
-from store.disks import fill, small_disk
-from store.uploads import KEY, objects, upload
+from deltamux_testing.disks import fill, small_disk
+from deltamux_testing.uploads import KEY, objects, upload
 
 
 @pytest.fixture

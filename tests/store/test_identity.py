@@ -14,7 +14,7 @@ from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store import AdapterKey, AdapterStore, Canary, VersionState
 from deltamux.store.inspection import inspect
 from deltamux.store.schema import FIRST
-from store.uploads import KEY, copy_of, objects, upload
+from deltamux_testing.uploads import KEY, copy_of, objects, upload
 
 
 @pytest.fixture

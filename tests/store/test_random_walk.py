@@ -20,7 +20,7 @@ from deltamux.store import AdapterKey, AdapterStore, VersionKey, VersionState
 from deltamux.store import objects as object_files
 from deltamux.store.inspection import Kind, inspect
 from deltamux.store.objects import file_sum
-from store.uploads import digest_of, objects, upload
+from deltamux_testing.uploads import digest_of, objects, upload
 
 MEMORY = Path("/dev/shm")
 KEYS = [AdapterKey("acme", "tickets"), AdapterKey("acme", "mails"), AdapterKey("globex", "tickets")]

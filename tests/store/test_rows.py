@@ -13,7 +13,7 @@ from deltamux.store import AdapterKey, AdapterStore, VersionKey
 from deltamux.store.backup import backup
 from deltamux.store.database import is_id
 from deltamux.store.inspection import Kind, inspect
-from store.uploads import objects, upload
+from deltamux_testing.uploads import objects, upload
 
 A, B, OTHER = AdapterKey("acme", "a"), AdapterKey("acme", "b"), AdapterKey("globex", "a")
 IT = "WHERE tenant = 'acme' AND adapter = 'a'"

@@ -15,7 +15,7 @@ import pytest
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store import AdapterKey, AdapterStore, VersionKey
-from store.uploads import KEY, objects, staged_upload, upload
+from deltamux_testing.uploads import KEY, objects, staged_upload, upload
 
 
 @pytest.fixture

@@ -23,13 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from acceptance.process import ServerProcess
-from adapters import write_own
-from engine import worlds
 
 from deltamux.client import Client
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.errors import DeltamuxError
+from deltamux_testing.adapters import write_own
+from deltamux_testing.server_process import ServerProcess
 from storms.clients import Kind, StormClient, answer
 
 VICTIMS = ("engine", "compiler", "server")
@@ -76,7 +76,7 @@ class Storm:
         self.options = list(OPTIONS)
         self.store = directory / "store"
         self.rounds: list[Round] = []
-        self._base = worlds.save_base(directory / "base", "llama")
+        self._base = save_base(directory / "base", "llama")
         self._adapters = {name: write_adapter(self._base, directory / name, name) for name in KINDS}
         self._random = random.Random(seed)
         self._seed = seed

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from engine import worlds
+
+from deltamux.conformance.bases import save_base
 
 
 @pytest.fixture(scope="package")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), "llama")
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
 
 
 @pytest.fixture(scope="package")

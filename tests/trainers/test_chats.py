@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from deltamux.errors import InvalidArgumentError
 from deltamux.prompts import encode_rendered, render_chat, render_chat_within
+from deltamux_testing.chat_templates import CHATML, SHAPES, Shape, decoded
 from deltamux_trainers.data.files import IGNORED, Encoded, Encoder
 from deltamux_trainers.data.rows import read_rows
-from trainers.templates import CHATML, SHAPES, Shape, decoded
 
 Message = dict[str, Any]
 LONG = 1 << 20

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import read_program, write_own
-from engine import worlds
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, attached
 from deltamux.deltas.ops.sign_dense import pack_signs, unpack_signs
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
+from deltamux_testing.adapters import read_program, write_own
 from deltamux_trainers import compress, merge
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
@@ -23,7 +23,7 @@ IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return worlds.save_base(tmp_path_factory.mktemp("base"), request.param)
+    return save_base(tmp_path_factory.mktemp("base"), request.param)
 
 
 @pytest.fixture(scope="module")

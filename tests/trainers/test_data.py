@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import worlds
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
 from deltamux.cli import main
+from deltamux.conformance.bases import save_base
 from deltamux.errors import InvalidArgumentError, InvalidConfigError
 from deltamux.prompts import encode_text
+from deltamux_testing.chat_templates import SHAPES, byte_level, decoded, metaspace
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, train
 from deltamux_trainers.data.completions import end_tokens
 from deltamux_trainers.data.files import IGNORED, Encoded, Encoder, load_data
 from deltamux_trainers.data.rows import MAX_LINE_BYTES, PromptRow, TextRow, read_rows
-from trainers.templates import SHAPES, byte_level, decoded, metaspace
 
 BYTES = byte_level(["</s>"], eos="</s>", bos=None, chat_template=None)
 WITH_BOS = byte_level(["<s>", "</s>"], eos="</s>", bos="<s>", chat_template=None)
@@ -304,7 +304,7 @@ def test_an_evaluation_counts_what_it_cuts_and_leaves_out(directory: Path, tmp_p
 def test_no_sequence_is_longer_than_the_bases_context_beside_virtual_tokens(
     method: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
-    base = worlds.save_base(tmp_path / "base", "gpt2")  # 256 learnt positions: one more would be an error
+    base = save_base(tmp_path / "base", "gpt2")  # 256 learnt positions: one more would be an error
     data = written(tmp_path, SHORT, {"prompt": "it: ", "completion": "yes and no " * 60})
     options = TrainOptions(method, str(base), data, tmp_path / "out", config=config, max_steps=1, quiet=True)
     assert train(options).truncated_rows == 1

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import write_own
-from engine import worlds
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.errors import BaseMismatchError
+from deltamux_testing.adapters import write_own
 from deltamux_trainers import EvaluateOptions, compose_directories, compress, evaluate, merge
 
 COMMANDS: dict[str, Callable[[str, Path, Path, Path], Any]] = {
@@ -57,7 +57,7 @@ def test_an_answer_ends_at_the_tokenizers_end_token_as_the_servers_does(director
 
 
 def test_answers_go_as_far_as_the_bases_context(tmp_path: Path) -> None:
-    base = worlds.save_base(tmp_path / "base", "gpt2")  # 256 learnt positions: one more would be an error
+    base = save_base(tmp_path / "base", "gpt2")  # 256 learnt positions: one more would be an error
     rows = ({"prompt": "what? " * times, "completion": "yes"} for times in (1, 30))
     (data := tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     done = evaluate(EvaluateOptions(str(base), data, generate=True, max_new_tokens=300))

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import read_program
-from engine import worlds
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import NotMergeableError
+from deltamux_testing.adapters import read_program
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
 from deltamux_trainers.data.files import Encoder, collate, load_data
 
@@ -64,7 +64,7 @@ def plainly_tuned(directory: Path, data: Path, trained: set[str]) -> Any:
 def test_it_is_plain_fine_tuning_and_the_files_hold_the_change(
     method: str, architecture: str, data: Path, tmp_path: Path
 ) -> None:
-    directory = worlds.save_base(tmp_path / "base", architecture)
+    directory = save_base(tmp_path / "base", architecture)
     config = json.loads((directory / "config.json").read_text())
     still = {name: 0.0 for name in config if name.endswith("_pdrop")}  # two runs never drop the same
     (directory / "config.json").write_text(json.dumps({**config, **still}))
@@ -114,7 +114,7 @@ def test_where_the_embedding_is_scaled_the_change_itself_is_trained(data: Path, 
     """A change of such an embedding's rows is not the change of its output, which is what is served."""
     from transformers import GemmaConfig, GemmaForCausalLM
 
-    base = worlds.save_base(tmp_path / "llama", "llama")
+    base = save_base(tmp_path / "llama", "llama")
     torch.manual_seed(0)
     config = GemmaConfig(
         vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,

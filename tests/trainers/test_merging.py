@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import read_program, write_own
-from engine import worlds
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deltamux.cli import main
 from deltamux.cli.training import ended_by_sigterm
+from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
+from deltamux_testing.adapters import read_program, write_own
 from deltamux_trainers import convert, merge
 from deltamux_trainers.tools.merge import PROBE_LENGTH, PROBE_ROWS
 from deltamux_trainers.writing import replacing
@@ -145,7 +145,7 @@ def test_the_error_that_is_told_is_that_of_what_was_written(
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
 @pytest.mark.parametrize("size", ["60KB", "200KB"])
 def test_shards_stay_as_they_are_cut(architecture: str, size: str, tmp_path: Path) -> None:
-    base = worlds.save_base(tmp_path / "base", architecture)
+    base = save_base(tmp_path / "base", architecture)
     shard(base, size)
     described = BaseModel.from_pretrained(base)
     adapter = write_own("full", described, tmp_path / "adapter")
@@ -168,7 +168,7 @@ def test_a_file_in_which_nothing_changes_is_the_same_file(base: Path, tmp_path: 
 
 
 def test_a_tied_head_that_is_stored_twice_stays_tied(tmp_path: Path) -> None:
-    base = worlds.save_base(tmp_path / "base", "gpt2")
+    base = save_base(tmp_path / "base", "gpt2")
     tensors = load_file(base / "model.safetensors")
     embedding = next(t for name, t in tensors.items() if name.endswith("wte.weight"))
     save_file({**tensors, "lm_head.weight": embedding.clone()}, base / "model.safetensors", metadata={"format": "pt"})

@@ -8,13 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import read_program, write_own
 from transformers import AutoModelForCausalLM
 
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import InvalidArgumentError, InvalidConfigError
 from deltamux.registry import Registry
 from deltamux_plugins.qlora import dequantised
+from deltamux_testing.adapters import read_program, write_own
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])

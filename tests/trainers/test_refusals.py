@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine import worlds
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -23,6 +22,7 @@ from transformers import (
 from transformers.trainer_utils import SchedulerType
 
 from deltamux.cli import main
+from deltamux.conformance.bases import save_base
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux_trainers import EvaluateOptions, TrainOptions, compress, evaluate, merge, train
 from deltamux_trainers.options import EVALUATE_RANGES, SCHEDULERS, TRAIN_RANGES
@@ -140,7 +140,7 @@ REFUSED = {
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Bases that transformers would load as causal models, weights of the output head made up."""
     root = tmp_path_factory.mktemp("bases")
-    whole = worlds.save_base(root / "whole", "llama")
+    whole = save_base(root / "whole", "llama")
     small = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     BertModel(small).save_pretrained(root / "encoder")  # type: ignore[no-untyped-call]  # transformers leaves it so
     LlamaModel.from_pretrained(whole).save_pretrained(root / "headless")
@@ -173,7 +173,7 @@ def test_a_base_that_is_not_a_whole_decoder_is_refused(
 def test_a_base_saved_without_its_head_is_whole_where_the_head_is_tied(data: Path, tmp_path: Path) -> None:
     from transformers import GPT2Model
 
-    directory = worlds.save_base(tmp_path / "whole", "gpt2")
+    directory = save_base(tmp_path / "whole", "gpt2")
     GPT2Model.from_pretrained(directory).save_pretrained(tmp_path / "headless")
     AutoTokenizer.from_pretrained(directory).save_pretrained(tmp_path / "headless")
     whole, headless = (evaluate(EvaluateOptions(str(tmp_path / n), data, limit=4)) for n in ("whole", "headless"))

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine import worlds
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from deltamux.conformance.bases import save_base
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux_trainers import TrainOptions, train
 from deltamux_trainers.training.run import TrainResult
@@ -280,7 +280,7 @@ def test_going_on_with_another_run_is_refused_with_the_difference(
         given = {"data": tmp_path / "other.jsonl"}
         given["data"].write_text(data.read_text() + '{"text": "more"}\n')
     if "model" in given:
-        given = {"model": str(worlds.save_base(tmp_path / "other", "qwen2"))}
+        given = {"model": str(save_base(tmp_path / "other", "qwen2"))}
     with pytest.raises(FailedPreconditionError) as refused:
         train(options(directory, **{"data": data, "output": stopped, "resume": True, **given}))
     assert any(shown.strip().startswith(line) for shown in refused.value.message.splitlines())

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import read_program
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from deltamux.deltas import BaseModel
+from deltamux_testing.adapters import read_program
 from deltamux_trainers import TrainOptions, train
 
 STEPS = 20

@@ -13,13 +13,13 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapters import read_program
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import FailedPreconditionError, InvalidConfigError, NotMergeableError
 from deltamux.registry import Registry
+from deltamux_testing.adapters import read_program
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, read_config, train
 from deltamux_trainers.data.files import Encoder, collate, load_data
 from deltamux_trainers.model import token_loss

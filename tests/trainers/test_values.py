@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import write_own
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from deltamux.cli import main
 from deltamux.cli.output import plain
 from deltamux.deltas import BaseModel
 from deltamux.errors import DeltamuxError, InvalidAdapterError
+from deltamux_testing.adapters import write_own
 from deltamux_trainers import EvaluateOptions, compose_directories, compress, convert, evaluate, merge
 from deltamux_trainers.tools.evaluate import EvalResult
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from engine.worlds import saved
-from server.tiny_base import byte_tokenizer
 
 from deltamux.deltas import BaseModel, Bottleneck, Checkpoint, KVPrefix, LowRank, NormAffine, Op, Program, Scale
 from deltamux.engine.base import ProgramRef
+from deltamux_testing.random_programs import saved
+from deltamux_testing.tiny_base import byte_tokenizer
 
 LORAS = 16
 WIDTH = 32

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltamux.conformance.bases import save_base
 from deltamux.deltas import (
     BaseModel,
     Bias,
     BlockRole,
-    BlockSite,
     Bottleneck,
     KVPrefix,
     LinearSite,
@@ -30,20 +28,18 @@ from deltamux.deltas import (
 )
 from deltamux.engine.base import ProgramRef
 
-__all__ = ["save_base"]
 
-
-def random_low_rank(base: BaseModel, seed: int, rank: int = 4) -> Program:
+def low_rank(base: BaseModel, seed: int, rank: int = 4) -> Program:
     draw = _Draw(seed)
     return Program.of((s.name, LowRank(draw(rank, s.in_features), draw(s.out_features, rank))) for s in base.linears)
 
 
-def random_bias(base: BaseModel, seed: int) -> Program:
+def bias(base: BaseModel, seed: int) -> Program:
     draw = _Draw(seed)
     return Program.of((s.name, Bias(draw(s.out_features))) for s in base.linears)
 
 
-def random_bottleneck(base: BaseModel, seed: int, **attributes: Any) -> Program:
+def bottleneck(base: BaseModel, seed: int, **attributes: Any) -> Program:
     draw = _Draw(seed)
 
     def module(features: int) -> Bottleneck:
@@ -53,13 +49,13 @@ def random_bottleneck(base: BaseModel, seed: int, **attributes: Any) -> Program:
     return Program.of([(s.name, module(s.features)) for s in base.blocks] + norms)
 
 
-def random_prefix(base: BaseModel, seed: int, length: int = 5) -> Program:
+def prefix(base: BaseModel, seed: int, length: int = 5) -> Program:
     draw = _Draw(seed, scale=1.0)
     shapes = ((s.name, (length, s.num_kv_heads, s.head_dim)) for s in base.attentions)
     return Program.of((name, KVPrefix(draw(*shape), draw(*shape))) for name, shape in shapes)
 
 
-def random_scale(base: BaseModel, seed: int) -> Program:
+def scale(base: BaseModel, seed: int) -> Program:
     draw = _Draw(seed)
     inputs = [block.output_module for block in base.blocks if block.role is BlockRole.FEED_FORWARD]
     sizes = {site.name: site for site in base.linears}
@@ -67,21 +63,21 @@ def random_scale(base: BaseModel, seed: int) -> Program:
     return Program.of([*((n, ScaleInput(1 + draw(sizes[n].in_features))) for n in inputs), *scaled])
 
 
-def random_soft_prompt(base: BaseModel, seed: int, length: int = 5) -> Program:
+def soft_prompt(base: BaseModel, seed: int, length: int = 5) -> Program:
     return Program.of([(base.embedding.name, SoftPrompt(_Draw(seed, scale=1.0)(length, base.dims.hidden_size)))])
 
 
-def random_everything(base: BaseModel, seed: int) -> Program:
+def everything(base: BaseModel, seed: int) -> Program:
     """One adapter with every op at once, two of them repeated at their sites."""
     programs = [
-        random_low_rank(base, seed),
-        random_prefix(base, seed + 1, length=3),
-        random_bottleneck(base, seed + 2, parallel=True, activation="gelu"),
-        random_bias(base, seed + 3),
-        random_scale(base, seed + 6),
-        random_low_rank(base, seed + 4, rank=2),
-        random_bottleneck(base, seed + 5),
-        random_bottleneck(base, seed + 7, residual=True),
+        low_rank(base, seed),
+        prefix(base, seed + 1, length=3),
+        bottleneck(base, seed + 2, parallel=True, activation="gelu"),
+        bias(base, seed + 3),
+        scale(base, seed + 6),
+        low_rank(base, seed + 4, rank=2),
+        bottleneck(base, seed + 5),
+        bottleneck(base, seed + 7, residual=True),
     ]
     return Program.of(placement for program in programs for placement in program)
 
@@ -107,10 +103,6 @@ def for_another_base(base: BaseModel) -> Program:
     """A program whose shapes fit a base twice as wide."""
     site: Any = next(s for s in base.sites.values() if isinstance(s, LinearSite))
     return Program.of([(site.name, LowRank(torch.zeros(4, 2 * site.in_features), torch.zeros(site.out_features, 4)))])
-
-
-def block_names(base: BaseModel) -> list[str]:
-    return [s.name for s in base.sites.values() if isinstance(s, BlockSite)]
 
 
 class _Draw:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Crossings(TorchDispatchMode):
+class DeviceTransfers(TorchDispatchMode):
     """Notes every op between memory of the host and the meta device. Reading a value of that device raises by itself.
 
     Attributes:
