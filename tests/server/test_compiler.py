@@ -254,11 +254,11 @@ async def test_an_error_of_the_files_is_no_error_of_a_plugin(
 async def test_a_job_given_up_costs_nobody_the_process(compiler: Compiler, job: Any, loras: list[Path]) -> None:
     await compiler.started()
     before = compiler.pid
-    given_up = asyncio.create_task(compiler.compile(job(loras[0])))
+    cancelled = asyncio.create_task(compiler.compile(job(loras[0])))
     await asyncio.sleep(0)
-    given_up.cancel()
+    cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await given_up
+        await cancelled
     assert (await compiler.compile(job(loras[0]))).method == "lora"
     assert compiler.pid == before
 
@@ -268,11 +268,11 @@ async def test_a_job_given_up_whose_files_go_is_no_failure_of_the_server(
 ) -> None:
     await compiler.started()
     asked = job(loras[0])
-    given_up = asyncio.create_task(compiler.compile(asked))
+    cancelled = asyncio.create_task(compiler.compile(asked))
     await asyncio.sleep(0)
-    given_up.cancel()
+    cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await given_up
+        await cancelled
     shutil.rmtree(asked.staged)
     assert (await compiler.compile(job(loras[0]))).method == "lora"
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

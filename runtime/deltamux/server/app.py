@@ -18,7 +18,7 @@ from deltamux.engine.arguments import check_options
 from deltamux.engine.base import Engine, EngineOptions
 from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
 from deltamux.server.access.auth import admin_key, everybody_is_administrator, key_decides
-from deltamux.server.access.concurrency import Slots
+from deltamux.server.access.concurrency import ConcurrencyLimit
 from deltamux.server.access.pins import Pins
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.compiling.job import Budgets
@@ -238,7 +238,7 @@ def _inference_service(
         engine,
         Router(store, programs),
         # The last quarter goes to tenants that hold none: one that holds its slots for long keeps nobody out.
-        Slots(options.max_pending_requests, "generations", reserved=options.max_pending_requests // 4),
+        ConcurrencyLimit(options.max_pending_requests, "generations", reserved=options.max_pending_requests // 4),
         share_prefix_cache=options.share_prefix_cache,
     )
 
@@ -277,15 +277,15 @@ def _adapters_service(
         pins,
         Quarantine(store, compiler, engine, _budgets(options), threads),
         events,
-        _upload_slots(options.max_concurrent_uploads),
+        _upload_limit(options.max_concurrent_uploads),
         UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds, options.upload_min_bytes_per_second),
         threads,
     )
 
 
-def _upload_slots(limit: int) -> Slots:
+def _upload_limit(limit: int) -> ConcurrencyLimit:
     """The last quarter goes to tenants that hold none; what is beyond the limit waits for half a minute."""
-    return Slots(limit, "uploads", reserved=limit // 4, max_waiting=16 * limit, patience=UPLOAD_PATIENCE)
+    return ConcurrencyLimit(limit, "uploads", reserved=limit // 4, max_waiting=16 * limit, patience=UPLOAD_PATIENCE)
 
 
 def _forget_removed(store: AdapterStore, engine: Engine, pins: Pins) -> None:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from deltamux.errors import DeadlineExceededError, InvalidAdapterError, InvalidArgumentError
-from deltamux.server.access.concurrency import Slot
+from deltamux.server.access.concurrency import Permit
 from deltamux.server.options import MIB
 from deltamux.v1 import adapters_pb2 as pb
 
@@ -88,13 +88,13 @@ async def receive_files(
     directory: Path,
     limits: UploadLimits,
     threads: Executor,
-    slot: Slot,
+    permit: Permit,
 ) -> None:
     """Writes the files into a directory, which must be empty.
 
     Args:
         threads: where files are written, so that a slow disk does not hold up other calls.
-        slot: the upload's, which it loses if it is slow while others wait.
+        permit: the upload's, which it loses if it is slow while others wait.
 
     Raises:
         InvalidAdapterError: a file is truncated, longer than announced, or has another checksum.
@@ -102,11 +102,11 @@ async def receive_files(
         DeadlineExceededError: the upload went silent, or takes too long.
     """
     loop = asyncio.get_running_loop()
-    slot.holder = paced = _Paced(messages, limits)
+    permit.holder = paced = _Paced(messages, limits)
     with _Incoming.open(directory, header.files) as incoming:
         while (message := await paced.next()) is not None:
             await loop.run_in_executor(threads, incoming.add, _chunk(message))
-        slot.holder = None
+        permit.holder = None
         await loop.run_in_executor(threads, incoming.check_complete)
 
 
@@ -196,18 +196,18 @@ class _Paced:
         self._limits = limits
         self._waited = 0.0
         self._received = 0
-        self._behind = 0.0  # seconds behind the least rate; what came faster before does not count
+        self._overdue = 0.0  # seconds behind the least rate; what came faster before does not count
         self._began = 0.0  # of the present wait
         self._timeout: asyncio.Timeout | None = None  # of the present wait; None between two
-        self._given_up = False
+        self._cancelled = False
 
-    def behind(self) -> float:
+    def overdue(self) -> float:
         if self._timeout is None:
             return 0.0
-        return self._behind + time.monotonic() - self._began - self._limits.contended_seconds
+        return self._overdue + time.monotonic() - self._began - self._limits.contended_seconds
 
-    def give_up(self) -> None:
-        self._given_up = True
+    def cancel(self) -> None:
+        self._cancelled = True
         if self._timeout is not None:
             self._timeout.reschedule(asyncio.get_running_loop().time())
 
@@ -216,7 +216,7 @@ class _Paced:
         left = self._limits.idle_seconds + self._received / self._limits.min_bytes_per_second - self._waited
         self._began = time.monotonic()
         try:
-            async with asyncio.timeout(0 if self._given_up else min(self._limits.idle_seconds, left)) as self._timeout:
+            async with asyncio.timeout(0 if self._cancelled else min(self._limits.idle_seconds, left)) as self._timeout:
                 message = await anext(self._messages, None)
         except TimeoutError:
             raise self._too_slow(left) from None
@@ -228,11 +228,11 @@ class _Paced:
     def _note(self, waited: float, received: int) -> None:
         self._waited += waited
         self._received += received
-        self._behind = max(0.0, self._behind + waited - received / self._limits.min_bytes_per_second)
+        self._overdue = max(0.0, self._overdue + waited - received / self._limits.min_bytes_per_second)
 
     def _too_slow(self, left: float) -> DeadlineExceededError:
         idle, rate = self._limits.idle_seconds, self._limits.min_bytes_per_second
-        if self._given_up:
+        if self._cancelled:
             return _too_slow(f"came at less than {rate} bytes per second while others waited")
         if left < idle:
             came = f"{self._received} bytes in {self._waited + left:.0f} s"

@@ -1,4 +1,4 @@
-"""Bounds how much of one kind of work the server takes on at once, and shares it out between tenants."""
+"""`ConcurrencyLimit`: how much of one kind of work runs at once, shared between tenants."""
 
 from __future__ import annotations
 
@@ -14,62 +14,62 @@ from typing import Protocol
 from deltamux.errors import ResourceExhaustedError
 
 RECENT = 5.0
-"""Seconds for which a tenant that was refused counts as one that wants a slot, and a refusal as load."""
+"""Seconds for which a refused tenant counts as one that wants a permit, and a refusal as load."""
 
 MIN_RETRY, MAX_RETRY = 0.5, 30.0
-"""Seconds between which the time lies that a refused caller is told to leave, before it is spread by half."""
+"""Least and most seconds of a refusal's `retry_after`, before it is spread by half."""
 
 
-LOOK_SECONDS = 0.5
-"""How often a caller that waits looks for a slot whose holder has fallen behind."""
+CHECK_SECONDS = 0.5
+"""How often a waiting caller checks for a permit whose holder is overdue."""
 
 
-class Holder(Protocol):
-    """Work that is paced from outside, and so may be ended for the sake of who waits."""
+class Preemptible(Protocol):
+    """Work that is paced by its caller, and may be cancelled for a caller that waits."""
 
-    def behind(self) -> float:
-        """Returns for how many seconds more than it is given it keeps the server waiting; at most 0: for none."""
+    def overdue(self) -> float:
+        """Returns the seconds by which its caller is late; 0 or less where it is not."""
 
-    def give_up(self) -> None:
-        """Ends the work, soon."""
+    def cancel(self) -> None:
+        """Ends the work soon."""
 
 
-class Slot:
-    """One slot that is held.
+class Permit:
+    """The right to run one piece of work.
 
     Attributes:
-        tenant: whose work it is.
-        holder: what may be ended if it falls behind; None: nothing ends the work but itself.
-        given_up: whether it was ended so.
+        tenant: of the work.
+        holder: the work, where it may be cancelled when it is overdue.
+        cancelled: whether it was.
     """
 
     def __init__(self, tenant: str) -> None:
         self.tenant = tenant
-        self.holder: Holder | None = None
-        self.given_up = False
+        self.holder: Preemptible | None = None
+        self.cancelled = False
 
-    def behind(self) -> float:
-        return 0.0 if self.holder is None or self.given_up else self.holder.behind()
+    def overdue(self) -> float:
+        return 0.0 if self.holder is None or self.cancelled else self.holder.overdue()
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         assert self.holder is not None
-        self.given_up = True
-        self.holder.give_up()
+        self.cancelled = True
+        self.holder.cancel()
 
 
-class Slots:
-    """So many at once; what is beyond waits for a while, or is refused with the time after which to try again.
+class ConcurrencyLimit:
+    """A number of permits; a caller beyond it waits for a while, or is refused with the time after which to try again.
 
     While another tenant waits, or was refused within `RECENT` seconds, a tenant gets no more than its share: the limit
-    divided by the tenants that hold or want a slot. A free slot goes to the waiting tenant that holds fewest. A caller
-    that waits has the slot ended that is furthest behind, of a tenant that holds more than its own.
+    divided by the tenants that hold or want a permit. A free permit goes to the waiting tenant that holds fewest. For a
+    caller that waits, the work that is most overdue is cancelled, of a tenant that holds more than the caller's.
 
     Args:
-        limit: slots.
+        limit: permits.
         what: the work's name in the plural, for messages.
-        reserved: the last so many slots go to tenants that hold none.
-        max_waiting: most callers that wait, half of it the most of one tenant, and its last quarter for tenants of
-            which none waits; 0 refuses instead.
+        reserved: permits, of the limit, for tenants that hold none.
+        max_waiting: callers that may wait; half of it for one tenant, and its last quarter for tenants of which none
+            waits; 0 refuses instead.
         patience: seconds that a caller waits at most.
     """
 
@@ -88,7 +88,7 @@ class Slots:
         self._max_waiting = max_waiting
         self._patience = patience
         self._held: Counter[str] = Counter()
-        self._slots: set[Slot] = set()
+        self._permits: set[Permit] = set()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
         self._refused: dict[str, float] = {}
         self._load = _Load()
@@ -102,22 +102,22 @@ class Slots:
         return sum(map(len, self._waiting.values()))
 
     @asynccontextmanager
-    async def take(self, tenant: str) -> AsyncIterator[Slot]:
-        """Holds a slot for the length of the block; yields it.
+    async def acquire(self, tenant: str) -> AsyncIterator[Permit]:
+        """Holds a permit for the length of the block, and yields it.
 
         Args:
-            tenant: whose work it is; the caller must be known to be allowed to say so.
+            tenant: of the caller, which is authenticated.
 
         Raises:
             ResourceExhaustedError: none is free, and none came free in time; `retry_after` is set.
         """
         await self._enter(tenant)
-        began, slot = time.monotonic(), Slot(tenant)
-        self._slots.add(slot)
+        began, permit = time.monotonic(), Permit(tenant)
+        self._permits.add(permit)
         try:
-            yield slot
+            yield permit
         finally:
-            self._slots.remove(slot)
+            self._permits.remove(permit)
             self._load.note_held(time.monotonic() - began)
             self._leave(tenant)
 
@@ -130,37 +130,37 @@ class Slots:
         if self.waiting >= places or 2 * len(queue) >= max(self._max_waiting, 2):
             self._forget_empty()
             raise self._refusal(tenant)
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(turn)
+        admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(admission)
         try:
             async with asyncio.timeout(None if math.isinf(self._patience) else self._patience):
-                await self._come(turn, tenant)
+                await self._wait(admission, tenant)
         except BaseException as error:
-            if turn.done() and not turn.cancelled():
-                self._leave(tenant)  # the turn came in the moment of giving up
-            elif turn in queue:
-                queue.remove(turn)
+            if admission.done() and not admission.cancelled():
+                self._leave(tenant)  # admitted in the moment in which its caller gave up
+            elif admission in queue:
+                queue.remove(admission)
             self._forget_empty()
             if isinstance(error, TimeoutError):
                 raise self._refusal(tenant) from None
             raise
 
-    async def _come(self, turn: asyncio.Future[None], tenant: str) -> None:
-        """Waits for a turn, and now and then has a slot ended whose holder is behind."""
-        while not turn.done():
+    async def _wait(self, admission: asyncio.Future[None], tenant: str) -> None:
+        """Waits for admission, and now and then cancels work that is overdue."""
+        while not admission.done():
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_SECONDS):
-                    await asyncio.shield(turn)
+                async with asyncio.timeout(CHECK_SECONDS):
+                    await asyncio.shield(admission)
                     return
-            self._take_back(tenant)
+            self._preempt(tenant)
 
-    def _take_back(self, tenant: str) -> None:
-        if sum(slot.given_up for slot in self._slots) >= self.waiting:
-            return  # as many come free as are wanted
+    def _preempt(self, tenant: str) -> None:
+        if sum(permit.cancelled for permit in self._permits) >= self.waiting:
+            return  # as many become free as callers wait
         held = self._held[tenant]
-        worst = max((s for s in self._slots if self._held[s.tenant] > held), key=Slot.behind, default=None)
-        if worst is not None and worst.behind() > 0:
-            worst.give_up()
+        worst = max((s for s in self._permits if self._held[s.tenant] > held), key=Permit.overdue, default=None)
+        if worst is not None and worst.overdue() > 0:
+            worst.cancel()
 
     def _is_free_for(self, tenant: str) -> bool:
         return self.used < self._limit - (self._reserved if self._held[tenant] else 0)
@@ -168,14 +168,14 @@ class Slots:
     def _leave(self, tenant: str) -> None:
         self._held[tenant] -= 1
         while (following := self._next()) is not None:
-            turn = self._waiting[following].popleft()
-            if not turn.done():
+            admission = self._waiting[following].popleft()
+            if not admission.done():
                 self._held[following] += 1
-                turn.set_result(None)
+                admission.set_result(None)
         self._forget_empty()
 
     def _next(self) -> str | None:
-        """Returns the waiting tenant that a slot is free for: which holds fewest, and was given one longest ago."""
+        """Returns the waiting tenant for which a permit is free: that which holds fewest, and got one longest ago."""
         able = [tenant for tenant, queue in self._waiting.items() if queue and self._is_free_for(tenant)]
         if not able:
             return None
@@ -209,10 +209,10 @@ class Slots:
 
 
 class _Load:
-    """Says when to try again: after as long as those refused of late would take, spread so that they come apart."""
+    """Computes `retry_after`: what the callers refused of late would take, spread so that they do not come together."""
 
     def __init__(self) -> None:
-        self._held = 1.0  # mean seconds that a slot is held
+        self._held = 1.0  # mean seconds that a permit is held
         self._refusals = 0.0  # of about the last `RECENT` seconds
         self._last = time.monotonic()
 

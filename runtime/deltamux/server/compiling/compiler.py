@@ -15,7 +15,7 @@ from typing import Any, Self
 from weakref import WeakSet
 
 from deltamux.errors import DeltamuxError, PluginCrashedError, PluginTimeoutError, UnavailableError
-from deltamux.server.access.concurrency import Slots
+from deltamux.server.access.concurrency import ConcurrencyLimit
 from deltamux.server.compiling.client import CompilerLink, LinkFailedError
 from deltamux.server.compiling.job import Compiled, Job, error_of
 
@@ -53,7 +53,7 @@ class Compiler:
         self.broken: dict[str, str] = {}
         self._timeout = plugin_timeout
         self._skipped: dict[str, str] = {}
-        self._turns = Slots(1, "compilations", max_waiting=1 << 20)
+        self._limit = ConcurrencyLimit(1, "compilations", max_waiting=1 << 20)
         self._one_at_a_time = asyncio.Lock()
         self._short_lives = 0
         self._link: CompilerLink | None = None
@@ -102,7 +102,7 @@ class Compiler:
             raise
 
     async def _run(self, job: Job, tenant: str) -> Compiled:
-        async with self._turns.take(tenant), self._one_at_a_time:
+        async with self._limit.acquire(tenant), self._one_at_a_time:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     return await self._try(job)

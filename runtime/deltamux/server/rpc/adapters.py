@@ -14,7 +14,7 @@ from google.protobuf.empty_pb2 import Empty
 from deltamux.engine.base import Engine
 from deltamux.errors import DeltamuxError, InvalidArgumentError, NotFoundError
 from deltamux.server.access.caller import current_caller
-from deltamux.server.access.concurrency import Slots
+from deltamux.server.access.concurrency import ConcurrencyLimit
 from deltamux.server.access.pins import Pins
 from deltamux.server.compiling.quarantine import Quarantine, Upload
 from deltamux.server.events import EventHub
@@ -52,7 +52,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         pins: Pins,
         quarantine: Quarantine,
         events: EventHub,
-        uploads: Slots,
+        uploads: ConcurrencyLimit,
         limits: UploadLimits,
         threads: ThreadPoolExecutor,
     ) -> None:
@@ -79,10 +79,10 @@ class AdaptersService(pb_grpc.AdaptersServicer):
             promote=header.promote if header.HasField("promote") else None,
             labels=dict(header.labels),
         )
-        # It begins before it waits for a slot: a deletion of its tenant meanwhile ends it.
+        # It begins before it waits for a permit: a deletion of its tenant meanwhile ends it.
         with self._store.staging() as staged:
-            async with self._uploads.take(key.tenant) as slot:
-                await receive_files(header, messages, staged, self._limits, self._threads, slot)
+            async with self._uploads.acquire(key.tenant) as permit:
+                await receive_files(header, messages, staged, self._limits, self._threads, permit)
                 version = await self._admit(staged, upload)
         await self._bring_up(version)
         return version_message(version)
@@ -93,7 +93,7 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         mode = mode_of(request.mode)
         promote = request.promote if request.HasField("promote") else None
         with self._store.staging() as staged:
-            async with self._uploads.take(key.tenant):
+            async with self._uploads.acquire(key.tenant):
                 await self._run(lambda: stage_composition(self._store, parts, mode, staged))
                 upload = Upload(key, promote=promote, labels=dict(request.labels))
                 version = await self._admit(staged, upload)

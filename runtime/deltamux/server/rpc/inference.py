@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from deltamux.engine.base import Engine
 from deltamux.server.access.caller import Caller, current_caller
-from deltamux.server.access.concurrency import Slots
+from deltamux.server.access.concurrency import ConcurrencyLimit
 from deltamux.server.routing import Router
 from deltamux.server.rpc.translate import Responses, add_increment, prompt_of, sampling_of
 from deltamux.server.transport.interceptors import Context
@@ -23,10 +23,12 @@ SMALL_GRAMMAR_BYTES = 1 << 14
 class InferenceService(pb_grpc.InferenceServicer):
     """See inference.proto for the contract."""
 
-    def __init__(self, engine: Engine, router: Router, slots: Slots, *, share_prefix_cache: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, router: Router, limit: ConcurrencyLimit, *, share_prefix_cache: bool = False
+    ) -> None:
         self._engine = engine
         self._router = router
-        self._slots = slots
+        self._limit = limit
         self._share_prefix_cache = share_prefix_cache
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
@@ -52,7 +54,7 @@ class InferenceService(pb_grpc.InferenceServicer):
             sampling = sampling_of(request.sampling)
         request_id = secrets.token_hex(8)
         tenant = self._router.tenant_of(request.adapter)
-        async with self._slots.take(tenant), self._router.lease(request.adapter, request_id) as target:
+        async with self._limit.acquire(tenant), self._router.lease(request.adapter, request_id) as target:
             emit = Responses(alternatives=bool(sampling.logprobs), adapter_version=target.name, request_id=request_id)
             chunks = self._engine.generate(
                 prompt,

@@ -53,11 +53,11 @@ class Unread:
         caller, loop = CURRENT.get(None), asyncio.get_running_loop()
         closing: list[asyncio.Task[None]] = []
 
-        def give_up() -> None:
+        def cancel() -> None:
             self._given_up[caller] += 1
             closing.append(loop.create_task(responses.aclose()))
 
-        timer = loop.call_later(UNREAD_SECONDS, give_up)
+        timer = loop.call_later(UNREAD_SECONDS, cancel)
         try:
             yield
         finally:
