@@ -1,20 +1,25 @@
-"""What a process does first that another of deltamux's processes has started."""
+"""Helper processes: how one is started, and its first steps. Both ends send JSON objects, one per line, over a socket."""
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
+import json
 import os
 import signal
+import socket
 import sys
+from asyncio.subprocess import DEVNULL, Process
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 PR_SET_PDEATHSIG = 1
 NICE = 10
 """Of ten ticks of a core that the engine could use, a helper takes one.
 
-Linux's SCHED_IDLE would cost the engine less, since its threads then need not wait for the end of a helper's slice when
-they wake up; but beside threads that never sleep a helper would not run at all, nor may it leave that policy again.
+Linux's SCHED_IDLE would cost the engine less, since its threads would not wait for the end of a helper's slice when they
+wake up; but a helper would not run at all while other threads never sleep, nor may it leave that policy again.
 """
 
 
@@ -47,3 +52,52 @@ def become_helper(parent: int) -> None:
         # Where memory runs out, the kernel is to end this process, and not the engine's.
         Path("/proc/self/oom_score_adj").write_text("1000")
     end_with_parent(parent)
+
+
+class HelperProcess(NamedTuple):
+    """A helper, and the socket to it."""
+
+    process: Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Queues a message; one to a helper that has gone is dropped."""
+        if not self.writer.is_closing():
+            self.writer.write(json.dumps(message).encode() + b"\n")
+
+    def kill(self) -> None:
+        """Ends the helper and what it has started, at once."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+async def start_helper(module: str, max_line: int, **environment: str) -> HelperProcess:
+    """Starts ``python -m module DESCRIPTOR PARENT``, which calls `become_helper` first.
+
+    Call it from the thread that lives as long as this process, with which the helper ends.
+
+    Args:
+        max_line: bytes of a line that the helper may send.
+        environment: variables beside this process's own. The helper has this process's import path, and no GPU.
+    Raises:
+        OSError: it cannot be started.
+    """
+    ours, theirs = socket.socketpair()
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    with theirs:
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=max_line)
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-P", "-m", module, str(theirs.fileno()), str(os.getpid())),
+                stdin=DEVNULL,
+                pass_fds=[theirs.fileno()],
+                # A group of its own: a terminal's Ctrl-C is the parent's, and what the helper starts ends with it.
+                # No session of its own, which Linux would give another share of the CPUs than the parent's.
+                process_group=0,
+                env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", **environment},
+            )
+        except BaseException:
+            writer.close()
+            raise
+    return HelperProcess(process, reader, writer)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from deltamux.engine.base import GuidedDecoding
 from deltamux.engine.vllm.grammars.admission import Grammars
-from deltamux.engine.vllm.grammars.client import Settings
+from deltamux.engine.vllm.grammars.process import Settings
 from deltamux.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from deltamux_testing.tiny_base import byte_tokenizer
 
@@ -122,9 +122,9 @@ def test_any_json_is_taken_or_refused_as_an_argument(given: dict[str, Any]) -> N
 )
 async def test_ordinary_grammars_pass_and_are_remembered(guided: GuidedDecoding, gate: Grammars) -> None:
     first = await gate.admit(guided, "acme")
-    tried = next(gate._link._numbers)
+    tried = next(gate._process._numbers)
     assert await gate.admit(guided, "globex") == first
-    assert next(gate._link._numbers) == tried + 1
+    assert next(gate._process._numbers) == tried + 1
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ async def test_an_escape_that_every_dialect_reads_alike_is_taken(gate: Grammars)
 async def test_a_grammar_beyond_its_size_or_its_cost_per_token_is_refused(
     limit: Any, gate: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate._link, "settings", replace(gate._link.settings, **limit))
+    monkeypatch.setattr(gate._process, "settings", replace(gate._process.settings, **limit))
     with pytest.raises(InvalidArgumentError) as refused:
         await gate.admit(wide(64, 10 + len(str(limit))), "acme")
     assert refused.value.reason == "GRAMMAR_TOO_COMPLEX"
@@ -205,8 +205,8 @@ async def test_grammars_beyond_their_budget_are_refused_and_hold_no_other_group_
 
 async def test_cancelling_ends_the_work_at_once(gate: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
     await gate.admit(SMALL, "acme")
-    assert gate._link.pid is not None
-    process = psutil.Process(gate._link.pid)
+    assert gate._process.pid is not None
+    process = psutil.Process(gate._process.pid)
     slow = asyncio.create_task(gate.admit(SLOW, "acme"))
     while not process.children():  # noqa: ASYNC110 - another process's doing
         await asyncio.sleep(0.002)
@@ -234,8 +234,8 @@ async def test_a_gate_whose_process_is_killed_starts_another(gate: Grammars) -> 
     await gate.admit(SMALL, "acme")
     slow = asyncio.create_task(gate.admit(SLOW, "acme"))
     await asyncio.sleep(0.02)
-    assert gate._link.pid is not None
-    psutil.Process(gate._link.pid).kill()
+    assert gate._process.pid is not None
+    psutil.Process(gate._process.pid).kill()
     with pytest.raises(UnavailableError):
         await slow
     await gate.admit(GuidedDecoding(regex="[ab]{12}"), "acme")

@@ -21,7 +21,7 @@ from deltamux.client import AsyncClient
 from deltamux.deltas import BaseModel, Program
 from deltamux.errors import BudgetExceededError, DeltamuxError, InvalidAdapterError, PluginError, UnavailableError
 from deltamux.server.app import running
-from deltamux.server.compiling import client as compiler_client
+from deltamux.server.compiling import process as compiler_process
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.compiling.job import Budgets, Job, error_message, error_of, packed
 from deltamux_testing.servers import engine_for, options
@@ -313,7 +313,7 @@ async def test_a_process_that_somebody_ends_during_a_job_costs_the_job_nothing_a
 async def test_a_server_whose_compiler_does_not_start_says_so_and_is_never_ready(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler_client, "CHILD_MODULE", "deltamux.server.nothing")
+    monkeypatch.setattr(compiler_process, "CHILD_MODULE", "deltamux.server.nothing")
     with pytest.raises(UnavailableError, match="compiler process does not start"):
         async with running(options(tiny_base, tmp_path / "store"), lambda _: engine_for(tiny_base)):
             raise AssertionError("a server is ready that cannot take an upload")
@@ -322,7 +322,7 @@ async def test_a_server_whose_compiler_does_not_start_says_so_and_is_never_ready
 async def test_where_no_process_can_be_started_uploads_are_turned_away(
     job: Any, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiler_client, "CHILD_MODULE", "deltamux.server.nothing")
+    monkeypatch.setattr(compiler_process, "CHILD_MODULE", "deltamux.server.nothing")
     async with Compiler(TIMEOUT) as compiler:
         with pytest.raises(UnavailableError, match="does not start"):
             await compiler.compile(job(loras[0]))

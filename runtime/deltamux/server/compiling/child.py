@@ -1,7 +1,7 @@
 """The process that runs plugins: it imports them, and compiles uploads by their hooks. `compiler.py` is its other side.
 
 Nothing of the server imports this module. It is run as ``python -m`` by the server, with the number of an open socket;
-what it is about to run it says there first, so that its death or its silence can be laid at the right door.
+it sends there what it is about to run, so that its end or its silence names the plugin.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from deltamux.store import PROGRAM_FILE
 from deltamux.store.faults import FULL, store_error
 
 MAX_GROWTH = 1 << 30
-"""Bytes of memory, beyond those after the start, at which the process asks to be replaced: some plugin leaks."""
+"""Bytes of memory, beyond those after the start, at which the process is replaced: some plugin leaks."""
 
 
 def main() -> None:
@@ -46,10 +46,10 @@ def main() -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     os.set_inheritable(descriptor, False)
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rwb") as channel:
-        Child(channel).run()  # type: ignore[arg-type]  # makefile's type is narrower than a binary file's
+        CompilerChild(channel).run()  # type: ignore[arg-type]  # makefile's type is narrower than a binary file's
 
 
-class Child:
+class CompilerChild:
     """Reads plugins once, then compiles one job after the other."""
 
     def __init__(self, channel: BinaryIO) -> None:
@@ -60,11 +60,11 @@ class Child:
         start = json.loads(self._channel.readline())
         manager = create_plugin_manager(skip=start["skip"], announce=self._announce)
         self._registry = Registry(manager, announce=self._announce)
-        self._say({"methods": self._registry.names(), "broken": self._registry.broken})
+        self._send({"methods": self._registry.names(), "broken": self._registry.broken})
         before = _own_bytes()
         while line := self._channel.readline():
             answer = self._answer(Job.of(json.loads(line)))
-            self._say(answer | {"worn": _own_bytes() - before > MAX_GROWTH})
+            self._send(answer | {"leaks": _own_bytes() - before > MAX_GROWTH})
 
     def _answer(self, job: Job) -> dict[str, Any]:
         try:
@@ -115,15 +115,15 @@ class Child:
             raise PluginError(problem, metadata={"plugin": method.name, "hook": "deltamux_program"}) from error
         placed = written.placed(base)
         written.check_finite()
-        self._announce(method.name, "the rehearsal of its ops")
+        self._announce(method.name, "the check of its batched ops")
         check_batched(placed)
         _check_budgets(written, job.budgets)
         return Compiled(method.name, written.rank(), written.num_virtual_tokens, written.num_bytes())
 
     def _announce(self, plugin: str, step: str) -> None:
-        self._say({"plugin": plugin, "step": step})
+        self._send({"plugin": plugin, "step": step})
 
-    def _say(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
         self._channel.write(json.dumps(message).encode() + b"\n")
         self._channel.flush()
 

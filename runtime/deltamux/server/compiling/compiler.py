@@ -16,8 +16,8 @@ from weakref import WeakSet
 
 from deltamux.errors import DeltamuxError, PluginCrashedError, PluginTimeoutError, UnavailableError
 from deltamux.server.access.concurrency import ConcurrencyLimit
-from deltamux.server.compiling.client import CompilerLink, LinkFailedError
 from deltamux.server.compiling.job import Compiled, Job, error_of
+from deltamux.server.compiling.process import CompilerProcess, CompilerProcessError
 
 log = logging.getLogger("deltamux.server")
 
@@ -56,7 +56,7 @@ class Compiler:
         self._limit = ConcurrencyLimit(1, "compilations", max_waiting=1 << 20)
         self._one_at_a_time = asyncio.Lock()
         self._short_lives = 0
-        self._link: CompilerLink | None = None
+        self._process: CompilerProcess | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._abandoned: WeakSet[asyncio.Task[Any]] = WeakSet()
 
@@ -75,7 +75,7 @@ class Compiler:
     @property
     def pid(self) -> int | None:
         """The process's id; None while there is none."""
-        return self._link.pid if self._link else None
+        return self._process.pid if self._process else None
 
     async def started(self) -> None:
         """Waits until a process is ready; raises UnavailableError if none can be started."""
@@ -83,7 +83,7 @@ class Compiler:
             await self._ready()
 
     async def compile(self, job: Job, tenant: str = "") -> Compiled:
-        """Compiles an adapter. Cancelling it gives up the answer, not the job: the process is not to be had for that.
+        """Compiles an adapter. Cancelling it gives up the answer, not the job: the process goes on.
 
         Args:
             tenant: whose job it is; tenants whose jobs wait get their turns one after the other.
@@ -106,30 +106,30 @@ class Compiler:
             for attempt in range(1, ATTEMPTS + 1):
                 try:
                     return await self._try(job)
-                except (LinkFailedError, ValueError) as error:
+                except (CompilerProcessError, ValueError) as error:
                     refused = self._refusal(error, job)
                     log.error("%s: starting another compiler process", refused.message)
                     await self._drop()
-                    if attempt < ATTEMPTS and isinstance(error, LinkFailedError) and error.from_outside:
+                    if attempt < ATTEMPTS and isinstance(error, CompilerProcessError) and error.from_outside:
                         continue
                     self._spawn(self._warm())
                     raise refused from None
             raise AssertionError("the last attempt returns or raises")
 
     async def _try(self, job: Job) -> Compiled:
-        link = await self._ready()
-        answer = await link.ask(job.message(), self._timeout)
-        if answer.get("worn"):
+        process = await self._ready()
+        answer = await process.call(job.message(), self._timeout)
+        if answer.get("leaks"):
             log.warning("some plugin keeps the memory of its jobs: starting another compiler process")
             await self._drop()
             self._spawn(self._warm())
         return _result(answer)
 
-    async def _watch(self, link: CompilerLink) -> None:
+    async def _watch(self, process: CompilerProcess) -> None:
         """Starts another process once this one has ended while no job is at hand; one that is starts it itself."""
         began = asyncio.get_running_loop().time()
-        await link.ended()
-        if self._link is not link or self._one_at_a_time.locked():
+        await process.ended()
+        if self._process is not process or self._one_at_a_time.locked():
             return
         lived = asyncio.get_running_loop().time() - began
         self._short_lives = self._short_lives + 1 if lived < SHORT_LIFE else 0
@@ -142,24 +142,24 @@ class Compiler:
         with suppress(UnavailableError):  # it is in the log, and the next job tries again
             await self.started()
 
-    async def _ready(self) -> CompilerLink:
-        if self._link is not None and self._link.alive:
-            return self._link
+    async def _ready(self) -> CompilerProcess:
+        if self._process is not None and self._process.alive:
+            return self._process
         await self._drop()
         while True:
             try:
-                link = self._link = await CompilerLink.open()
-                answer = await link.ask({"skip": self._skipped}, START_SECONDS, self._timeout)
+                process = self._process = await CompilerProcess.open()
+                answer = await process.call({"skip": self._skipped}, START_SECONDS, self._timeout)
                 self._note(answer["methods"], answer["broken"])
-                self._spawn(self._watch(link))
-                return link
-            except (LinkFailedError, LookupError, OSError, TypeError, ValueError) as error:
+                self._spawn(self._watch(process))
+                return process
+            except (CompilerProcessError, LookupError, OSError, TypeError, ValueError) as error:
                 await self._drop()
                 self._leave_out(error)
 
     def _leave_out(self, error: Exception) -> None:
         """Notes the plugin over which the process did not start; raises UnavailableError if it was over none."""
-        step = error.step if isinstance(error, LinkFailedError) else None
+        step = error.step if isinstance(error, CompilerProcessError) else None
         if step is None or step.plugin in self._skipped:
             log.error("the compiler process does not start: it %s", error)
             raise UnavailableError(
@@ -177,14 +177,14 @@ class Compiler:
         self.broken = {str(plugin): str(problem) for plugin, problem in broken.items()}
 
     async def _drop(self) -> None:
-        link, self._link = self._link, None
-        if link is not None:
-            await link.close()
+        process, self._process = self._process, None
+        if process is not None:
+            await process.close()
 
     def _refusal(self, error: Exception, job: Job) -> DeltamuxError:
-        step = error.step if isinstance(error, LinkFailedError) else None
-        timed_out = isinstance(error, LinkFailedError) and error.timed_out
-        if isinstance(error, LinkFailedError) and step is None and not timed_out:
+        step = error.step if isinstance(error, CompilerProcessError) else None
+        timed_out = isinstance(error, CompilerProcessError) and error.timed_out
+        if isinstance(error, CompilerProcessError) and step is None and not timed_out:
             return UnavailableError(
                 f"the compiler process {error}; send the upload again",
                 reason="COMPILER_UNAVAILABLE",

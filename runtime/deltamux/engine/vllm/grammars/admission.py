@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from deltamux.engine.base import GuidedDecoding
 from deltamux.engine.fair import FairQueue
 from deltamux.engine.grammar_bounds import CHOICE, REGEX, SCHEMA, invalid
-from deltamux.engine.vllm.grammars.client import GrammarClient, Settings
+from deltamux.engine.vllm.grammars.process import GrammarProcess, Settings
 from deltamux.engine.vllm.grammars.schemas import honoured
 from deltamux.engine.vllm.grammars.vocabulary import vocabulary_of
 from deltamux.errors import UnavailableError
@@ -69,7 +69,7 @@ class Grammars:
 
     def __init__(self, settings: Settings, seconds: float) -> None:
         self._seconds = seconds
-        self._link = GrammarClient(settings)
+        self._process = GrammarProcess(settings)
         # Within both, one group holds one place at a time.
         self._quick = FairQueue(2, MAX_WAITING, "grammars", each=1)
         self._long = FairQueue(1, MAX_WAITING, "grammars")
@@ -89,13 +89,13 @@ class Grammars:
 
     async def _warm(self) -> None:
         with suppress(UnavailableError):  # the first grammar tries again, and says so
-            await self._link.start()
+            await self._process.start()
 
     async def close(self) -> None:
         """Ends the gate's process, and every grammar in it."""
         if self._warming is not None:
             self._warming.cancel()
-        await self._link.close()
+        await self._process.close()
 
     async def admit(self, guided: GuidedDecoding, group: str) -> Constraint:
         """Returns structured output as the engine may have it. Cancelling ends what is done for it.
@@ -139,13 +139,15 @@ class Grammars:
         async with self._quick.place(group):
             if key in self._verdicts:  # another group had it tried meanwhile
                 return self._verdicts[key]
-            answer = await self._link.ask(constraint.kind, constraint.text, first)
+            answer = await self._process.run(constraint.kind, constraint.text, first)
         if answer.ended and first < self._seconds:
             async with self._long.place(group):
-                answer = await self._link.ask(constraint.kind, constraint.text, self._seconds)
+                answer = await self._process.run(constraint.kind, constraint.text, self._seconds)
         problem = answer.problem
         if answer.ended:
-            problem = f"takes more than {self._seconds:g} s or {self._link.settings.memory_bytes >> 20} MiB to compile"
+            problem = (
+                f"takes more than {self._seconds:g} s or {self._process.settings.memory_bytes >> 20} MiB to compile"
+            )
         self._remember(key, problem)
         return problem
 

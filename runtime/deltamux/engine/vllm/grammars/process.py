@@ -1,19 +1,15 @@
-"""The server's hold on the process that tries grammars: starts it, sends jobs, cancels them, and ends it."""
+"""`GrammarProcess`: the server's end of the process that tries grammars."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import json
-import os
-import signal
-import socket
-import sys
-from asyncio.subprocess import DEVNULL, Process
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from deltamux.child_process import HelperProcess, start_helper
 from deltamux.errors import UnavailableError
 
 CHILD_MODULE = "deltamux.engine.vllm.grammars.compiler"
@@ -43,7 +39,7 @@ class Settings:
 
 
 class Answer(NamedTuple):
-    """What came of a job.
+    """The result of a job.
 
     Attributes:
         problem: why the grammar is refused; None if it is not.
@@ -54,26 +50,26 @@ class Answer(NamedTuple):
     ended: bool
 
 
-class GrammarClient:
+class GrammarProcess:
     """One process at a time, started with the first job and again after its end."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._starting = asyncio.Lock()
-        self._process: Process | None = None
-        self._writer: asyncio.StreamWriter
+        self._helper: HelperProcess | None = None
         self._reading: asyncio.Task[None] | None = None
         self._jobs: dict[int, asyncio.Future[Answer]] = {}
         self._numbers = itertools.count()
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return self._helper.process.pid if self._helper else None
 
     async def start(self) -> None:
         """Returns once a process takes jobs; raises UnavailableError if none can be started."""
         async with self._starting:
-            if self._process is None or self._process.returncode is not None or self._writer.is_closing():
+            helper = self._helper
+            if helper is None or helper.process.returncode is not None or helper.writer.is_closing():
                 await self.close()
                 try:
                     await self._open()
@@ -84,8 +80,8 @@ class GrammarClient:
                         reason="GRAMMARS_UNAVAILABLE",
                     ) from error
 
-    async def ask(self, kind: str, text: str, seconds: float) -> Answer:
-        """Has a grammar tried with so much CPU time. Cancelling ends the job."""
+    async def run(self, kind: str, text: str, seconds: float) -> Answer:
+        """Returns the answer of a grammar's job, which has so much CPU time. Cancelling ends the job."""
         await self.start()
         number = next(self._numbers)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
@@ -102,51 +98,35 @@ class GrammarClient:
 
     async def close(self) -> None:
         """Ends the process and every job, at once."""
-        process, self._process = self._process, None
-        if process is None:
+        helper, self._helper = self._helper, None
+        if helper is None:
             return
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        self._writer.close()
-        await process.wait()
+        helper.kill()
+        helper.writer.close()
+        await helper.process.wait()
         if self._reading is not None:
             await asyncio.wait([self._reading])
 
     async def _open(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            reader, self._writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE)
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-P", "-m", CHILD_MODULE, str(theirs.fileno()), str(os.getpid())),
-                stdin=DEVNULL,
-                pass_fds=[theirs.fileno()],
-                process_group=0,
-                env=_environment(),
-            )
-        self._send(asdict(self.settings))
+        helper = self._helper = await start_helper(CHILD_MODULE, MAX_LINE, OMP_NUM_THREADS="1")
+        helper.send(asdict(self.settings))
         async with asyncio.timeout(START_SECONDS):
-            if not await reader.readline():
+            if not await helper.reader.readline():
                 raise OSError("the process ended at its start")
-        self._reading = asyncio.create_task(self._read(reader))
+        self._reading = asyncio.create_task(self._read(helper))
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self, helper: HelperProcess) -> None:
         with suppress(OSError, ValueError):
-            while line := await reader.readline():
+            while line := await helper.reader.readline():
                 message = json.loads(line)
                 job = self._jobs.get(message["id"])
                 if job is not None and not job.done():
                     job.set_result(Answer(message.get("problem"), "ended" in message))
-        self._writer.close()
+        helper.writer.close()
         for job in self._jobs.values():
             if not job.done():
                 job.set_exception(UnavailableError("the process that tries grammars has ended; send the request again"))
 
     def _send(self, message: dict[str, Any]) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(json.dumps(message).encode() + b"\n")
-
-
-def _environment() -> dict[str, str]:
-    """The server's own, with its import path; one thread, and no GPU, which is the engine's."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        if self._helper is not None:
+            self._helper.send(message)

@@ -1,26 +1,22 @@
-"""The server's hold on one compiler process: starts it, talks to it, notices its end, and ends it."""
+"""`CompilerProcess`: the server's end of one compiler process."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
-import socket
-import sys
 import time
-from asyncio.subprocess import DEVNULL, Process
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from deltamux.child_process import HelperProcess, start_helper
+
 MAX_LINE = 1 << 24
 CHILD_MODULE = "deltamux.server.compiling.child"
 
-
 _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 """SIGKILL is also how Linux ends a process when memory is short."""
-
 
 MOST_WAITING = 10.0
 """Times its patience that a process may take where it waits for a core: the engine's threads go before it."""
@@ -36,18 +32,18 @@ class Clock(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What the process said that it was about to run."""
+    """What the process is running, as its last message said."""
 
     plugin: str
     what: str
 
 
-class LinkFailedError(Exception):
-    """The process gave no answer: it is late (``timed_out``), has ended, or said what makes no sense.
+class CompilerProcessError(Exception):
+    """The process gave no answer: it is late (``timed_out``), has ended, or sent what is no answer.
 
     Attributes:
         step: what it ran last; None if it ran nothing of a plugin's.
-        status: how the process ended, as `subprocess` says it (minus the number of a signal); None if it has not.
+        status: how the process ended, as in `subprocess` (minus the number of a signal); None if it has not.
     """
 
     def __init__(self, problem: str, step: Step | None, *, timed_out: bool = False, status: int | None = None) -> None:
@@ -58,40 +54,23 @@ class LinkFailedError(Exception):
 
     @property
     def from_outside(self) -> bool:
-        """Whether the end was no doing of a plugin, as far as can be told: none ran, or somebody ended the process."""
+        """Whether no plugin caused the end, as far as can be known: none ran, or the process was ended by a signal."""
         return not self.timed_out and (self.step is None or self.status in _FROM_OUTSIDE)
 
 
-class CompilerLink:
-    """One process and the socket to it. After a `LinkFailedError`, `close` it and open another."""
+class CompilerProcess:
+    """One process, from its start to its end. After a `CompilerProcessError`, `close` it and open another."""
 
-    def __init__(self, process: Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._process = process
-        self._reader = reader
-        self._writer = writer
+    def __init__(self, helper: HelperProcess) -> None:
+        self._helper = helper
+        self._process = helper.process
         self._step: Step | None = None
         self._watching = asyncio.create_task(self._watch())
 
     @classmethod
-    async def open(cls) -> CompilerLink:
+    async def open(cls) -> CompilerProcess:
         """Starts a process; call it from the thread that lives as long as the server, with which the process ends."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE)
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *(sys.executable, "-P", "-m", CHILD_MODULE, str(theirs.fileno()), str(os.getpid())),
-                    stdin=DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    # A group of its own: a terminal's Ctrl-C is the server's, and what a plugin starts ends with it.
-                    # No session of its own, which Linux would give another share of the CPUs than the server's.
-                    process_group=0,
-                    env=_environment(),
-                )
-            except BaseException:
-                writer.close()
-                raise
-        return cls(process, reader, writer)
+        return cls(await start_helper(CHILD_MODULE, MAX_LINE))
 
     @property
     def pid(self) -> int:
@@ -99,22 +78,24 @@ class CompilerLink:
 
     @property
     def alive(self) -> bool:
-        return self._process.returncode is None and not self._reader.at_eof()
+        return self._process.returncode is None and not self._helper.reader.at_eof()
 
-    async def ask(self, message: dict[str, Any], patience: float, step_patience: float | None = None) -> dict[str, Any]:
+    async def call(
+        self, message: dict[str, Any], patience: float, step_patience: float | None = None
+    ) -> dict[str, Any]:
         """Sends a message and returns the answer to it.
 
         Args:
             patience: seconds until the answer.
-            step_patience: seconds that each announced step may take instead, once one has been announced.
+            step_patience: seconds per step instead, from the first that the process names on.
         Raises:
-            LinkFailedError: there is no answer.
+            CompilerProcessError: there is no answer.
         """
         self._step, allowed, since = None, patience, self._clock()
         try:
             async with asyncio.timeout(patience):
-                self._writer.write(json.dumps(message).encode() + b"\n")
-                await self._writer.drain()
+                self._helper.send(message)
+                await self._helper.writer.drain()
             while True:
                 answer = await self._receive_within(allowed, since)
                 if "step" not in answer:
@@ -123,15 +104,15 @@ class CompilerLink:
                 if step_patience is not None:
                     allowed, since = step_patience, self._clock()
         except TimeoutError:
-            raise LinkFailedError(f"took more than {allowed:g} s", self._step, timed_out=True) from None
+            raise CompilerProcessError(f"took more than {allowed:g} s", self._step, timed_out=True) from None
         except OSError:
             raise await self._ended() from None
 
     async def _receive_within(self, seconds: float, since: Clock) -> dict[str, Any]:
-        """Returns what the process says next. Seconds in which it waits for a core do not count, up to a limit.
+        """Returns the process's next message. Seconds in which it waits for a core do not count, up to a limit.
 
         Raises:
-            TimeoutError: it says nothing in time.
+            TimeoutError: none comes in time.
         """
         while True:
             now = self._clock()
@@ -151,50 +132,40 @@ class CompilerLink:
         return Clock(time.monotonic(), waited)
 
     async def ended(self) -> None:
-        """Waits until the process has ended, whoever ends it."""
+        """Waits until the process has ended, by any cause."""
         await asyncio.wait([self._watching])
 
     async def close(self) -> None:
         """Ends the process and what it started, at once."""
         self._end()
-        self._writer.close()
+        self._helper.writer.close()
         await asyncio.wait([self._watching])
         with suppress(OSError):
-            await self._writer.wait_closed()
+            await self._helper.writer.wait_closed()
 
     async def _receive(self) -> dict[str, Any]:
         try:
-            line = await self._reader.readline()
+            line = await self._helper.reader.readline()
             if not line.endswith(b"\n"):
                 raise await self._ended()
             answer = json.loads(line)
         except ValueError as error:
-            raise LinkFailedError(f"broke its connection to the server ({error})", self._step) from error
+            raise CompilerProcessError(f"broke its connection to the server ({error})", self._step) from error
         if not isinstance(answer, dict):
-            raise LinkFailedError("broke its connection to the server", self._step)
+            raise CompilerProcessError("broke its connection to the server", self._step)
         return answer
 
-    async def _ended(self) -> LinkFailedError:
+    async def _ended(self) -> CompilerProcessError:
         self._end()  # its end of the socket may be closed while it lives on
         status = await self._process.wait()
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        return LinkFailedError(f"ended its process {how}", self._step, status=status)
+        return CompilerProcessError(f"ended its process {how}", self._step, status=status)
 
     async def _watch(self) -> None:
         """Once the process has ended ends what it started, which may hold the socket open."""
         await self._process.wait()
-        self._kill()
+        self._helper.kill()
 
     def _end(self) -> None:
         if self._process.returncode is None:
-            self._kill()
-
-    def _kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-
-def _environment() -> dict[str, str]:
-    """The server's own, with its import path; and no GPU, which is the engine's."""
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+            self._helper.kill()
