@@ -21,14 +21,23 @@ _FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHU
 MOST_WAITING = 10.0
 """Times its patience that a process may take where it waits for a core: the engine's threads go before it."""
 
-LEAST_SECONDS = 0.01
+LEAST_SECONDS, CHECK_SECONDS = 0.01, 0.5
+"""Between two looks at the clock of a process."""
 
 
 class Clock(NamedTuple):
-    """A moment, and the seconds that a process has waited for a core until then."""
+    """A moment, and what a process has had of the cores until then.
+
+    Attributes:
+        ran: seconds on a core.
+        waited: seconds for which it waited for one, without the wait that is not over.
+        runnable: whether it runs or waits.
+    """
 
     wall: float
-    waited: float
+    ran: float = 0.0
+    waited: float = 0.0
+    runnable: bool = False
 
 
 class Step(NamedTuple):
@@ -114,22 +123,29 @@ class CompilerProcess:
         Raises:
             TimeoutError: none comes in time.
         """
+        pending, last = 0.0, since
         while True:
             now = self._clock()
-            wall, waited = now.wall - since.wall, now.waited - since.waited
+            # A wait that is not over is in no statistic: the process is runnable, and has had no core since the last
+            # look.
+            pending = pending + now.wall - last.wall if now.runnable and now.ran == last.ran else 0.0
+            last = now
+            wall, waited = now.wall - since.wall, now.waited - since.waited + pending
             left = min(seconds - (wall - waited), seconds * MOST_WAITING - wall)
             if left <= 0:
                 raise TimeoutError
             with suppress(TimeoutError):
-                async with asyncio.timeout(max(left, LEAST_SECONDS)):
+                async with asyncio.timeout(min(max(left, LEAST_SECONDS), CHECK_SECONDS)):
                     return await self._receive()
 
     def _clock(self) -> Clock:
+        wall, folder = time.monotonic(), Path(f"/proc/{self.pid}")
         try:
-            waited = int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
+            ran, waited, *_ = map(int, (folder / "schedstat").read_text().split())
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
         except (OSError, IndexError, ValueError):  # outside Linux, or it has ended
-            waited = 0.0
-        return Clock(time.monotonic(), waited)
+            return Clock(wall)
+        return Clock(wall, ran / 1e9, waited / 1e9, state == "R")
 
     async def ended(self) -> None:
         """Waits until the process has ended, by any cause."""
