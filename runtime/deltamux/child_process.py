@@ -1,4 +1,4 @@
-"""Helper processes: how one is started, and its first steps. Both ends send JSON objects, one per line, over a socket."""
+"""Helper processes: how one starts, and its first steps. Both ends send JSON objects, one per line, over a socket."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ PR_SET_PDEATHSIG = 1
 NICE = 10
 """Of ten ticks of a core that the engine could use, a helper takes one.
 
-Linux's SCHED_IDLE would cost the engine less, since its threads would not wait for the end of a helper's slice when they
-wake up; but a helper would not run at all while other threads never sleep, nor may it leave that policy again.
+Linux's SCHED_IDLE would cost the engine less, since its threads would not wait for the end of a helper's slice when
+they wake up; but a helper would not run at all while other threads never sleep, nor may it leave that policy again.
 """
 
 
