@@ -15,7 +15,7 @@ from deltamux.conformance.bases import byte_tokenizer
 from deltamux.deltas import BaseModel, Bottleneck, KVPrefix, LowRank, NormAffine, SiteKind, SoftPrompt
 from deltamux.engine.base import EngineOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
-from deltamux.engine.vllm.frontend.warmup import rehearsals
+from deltamux.engine.vllm.frontend.warmup import warmup_programs
 from deltamux.errors import FailedPreconditionError
 from deltamux_testing.engines import OPTIONS
 
@@ -61,9 +61,9 @@ async def test_a_warm_up_leaves_nothing_in_the_engine(engine: VLLMEngine) -> Non
     assert stats.running == 0
 
 
-def test_rehearsals_put_an_op_at_every_site_that_takes_one(base: BaseModel) -> None:
+def test_the_programs_of_a_warmup_put_an_op_at_every_site_that_takes_one(base: BaseModel) -> None:
     bound = [(str(kind), name) for kind, name in base.sites]
-    programs = rehearsals(base, bound)
+    programs = warmup_programs(base, bound)
     placed = {(op.site_kind, site) for program in programs for site, op in program}
     assert placed == {site for site in base.sites if site[0] is not SiteKind.HEAD}
     assert {type(op) for program in programs for _, op in program} == {
@@ -73,5 +73,5 @@ def test_rehearsals_put_an_op_at_every_site_that_takes_one(base: BaseModel) -> N
         KVPrefix,
         SoftPrompt,
     }
-    assert rehearsals(base, [("linear", base.linears[0].name)])[0].placements[0].site == base.linears[0].name
-    assert rehearsals(base, []) == []
+    assert warmup_programs(base, [("linear", base.linears[0].name)])[0].placements[0].site == base.linears[0].name
+    assert warmup_programs(base, []) == []

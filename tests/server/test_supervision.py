@@ -24,7 +24,7 @@ from deltamux_testing.servers import engine_for, options
 NAME = "tenants/acme/adapters/tickets"
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
-FAST = RestartPolicy(first_delay=0.02, look_interval=0.01, ask_interval=0.02, patience=0.1, longest_silence=0.3)
+FAST = RestartPolicy(first_delay=0.02, check_interval=0.01, ping_interval=0.02, ping_timeout=0.1, hang_seconds=0.3)
 
 
 class Lives:
@@ -138,7 +138,7 @@ async def test_an_engine_that_hangs_is_ended_and_replaced_and_questions_to_it_en
 
 
 async def test_pauses_between_restarts_grow_and_deaths_beyond_the_limit_give_the_engine_up(lives: Lives) -> None:
-    policy = RestartPolicy(restarts=3, first_delay=0.1, look_interval=0.01)
+    policy = RestartPolicy(restarts=3, first_delay=0.1, check_interval=0.01)
     engine = SupervisedEngine(lives(), lives, policy)
     await engine.start()
     lives.broken = 99

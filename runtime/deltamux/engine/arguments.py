@@ -1,4 +1,4 @@
-"""What vLLM would refuse of an engine's options once it is imported, which takes long: refused before."""
+"""Checks of an engine's options that need no import of vLLM, which takes long."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LENGTH_KEYS = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_len", "seq_length", "max_seq_length"),
     *("max_sequence_length", "max_target_positions", "model_max_length"),
 )
-"""Keys of a base's config, any of which may tell the longest context."""
+"""Keys of a base's config, any of which may be the longest context."""
 
 
 MAX_SENTENCE = 1000
-"""Characters of what is told of an error of vLLM's."""
+"""Characters of an error of vLLM's in a message."""
 
 
 def check_options(options: EngineOptions) -> None:

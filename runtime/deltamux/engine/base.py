@@ -1,6 +1,6 @@
-"""What the server asks of an engine. Torch-free: the client's and server's light parts may import it.
+"""`Engine`: the interface between the server and an engine, which serves one base model. Imports no torch.
 
-One engine serves one base model. It knows compiled programs by digest, never methods, tenants or names.
+Programs are identified by digest; methods, tenants and names are unknown to an engine.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ChatMessage(NamedTuple):
-    """One turn of a conversation; `role` is ``system``, ``user`` or ``assistant``."""
+    """One message of a conversation; `role` is ``system``, ``user`` or ``assistant``."""
 
     role: str
     content: str
@@ -108,7 +108,7 @@ class GuidedDecoding:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to sample; names and defaults are those that users of vLLM expect.
+    """How to sample; names and defaults are vLLM's.
 
     Attributes:
         max_tokens: tokens to generate at most; None: as many as the context holds.
@@ -178,13 +178,13 @@ class GenerationChunk:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """A look at the engine.
+    """The engine's state.
 
     Attributes:
         running: requests under way (in vLLM's queue or batch).
         host_programs: programs in host memory.
         device_programs: programs in device slots, of `device_slots`.
-        folded_program: digest of the program whose weights are folded at the moment, if any.
+        folded_program: digest of the program that is merged into second weights at the moment, if any.
     """
 
     running: int
@@ -225,12 +225,12 @@ class Engine(Protocol):
     ) -> AsyncGenerator[GenerationChunk]:
         """Yields chunks as they come; closing the iterator, or cancelling its task, aborts the generation.
 
-        The first token comes at once. Later ones may merge while the reader is slower than the engine, so that what
-        waits for it stays small, or while many requests run, so that the machine's time goes to the model.
+        The first token comes at once. Later ones may merge while the reader is slower than the engine, or while many
+        requests run, so that the machine's time goes to the model.
 
         Args:
-            stream: False: there is no hurry, and the last chunk may hold everything.
-            group: whose request it is; costly preparations of different groups' requests take turns.
+            stream: False: the last chunk may hold everything.
+            group: of the request; costly preparations are served round robin by group.
             cache_salt: requests reuse the cached keys and values of those with the same salt alone.
         """
         ...
@@ -240,7 +240,7 @@ class Engine(Protocol):
 
         Raises:
             FailedPreconditionError: the engine cannot use the program.
-            DataLossError: its file is missing, or is not what was stored; it is read anew when it is wanted again.
+            DataLossError: its file is missing, or is not what was stored; it is read again at the next call.
         """
         ...
 
@@ -263,13 +263,13 @@ class Engine(Protocol):
     async def unpin(self, digest: str) -> None: ...
 
     async def evict(self, digest: str) -> None:
-        """Frees a program in every tier, as soon as no request uses it; returns at once."""
+        """Frees a program in host memory and in its slot, as soon as no request uses it; returns at once."""
         ...
 
     async def stats(self) -> EngineStats: ...
 
     async def ping(self) -> None:
-        """Returns once the engine answers, which one that hangs in a step does not; costs an idle engine nothing."""
+        """Returns once the engine answers, which one that hangs in a step does not; it costs an idle engine nothing."""
         ...
 
     @property
@@ -293,7 +293,7 @@ def _checks(o: SamplingOptions) -> dict[str, tuple[bool, str]]:
         "logprobs": (o.logprobs is None or 0 <= o.logprobs <= 20, "between 0 and 20"),
         "ignore_eos": (
             not (o.ignore_eos and o.guided),
-            "false beside structured_output, whose format decides where the text ends",
+            "false with structured_output, whose format decides where the text ends",
         ),
         "logit_bias": (all(-100.0 <= v <= 100.0 for v in o.logit_bias.values()), "values between -100 and 100"),
     }

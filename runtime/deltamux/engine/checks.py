@@ -1,4 +1,4 @@
-"""What an engine refuses in a request before it runs, by its vocabulary and context. Torch-free."""
+"""Checks of a request against the base's vocabulary and context, before it runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, room: int) -> None:
     """Refuses a prompt that is empty, longer than the context's room, or has tokens outside the vocabulary.
 
     Args:
-        room: tokens that the context holds beside virtual tokens and one new token.
+        room: tokens of the context without virtual tokens and one new token.
     Raises:
         InvalidArgumentError: with reason EMPTY_PROMPT, PROMPT_TOO_LONG or INVALID_TOKEN.
     """

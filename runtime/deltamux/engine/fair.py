@@ -1,4 +1,4 @@
-"""Orders of scarce work in which groups take turns, so that a long queue of one delays no other."""
+"""Fair queues: a group with many waiting requests delays no other group."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltamux.errors import ResourceExhaustedError
 
 
 class FairQueue:
-    """Admits so many holders at once; the groups that wait are served round robin, each in its own order of arrival.
+    """Admits a number of holders at once; waiting groups are served round robin, each in its order of arrival.
 
     Args:
         places: holders at once.
@@ -53,15 +53,15 @@ class FairQueue:
                 metadata={"limit": str(self._max_waiting)},
                 retry_after=1.0,
             )
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(turn)
+        admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        queue.append(admission)
         try:
-            await turn
+            await admission
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._leave(group)  # it was called up in the moment it gave up
+            if admission.done() and not admission.cancelled():
+                self._leave(group)  # admitted in the moment in which its caller gave up
             else:
-                self._remove(group, turn)
+                self._remove(group, admission)
             raise
 
     def _may_hold(self, group: str) -> bool:
@@ -75,28 +75,28 @@ class FairQueue:
         self._free += 1
         self._held[group] -= 1
         self._held += Counter()  # forgets groups that hold nothing
-        while (group_called := next(filter(self._may_hold, self._waiting), None)) is not None:
-            queue = self._waiting.pop(group_called)
-            turn = queue.popleft()
+        while (called := next(filter(self._may_hold, self._waiting), None)) is not None:
+            queue = self._waiting.pop(called)
+            admission = queue.popleft()
             if queue:
-                self._waiting[group_called] = queue  # behind all others
-            if not turn.done():
-                self._hold(group_called)
-                turn.set_result(None)
+                self._waiting[called] = queue  # after all others
+            if not admission.done():
+                self._hold(called)
+                admission.set_result(None)
 
-    def _remove(self, group: str, turn: asyncio.Future[None]) -> None:
+    def _remove(self, group: str, admission: asyncio.Future[None]) -> None:
         queue = self._waiting.get(group)
-        if queue is not None and turn in queue:
-            queue.remove(turn)
+        if queue is not None and admission in queue:
+            queue.remove(admission)
             if not queue:
                 del self._waiting[group]
 
 
 class FairOrder:
-    """Numbers work for a queue that takes the smallest number first, so that the groups in it take turns.
+    """Numbers requests for a queue that takes the smallest number first: start-time fair queueing, all of equal weight.
 
-    This is start-time fair queueing with work of equal weight: a group's next number is one above its last, and at
-    least that of what was begun last, so that nobody is overtaken for good and no group saves up what it did not use.
+    A group's next number is one above its last, and at least that of the request which was begun last: so no request
+    is overtaken for good, and no group saves up a share that it did not use.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class FairOrder:
         self._begun = max(self._begun, number)
 
     def _leave(self, group: str, place: Place) -> None:
-        if not place.begun:  # it was given up: those behind it have moved up
+        if not place.begun:  # given up: the group's later requests move up
             self._next[group] -= 1
         self._held[group] -= 1
         self._held += Counter()
@@ -144,7 +144,7 @@ class Place:
         self.begun = False
 
     def begin(self) -> None:
-        """Tells that the work is begun; further calls change nothing."""
+        """Marks the work as begun; further calls change nothing."""
         if not self.begun:
             self.begun = True
             self._order.begin(self.number)

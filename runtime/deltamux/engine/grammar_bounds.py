@@ -1,4 +1,4 @@
-"""What structured output may be asked for, by its shape alone: checked in milliseconds, before a grammar is made of it.
+"""Bounds of structured output by its shape alone, checked in milliseconds, before it is compiled.
 
 How long a grammar takes to compile is bounded elsewhere, where it is compiled; here are its size, its nesting, its
 references, and that some finite text satisfies it. Torch-free.
@@ -52,13 +52,13 @@ _LENGTHS = {
 _COUNTS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains"}
 _REPETITION = re.compile(r"\{(\d{1,9}|\d{10,})?(?:,(\d{1,9}|\d{10,})?)?\}")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-"""Keywords whose values hold subschemas by name: what looks like a keyword in there is a name."""
+"""Keywords whose values hold subschemas by name: a keyword among these is a name."""
 
 _MEMBERS = ("properties", "patternProperties")
 _UNNAMED = ("additionalProperties", "unevaluatedProperties")
 
 _DATA = ("enum", "const", "default", "examples")
-"""Keywords whose values are data: what looks like a keyword in there is none."""
+"""Keywords whose values are data: a keyword among these is none."""
 
 
 def check_choice(options: Sequence[str]) -> None:
@@ -146,7 +146,7 @@ def _check_size(schema: Any) -> None:
 
 
 class _Schema:
-    """A schema of bounded size; its subschemas are told apart by identity."""
+    """A schema of bounded size; its subschemas are distinguished by identity."""
 
     def __init__(self, root: dict[str, Any]) -> None:
         self._root = root
@@ -181,7 +181,7 @@ class _Schema:
         return target_of(self._root, node["$ref"])
 
     def _finite(self, root: Any) -> bool:
-        """Tells whether some finite text satisfies a schema: the least fixed point over its subschemas."""
+        """Returns whether some finite text satisfies a schema: the least fixed point over its subschemas."""
         finite: set[int] = set()
         blocked: dict[int, list[dict[str, Any]]] = {}  # by what each waits for
         pending = [*self._all.values()]  # the last ones are the innermost, and go first
@@ -226,7 +226,7 @@ class _Schema:
 
     @staticmethod
     def _members_end(node: Mapping[str, Any], finite: Callable[[Any], bool]) -> bool:
-        """Tells whether as many members as an object must have can be finite."""
+        """Returns whether as many members as an object must have can be finite."""
         least = node.get("minProperties", 0)
         named, by_pattern = (
             [*children.values()] if isinstance(children := node.get(name), dict) else [] for name in _MEMBERS

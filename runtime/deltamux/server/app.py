@@ -192,7 +192,7 @@ async def _supervised(options: ServeOptions, make_engine: EngineFactory) -> Supe
     given = options.engine_options()
     restarts = options.engine_restarts if options.on_engine_death == "restart" else 0
     policy = RestartPolicy(
-        restarts, first_delay=options.engine_restart_seconds, longest_silence=options.engine_silence_seconds
+        restarts, first_delay=options.engine_restart_seconds, hang_seconds=options.engine_silence_seconds
     )
     first = await asyncio.to_thread(make_engine, given)
     return SupervisedEngine(first, lambda: make_engine(given), policy)

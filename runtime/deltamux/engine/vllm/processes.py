@@ -20,15 +20,15 @@ SHARED_MEMORY = "/dev/shm/psm_"
 """What the paths of `multiprocessing`'s shared memory begin with."""
 
 GRACE_SECONDS = 0.5
-"""For vLLM's processes to end by themselves, which its worker does not; nothing they hold needs an end of its own."""
+"""For vLLM's processes to end by themselves, which its worker does not; nothing that they hold has to be closed."""
 
 POLL_SECONDS = 0.1
 GONE_SECONDS = 10.0
-"""How long a killed process may take to be gone; one in the middle of a system call ends after it."""
+"""For a killed process to be gone: one in the middle of a system call ends after it."""
 
 
 def end_with_engine() -> None:
-    """Has the kernel end this process when the one that started it by `multiprocessing` ends."""
+    """Makes the kernel end this process when the one that started it by `multiprocessing` ends."""
     if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
         end_with_parent(parent.pid)
 
@@ -51,7 +51,7 @@ def end(processes: Collection[psutil.Process]) -> list[int]:
     deadline = time.monotonic() + GONE_SECONDS
     while (left := [process.pid for process in processes if _holds_memory(process)]) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    multiprocessing.active_children()  # asks for the exit statuses, which is what remains of this process's own
+    multiprocessing.active_children()  # reads the exit statuses, which is all that remains of this process's own
     return left
 
 
@@ -63,7 +63,7 @@ def _holds_memory(process: psutil.Process) -> bool:
 
 
 class EngineProcesses:
-    """The processes of an engine that has started, and the shared memory by which they talk.
+    """The processes of an engine that has started, and their shared memory.
 
     Args:
         pids: of those that have started all others.
@@ -77,7 +77,7 @@ class EngineProcesses:
         """Ends them; returns the ids of those that do not end.
 
         Args:
-            shutdown: asks them to end by themselves, and waits for so many seconds.
+            shutdown: signals them to end by themselves, and waits for so many seconds.
         """
         shutdown(GRACE_SECONDS)
         left = end(self._processes)
@@ -118,14 +118,14 @@ class Launch:
 
 @contextmanager
 def starting(*, afresh: bool) -> Iterator[None]:
-    """Has processes that are started by `multiprocessing` in the block end with this one, from their first moment on.
+    """A block in which processes that `multiprocessing` starts end with this one, from their first moment on.
 
-    What vLLM lets be called in them comes late: after the import of vLLM, a handshake with the server, which a killed
-    one never ends, and the load of the model. One that outlives the server meanwhile holds memory.
+    vLLM's own hooks run late in them: after the import of vLLM, a handshake that a killed server never ends, and the
+    load of the model.
 
     Args:
-        afresh: has vLLM start them afresh, instead of as copies of this one. A copy is there sooner, but shares this
-            process's open files: the sockets that clients are connected to would stay open when the server has gone.
+        afresh: start them afresh, instead of as copies of this one. A copy is there sooner, but shares this process's
+            open files: clients' sockets would stay open after the server's end.
     """
     global _parent
     name, process = "VLLM_WORKER_MULTIPROC_METHOD", multiprocessing.current_process()
@@ -152,7 +152,7 @@ _parent: int | None = None  # the process whose copies are to end with it
 
 
 class _EndWithParent:
-    """What, once it is read by another process, has that end with the one that wrote it.
+    """An object that, when another process unpickles it, makes that process end with the one that pickled it.
 
     Args:
         generations: of processes below that one for which the same holds.
@@ -171,7 +171,7 @@ def _read(parent: int, generations: int) -> _EndWithParent | None:
 
 
 def _copied() -> None:
-    """In a copy of this process, before anything else runs there."""
+    """Runs first in a copy of this process."""
     global _parent
     parent, _parent = _parent, None
     if parent is not None:

@@ -1,4 +1,4 @@
-"""The text of a request's tokens: of the generated ones alone, at a cost per token that does not grow.
+"""`BoundedDetokenizer`: the text of a request's generated tokens, at a cost per token that does not grow.
 
 vLLM's detokenizer holds tokens back until their bytes make whole characters, and decodes all of them at every step. A
 prompt that ends within a character is held back, too, and would then come out as generated text, where stop strings
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreRequest
 
 REPLACEMENT = "\ufffd"
-"""What bytes become that are not UTF-8, or not yet."""
+"""The text of bytes that are not UTF-8, or not yet."""
 
 TAIL = 64
-"""Tokens at a prompt's end that the first generated one is decoded behind."""
+"""Tokens at a prompt's end after which the first generated one is decoded."""
 
 MAX_PENDING = 32
 """Tokens that are held back at most; a character has four bytes, and so as many tokens, at most."""
@@ -71,7 +71,7 @@ class BoundedDetokenizer(detokenizer.FastIncrementalDetokenizer):
         return text_of(pending[:cut]) + "".join(self._protected_step(token) or "" for token in pending[cut:])
 
     def _some_text(self) -> list[int]:
-        """Returns tokens behind which others are decoded as within a text, with the spaces that they begin with."""
+        """Returns tokens after which others are decoded as within a text, with the spaces that they begin with."""
         return list(self.tokenizer.encode("a", add_special_tokens=False).ids)
 
     def _stream(self, before: list[int]) -> tokenizers.decoders.DecodeStream:

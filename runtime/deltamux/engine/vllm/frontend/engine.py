@@ -42,20 +42,20 @@ T = TypeVar("T")
 logger = logging.getLogger("deltamux.engine")
 
 PLACEHOLDER = 0
-"""Token id that stands where virtual tokens are; what the model makes of it is replaced in every layer."""
+"""Token id in place of virtual tokens; its keys and values, or its embedding, are replaced."""
 
 SLOTS = {"cpu": 32, "cuda": 8}
-"""Device slots where nobody says how many. On a CPU nearly all ops are served from where the host tier has them."""
+"""Default number of device slots. On a CPU nearly all ops are served from host memory, and a slot costs nothing."""
 
-LOOK_SECONDS = 0.2
-"""Between looks, while vLLM has not answered, at whether it lives."""
+CHECK_SECONDS = 0.2
+"""Between checks of vLLM's health while it has not answered."""
 
 KERNEL_RANK = 64
 """Rank, and width of bottlenecks, that the buffers of CUDA graphs have room for; wider ones take other buffers."""
 
 
 class VLLMEngine:
-    """See `deltamux.engine.base.Engine`. One instance, one base model, one life of vLLM's processes beside this one.
+    """See `deltamux.engine.base.Engine`. One instance starts vLLM's processes once, for one base model.
 
     Args:
         base: the model's description, where an engine of the same options has read it before.
@@ -145,7 +145,7 @@ class VLLMEngine:
             await asyncio.to_thread(self._launch.break_off)
         if self._llm is not None:
             llm, self._llm = self._llm, None
-            # The handler would report the end of the engine's process as a failure; here it is what was asked for.
+            # The handler would report the end of the engine's process as a failure; here it is wanted.
             if llm.output_handler is not None:
                 llm.output_handler.cancel()
             llm.output_processor.propagate_error(EngineDeadError())
@@ -197,7 +197,7 @@ class VLLMEngine:
                 yield output
 
     async def prepare(self, program: ProgramRef) -> None:
-        """Brings a program into the host tier, so that its first request finds it there."""
+        """Loads a program into host memory, so that its first request finds it there."""
         async with self._host.lease(program):
             pass
 
@@ -225,9 +225,9 @@ class VLLMEngine:
         )
 
     async def ping(self) -> None:
-        """Asks the scheduler's process, which answers between steps: one that waits for a hung worker does not.
+        """Calls the engine core, which answers between steps: one that waits for a hung worker does not.
 
-        A question to the worker would keep it looking for the next one, at full speed, for a second.
+        A call of the worker would keep it polling for the next one, at full speed, for a second.
         """
         await self._while_alive(self._engine.is_sleeping())
 
@@ -320,7 +320,7 @@ class VLLMEngine:
         asking = asyncio.ensure_future(answer)
         try:
             with engine_faults():
-                while not (await asyncio.wait([asking], timeout=LOOK_SECONDS))[0]:
+                while not (await asyncio.wait([asking], timeout=CHECK_SECONDS))[0]:
                     if not self.healthy:
                         raise EngineDeadError
                 return asking.result()
@@ -336,14 +336,14 @@ def _core_pids(llm: AsyncLLM) -> list[int]:
 
 def _set_environment() -> None:
     """Sets what vLLM reads from the environment only; what the operator has set stays."""
-    # The V1 runner tells a step's positions to the override, which virtual tokens need.
+    # The V1 runner passes a step's positions to the override, which virtual tokens need.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda():
-        # A process that has as much as asked torch for a CUDA device can fork none that uses one, and plugins may ask.
+        # A process in which torch was asked for a CUDA device can fork none that uses one, and plugins may do so.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 

@@ -1,7 +1,8 @@
 """`HostCache`: which programs the workers keep in host memory.
 
-A worker loads and drops exactly what it is told. A program that a request uses, or that is pinned, is never dropped; of
-the others the one worth least goes first (see `eviction`). So a scheduled step finds every program it needs in memory.
+A worker loads and drops exactly the programs that it is sent. A program that a request uses, or that is pinned, is
+never dropped; of the others the one worth least goes first (see `eviction`). So a scheduled step finds every program it
+needs in memory.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class HostCache:
         return list(self._programs)
 
     def digest_of(self, program_id: int) -> str | None:
-        """Returns the digest of the program that the workers know by an id; None once it is no longer program."""
+        """Returns the digest of the program that the workers know by an id; None once it is not cached."""
         return next((digest for digest, r in self._programs.items() if r.program_id == program_id), None)
 
     async def _set_pin(self, digest: str, pinned: bool) -> None:
@@ -145,7 +146,8 @@ class HostCache:
             await self._shrink()
 
     async def _shrink(self) -> None:
-        # Each victim leaves the table before the workers are told, and is looked up anew after: others run meanwhile.
+        # Each victim leaves the cache before the workers drop it, and the next is chosen after that: others run
+        # meanwhile.
         while (digest := self._victim()) is not None:
             program = self._programs.pop(digest)
             self._policy.remove(digest)

@@ -1,7 +1,7 @@
-"""What vLLM hands over for one request, taken as often as the machine can afford.
+"""The outputs of one request, in chunks that come less often the more requests run.
 
 A chunk costs far more on its way to a client (a message, a system call, two wake-ups) than its token did in the step's
-batch. vLLM merges what its reader has not taken yet; here the reader is also woken more seldom the more requests run.
+batch. vLLM merges the outputs that its reader has not taken yet; so a reader that is woken less often gets fewer.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ LONGEST_INTERVAL = 0.1
 
 
 class Pace:
-    """How long a request's tokens gather before its reader is woken: nothing to speak of when few requests run.
+    """How long a request's tokens gather before its reader is woken; next to nothing while few requests run.
 
     Args:
-        running: tells how many requests run.
+        running: returns how many requests run.
         cores: CPUs that this process may use.
     """
 
@@ -51,10 +51,10 @@ class Pace:
 
 
 class PacedCollector(RequestOutputCollector):
-    """vLLM's mailbox of one request, which wakes its reader at the pace.
+    """vLLM's output collector of one request, which wakes its reader at the pace.
 
-    The first output, the last one and an error are handed over at once; of the others the first that comes when it is
-    time takes along those that came before, so that a step's requests are served together. If none comes, a timer does.
+    The first output, the last one and an error wake it at once; of the others the first that comes when the interval is
+    over, or a timer if none does.
     """
 
     _pace: Pace
@@ -64,7 +64,7 @@ class PacedCollector(RequestOutputCollector):
 
     @classmethod
     def adopt(cls, collector: RequestOutputCollector, pace: Pace) -> PacedCollector:
-        """Makes the mailbox that vLLM has made, and may have put something into already, one of this class."""
+        """Makes a collector of vLLM's, which may have an output already, one of this class."""
         collector.__class__ = cls
         assert isinstance(collector, cls)
         collector._pace, collector._due, collector._timer = pace, 0.0, None
@@ -75,7 +75,7 @@ class PacedCollector(RequestOutputCollector):
         if self.output is None or isinstance(output, Exception):
             self.output = output
         else:
-            super().put(output)  # merges, and wakes nobody
+            super().put(output)  # merges, and wakes no reader
         if isinstance(output, Exception) or output.finished or self._loop.time() >= self._due:
             self._wake()
         elif self._timer is None:
@@ -117,7 +117,7 @@ async def outputs_of(llm: AsyncLLM, collector: PacedCollector) -> AsyncGenerator
     """Yields a request's outputs to its end; closing the iterator before aborts the request in the engine."""
     state = llm.output_processor.request_states.get(collector.request_id)
     if state is not None and state.logprobs_processor is not None:
-        # Alternatives are told by their ids. Their texts would be most of the event loop's work for such a request.
+        # Alternatives are returned as ids. Their texts would be most of the event loop's work for such a request.
         state.logprobs_processor.tokenizer = None
     finished = False
     try:

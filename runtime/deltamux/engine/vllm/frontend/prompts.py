@@ -1,4 +1,4 @@
-"""From a request's prompt to token ids: off the event loop, bounded before it starts, and long texts one at a time."""
+"""`Prompts`: tokenises prompts off the event loop, bounded in advance, and long texts of a group one at a time."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ T = TypeVar("T")
 
 THREADS = 2
 LONG_TEXT = 1 << 16
-"""Characters from which on a text has to wait for its group's turn: shorter ones take a few milliseconds."""
+"""Characters from which on a text is queued by group; shorter ones take a few milliseconds."""
 
 MAX_WAITING = 64
 """Long texts of one group that may wait; one more is refused."""
 
 TEMPLATE_SECONDS = 5.0
-"""A chat template takes at most so long over the messages of one request."""
+"""For a chat template to render the messages of one request."""
 
 
 class Prompts:
-    """Turns prompts into token ids. `close` it.
+    """From prompts to token ids. `close` it.
 
     Args:
         tokenizer: a tokenizer of transformers; only its chat template and `encode` are used.
@@ -48,7 +48,7 @@ class Prompts:
 
         Args:
             room: tokens that it may have.
-            group: whose prompt it is; waiting prompts of different groups take turns.
+            group: of the prompt; waiting prompts are served round robin by group.
         Raises:
             InvalidArgumentError: it is longer than that, or the chat template refuses the messages.
             FailedPreconditionError: messages, and the base has no chat template.
@@ -69,7 +69,7 @@ class Prompts:
         if size < LONG_TEXT:
             return await loop.run_in_executor(self._threads, work)
         async with self._long.place(group):
-            # The place is kept for as long as the thread works, also when the caller has gone.
+            # The place is kept while the thread works, also when the caller has gone.
             running = loop.run_in_executor(self._threads, work)
             try:
                 return await asyncio.shield(running)
@@ -78,9 +78,9 @@ class Prompts:
                 raise
 
     def _encode(self, text: str, room: int, encode: Callable[[Any, str], list[int]]) -> list[int]:
-        """Tokenises a text, of one much too long only as much of it as shows that.
+        """Tokenises a text; of one much too long, only as much as shows that.
 
-        A text has about as many tokens as its beginning has, or more: where it is cut changes the last few at most.
+        A text has about as many tokens as its beginning has, or more: a cut changes the last few at most.
         """
         if len(text) > self._max_chars:
             raise self._too_many_characters(len(text))

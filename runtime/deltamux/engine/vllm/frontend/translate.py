@@ -1,4 +1,4 @@
-"""Between deltamux's words and vLLM's: sampling options in, generation chunks out."""
+"""From sampling options to vLLM's parameters, and from vLLM's outputs to generation chunks."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from deltamux.engine.vllm.grammars.admission import Constraint
 from deltamux.errors import InvalidArgumentError, UnavailableError
 
 MAX_MESSAGE = 500
-"""Characters of what vLLM says about a request; it quotes values whole."""
+"""Characters of a message of vLLM's about a request; it quotes values whole."""
 
 
 @contextmanager
 def callers_mistakes() -> Iterator[None]:
-    """Around what vLLM does with a caller's parameters before the request runs: what it refuses is INVALID_ARGUMENT."""
+    """A block in which vLLM checks a caller's parameters: what it refuses is INVALID_ARGUMENT."""
     try:
         yield
     except (VLLMClientError, ValueError) as error:
@@ -37,7 +37,7 @@ def callers_mistakes() -> Iterator[None]:
 
 @contextmanager
 def engine_faults() -> Iterator[None]:
-    """Around a request's whole life in vLLM: an engine that died, or turns requests away, is UNAVAILABLE."""
+    """A block in which a request runs: an engine that has died, or refuses requests, is UNAVAILABLE."""
     try:
         yield
     except (EngineDeadError, EngineGenerateError) as error:
@@ -47,7 +47,7 @@ def engine_faults() -> Iterator[None]:
 
 
 class GatedParams(SamplingParams, dict=True):
-    """Parameters whose grammar the gate has tried: vLLM would parse it again, where other requests wait for that."""
+    """Parameters with an admitted grammar, which vLLM does not parse again: other requests would wait for that."""
 
     def _validate_structured_outputs(self, *unused: object) -> None:
         return None
@@ -57,8 +57,8 @@ def sampling_params(options: SamplingOptions, constraint: Constraint | None, *, 
     """Returns vLLM's parameters; call it within `callers_mistakes`.
 
     Args:
-        constraint: the grammar as the gate admitted it; without one, vLLM checks the options' own.
-        stream: hand tokens over as they come; otherwise all of them at the end.
+        constraint: the admitted grammar; without one, vLLM checks that of the options.
+        stream: return tokens as they come; otherwise all of them at the end.
     """
     kind = SamplingParams if constraint is None else GatedParams
     return kind(
@@ -102,7 +102,7 @@ def _gated(constraint: Constraint) -> StructuredOutputsParams:
 
 
 def chunk(output: RequestOutput, prompt_tokens: int, num_virtual_tokens: int) -> GenerationChunk:
-    """Returns what an output adds to those before; virtual tokens count neither as prompt nor as cached."""
+    """Returns an output's new tokens; virtual tokens count neither as prompt nor as cached."""
     completion: CompletionOutput = output.outputs[0]
     return GenerationChunk(
         text=completion.text,
@@ -118,7 +118,7 @@ def chunk(output: RequestOutput, prompt_tokens: int, num_virtual_tokens: int) ->
 def _logprobs(completion: CompletionOutput) -> tuple[TokenLogprobs, ...]:
     if completion.logprobs is None:
         return ()
-    # vLLM hands over all positions so far or the new ones only, depending on the output kind: the last ones are new.
+    # vLLM returns all positions so far or the new ones only, depending on the output kind: the last ones are new.
     new: list[Any] = list(completion.logprobs)[-len(completion.token_ids) :] if completion.token_ids else []
     return tuple(
         TokenLogprobs(

@@ -1,7 +1,6 @@
-"""Warm-up: the first steps of an engine, taken before it is ready, so that a base that cannot run is told at the start.
+"""Warm-up: the first steps of an engine, before it is ready, so that a base that cannot run is refused at the start.
 
-What the steps use is small and gone afterwards: their prompts fill no block of the prefix cache, and their programs are
-evicted.
+The steps leave nothing: their prompts fill no block of the prefix cache, and their programs are evicted.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ PATIENCE = 600.0
 
 
 async def warm_up(engine: VLLMEngine, config: VllmConfig) -> None:
-    """Runs the base alone, and then the base beside deltas at every site that takes them.
+    """Runs the base alone, and then the base with deltas at every site that takes them.
 
     Raises:
         FailedPreconditionError: the base cannot run a step (BASE_CANNOT_RUN), or none with deltas
@@ -60,7 +59,7 @@ async def warm_up(engine: VLLMEngine, config: VllmConfig) -> None:
     await _step(engine, config, (), "BASE_CANNOT_RUN", "cannot run a step")
     bound = await engine.bound_sites()
     with tempfile.TemporaryDirectory(prefix="deltamux-warmup-") as directory:
-        refs = [_saved(program, Path(directory)) for program in rehearsals(engine.base, bound)]
+        refs = [_saved(program, Path(directory)) for program in warmup_programs(engine.base, bound)]
         await _step(engine, config, refs, "BASE_TAKES_NO_DELTAS", "runs, but cannot run a step with deltas")
         for ref in refs:
             await engine.evict(ref.digest)
@@ -88,10 +87,10 @@ async def _generate(engine: VLLMEngine, ref: ProgramRef | None) -> None:
 
 
 def _known(config: VllmConfig) -> str:
-    """Returns what is known to hinder bases of this kind, as a sentence behind the cause."""
+    """Returns what is known to hinder bases of this kind, as a sentence that follows the cause."""
     model = config.model_config
     if model.is_moe:
-        return ". It is a mixture of experts, and vLLM may have no experts for this device beside adapters"
+        return ". It is a mixture of experts, and vLLM may have no experts for this device with adapters"
     if model.using_transformers_backend():
         return f". vLLM has no implementation of its own of {model.architecture}, and runs it as transformers has it"
     return ""
@@ -111,15 +110,15 @@ def check_head_size(config: VllmConfig) -> None:
         )
 
 
-def rehearsals(base: BaseModel, bound: Iterable[tuple[str, str]]) -> list[Program]:
+def warmup_programs(base: BaseModel, bound: Iterable[tuple[str, str]]) -> list[Program]:
     """Returns programs that together have an op at every site, except the output head, whose op is as large as it is.
 
     Args:
         bound: kinds and names of the sites that take ops.
     """
     sites = [site for (kind, name), site in base.sites.items() if (str(kind), name) in set(bound)]
-    fronts = [site for site in sites if isinstance(site, EmbeddingSite)]
-    programs = (_ops(s for s in sites if s not in fronts), _ops(fronts))
+    embeddings = [site for site in sites if isinstance(site, EmbeddingSite)]
+    programs = (_ops(s for s in sites if s not in embeddings), _ops(embeddings))
     return [Program.of(rows) for rows in map(list, programs) if rows]
 
 

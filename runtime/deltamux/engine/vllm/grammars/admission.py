@@ -1,8 +1,8 @@
-"""The gate in front of structured output: no grammar reaches the engine that has not compiled within its budget.
+"""`Grammars`: admits to the engine the grammars that compile within a budget.
 
 vLLM compiles grammars in the engine's process, and fills a grammar's token mask inside the step that all requests
-share. So each grammar is compiled and followed for some tokens in a process of its own first (`grammar_child.py`), with
-a limit on CPU time, memory, and time per token. Verdicts are remembered.
+share. So each grammar is first compiled and followed for some tokens in another process (`compiler.py`), with limits on
+CPU time, memory, and time per token. Verdicts are cached.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from deltamux.errors import UnavailableError
 log = logging.getLogger("deltamux.engine")
 
 QUICK_SECONDS = 0.5
-"""CPU time of a grammar's first try, within which most end; those that need more wait for each other alone."""
+"""CPU time of a grammar's first try, within which most end; those that need more queue among themselves."""
 
 REMEMBERED = 4096
-"""Verdicts that are kept."""
+"""Verdicts in the cache."""
 
 MAX_WAITING = 32
 """Grammars of one group that may wait; one more is refused."""
@@ -54,14 +54,14 @@ class Constraint(NamedTuple):
 
 @dataclass
 class _Flight:
-    """A grammar on its way through the gate, for one or more requests of one group."""
+    """A grammar that is tried, for one or more requests of one group."""
 
     task: asyncio.Task[str | None]
     callers: int = 0
 
 
 class Grammars:
-    """The gate. `close` it.
+    """See the module. `close` it.
 
     Args:
         seconds: CPU time that compiling one grammar may take.
@@ -79,29 +79,29 @@ class Grammars:
 
     @classmethod
     def of(cls, vllm_config: Any, tokenizer: Any, seconds: float) -> Grammars | None:
-        """Returns the gate of an engine; None where its backend of grammars is not the one that the gate knows."""
+        """Returns that of an engine; None where its backend of grammars is not xgrammar."""
         settings = settings_of(vllm_config, tokenizer)
         return cls(settings, seconds) if settings is not None else None
 
     def warm(self) -> None:
-        """Begins to start the gate's process, so that the first grammar finds it."""
+        """Begins to start the process, so that the first grammar finds it."""
         self._warming = asyncio.create_task(self._warm())
 
     async def _warm(self) -> None:
-        with suppress(UnavailableError):  # the first grammar tries again, and says so
+        with suppress(UnavailableError):  # the first grammar tries again, and fails with the reason
             await self._process.start()
 
     async def close(self) -> None:
-        """Ends the gate's process, and every grammar in it."""
+        """Ends the process, and every grammar in it."""
         if self._warming is not None:
             self._warming.cancel()
         await self._process.close()
 
     async def admit(self, guided: GuidedDecoding, group: str) -> Constraint:
-        """Returns structured output as the engine may have it. Cancelling ends what is done for it.
+        """Returns structured output in the engine's form. Cancelling ends the work for it.
 
         Args:
-            group: whose request it is; waiting grammars of different groups take turns.
+            group: of the request; waiting grammars are served round robin by group.
         Raises:
             InvalidArgumentError: the grammar is not supported, matches nothing, or exceeds its budget
                 (GRAMMAR_TOO_COMPLEX); the metadata name the field.
@@ -137,7 +137,7 @@ class Grammars:
     async def _try(self, constraint: Constraint, key: bytes, group: str) -> str | None:
         first = min(QUICK_SECONDS, self._seconds)
         async with self._quick.place(group):
-            if key in self._verdicts:  # another group had it tried meanwhile
+            if key in self._verdicts:  # tried for another group meanwhile
                 return self._verdicts[key]
             answer = await self._process.run(constraint.kind, constraint.text, first)
         if answer.ended and first < self._seconds:
@@ -158,7 +158,7 @@ class Grammars:
 
 
 def constraint_of(guided: GuidedDecoding) -> Constraint:
-    """Returns what the engine would compile; raises InvalidArgumentError for a schema that it would not honour."""
+    """Returns the engine's form of it; raises InvalidArgumentError for a schema that it would not honour."""
     import json
 
     from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
@@ -175,10 +175,10 @@ def constraint_of(guided: GuidedDecoding) -> Constraint:
 
 
 def settings_of(vllm_config: Any, tokenizer: Any) -> Settings | None:
-    """Returns the gate's settings for an engine.
+    """Returns the settings for an engine.
 
     None where the operator chose another backend than xgrammar, or xgrammar cannot read the vocabulary: then vLLM
-    alone decides what it takes.
+    alone decides.
     """
     from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 

@@ -31,11 +31,11 @@ from deltamux.child_process import become_helper
 WALKS, STEPS = 4, 32
 """Texts that a grammar is tried with, and tokens of each."""
 
-SAID = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: (?:Check failed: )?(?:Warning: )?")
-"""Time and place of xgrammar's that stand in front of what it says."""
+PREFIX = re.compile(r"\[\d\d:\d\d:\d\d\] \S+:\d+: (?:Check failed: )?(?:Warning: )?")
+"""Time and place at the start of xgrammar's messages."""
 
 HARMLESS = re.compile(r"Escape sequence '\\[^0-9A-Za-z]' is not recognized")
-"""The one warning that tells of nothing ignored: such an escape is the character itself in every dialect."""
+"""The one warning about nothing ignored: such an escape is the character itself in every dialect."""
 
 
 def main() -> None:
@@ -44,11 +44,11 @@ def main() -> None:
     become_helper(parent)
     torch.set_num_threads(1)
     with socket.socket(fileno=descriptor) as connection:
-        Child(connection).run()
+        GrammarCompiler(connection).run()
 
 
-class Child:
-    """Forks a process for each job, and reports what came of it."""
+class GrammarCompiler:
+    """Forks a process for each job, and sends its result."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -59,7 +59,7 @@ class Child:
         self._tokenizer = xgrammar.TokenizerInfo.deserialize_json(self._settings.pop("tokenizer"))
 
     def run(self) -> None:
-        self._say({"ready": True})
+        self._send({"ready": True})
         self._selector.register(self._connection, selectors.EVENT_READ)
         buffer = b""
         while True:
@@ -94,9 +94,9 @@ class Child:
         self._selector.unregister(reader)
         os.close(reader)
         os.waitpid(self._pids.pop(job), 0)
-        self._say({"id": job} | (json.loads(answer) if answer.endswith(b"}") else {"ended": True}))
+        self._send({"id": job} | (json.loads(answer) if answer.endswith(b"}") else {"ended": True}))
 
-    def _say(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any]) -> None:
         self._connection.sendall(json.dumps(message).encode() + b"\n")
 
 
@@ -110,26 +110,26 @@ def _run_job(tokenizer: xgrammar.TokenizerInfo, settings: dict[str, Any], job: d
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         limit = _data_bytes() + job["memory_bytes"]
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        problem = _try(tokenizer, settings, job) or _ignored(os.pread(warnings.fileno(), 1 << 16, 0))
+        problem = _problem(tokenizer, settings, job) or _ignored(os.pread(warnings.fileno(), 1 << 16, 0))
     except Exception as error:
         if isinstance(error, MemoryError) or "bad_alloc" in str(error):
             os._exit(1)
-        text = SAID.sub("", str(error)).strip() or type(error).__name__
+        text = PREFIX.sub("", str(error)).strip() or type(error).__name__
         problem = f"cannot be used: {text.splitlines()[0][:300]}"
     with suppress(BaseException):
         os.write(writer, json.dumps({"problem": problem}).encode())
     os._exit(0)
 
 
-def _ignored(said: bytes) -> str | None:
-    """Returns the first of xgrammar's warnings: each tells of a part of the grammar that it leaves out, or loosens."""
-    for line in said.decode("utf-8", "replace").splitlines():
+def _ignored(warnings: bytes) -> str | None:
+    """Returns the first of xgrammar's warnings: each is about a part of the grammar that it leaves out, or loosens."""
+    for line in warnings.decode("utf-8", "replace").splitlines():
         if "Warning: " in line and not HARMLESS.search(line):
-            return f"cannot be held to as it is written: {SAID.sub('', line)[:300]}"
+            return f"cannot be held to as it is written: {PREFIX.sub('', line)[:300]}"
     return None
 
 
-def _try(tokenizer: xgrammar.TokenizerInfo, settings: dict[str, Any], job: dict[str, Any]) -> str | None:
+def _problem(tokenizer: xgrammar.TokenizerInfo, settings: dict[str, Any], job: dict[str, Any]) -> str | None:
     """Returns what is wrong with a grammar; None if the engine may have it."""
     compiler = xgrammar.GrammarCompiler(tokenizer, max_threads=1, cache_enabled=False)
     text: str = job["text"]
@@ -158,14 +158,14 @@ def _walk(
     step_seconds: float,
     seed: int,
 ) -> str | None:
-    """Follows a grammar along one of its texts, as the engine does; the engine pays for a step's mask in the step."""
+    """Follows a grammar along one of its texts, as the engine does, which fills a mask in each step."""
     choose, matcher = random.Random(seed), xgrammar.GrammarMatcher(compiled)
     stops, slow = set(tokenizer.stop_token_ids), 0
     for step in range(STEPS):
         started = time.thread_time()
         matcher.fill_next_token_bitmask(bitmask)
         slow += time.thread_time() - started > step_seconds
-        if slow > 1:  # the first may be the machine's doing
+        if slow > 1:  # one may be the machine's load
             return f"takes more than {step_seconds * 1000:g} ms per token to follow: simplify it"
         bits = np.unpackbits(bitmask[0].numpy().view(np.uint8), bitorder="little")[: tokenizer.vocab_size]
         allowed = np.flatnonzero(bits)

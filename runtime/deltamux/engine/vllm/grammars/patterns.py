@@ -26,7 +26,7 @@ def check_pattern(pattern: str, path: str) -> None:
 
 
 def _nothing_else(token: str) -> bool:
-    """Tells whether a part of a pattern matches nothing but what JSON escapes; a range is judged by its ends."""
+    """Returns whether a part of a pattern matches nothing but what JSON escapes; a range is judged by its ends."""
     if not token.startswith("["):
         return _must_be_escaped(token)
     members = [member for member in _TOKEN.findall(token[1:-1]) if member != "-"]

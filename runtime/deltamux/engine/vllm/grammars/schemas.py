@@ -157,10 +157,10 @@ class _Reader:
             _check_number(path, node)
 
     def _write_lengths(self, node: dict[str, Any]) -> None:
-        """Writes a string's lengths as a pattern: beside lengths xgrammar allows control characters as they are."""
+        """Writes a string's lengths as a pattern: with lengths xgrammar allows control characters as they are."""
         least, most = node.get("minLength", 0), node.get("maxLength")
         if type(least) is not int or not (most is None or (type(most) is int and least <= most)):
-            return  # xgrammar says why not
+            return  # xgrammar's error has the reason
         cost = least if most is None else most
         if node.keys() & LENGTHS and not node.keys() & {"pattern", "format"} and cost <= self._room:
             self._room -= cost
@@ -169,23 +169,23 @@ class _Reader:
             if cost or most is not None:
                 node["pattern"] = f"^.{{{least},{'' if most is None else most}}}$"
 
-    def _check_form(self, path: str, node: dict[str, Any], form: str, beside: set[str]) -> None:
-        """Refuses further constraints in a subschema that has a form, unless they say what the form says anyway."""
+    def _check_form(self, path: str, node: dict[str, Any], form: str, others: set[str]) -> None:
+        """Refuses further constraints in a subschema that has a form, unless they follow from the form."""
         if form in ("anyOf", "oneOf", "allOf") and node[form] == []:
             raise _refused(path, form, "is empty")
-        if "type" in beside and self._kinds(node) <= _wider(node["type"]):
-            beside = beside - {"type"}
-        if form == "const" and "enum" in beside and isinstance(node["enum"], list):
+        if "type" in others and self._kinds(node) <= _wider(node["type"]):
+            others = others - {"type"}
+        if form == "const" and "enum" in others and isinstance(node["enum"], list):
             same = json.dumps(node["const"], sort_keys=True)
             if any(json.dumps(value, sort_keys=True) == same for value in node["enum"]):
-                beside = beside - {"enum"}
-        if beside:
-            raise _refused(path, min(beside), f"has no effect beside {form}: say it in one of the two")
+                others = others - {"enum"}
+        if others:
+            raise _refused(path, min(others), f"has no effect with {form}: use one of the two")
         if form == "oneOf" and isinstance(node[form], list) and self._exclusive(node[form]):
             node["anyOf"] = node.pop("oneOf")
 
     def _kinds(self, form: Any) -> set[str]:
-        """Returns the types of the values that a subschema with a form allows; `*` where they are not told."""
+        """Returns the types of the values that a subschema with a form allows; `*` where they are not known."""
         kinds: set[str] = set()
         seen: set[int] = set()
         pending = [form]
@@ -211,7 +211,7 @@ class _Reader:
         return kinds
 
     def _exclusive(self, branches: Sequence[Any]) -> bool:
-        """Tells whether no value satisfies two branches: a property that each requires has other values in each."""
+        """Returns whether no value satisfies two branches: a property that each requires has other values in each."""
         resolved = [self._resolved(branch) for branch in branches]
         if not resolved or not all(isinstance(branch, dict) for branch in resolved):
             return False
@@ -235,7 +235,7 @@ def _check_object(path: str, node: Mapping[str, Any]) -> None:
             )
     rest = node.get("additionalProperties", node.get("unevaluatedProperties", False))
     if "propertyNames" in node and node.get("additionalProperties") is False:
-        raise _refused(path, "additionalProperties", "of false has no effect beside propertyNames")
+        raise _refused(path, "additionalProperties", "of false has no effect with propertyNames")
     least = node.get("minProperties", 0)
     if isinstance(least, int) and least > 1 and (rest is not False or "patternProperties" in node):
         raise _refused(path, "minProperties", "above 1 is only supported with additionalProperties of false")
@@ -248,7 +248,7 @@ def _check_object(path: str, node: Mapping[str, Any]) -> None:
 
 def _check_string(path: str, node: Mapping[str, Any]) -> None:
     if "pattern" in node and "format" in node:
-        raise _refused(path, "pattern", "has no effect beside format: give one of the two")
+        raise _refused(path, "pattern", "has no effect with format: use one of the two")
     if node.get("format") in WRONG_FORMATS:
         raise _refused(path, "format", f"{node['format']} is not supported")
     if isinstance(node.get("pattern"), str):
@@ -277,7 +277,7 @@ def _millionths(node: Mapping[str, Any], name: str, outward: str, inward: int) -
 
 
 def _nameless(node: Mapping[str, Any]) -> bool:
-    """Tells whether xgrammar takes this subschema for another one that differs in such names, or in what they hold."""
+    """Returns whether xgrammar takes this subschema for another one that differs in such names, or their values."""
     named = [children for name in _MAPS if isinstance(children := node.get(name), dict)]
     data = [node[name] for name in ("const", "enum") if name in node]
     return any(children.keys() & NAMELESS for children in named) or any(map(_has_nameless, data))
@@ -323,7 +323,7 @@ def _tags(node: Mapping[str, Any], name: str) -> set[str]:
 
 
 def _disjoint(sets: Iterable[set[str]]) -> bool:
-    """Tells whether no two of the sets share an element, and none is empty."""
+    """Returns whether no two of the sets share an element, and none is empty."""
     before: set[str] = set()
     for each in sets:
         if not each or each & before:

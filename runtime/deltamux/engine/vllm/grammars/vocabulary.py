@@ -1,4 +1,4 @@
-"""The vocabulary as grammars see it: special tokens have no text, as in what a caller gets."""
+"""The vocabulary of grammars, in which special tokens have no text, as they have none in a response."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def special_tokens(tokenizer: Any) -> frozenset[int]:
 
 
 def check_stop_tokens(stop_token_ids: Iterable[int], special: Set[int]) -> None:
-    """Refuses stop tokens that are text: within a grammar such a token neither ends anything nor can be written."""
+    """Refuses stop tokens that are text: within a grammar such a token neither ends the text nor is part of it."""
     if (text := next((token for token in stop_token_ids if token not in special), None)) is not None:
         raise InvalidArgumentError(
-            f"stop_token_ids holds {text}, which is a token of text: beside structured_output only special tokens may "
+            f"stop_token_ids holds {text}, which is a token of text: with structured_output only special tokens may "
             "be given; a stop string may be text",
             reason="INVALID_SAMPLING",
             metadata={"field": "sampling.stop_token_ids", "token": str(text)},
@@ -31,13 +31,13 @@ def check_stop_tokens(stop_token_ids: Iterable[int], special: Set[int]) -> None:
 
 
 def vocabulary_of(backend: XgrammarBackend, tokenizer: Any) -> xgrammar.TokenizerInfo:
-    """Returns what vLLM's backend has made of a tokenizer, in which special tokens are never part of a text.
+    """Returns the vocabulary of vLLM's backend, with special tokens that are no part of a text.
 
-    xgrammar takes `<pad>` for these five characters: a grammar would be satisfied by tokens that the text has not.
+    To xgrammar `<pad>` is these five characters: a grammar would be satisfied by tokens that the text does not show.
     """
     import xgrammar
 
-    # A compiled grammar is what tells the vocabulary, as vLLM's backend reads it from any kind of tokenizer.
+    # A compiled grammar has the vocabulary that vLLM's backend has read, from any kind of tokenizer.
     read = backend.compiler.compile_regex("a").tokenizer_info
     texts: list[Any] = list(read.decoded_vocab)
     for token in special_tokens(tokenizer):

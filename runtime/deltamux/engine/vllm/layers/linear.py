@@ -15,7 +15,7 @@ from deltamux.engine.vllm.layers.module_ops import ModuleOps
 
 
 class BlockInput:
-    """The input of a sub-layer in the step that is running, kept from where it is read to where it is needed.
+    """The input of a sub-layer in the step that is running, kept until its output is there.
 
     Attributes:
         x: what its first projections read.
@@ -50,7 +50,7 @@ class LinearWithDeltas(LayerWithDeltas):
         self.base: Callable[[Tensor], Tensor] | None = None
 
     def end(self, sub_layer: SubLayer) -> None:
-        """Makes this the projection that ends a sub-layer: nobody else reads its input, which may then change."""
+        """Makes this the projection that ends a sub-layer: no other module reads its input, which may then change."""
         self.writes = sub_layer
         custom_ops.add_sub_layer(self._handle, sub_layer.ops)
 

@@ -1,4 +1,4 @@
-"""How the engine's process compiles grammars: on threads that give way to the steps, and not one behind another."""
+"""Compiles grammars in the engine core's process: several at once, on threads of lower priority than the steps."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
 from deltamux.engine.vllm.grammars.vocabulary import vocabulary_of
 
 THREADS = 4
-"""Grammars compiled at once, each by one thread: vLLM's own, which is one grammar by eight threads on two cores, would
-have a small one wait for a large one, and take more of the cores from the step."""
+"""Grammars compiled at once, each by one thread. With vLLM's own setting, one grammar by eight threads on two cores, a
+small one waits for a large one, and the step loses more of the cores."""
 
 NICE = 10
 
 
 def prepare_grammars(manager: Any) -> None:
-    """Makes vLLM's `StructuredOutputManager` ready before the first grammar, whose import would hold a step up."""
+    """Makes vLLM's `StructuredOutputManager` ready before the first grammar, which would delay a step."""
     if manager.vllm_config.structured_outputs_config.backend != "xgrammar" or not hasattr(manager, "tokenizer"):
         return
     manager.executor.shutdown(wait=False)
-    manager.executor = ThreadPoolExecutor(THREADS, "deltamux-grammars", initializer=_give_way)
+    manager.executor = ThreadPoolExecutor(THREADS, "deltamux-grammars", initializer=_lower_priority)
     vocab_size = manager.vllm_config.model_config.get_vocab_size()
     # Where xgrammar cannot read the vocabulary, the first grammar fails, and nothing else.
     with suppress(Exception):
@@ -42,13 +42,13 @@ def prepare_grammars(manager: Any) -> None:
 
 
 class CachedCompiler:
-    """xgrammar's compiler, which remembers whole grammars.
+    """xgrammar's compiler with a cache of whole grammars.
 
     xgrammar's own cache keeps rules as well, and fails at grammars that compile without it, such as ``.{0,600}`` in a
-    schema: the gate, which compiles each grammar in a process of its own, would let pass what fails here.
+    schema: grammars that were admitted, each in a process of its own, would fail here.
 
     Args:
-        limit: bytes of grammars that are remembered.
+        limit: bytes of grammars in the cache.
     """
 
     def __init__(self, compiler: Any, limit: int) -> None:
@@ -82,8 +82,8 @@ class CachedCompiler:
         return made
 
 
-def _give_way() -> None:
-    """Lowers the priority of the calling thread, which on Linux is a matter of the thread and what it starts."""
+def _lower_priority() -> None:
+    """Lowers the priority of the calling thread and of those that it starts; on Linux alone."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

@@ -90,7 +90,7 @@ class DeltaWorkerMixin:
         return str(path)
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs a step. What it raises ends the engine; the front end is told before."""
+        """Runs a step. An error ends the engine; the front end gets it before."""
         try:
             return super().execute_model(*args, **kwargs)  # type: ignore[misc]  # as above
         except Exception as error:
