@@ -36,14 +36,14 @@ def object_of(**properties: Any) -> dict[str, Any]:
     ("schema", "named"),
     [
         # Constraints in a subschema that has a form.
-        ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": INTEGER}}, "#/minimum has no effect beside $ref"),
-        ({"enum": ["a", "bb"], "minLength": 2}, "#/minLength has no effect beside enum"),
-        ({"type": "integer", "enum": [1, "a"]}, "#/type has no effect beside enum"),
-        ({"type": "integer", "const": "a"}, "#/type has no effect beside const"),
-        ({"const": "b", "enum": ["a"]}, "#/enum has no effect beside const"),
-        ({"type": "object", "anyOf": [{"required": ["a"]}]}, "#/type has no effect beside anyOf"),
-        ({"anyOf": [INTEGER], "oneOf": [TEXT]}, "#/oneOf has no effect beside anyOf"),
-        (object_of(a={"minimum": 5, "allOf": [INTEGER]}), "#/properties/a/minimum has no effect beside allOf"),
+        ({"$ref": "#/$defs/a", "minimum": 5, "$defs": {"a": INTEGER}}, "#/minimum has no effect with $ref"),
+        ({"enum": ["a", "bb"], "minLength": 2}, "#/minLength has no effect with enum"),
+        ({"type": "integer", "enum": [1, "a"]}, "#/type has no effect with enum"),
+        ({"type": "integer", "const": "a"}, "#/type has no effect with const"),
+        ({"const": "b", "enum": ["a"]}, "#/enum has no effect with const"),
+        ({"type": "object", "anyOf": [{"required": ["a"]}]}, "#/type has no effect with anyOf"),
+        ({"anyOf": [INTEGER], "oneOf": [TEXT]}, "#/oneOf has no effect with anyOf"),
+        (object_of(a={"minimum": 5, "allOf": [INTEGER]}), "#/properties/a/minimum has no effect with allOf"),
         ({"anyOf": []}, "anyOf is empty"),
         ({"allOf": []}, "allOf is empty"),
         # What has no type.
@@ -70,7 +70,7 @@ def object_of(**properties: Any) -> dict[str, Any]:
         ({"type": "object", "propertyNames": {"enum": [1]}}, "#/propertyNames/enum allows names that are not strings"),
         ({"type": "object", "propertyNames": {"$ref": "#"}}, "allows names that are not strings"),
         # Strings and numbers.
-        ({"type": "string", "format": "date", "pattern": "^2"}, "#/pattern has no effect beside format"),
+        ({"type": "string", "format": "date", "pattern": "^2"}, "#/pattern has no effect with format"),
         ({"type": "string", "format": "json-pointer"}, "json-pointer is not supported"),
         ({"type": "string", "pattern": r"^a\\$"}, "#/pattern matches a quotation mark, a backslash"),
         ({"type": "string", "pattern": '"'}, "#/pattern matches a quotation mark"),
