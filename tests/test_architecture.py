@@ -18,20 +18,22 @@ MAX_LINES = 400
 
 CORE = {"deltamux", "deltamux.adapter_files", "deltamux.child_process", "deltamux.errors"}
 MODEL = CORE | {"deltamux.deltas"}
-METHODS = MODEL | {"deltamux.hookspecs", "deltamux.registry"}
+METHODS = MODEL | {"deltamux.hookspecs", "deltamux.method", "deltamux.plugin_manager", "deltamux.registry"}
 WIRE = CORE | {"deltamux.v1"}
 
 # Layer -> the layers that its modules may import. A layer may always import itself.
 ALLOWED: dict[str, set[str]] = {
-    "deltamux": set(),
+    "deltamux": {"deltamux.hookspecs"},
     "deltamux.adapter_files": set(),
     "deltamux.child_process": set(),
     "deltamux.errors": set(),
     "deltamux.__main__": {"deltamux.cli"},
     "deltamux.deltas": CORE,
-    "deltamux.hookspecs": MODEL,
+    "deltamux.hookspecs": METHODS,
     "deltamux.configs": CORE,
-    "deltamux.registry": MODEL | {"deltamux.configs", "deltamux.hookspecs"},
+    "deltamux.plugin_manager": CORE | {"deltamux.hookspecs"},
+    "deltamux.method": METHODS | {"deltamux.configs"},
+    "deltamux.registry": METHODS,
     "deltamux.prompts": CORE,
     "deltamux.engine": MODEL,
     "deltamux.engine.vllm": MODEL | {"deltamux.engine", "deltamux.prompts"},

@@ -16,14 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Checkpoint, Program
-from deltamux.deltas.composition import MAX_PARTS, PEFT_TYPE, Mode, PartTensors, add_up
+from deltamux.deltas.composition import MAX_COMPONENTS, PEFT_TYPE, ComponentTensors, CompositionMode, add_up
 from deltamux.errors import DeltamuxError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux.registry import shared_registry
+from deltamux.registry import Registry
 
 
 @dataclass(frozen=True)
-class PartConfig:
+class ComponentConfig:
     """One part: where it came from, its weight in a sum, and its own adapter_config.json."""
 
     config: Mapping[str, Any]
@@ -41,13 +41,13 @@ class CompositionConfig:
     """
 
     mode: str = "stack"
-    parts: tuple[PartConfig, ...] = ()
+    parts: tuple[ComponentConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.mode not in set(Mode):
+        if self.mode not in set(CompositionMode):
             raise InvalidConfigError(f"mode is stack or sum, not {self.mode!r}", metadata={"field": "mode"})
-        if len(self.parts) > MAX_PARTS:
-            raise InvalidConfigError(f"a composition has at most {MAX_PARTS} parts", metadata={"field": "parts"})
+        if len(self.parts) > MAX_COMPONENTS:
+            raise InvalidConfigError(f"a composition has at most {MAX_COMPONENTS} parts", metadata={"field": "parts"})
 
 
 @hookimpl
@@ -56,15 +56,19 @@ def deltamux_parameters(config: CompositionConfig, base: BaseModel) -> dict[str,
 
 
 @hookimpl
-def deltamux_program(config: CompositionConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
-    programs = [_program(index, part, base, tensors) for index, part in enumerate(config.parts)]
-    return add_up(programs, [part.weight for part in config.parts], Mode(config.mode))
+def deltamux_program(
+    config: CompositionConfig, base: BaseModel, tensors: Mapping[str, Tensor], registry: Registry
+) -> Program:
+    programs = [_program(registry, index, part, base, tensors) for index, part in enumerate(config.parts)]
+    return add_up(programs, [part.weight for part in config.parts], CompositionMode(config.mode))
 
 
-def _program(index: int, part: PartConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
+def _program(
+    registry: Registry, index: int, part: ComponentConfig, base: BaseModel, tensors: Mapping[str, Tensor]
+) -> Program:
     try:
-        checkpoint = Checkpoint(part.config, PartTensors(index, tensors))
-        method, own = shared_registry().recognise(checkpoint)
+        checkpoint = Checkpoint(part.config, ComponentTensors(index, tensors))
+        method, own = registry.recognise(checkpoint)
         return method.program(method.parse(own.config), base, own.tensors)
     except DeltamuxError as error:
         error.message = f"part {index} ({part.name}): {error.message}"

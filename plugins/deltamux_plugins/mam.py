@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Program
-from deltamux.deltas.composition import PartTensors
+from deltamux.deltas.composition import ComponentTensors
 from deltamux.errors import NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import parallel, prefix
@@ -47,7 +47,7 @@ def deltamux_parameters(config: MAMConfig, base: BaseModel) -> dict[str, Paramet
 
 @hookimpl
 def deltamux_export(config: MAMConfig, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    exported = prefix.deltamux_export(config.prefix, base, PartTensors("prefix", parameters))
+    exported = prefix.deltamux_export(config.prefix, base, ComponentTensors("prefix", parameters))
     beside = {name: tensor for name, tensor in parameters.items() if name.startswith("parallel.")}
     return {**_behind("prefix", exported), **beside}
 
@@ -76,8 +76,8 @@ def deltamux_merge(config: MAMConfig, base: BaseModel, tensors: Mapping[str, Ten
 @hookimpl
 def deltamux_program(config: MAMConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     parts = (
-        prefix.deltamux_program(config.prefix, base, PartTensors("prefix", tensors)),
-        parallel.deltamux_program(config.parallel, base, PartTensors("parallel", tensors)),
+        prefix.deltamux_program(config.prefix, base, ComponentTensors("prefix", tensors)),
+        parallel.deltamux_program(config.parallel, base, ComponentTensors("parallel", tensors)),
     )
     return Program.of(placement for part in parts for placement in part)
 

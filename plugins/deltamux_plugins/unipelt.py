@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Bottleneck, GatedBottleneck, GatedLowRank, KVPrefix, LowRank, Op, Program
-from deltamux.deltas.composition import PartTensors
+from deltamux.deltas.composition import ComponentTensors
 from deltamux.errors import InvalidConfigError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import lora, pfeiffer, prefix
@@ -86,7 +86,7 @@ def _token_gates(config: UniPELTConfig, base: BaseModel) -> Iterator[tuple[str, 
 
 @hookimpl
 def deltamux_export(config: UniPELTConfig, base: BaseModel, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    exported = prefix.deltamux_export(config.prefix, base, PartTensors("prefix", parameters))
+    exported = prefix.deltamux_export(config.prefix, base, ComponentTensors("prefix", parameters))
     others = {name: tensor for name, tensor in parameters.items() if not name.startswith("prefix.")}
     return {**_behind("prefix", exported), **others}
 
@@ -115,9 +115,9 @@ def deltamux_merge(config: UniPELTConfig, base: BaseModel, tensors: Mapping[str,
 @hookimpl
 def deltamux_program(config: UniPELTConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     parts = (
-        lora.deltamux_program(config.lora, base, PartTensors("lora", tensors)),
-        pfeiffer.deltamux_program(config.adapter, base, PartTensors("adapter", tensors)),
-        prefix.deltamux_program(config.prefix, base, PartTensors("prefix", tensors)),
+        lora.deltamux_program(config.lora, base, ComponentTensors("lora", tensors)),
+        pfeiffer.deltamux_program(config.adapter, base, ComponentTensors("adapter", tensors)),
+        prefix.deltamux_program(config.prefix, base, ComponentTensors("prefix", tensors)),
     )
     return Program.of((site, _gated(site, op, tensors)) for part in parts for site, op in part)
 

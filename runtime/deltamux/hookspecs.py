@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from deltamux.deltas import BaseModel, Checkpoint, Program
+    from deltamux.registry import Registry
 
 PROJECT = "deltamux"
 ENTRY_POINT_GROUP = "deltamux.methods"
@@ -143,13 +144,16 @@ def deltamux_export(config: Any, base: BaseModel, parameters: Mapping[str, Tenso
 
 
 @hookspec
-def deltamux_program(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:  # type: ignore[empty-body]  # a specification
+def deltamux_program(config: Any, base: BaseModel, tensors: Mapping[str, Tensor], registry: Registry) -> Program:  # type: ignore[empty-body]  # a specification
     """Inference hook: turns a checkpoint's tensors into ops at sites. Differentiable in the tensors. Required.
 
     Ask for tensors by name: ``tensors[name]`` raises the right error for a missing one, and tensors never asked for are
     refused as not belonging to the method. Shapes need no check: every op is checked against its site afterwards.
     Never change a tensor in place.
 
+    Args:
+        registry: the methods that are installed, for an adapter that holds those of others. An implementation leaves
+            out the arguments that it does not use, as pluggy allows.
     Raises:
         InvalidAdapterError, BaseMismatchError: with the offending tensor, field or site.
     """

@@ -160,14 +160,12 @@ def write_own(method_name: str, base: BaseModel, directory: Path, *, seed: int =
 
 def read_program(directory: Path, base: BaseModel) -> Program:
     """Reads an adapter's directory the way an upload does."""
-    method, checkpoint = Registry().recognise(Checkpoint.read(directory))
-    return method.program(method.parse(checkpoint.config), base, checkpoint.tensors)
+    return Registry().load(directory, base).program
 
 
 def read_adapter(checkpoint: Checkpoint, base: BaseModel) -> Program:
     """Reads an adapter's content the way an upload does."""
-    method, own = Registry().recognise(checkpoint)
-    return method.program(method.parse(own.config), base, own.tensors)
+    return Registry().load(checkpoint, base).program
 
 
 def refusal(values: dict[str, Any], base: BaseModel, tensors: dict[str, torch.Tensor] | None = None) -> DeltamuxError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from deltamux.conformance import CHECKS, Case, cases
 from deltamux.conformance.cases import base_directory
 from deltamux.deltas import BaseModel, Bias, Checkpoint, Program
+from deltamux.deltas.composition import Component, CompositionMode, compose
 from deltamux.errors import PluginError, UnknownMethodError
 from deltamux.hookspecs import MethodInfo, hookimpl
 from deltamux.registry import Registry, create_plugin_manager
@@ -47,6 +48,11 @@ def registry_with(**plugins: Any) -> Registry:
             setattr(plugin, hook, hookimpl(function))
         manager.register(plugin, name=name)
     return Registry(manager)
+
+
+@dataclass(frozen=True)
+class Empty:
+    """A config without options."""
 
 
 GOOD: dict[str, Any] = {
@@ -125,21 +131,70 @@ def test_whatever_a_plugin_is_the_others_are_there(
     assert registry.names() == METHODS
 
 
-def test_what_is_skipped_is_not_imported_and_what_is_imported_is_announced_first(
+AS_OBJECT = """
+from deltamux import hookimpl
+from deltamux.deltas import Bias, Program
+from deltamux.hookspecs import MethodInfo
+
+
+class Shifted:
+    def __init__(self, name):
+        self.name = name
+
+    @hookimpl
+    def deltamux_method(self):
+        return MethodInfo(self.name, self.name, "", "", self.name.upper(), dict, False, False, 1e-3, "")
+
+    @hookimpl
+    def deltamux_parameters(self, config, base):
+        return {}
+
+    @hookimpl
+    def deltamux_program(self, config, base, tensors):
+        return Program.of([(base.linears[0].name, Bias(tensors[self.name]))])
+
+
+METHOD = Shifted("shifted")
+"""
+
+
+@pytest.mark.parametrize("value", ["", ":METHOD"], ids=["module", "instance"])
+def test_a_method_may_be_an_instance_of_a_class(
+    value: str, base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distribution = f"shifts{len(value)}"
+    monkeypatch.syspath_prepend(third_party.install(tmp_path, {"x": AS_OBJECT}, distribution=distribution, value=value))
+    registry = Registry()
+    assert registry.broken == {}
+    bias = torch.ones(base.linears[0].out_features)
+    ((_, op),) = registry.get("shifted").program({}, base, {"shifted": bias})
+    assert isinstance(op, Bias)
+
+
+def test_a_composition_sees_the_methods_of_its_own_registry(base: BaseModel) -> None:
+    adapter = Checkpoint({"peft_type": "GOOD"}, {})
+    composed = compose([Component("a", adapter), Component("b", adapter)], CompositionMode.STACK)
+    info_of_a_dataclass = {"deltamux_method": lambda: replace(info("good"), config_class=Empty)}
+    assert len(registry_with(good={**GOOD, **info_of_a_dataclass}).load(composed, base).program.placements) == 2
+    with pytest.raises(UnknownMethodError, match="GOOD"):
+        Registry().load(composed, base)
+
+
+def test_what_is_skipped_is_not_imported_and_every_step_is_observed_before_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(third_party.install(tmp_path, {"hangs": "raise AssertionError('imported')"}))
     steps: list[tuple[str, str]] = []
 
-    def announce(plugin: str, step: str) -> None:
+    def on_step(plugin: str, step: str) -> None:
         steps.append((plugin, step))
 
-    registry = Registry(create_plugin_manager(skip={"hangs": "it hangs"}, announce=announce), announce=announce)
+    registry = Registry(create_plugin_manager(skip={"hangs": "it hangs"}, on_step=on_step))
     assert registry.broken == {"hangs": "it hangs"}
     assert "hangs" not in {plugin for plugin, _ in steps}
     assert [step for plugin, step in steps if plugin == "lora"] == [
         "its import",
-        "the look at its hooks",
+        "the check of its hooks",
         "deltamux_method",
     ]
 
@@ -153,7 +208,7 @@ def test_a_plugin_that_fails_to_recognise_a_checkpoint_hides_it_from_no_other() 
         registry_with(aaa=failing).recognise(checkpoint)
 
 
-def test_a_plugin_that_returns_rubbish_is_refused_by_name(base: BaseModel) -> None:
+def test_a_plugin_that_returns_another_type_is_refused_by_name(base: BaseModel) -> None:
     registry = registry_with(good={**GOOD, "deltamux_program": lambda config, base, tensors: 42})
     with pytest.raises(PluginError, match="'good': deltamux_program returned int"):
         registry.get("good").program({}, base, {})

@@ -14,10 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from deltamux.deltas import BaseModel, Checkpoint, Program
-from deltamux.deltas.checkpoint import check_finite
-from deltamux.errors import BaseMismatchError, FailedPreconditionError
-from deltamux.registry import Method, Registry
+from deltamux.deltas import BaseModel
+from deltamux.errors import FailedPreconditionError
 
 SHOWN = 3
 """Names of weights that an error lists."""
@@ -76,42 +74,6 @@ def _check_tied(base: BaseModel) -> None:
             f"both are meant, or remove {own} from the files",
             reason="BASE_AMBIGUOUS",
             metadata={"tensor": own},
-        )
-
-
-def read_adapter(directory: Path, base: BaseModel) -> tuple[Method, Checkpoint]:
-    """Reads an adapter's directory, and finds its method.
-
-    Raises:
-        InvalidAdapterError, UnknownMethodError: the files are not an adapter, or none of an installed method.
-        BaseMismatchError: they name another base as the one that they were trained on.
-    """
-    method, checkpoint = Registry().recognise(Checkpoint.read(directory))
-    check_base(checkpoint, base)
-    return method, checkpoint
-
-
-def compiled(method: Method, checkpoint: Checkpoint, base: BaseModel) -> Program:
-    """Returns an adapter's program, checked as an upload's is.
-
-    Raises:
-        InvalidAdapterError, BaseMismatchError: the files are wrong, hold a value that is not finite, or are of another
-            base.
-    """
-    config = method.parse(checkpoint.config)
-    check_finite(checkpoint.tensors)
-    program = method.program(config, base, checkpoint.tensors)
-    program.check_finite()
-    return program
-
-
-def check_base(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Raises BaseMismatchError where an adapter names another base as the one that it was trained on."""
-    declared = checkpoint.metadata.get("base_fingerprint")
-    if declared and declared != base.fingerprint:
-        raise BaseMismatchError(
-            f"the adapter was trained on a base with fingerprint {declared}, but {base.name} has {base.fingerprint}",
-            metadata={"declared": declared, "base": base.fingerprint},
         )
 
 

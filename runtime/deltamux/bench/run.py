@@ -142,13 +142,11 @@ def compile_adapter(directory: Path, base: BaseModel, folder: Path) -> CompiledA
     """Compiles an adapter's directory into `folder`, as an upload is compiled; its plugin runs in this process."""
     import torch
 
-    from deltamux.deltas import Checkpoint
     from deltamux.engine.base import ProgramRef
-    from deltamux.registry import shared_registry
+    from deltamux.registry import Registry
 
-    method, checkpoint = shared_registry().recognise(Checkpoint.read(directory))
     with torch.no_grad():
-        program = method.program(method.parse(checkpoint.config), base, checkpoint.tensors)
+        program = Registry().load(directory, base).program
     digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()
     path = folder / f"{digest}.safetensors"
     program.save(path)

@@ -84,7 +84,7 @@ class Case:
 
     def program(self, checkpoint: Checkpoint) -> Program:
         """Reads an adapter the way an upload does."""
-        return self.method.program(self.method.parse(checkpoint.config), self.base, checkpoint.tensors)
+        return self.method.load(checkpoint, self.base).program
 
     def prepared_model(self) -> tuple[Any, bool]:
         """Returns the base as the method trains over it, and whether the method changed it (quantised it, say)."""

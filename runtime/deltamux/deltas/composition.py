@@ -19,17 +19,17 @@ from deltamux.deltas.program import Program
 from deltamux.errors import BaseMismatchError, InvalidArgumentError
 
 PEFT_TYPE = "DELTAMUX_COMPOSITION"
-MAX_PARTS = 16
+MAX_COMPONENTS = 16
 
 
-class Mode(StrEnum):
+class CompositionMode(StrEnum):
     """How parts add up: ``stack`` applies one after the other; ``sum`` adds their changes, each times its weight."""
 
     STACK = "stack"
     SUM = "sum"
 
 
-class Part(NamedTuple):
+class Component(NamedTuple):
     """One adapter of a composition.
 
     Attributes:
@@ -41,16 +41,16 @@ class Part(NamedTuple):
     weight: float = 1.0
 
 
-def compose(parts: Sequence[Part], mode: Mode) -> Checkpoint:
+def compose(parts: Sequence[Component], mode: CompositionMode) -> Checkpoint:
     """Returns the files of a composition; whether its parts go together is seen when it is compiled.
 
     Raises:
         InvalidArgumentError: fewer than two parts, too many, a weight that is not finite, or weights in a stack.
         BaseMismatchError: the parts were trained on different bases.
     """
-    if not 2 <= len(parts) <= MAX_PARTS:
-        raise InvalidArgumentError(f"a composition has 2 to {MAX_PARTS} parts, not {len(parts)}")
-    if mode is Mode.STACK and any(part.weight != 1.0 for part in parts):
+    if not 2 <= len(parts) <= MAX_COMPONENTS:
+        raise InvalidArgumentError(f"a composition has 2 to {MAX_COMPONENTS} parts, not {len(parts)}")
+    if mode is CompositionMode.STACK and any(part.weight != 1.0 for part in parts):
         raise InvalidArgumentError("a stack applies its parts as they are; weights are for a sum")
     for part in parts:
         if not math.isfinite(part.weight):
@@ -70,7 +70,7 @@ def compose(parts: Sequence[Part], mode: Mode) -> Checkpoint:
     return Checkpoint({"peft_type": PEFT_TYPE, "mode": str(mode), "parts": described}, tensors, metadata)
 
 
-class PartTensors(Mapping[str, Tensor]):
+class ComponentTensors(Mapping[str, Tensor]):
     """The tensors of one part under their own names; asking for one asks the whole, which notes it."""
 
     def __init__(self, part: str | int, whole: Mapping[str, Tensor]) -> None:
@@ -90,7 +90,7 @@ class PartTensors(Mapping[str, Tensor]):
         return sum(1 for _ in self)
 
 
-def add_up(programs: Sequence[Program], weights: Sequence[float], mode: Mode) -> Program:
+def add_up(programs: Sequence[Program], weights: Sequence[float], mode: CompositionMode) -> Program:
     """Returns the program of a composition.
 
     In a sum, the low-rank changes of one site become one of all their ranks, which costs the engine less.
@@ -98,7 +98,7 @@ def add_up(programs: Sequence[Program], weights: Sequence[float], mode: Mode) ->
     Raises:
         InvalidAdapterError: parts that do not go together: two prefixes, or a sum of what is no added change.
     """
-    if mode is Mode.STACK:
+    if mode is CompositionMode.STACK:
         return Program.of(placement for program in programs for placement in program)
     rows: list[tuple[str, Op]] = []
     low_rank: dict[str, list[LowRank]] = {}

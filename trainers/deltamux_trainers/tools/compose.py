@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltamux.deltas import Checkpoint
-from deltamux.deltas.composition import Mode, Part, compose
+from deltamux.deltas.composition import Component, CompositionMode, compose
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 from deltamux.registry import Registry
-from deltamux_trainers.loading import check_base, compiled, describe_base
+from deltamux_trainers.loading import describe_base
 from deltamux_trainers.writing import replacing
 
 
@@ -41,16 +41,13 @@ def compose_directories(
         InvalidAdapterError, BaseMismatchError: a part is wrong, or the parts do not go together.
         FailedPreconditionError: the output exists.
     """
-    if mode not in set(Mode):
+    if mode not in set(CompositionMode):
         raise InvalidArgumentError(f"mode is stack or sum, not {mode!r}", metadata={"field": "mode"})
     if output.exists():
         raise FailedPreconditionError(f"{output} exists: choose another output", reason="OUTPUT_EXISTS")
-    read = [Part(str(directory), Checkpoint.read(directory), weight) for directory, weight in parts]
-    composed = compose(read, Mode(mode))
-    method, own = Registry().recognise(composed)
-    base = describe_base(model)
-    check_base(composed, base)
-    program = compiled(method, own, base)
+    read = [Component(str(directory), Checkpoint.read(directory), weight) for directory, weight in parts]
+    composed = compose(read, CompositionMode(mode))
+    program = Registry().load(composed, describe_base(model)).program
     with replacing(output) as staging:
         composed.write(staging)
     return ComposeResult(output, mode, len(read), program.rank(), program.num_virtual_tokens, program.num_bytes())

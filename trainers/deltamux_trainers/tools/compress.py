@@ -13,7 +13,8 @@ from torch import Tensor
 from deltamux.deltas import Checkpoint, Dense
 from deltamux.deltas.ops.sign_dense import pack_signs, unpack_signs
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
-from deltamux_trainers.loading import compiled, describe_base, read_adapter
+from deltamux.registry import Registry
+from deltamux_trainers.loading import describe_base
 from deltamux_trainers.writing import check_output, replacing
 
 FORMS = ("bitdelta", "svd")
@@ -59,9 +60,7 @@ def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta",
             f"{output} holds an adapter already: choose another output", reason="OUTPUT_EXISTS"
         )
     check_output(output, (adapter,))
-    base = describe_base(model)
-    method, checkpoint = read_adapter(adapter, base)
-    program = compiled(method, checkpoint, base)
+    method, _, program, checkpoint = Registry().load(adapter, describe_base(model))
     names = [f"{site}.weight" for site, op in program if isinstance(op, Dense)]
     if not names or not set(names) <= set(checkpoint.tensors):
         raise InvalidAdapterError(

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.errors import FailedPreconditionError
 from deltamux.prompts import encode_text
+from deltamux.registry import Registry
 from deltamux_trainers.data.files import IGNORED, Encoded, Encoder, collate, load_data
 from deltamux_trainers.data.rows import PromptRow, Row
-from deltamux_trainers.loading import compiled, describe_base, load_model, load_tokenizer, pick_device, read_adapter
+from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
 from deltamux_trainers.model import token_loss
 from deltamux_trainers.options import EvaluateOptions
 
@@ -84,9 +85,7 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
 
 def read_program(adapter: Path | None, base: BaseModel) -> Program | None:
     """Returns the program of an adapter's directory; None of None."""
-    if adapter is None:
-        return None
-    return compiled(*read_adapter(adapter, base), base)
+    return None if adapter is None else Registry().load(adapter, base).program
 
 
 class Answers(NamedTuple):

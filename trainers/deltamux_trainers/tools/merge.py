@@ -22,8 +22,8 @@ from deltamux.deltas.merge import rounded
 from deltamux.deltas.program import Placement
 from deltamux.deltas.weights import WeightFiles
 from deltamux.errors import BaseMismatchError, InvalidArgumentError, NotMergeableError
-from deltamux.registry import Method, Registry
-from deltamux_trainers.loading import compiled, describe_base, load_model, read_adapter
+from deltamux.registry import LoadedAdapter, Method, Registry
+from deltamux_trainers.loading import describe_base, load_model
 from deltamux_trainers.options import DTYPES
 from deltamux_trainers.tools.model_files import ModelFiles
 from deltamux_trainers.writing import check_output, replacing
@@ -87,8 +87,8 @@ def merge(
     check_output(output, (files.directory, adapter), overwrite=overwrite)
     files.check_plain()
     base = describe_base(model)
-    method, checkpoint = _read_adapter(adapter, method_name, base)
-    merging = _Merging(method, checkpoint, base, files.weights)
+    exact = replace(base, _read=lambda name: files.weights.read(name).float())
+    merging = _Merging(_load(adapter, method_name, exact), exact, files.weights)
     _check_embedding(files.directory, base, merging.program)
     with replacing(output) as staging:
         files.copy_others(staging)
@@ -99,7 +99,7 @@ def merge(
     whole = _Loss(*(math.hypot(*column) for column in zip(*losses.values(), strict=True)))
     return MergeResult(
         output=output,
-        method=method.name,
+        method=merging.method,
         dtype=dtype,
         parameters=len(losses),
         error=whole.relative,
@@ -124,15 +124,16 @@ class _Merging:
     """Computes what an adapter changes, file by file, in float32, and what is lost when it is written.
 
     Attributes:
+        method: name of the adapter's.
         program: of the adapter.
         losses: by stored name of a written weight.
     """
 
-    def __init__(self, method: Method, checkpoint: Checkpoint, base: BaseModel, weights: WeightFiles) -> None:
-        self._base = base = replace(base, _read=lambda name: weights.read(name).float())
+    def __init__(self, adapter: LoadedAdapter, base: BaseModel, weights: WeightFiles) -> None:
+        self._base = base
         self._weights = weights
-        config = method.parse(checkpoint.config)
-        self.program = compiled(method, checkpoint, base)
+        method, config, self.program, checkpoint = adapter
+        self.method = method.name
         self._own = method.own_merge(config, base, checkpoint.tensors)
         self._rows: dict[Path, list[Placement]] = {}
         for row in self.program:
@@ -213,11 +214,12 @@ def _check_embedding(model: Path, base: BaseModel, program: Program) -> None:
         )
 
 
-def _read_adapter(adapter: Path, method_name: str | None, base: BaseModel) -> tuple[Method, Checkpoint]:
-    method, checkpoint = read_adapter(adapter, base)
+def _load(directory: Path, method_name: str | None, base: BaseModel) -> LoadedAdapter:
+    registry = Registry()
+    method, checkpoint = registry.recognise(Checkpoint.read(directory))
     if method_name is not None:
-        method = _reader_of(Registry().get(method_name), method)
-    return method, checkpoint
+        method = _reader_of(registry.get(method_name), method)
+    return method.load(checkpoint, base)
 
 
 def _reader_of(wanted: Method, found: Method) -> Method:

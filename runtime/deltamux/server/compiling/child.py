@@ -21,14 +21,7 @@ from safetensors import SafetensorError
 from deltamux.child_process import become_helper
 from deltamux.deltas import BaseModel, Checkpoint, Program
 from deltamux.deltas.batched_check import check_batched
-from deltamux.deltas.checkpoint import check_finite
-from deltamux.errors import (
-    BaseMismatchError,
-    BudgetExceededError,
-    DeltamuxError,
-    InvalidAdapterError,
-    PluginError,
-)
+from deltamux.errors import BudgetExceededError, DeltamuxError, InvalidAdapterError, PluginError
 from deltamux.registry import Method, Registry, create_plugin_manager
 from deltamux.server.compiling.job import MAX_TEXT, Budgets, Compiled, Job, error_message, unpacked
 from deltamux.server.compiling.memory import COMPILING, COPIES, READING, at_most, is_shortage
@@ -58,8 +51,7 @@ class CompilerChild:
 
     def run(self) -> None:
         start = json.loads(self._channel.readline())
-        manager = create_plugin_manager(skip=start["skip"], announce=self._announce)
-        self._registry = Registry(manager, announce=self._announce)
+        self._registry = Registry(create_plugin_manager(skip=start["skip"], on_step=self._on_step))
         self._send({"methods": self._registry.names(), "broken": self._registry.broken})
         before = _own_bytes()
         while line := self._channel.readline():
@@ -91,12 +83,7 @@ class CompilerChild:
                 reason="METHOD_MISMATCH",
                 metadata={"method": method.name},
             )
-        config = method.parse(checkpoint.config)
-        _check_fingerprint(checkpoint, base)
-        check_finite(checkpoint.tensors)
-        program = method.program(config, base, checkpoint.tensors)
-        self._announce(method.name, "the check of its program")
-        return self._save(method, program, job, base)
+        return self._save(method, method.load(checkpoint, base).program, job, base)
 
     def _save(self, method: Method, program: Program, job: Job, base: BaseModel) -> Compiled:
         """Writes the program, and checks it as the engine will read it: with no code of the plugin's in between."""
@@ -115,12 +102,12 @@ class CompilerChild:
             raise PluginError(problem, metadata={"plugin": method.name, "hook": "deltamux_program"}) from error
         placed = written.placed(base)
         written.check_finite()
-        self._announce(method.name, "the check of its batched ops")
+        self._on_step(method.name, "the check of its batched ops")
         check_batched(placed)
         _check_budgets(written, job.budgets)
         return Compiled(method.name, written.rank(), written.num_virtual_tokens, written.num_bytes())
 
-    def _announce(self, plugin: str, step: str) -> None:
+    def _on_step(self, plugin: str, step: str) -> None:
         self._send({"plugin": plugin, "step": step})
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -142,16 +129,6 @@ def _disk_error(error: SafetensorError) -> Exception:
     """Returns what the disk said to safetensors, which has only its number in words; else the error itself."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]), str(error)) if found else error
-
-
-def _check_fingerprint(checkpoint: Checkpoint, base: BaseModel) -> None:
-    declared = checkpoint.metadata.get("base_fingerprint")
-    if declared and base.fingerprint and declared != base.fingerprint:
-        raise BaseMismatchError(
-            f"the adapter was trained on a base with fingerprint {declared}; this server's base has "
-            f"{base.fingerprint}: train it on this base, or upload it to the server of its own",
-            metadata={"declared": declared, "base": base.fingerprint},
-        )
 
 
 def _check_budgets(program: Program, budgets: Budgets) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from deltamux.deltas import Checkpoint
-from deltamux.deltas.composition import Mode, Part, compose
+from deltamux.deltas.composition import Component, CompositionMode, compose
 from deltamux.errors import InvalidArgumentError
 from deltamux.store import AdapterKey, AdapterStore, VersionKey
 from deltamux.v1 import adapters_pb2 as pb
@@ -22,14 +22,14 @@ class NamedPart(NamedTuple):
     weight: float
 
 
-def mode_of(mode: pb.CompositionMode.ValueType) -> Mode:
-    modes = {pb.COMPOSITION_MODE_STACK: Mode.STACK, pb.COMPOSITION_MODE_SUM: Mode.SUM}
+def mode_of(mode: pb.CompositionMode.ValueType) -> CompositionMode:
+    modes = {pb.COMPOSITION_MODE_STACK: CompositionMode.STACK, pb.COMPOSITION_MODE_SUM: CompositionMode.SUM}
     if mode not in modes:
         raise InvalidArgumentError("say whether the parts are stacked or added up", metadata={"field": "mode"})
     return modes[mode]
 
 
-def stage_composition(store: AdapterStore, parts: Sequence[NamedPart], mode: Mode, staged: Path) -> None:
+def stage_composition(store: AdapterStore, parts: Sequence[NamedPart], mode: CompositionMode, staged: Path) -> None:
     """Writes the files of a composition into an empty directory; the parts cannot go meanwhile.
 
     Raises:
@@ -38,8 +38,8 @@ def stage_composition(store: AdapterStore, parts: Sequence[NamedPart], mode: Mod
         InvalidArgumentError, BaseMismatchError: see `compose`.
     """
     with ExitStack() as leases:
-        read: list[Part] = []
+        read: list[Component] = []
         for part in parts:
             record = leases.enter_context(store.lease(part.key))
-            read.append(Part(str(record.key), Checkpoint.read(store.programs.kept_upload(record)), part.weight))
+            read.append(Component(str(record.key), Checkpoint.read(store.programs.kept_upload(record)), part.weight))
         compose(read, mode).write(staged)
