@@ -22,14 +22,14 @@ steps = st.dictionaries(st.integers(0, 4), rows, max_size=5)
 traffic = st.lists(st.tuples(steps, st.integers(1, 300)), max_size=12)
 
 
-def watch(dominance: MergePolicy, step: Step, times: int, costs: Costs = DEAR) -> list[Decision]:
+def watch(policy: MergePolicy, step: Step, times: int, costs: Costs = DEAR) -> list[Decision]:
     """Observes a step many times, measuring whatever is to be measured; returns every decision."""
     decisions = []
     for _ in range(times):
         programs = {program: count for program, count in step.items() if program}
-        decisions.append(dominance.observe(programs, sum(step.values())))
+        decisions.append(policy.observe(programs, sum(step.values())))
         if decisions[-1].action is Action.MEASURE:
-            dominance.measured(decisions[-1].program, costs)
+            policy.measured(decisions[-1].program_id, costs)
     return decisions
 
 
@@ -52,55 +52,55 @@ def test_a_program_without_most_of_the_rows_is_not_even_measured() -> None:
 
 
 def test_traffic_that_turns_to_others_unfolds_and_then_folds_the_next() -> None:
-    dominance = MergePolicy()
-    watch(dominance, {7: 32}, 500)
-    assert dominance.merged == 7
-    turned = actions(watch(dominance, {8: 32}, 2000))
+    policy = MergePolicy()
+    watch(policy, {7: 32}, 500)
+    assert policy.merged == 7
+    turned = actions(watch(policy, {8: 32}, 2000))
     assert turned == [Decision(Action.UNMERGE, 7), Decision(Action.MEASURE, 8), Decision(Action.MERGE, 8)]
 
 
 def test_the_bases_own_traffic_unfolds() -> None:
-    dominance = MergePolicy()
-    watch(dominance, {7: 32}, 500)
-    assert actions(watch(dominance, {0: 32}, 2000)) == [Decision(Action.UNMERGE, 7)]
+    policy = MergePolicy()
+    watch(policy, {7: 32}, 500)
+    assert actions(watch(policy, {0: 32}, 2000)) == [Decision(Action.UNMERGE, 7)]
 
 
 def test_a_program_that_is_forgotten_is_measured_anew_and_one_that_is_refused_never_folds() -> None:
-    dominance = MergePolicy()
-    watch(dominance, {7: 32}, 500)
-    dominance.keep({8})
-    assert dominance.merged is None
-    assert actions(watch(dominance, {7: 32}, 1000)) == [Decision(Action.MEASURE, 7), Decision(Action.MERGE, 7)]
-    dominance.refuse(7)
-    assert dominance.merged is None
-    assert not actions(watch(dominance, {7: 32}, 5000))
+    policy = MergePolicy()
+    watch(policy, {7: 32}, 500)
+    policy.keep({8})
+    assert policy.merged is None
+    assert actions(watch(policy, {7: 32}, 1000)) == [Decision(Action.MEASURE, 7), Decision(Action.MERGE, 7)]
+    policy.refuse(7)
+    assert policy.merged is None
+    assert not actions(watch(policy, {7: 32}, 5000))
 
 
 def test_a_folding_that_is_postponed_comes_back_after_a_rest() -> None:
-    dominance = MergePolicy()
-    watch(dominance, {7: 32}, 500)
-    dominance.postpone()
-    assert not actions(watch(dominance, {7: 32}, LIMITS.rest - 1))
-    assert actions(watch(dominance, {7: 32}, LIMITS.patience + 1)) == [Decision(Action.MERGE, 7)]
+    policy = MergePolicy()
+    watch(policy, {7: 32}, 500)
+    policy.postpone()
+    assert not actions(watch(policy, {7: 32}, LIMITS.rest - 1))
+    assert actions(watch(policy, {7: 32}, LIMITS.patience + 1)) == [Decision(Action.MERGE, 7)]
 
 
 @given(traffic)
 def test_whatever_the_traffic_is_nothing_flips_to_and_fro(traffic: list[tuple[Step, int]]) -> None:
-    dominance = MergePolicy()
-    decisions = [decision for step, times in traffic for decision in watch(dominance, step, times)]
+    policy = MergePolicy()
+    decisions = [decision for step, times in traffic for decision in watch(policy, step, times)]
     turns = [(at, d) for at, d in enumerate(decisions) if d.action in (Action.MERGE, Action.UNMERGE)]
     assert [d.action for _, d in turns] == [(Action.MERGE, Action.UNMERGE)[i % 2] for i in range(len(turns))]
     for (before, first), (after, then) in pairwise(turns):
         assert after - before >= (LIMITS.patience if then.action is Action.UNMERGE else LIMITS.rest)
-        assert then.action is Action.MERGE or then.program == first.program
+        assert then.action is Action.MERGE or then.program_id == first.program_id
 
 
 @given(traffic)
 def test_only_programs_that_were_measured_and_pay_are_folded(traffic: list[tuple[Step, int]]) -> None:
-    dominance = MergePolicy()
-    decisions = [decision for step, times in traffic for decision in watch(dominance, step, times, CHEAP)]
+    policy = MergePolicy()
+    decisions = [decision for step, times in traffic for decision in watch(policy, step, times, CHEAP)]
     assert not [d for d in decisions if d.action is Action.MERGE]
-    measured = [d.program for d in decisions if d.action is Action.MEASURE]
+    measured = [d.program_id for d in decisions if d.action is Action.MEASURE]
     assert len(measured) == len(set(measured)), "costs do not change: each is measured once"
 
 

@@ -81,7 +81,7 @@ class AutoMerger:
         self._files: WeightFiles | None = None
         self._thread = ThreadPoolExecutor(1, "delta-merging", initializer=loader.step_aside)
         self._stopped = False
-        self._program: int | None = None  # under measurement, being merged, or merged
+        self._program_id: int | None = None  # under measurement, being merged, or merged
         self._work: Iterator[None] | None = None
         self._merging: Future[MergedWeight] | None = None
         self._changes: list[WeightChange] = []  # whose second weights are there
@@ -127,28 +127,30 @@ class AutoMerger:
 
     def drop_gone(self) -> None:
         """Unmerges the program if it is in host memory no longer, and keeps nothing of it."""
-        if self._program is not None and self._program not in self._loader.ready:
+        if self._program_id is not None and self._program_id not in self._loader.ready:
             self._unmerge("it is unloaded")
             self._policy.keep(self._loader.ready)
 
     def _advance(self, rows: Mapping[int, int]) -> None:
         self.drop_gone()
-        programs = {program: count for program, count in rows.items() if program}
+        programs = {program_id: count for program_id, count in rows.items() if program_id}
         self._begin(self._policy.observe(programs, sum(rows.values())))
         if self._work is not None and next(self._work, self) is self:
             self._work = None
-            self._program = self.merged
+            self._program_id = self.merged
 
     def _begin(self, decision: Decision) -> None:
         if decision.action is Action.NOTHING:
             return
         if decision.action is Action.UNMERGE:
             self._unmerge("others have the traffic")
-        elif (program := self._loader.ready.get(decision.program)) is None:
+        elif (program := self._loader.ready.get(decision.program_id)) is None:
             self._policy.postpone()
         else:
-            self._program = decision.program
-            self._work = (self._measure if decision.action is Action.MEASURE else self._merge)(self._program, program)
+            self._program_id = decision.program_id
+            self._work = (self._measure if decision.action is Action.MEASURE else self._merge)(
+                self._program_id, program
+            )
         self._policy.keep(self._loader.ready)
 
     def _merged_step(self, index: StepIndex) -> MergedStep | None:
@@ -239,6 +241,6 @@ class AutoMerger:
             change.module.linear.drop_second()
         if self._merging is not None:
             self._merging.cancel()
-        logger.info("program %s is not merged, or no longer: %s", self._program, reason)
+        logger.info("program %s is not merged, or no longer: %s", self._program_id, reason)
         self._changes, self._last = [], None
-        self._program = self._work = self._merging = self.merged = None
+        self._program_id = self._work = self._merging = self.merged = None

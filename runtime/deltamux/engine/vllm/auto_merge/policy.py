@@ -56,7 +56,7 @@ class Costs(NamedTuple):
         return self.ops.at(own) - self.base.at(others)
 
     def worthwhile(self, own: int, others: int) -> bool:
-        """Tells whether a step of this mix should run with the merged weights."""
+        """Returns whether a step of this mix should run with the merged weights."""
         return own > 0 and (others == 0 or self.saved(own, others) > 0)
 
     def gain(self, own: int, others: int) -> float:
@@ -96,7 +96,7 @@ class Action(Enum):
 
 class Decision(NamedTuple):
     action: Action
-    program: int = 0
+    program_id: int = 0
 
 
 NOTHING = Decision(Action.NOTHING)
@@ -106,7 +106,7 @@ class MergePolicy:
     """Decides step by step; at most one program is merged, or on its way there.
 
     Attributes:
-        merged: the program that is to be merged; None: none.
+        merged: id of the program that is to be merged; None: none.
     """
 
     def __init__(self, thresholds: Thresholds | None = None) -> None:
@@ -122,7 +122,7 @@ class MergePolicy:
         self.merged: int | None = None
 
     def observe(self, rows: Mapping[int, int], total: int) -> Decision:
-        """Takes one step of `total` rows, and of them each program's own; tells what to begin now."""
+        """Takes one step of `total` rows, and of them each program's own; returns what begins now."""
         self._rest = max(0, self._rest - 1)
         self._count(rows, total)
         if self.merged is None:
@@ -132,23 +132,23 @@ class MergePolicy:
         self._gain += self._new * (gain - self._gain)
         return self._leading() if self.merged is None else self._holding(self.merged)
 
-    def measured(self, program: int, costs: Costs) -> None:
+    def measured(self, program_id: int, costs: Costs) -> None:
         """Takes what was measured."""
-        self._costs[program] = costs
+        self._costs[program_id] = costs
         self._measuring = None
 
-    def costs(self, program: int) -> Costs | None:
-        return self._costs.get(program)
+    def costs(self, program_id: int) -> Costs | None:
+        return self._costs.get(program_id)
 
     def postpone(self) -> None:
         """What was decided cannot be now: it may be decided again after a rest."""
         self.merged = self._measuring = None
         self._rest, self._streak = self._limits.rest, 0
 
-    def refuse(self, program: int) -> None:
-        """The program cannot be merged, now or ever."""
-        self._costs[program] = None
-        if self.merged == program:
+    def refuse(self, program_id: int) -> None:
+        """Excludes a program from merging for good."""
+        self._costs[program_id] = None
+        if self.merged == program_id:
             self.postpone()
 
     def keep(self, programs: Container[int]) -> None:
@@ -160,13 +160,13 @@ class MergePolicy:
             self.postpone()
 
     def _count(self, rows: Mapping[int, int], total: int) -> None:
-        for program in self._shares.keys() | rows.keys():
-            share = self._shares.get(program, 0.0)
-            share += self._new * (rows.get(program, 0) / max(total, 1) - share)
+        for program_id in self._shares.keys() | rows.keys():
+            share = self._shares.get(program_id, 0.0)
+            share += self._new * (rows.get(program_id, 0) / max(total, 1) - share)
             if share > FORGOTTEN:
-                self._shares[program] = share
+                self._shares[program_id] = share
             else:
-                self._shares.pop(program, None)
+                self._shares.pop(program_id, None)
 
     def _follow(self, leader: int) -> None:
         if leader != self._leader:

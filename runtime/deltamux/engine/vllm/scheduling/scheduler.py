@@ -58,7 +58,7 @@ class TimeSlicingMixin(Scheduler):
                 # vLLM's own field for pacing a running request: the first step that may hold it again.
                 request.next_decode_eligible_step = self.current_step + 2
         output = self._plan(throttle_prefills)
-        self._slicer.record(work, {_adapter(self.requests[r]) for r in output.num_scheduled_tokens} & work.keys())
+        self._slicer.record(work, {_program_id(self.requests[r]) for r in output.num_scheduled_tokens} & work.keys())
         return output
 
     def _plan(self, throttle_prefills: bool) -> SchedulerOutput:
@@ -77,7 +77,7 @@ class TimeSlicingMixin(Scheduler):
         return self._chosen is None or (request.request_id in self._admissible and self._is_chosen(request))
 
     def _is_chosen(self, request: Request) -> bool:
-        return self._chosen is None or request.lora_request is None or _adapter(request) in self._chosen
+        return self._chosen is None or request.lora_request is None or _program_id(request) in self._chosen
 
     def _may_run(self, request: Request) -> bool:
         # The runner reads the tokens of a request that comes back from the scheduler: the last one must have arrived.
@@ -104,13 +104,13 @@ def _work(running: Iterable[Request], waiting: Iterable[Request]) -> dict[int, W
     work: dict[int, Work] = {}
     runnable = ((r, True) for r in running if r.lora_request is not None and _has_tokens(r))
     for request, under_way in chain(runnable, ((r, False) for r in waiting if r.lora_request is not None)):
-        known = work.get(_adapter(request), Work(None, False))
+        known = work.get(_program_id(request), Work(None, False))
         arrivals = [t for t in (known.waiting_since, _waiting_since(request)) if t is not None]
-        work[_adapter(request)] = Work(min(arrivals, default=None), known.running or under_way)
+        work[_program_id(request)] = Work(min(arrivals, default=None), known.running or under_way)
     return work
 
 
-def _adapter(request: Request) -> int:
+def _program_id(request: Request) -> int:
     return request.lora_request.lora_int_id if request.lora_request is not None else 0
 
 

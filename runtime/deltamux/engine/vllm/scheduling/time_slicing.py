@@ -53,30 +53,32 @@ class AdapterTimeSlicer:
         return (self._quantum + 1) * -(-adapters // self._slots)
 
     def choose(self, work: Mapping[int, Work]) -> frozenset[int] | None:
-        """Returns the adapters that the next step may run; None when all of them fit."""
+        """Returns the program ids of the adapters that the next step may run; None when all of them fit."""
         if len(work) <= self._slots:
             return None
         patience = self._quantum * -(-len(work) // self._slots)
-        ranked = sorted(work, key=lambda adapter: self._rank(adapter, work[adapter], patience))
+        ranked = sorted(work, key=lambda program_id: self._rank(program_id, work[program_id], patience))
         return frozenset(ranked[: self._slots])
 
     def record(self, work: Collection[int], ran: Collection[int]) -> None:
         """Records which of the adapters with work had a row in the step that was planned."""
         self._fruitless = bool(work) and not ran
         before, self._histories = self._histories, {}
-        for adapter in work:
-            last = before.get(adapter, _History())
-            self._histories[adapter] = _History(0, last.held + 1) if adapter in ran else _History(last.waited + 1, 0)
+        for program_id in work:
+            last = before.get(program_id, _History())
+            self._histories[program_id] = (
+                _History(0, last.held + 1) if program_id in ran else _History(last.waited + 1, 0)
+            )
 
-    def _rank(self, adapter: int, work: Work, patience: int) -> tuple[float, ...]:
-        history = self._histories.get(adapter, _History())
+    def _rank(self, program_id: int, work: Work, patience: int) -> tuple[float, ...]:
+        history = self._histories.get(program_id, _History())
         if self._fruitless:
             # The chosen ones got no memory for their tokens: those that hold the memory run.
-            return (not work.running, -history.waited, adapter)
+            return (not work.running, -history.waited, program_id)
         if history.waited >= patience:
-            return (0, -history.waited, adapter)
+            return (0, -history.waited, program_id)
         if work.waiting_since is not None:
-            return (1, work.waiting_since, adapter)
+            return (1, work.waiting_since, program_id)
         if 0 < history.held < self._quantum:
-            return (2, -history.held, adapter)
-        return (3, -history.waited, history.held, adapter)
+            return (2, -history.held, program_id)
+        return (3, -history.waited, history.held, program_id)
