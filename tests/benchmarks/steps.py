@@ -97,12 +97,11 @@ class Engine:
         self, model: Path, programs: Mapping[str, ProgramRef], tokens: int, worker: type, **options: Any
     ) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from deltamux.engine.vllm.frontend.engine import _engine_arguments, _engine_config, _set_environment
+        from deltamux.engine.vllm.frontend.config import engine_config, set_environment
 
-        _set_environment()
+        set_environment()
         arguments = EngineOptions(
             str(model),
             dtype="bfloat16",
@@ -112,7 +111,7 @@ class Engine:
             engine_arguments={"worker_cls": f"{worker.__module__}.{worker.__qualname__}", "async_scheduling": False},
             **options,
         )
-        self.llm = LLMEngine.from_vllm_config(_engine_config(AsyncEngineArgs(**_engine_arguments(arguments))))
+        self.llm = LLMEngine.from_vllm_config(engine_config(arguments))
         self._ids = {name: number for number, name in enumerate(programs, start=1)}
         self._tokens = tokens
         for name, number in self._ids.items():

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from deltamux.engine.base import EngineOptions
 from deltamux.engine.vllm.cuda.graphs import ProfileDispatcher
 from deltamux.engine.vllm.cuda.profiles import GraphProfile
-from deltamux.engine.vllm.frontend.engine import _engine_arguments
+from deltamux.engine.vllm.frontend.config import engine_arguments
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_a_step_replays_the_graph_of_its_profile(
 
 def test_on_a_gpu_models_are_compiled_and_captured_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
-    assert not _engine_arguments(EngineOptions("m"))["enforce_eager"]
-    assert _engine_arguments(EngineOptions("m", enforce_eager=True))["enforce_eager"]
+    assert not engine_arguments(EngineOptions("m"))["enforce_eager"]
+    assert engine_arguments(EngineOptions("m", enforce_eager=True))["enforce_eager"]
 
 
 def test_a_step_that_no_graph_serves_runs_without(dispatcher: ProfileDispatcher) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from deltamux.engine.base import ChatMessage, EngineOptions
 from deltamux.engine.fair import FairQueue
-from deltamux.engine.vllm.frontend.engine import _engine_arguments
+from deltamux.engine.vllm.frontend.config import engine_arguments
 from deltamux.engine.vllm.frontend.prompts import LONG_TEXT, Prompts
 from deltamux.errors import InvalidArgumentError, ResourceExhaustedError
 from deltamux_testing.tiny_base import byte_tokenizer, write_base
@@ -62,7 +62,7 @@ def test_hugging_faces_files_are_read_where_mistrals_own_stand_beside_them(tmp_p
     base = write_base(tmp_path / "base")
     for name in ("consolidated.safetensors", "params.json", "tekken.json"):
         (base / name).write_text("{}")
-    given = _engine_arguments(EngineOptions(str(base)))
+    given = engine_arguments(EngineOptions(str(base)))
     assert resolve_tokenizer_args(base, runner_type="generate", tokenizer_mode="auto")[0] == "mistral"
     assert resolve_tokenizer_args(base, runner_type="generate", tokenizer_mode=given["tokenizer_mode"])[0] == "hf"
     config = get_config(str(base), trust_remote_code=False, config_format=given["config_format"])

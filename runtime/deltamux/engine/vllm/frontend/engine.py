@@ -9,10 +9,8 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from deltamux import __version__
 from deltamux.deltas import BaseModel
 from deltamux.engine.arguments import in_a_sentence
 from deltamux.engine.base import (
@@ -25,6 +23,7 @@ from deltamux.engine.base import (
 )
 from deltamux.engine.checks import check_prompt, check_sampling
 from deltamux.engine.fair import FairOrder, Place
+from deltamux.engine.vllm.frontend.config import engine_config, set_environment
 from deltamux.engine.vllm.frontend.host_cache import HostCache
 from deltamux.engine.vllm.grammars.vocabulary import check_stop_tokens, special_tokens
 from deltamux.engine.vllm.loading.client import LoaderClient
@@ -32,8 +31,6 @@ from deltamux.engine.vllm.processes import EngineProcesses, Launch, starting
 from deltamux.errors import DeltamuxError, FailedPreconditionError, UnavailableError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from deltamux.engine.vllm.frontend.prompts import Prompts
@@ -44,14 +41,8 @@ logger = logging.getLogger("deltamux.engine")
 PLACEHOLDER = 0
 """Token id in place of virtual tokens; its keys and values, or its embedding, are replaced."""
 
-SLOTS = {"cpu": 32, "cuda": 8}
-"""Default number of device slots. On a CPU nearly all ops are served from host memory, and a slot costs nothing."""
-
 CHECK_SECONDS = 0.2
 """Between checks of vLLM's health while it has not answered."""
-
-KERNEL_RANK = 64
-"""Rank, and width of bottlenecks, that the buffers of CUDA graphs have room for; wider ones take other buffers."""
 
 
 class VLLMEngine:
@@ -96,21 +87,18 @@ class VLLMEngine:
             ) from error
 
     async def _start(self) -> None:
-        _set_environment()
-        from vllm.engine.arg_utils import AsyncEngineArgs
+        set_environment()
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from deltamux.engine.vllm.frontend import detokenizing, outputs
         from deltamux.engine.vllm.frontend.prompts import Prompts
-        from deltamux.engine.vllm.frontend.warmup import check_head_size, warm_up
+        from deltamux.engine.vllm.frontend.warmup import warm_up
         from deltamux.engine.vllm.grammars.admission import Grammars
 
         detokenizing.install()
-        config = await asyncio.to_thread(_engine_config, AsyncEngineArgs(**_engine_arguments(self._options)))
+        config = await asyncio.to_thread(engine_config, self._options)
         assert config.lora_config is not None
-        if config.device_config.device_type == "cpu":
-            check_head_size(config)
         self._num_slots = config.lora_config.max_loras
 
         def launch() -> AsyncLLM:
@@ -332,69 +320,3 @@ def _core_pids(llm: AsyncLLM) -> list[int]:
     """Returns the ids of the processes that this one has started for an engine; none where Ray has started them."""
     manager = getattr(llm.engine_core, "resources").engine_manager  # noqa: B009 - vLLM declares it of one subclass
     return [process.pid for process in getattr(manager, "processes", []) if process.pid is not None]
-
-
-def _set_environment() -> None:
-    """Sets what vLLM reads from the environment only; what the operator has set stays."""
-    # The V1 runner passes a step's positions to the override, which virtual tokens need.
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cuda():
-        # A process in which torch was asked for a CUDA device can fork none that uses one, and plugins may do so.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-
-
-def _engine_config(arguments: AsyncEngineArgs) -> VllmConfig:
-    """Returns vLLM's configuration, with the base's own compilation: vLLM's CPU build compiles no model with adapters.
-
-    The layers' changes are custom ops, so that a model with deltas compiles like one without.
-    """
-    config = arguments.create_engine_config()
-    plain = replace(arguments, enable_lora=False, worker_cls="auto").create_engine_config()
-    # One engine has one backend of grammars: with "auto", the first grammar would choose it for all others.
-    if config.structured_outputs_config.backend == "auto":
-        config.structured_outputs_config.backend = "xgrammar"
-    config.compilation_config.mode = plain.compilation_config.mode
-    return config
-
-
-def _engine_arguments(options: EngineOptions) -> dict[str, Any]:
-    from vllm.platforms import current_platform
-
-    device = options.device if options.device != "auto" else ("cuda" if current_platform.is_cuda() else "cpu")
-    if (device == "cuda") != current_platform.is_cuda():
-        raise FailedPreconditionError(
-            f"device {device!r} was asked for, but the installed vLLM is built for {current_platform.device_name}: "
-            "install the other build, or leave the device to be chosen",
-            reason="WRONG_DEVICE",
-        )
-    worker = "cuda.worker.GPUDeltaWorker" if device == "cuda" else "worker.cpu.CPUDeltaWorker"
-    arguments: dict[str, Any] = {
-        "model": str(options.model),
-        "dtype": options.dtype,
-        "seed": options.seed,
-        "max_num_seqs": options.max_num_seqs,
-        "enable_lora": True,
-        "max_loras": options.max_active_adapters or SLOTS[device],
-        "enable_prefix_caching": True,
-        "enforce_eager": options.enforce_eager,
-        "scheduler_cls": "deltamux.engine.vllm.scheduling.scheduler.time_slicing_scheduler",
-        "scheduling_policy": "priority",
-        "worker_cls": f"deltamux.engine.vllm.{worker}",
-        "disable_log_stats": True,
-        # The files that the trainers read as well, also where a folder has Mistral's own, too.
-        **dict.fromkeys(("config_format", "load_format", "tokenizer_mode"), "hf"),
-    }
-    if options.max_model_len is not None:
-        arguments["max_model_len"] = options.max_model_len
-    if device == "cpu":
-        arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 1024**3)
-    else:
-        arguments["max_lora_rank"] = KERNEL_RANK
-    given = dict(options.engine_arguments)
-    # Part of the key under which compiled models are kept: those of a plain vLLM have no custom ops of ours.
-    own = {"deltamux": __version__, "fold_dominant": options.fold_dominant}
-    return {**arguments, **given, "additional_config": {**given.get("additional_config", {}), **own}}

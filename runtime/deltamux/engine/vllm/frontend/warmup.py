@@ -96,20 +96,6 @@ def _known(config: VllmConfig) -> str:
     return ""
 
 
-def check_head_size(config: VllmConfig) -> None:
-    """Raises FailedPreconditionError if vLLM's attention for CPUs has no kernel for the base's attention heads."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    size, sizes = config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
-    if size not in sizes and not config.model_config.use_mla:
-        raise FailedPreconditionError(
-            f"the base model's attention heads have size {size}; on a CPU vLLM has attention for sizes "
-            f"{', '.join(map(str, sizes))}: serve it on a GPU, or take another base",
-            reason="BASE_CANNOT_RUN",
-            metadata={"head_size": str(size)},
-        )
-
-
 def warmup_programs(base: BaseModel, bound: Iterable[tuple[str, str]]) -> list[Program]:
     """Returns programs that together have an op at every site, except the output head, whose op is as large as it is.
 

@@ -1,0 +1,109 @@
+"""From `EngineOptions` to vLLM's configuration."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from deltamux import __version__
+from deltamux.engine.base import EngineOptions
+from deltamux.errors import FailedPreconditionError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SLOTS = {"cpu": 32, "cuda": 8}
+"""Default number of device slots. On a CPU nearly all ops are served from host memory, and a slot costs nothing."""
+
+KERNEL_RANK = 64
+"""Rank, and width of bottlenecks, for which the static buffers on a GPU have room; wider ops run in torch."""
+
+
+def set_environment() -> None:
+    """Sets what vLLM reads from the environment only; what the operator has set stays."""
+    # The V1 runner passes a step's positions to the override, which virtual tokens need.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda():
+        # A process in which torch was asked for a CUDA device can fork none that uses one, and plugins may do so.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+
+
+def engine_config(options: EngineOptions) -> VllmConfig:
+    """Returns vLLM's configuration, with the base's own compilation: vLLM's CPU build compiles no model with adapters.
+
+    The layers' changes are custom ops, so that a model with deltas compiles like one without.
+
+    Raises:
+        FailedPreconditionError: the installed vLLM is for another device, or has no attention for the base.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    arguments = AsyncEngineArgs(**engine_arguments(options))
+    config = arguments.create_engine_config()
+    if config.device_config.device_type == "cpu":
+        check_head_size(config)
+    plain = replace(arguments, enable_lora=False, worker_cls="auto").create_engine_config()
+    # One engine has one backend of grammars: with "auto", the first grammar would choose it for all others.
+    if config.structured_outputs_config.backend == "auto":
+        config.structured_outputs_config.backend = "xgrammar"
+    config.compilation_config.mode = plain.compilation_config.mode
+    return config
+
+
+def engine_arguments(options: EngineOptions) -> dict[str, Any]:
+    """Returns the arguments of vLLM's AsyncEngineArgs; those that the operator gave take precedence."""
+    from vllm.platforms import current_platform
+
+    device = options.device if options.device != "auto" else ("cuda" if current_platform.is_cuda() else "cpu")
+    if (device == "cuda") != current_platform.is_cuda():
+        raise FailedPreconditionError(
+            f"device {device!r} was asked for, but the installed vLLM is built for {current_platform.device_name}: "
+            "install the other build, or leave the device to be chosen",
+            reason="WRONG_DEVICE",
+        )
+    worker = "cuda.worker.GPUDeltaWorker" if device == "cuda" else "worker.cpu.CPUDeltaWorker"
+    arguments: dict[str, Any] = {
+        "model": str(options.model),
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "max_num_seqs": options.max_num_seqs,
+        "enable_lora": True,
+        "max_loras": options.max_active_adapters or SLOTS[device],
+        "enable_prefix_caching": True,
+        "enforce_eager": options.enforce_eager,
+        "scheduler_cls": "deltamux.engine.vllm.scheduling.scheduler.time_slicing_scheduler",
+        "scheduling_policy": "priority",
+        "worker_cls": f"deltamux.engine.vllm.{worker}",
+        "disable_log_stats": True,
+        # The files that the trainers read as well, also where a folder has Mistral's own, too.
+        **dict.fromkeys(("config_format", "load_format", "tokenizer_mode"), "hf"),
+    }
+    if options.max_model_len is not None:
+        arguments["max_model_len"] = options.max_model_len
+    if device == "cpu":
+        arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 1024**3)
+    else:
+        arguments["max_lora_rank"] = KERNEL_RANK
+    given = dict(options.engine_arguments)
+    # Part of the key under which compiled models are kept: those of a plain vLLM have no custom ops of ours.
+    own = {"deltamux": __version__, "fold_dominant": options.fold_dominant}
+    return {**arguments, **given, "additional_config": {**given.get("additional_config", {}), **own}}
+
+
+def check_head_size(config: VllmConfig) -> None:
+    """Raises FailedPreconditionError if vLLM's attention for CPUs has no kernel for the base's attention heads."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size, sizes = config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+    if size not in sizes and not config.model_config.use_mla:
+        raise FailedPreconditionError(
+            f"the base model's attention heads have size {size}; on a CPU vLLM has attention for sizes "
+            f"{', '.join(map(str, sizes))}: serve it on a GPU, or take another base",
+            reason="BASE_CANNOT_RUN",
+            metadata={"head_size": str(size)},
+        )
