@@ -21,10 +21,10 @@ SOURCES := runtime plugins trainers tests
 PROTOS  := $(wildcard proto/deltamux/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench methods lint format proto proto-check clean
+.PHONY: help install demo test bench methods docs lint format proto proto-check clean
 
 help:
-	@echo "make demo | test | bench | methods | install | lint | format | proto | proto-check | clean"
+	@echo "make demo | test | bench | methods | docs | install | lint | format | proto | proto-check | clean"
 
 install: $(STAMP)
 
@@ -63,6 +63,11 @@ bench: install
 methods: install
 	cd tests && ../$(BIN)/python -m benchmarks.methods $(ARGS)
 
+# The documentation as a site in site/; a link that leads nowhere is an error.
+docs: install
+	$(PIP) install $(QUIET) -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 lint: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -88,4 +93,4 @@ proto-check: install
 		&& echo "generated stubs are fresh" || { echo "generated stubs are stale: run 'make proto' and commit"; exit 1; }
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -52,8 +52,8 @@ class MethodInfo:
         in_peft: whether PEFT loads the files (peft_type is one of PEFT's).
         learning_rate: default for training, with `learning_rate_source` saying where it comes from.
         learning_rate_width: hidden size of the bases that `learning_rate` was found on, for methods that train
-            matrices: on a base of another width it is scaled (see docs/decisions.md). None: the rate holds for every
-            width, as it does for vectors (factors, biases, norms, virtual tokens).
+            matrices: on a base of another width it is scaled (docs/decisions/learning-rates.md). None: the rate holds
+            for every width, as it does for vectors (factors, biases, norms, virtual tokens).
         files_of: name of the method whose files its are, if they are another's; it is not recognised by them itself.
         trains: whether its adapters can be trained here; a method may only serve what others trained.
     """

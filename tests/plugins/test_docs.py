@@ -1,19 +1,24 @@
-"""docs/plugins keeps its promises: all is listed as it is, and the tutorial is the example."""
+"""docs/plugins and the README's method are held to the code, and the tutorial is the example."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import pytest
 
 from deltamux import hookspecs
-from deltamux.conformance import CHECKS
+from deltamux.conformance import CHECKS, Case, cases
 from deltamux.deltas import Site
 from deltamux.deltas.ops import OPS
+from deltamux.registry import Registry, create_plugin_manager
+from deltamux_testing.pages import blocks
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs" / "plugins"
@@ -66,6 +71,24 @@ def test_the_tutorial_shows_the_example_as_it_is(file: str) -> None:
 def test_the_tutorials_entry_points_are_the_examples() -> None:
     (block,) = re.findall(r"```toml\n(.*?)```", text("tutorial"), re.DOTALL)
     assert block in (EXAMPLE / "pyproject.toml").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def readme_method() -> Iterator[list[Case]]:
+    """Cases of the method that the README writes, on a base without biases and on one with them."""
+    (block,) = (b for b in blocks(ROOT / "README.md", "python") if "deltamux_method" in b.text)
+    plugin = sys.modules["readme_method"] = ModuleType("readme_method")
+    exec(compile(block.text, str(block), "exec"), vars(plugin))
+    manager = create_plugin_manager()
+    manager.register(plugin, name="shift")
+    yield cases("shift", registry=Registry(manager), architectures=("llama", "gpt2"))
+    del sys.modules["readme_method"]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_readmes_method_keeps_every_promise(name: str, readme_method: list[Case]) -> None:
+    for case in readme_method:
+        CHECKS[name](case)
 
 
 def test_every_page_is_linked() -> None:

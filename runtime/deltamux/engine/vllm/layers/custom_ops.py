@@ -5,7 +5,7 @@ that the compiler does not trace: the graph holds a layer's number, and the op c
 
 Most layers have no work in a step. An op therefore compares masks before it touches the layer, calls skip torch's
 dispatch where it would only lead back to this file (`bypass_dispatch`), and the fast path does the same without Python
-where the CPU kernels run (see docs/decisions.md for what that buys).
+where the CPU kernels run (docs/decisions/fast-path.md: what that buys).
 
 vLLM's CUDA build compiles a model in pieces, one per layer, and compiles equal pieces once. A number in the graph would
 make every piece another one, so each op has a second form there, which takes one of vLLM's layer names: an input of the
