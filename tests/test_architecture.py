@@ -16,7 +16,7 @@ SOURCES = {ROOT / "runtime": "deltamux", ROOT / "plugins": "deltamux_plugins", R
 GENERATED = ("_pb2.py", "_pb2_grpc.py")
 MAX_LINES = 400
 
-CORE = {"deltamux", "deltamux.adapter_files", "deltamux.child_process", "deltamux.errors"}
+CORE = {"deltamux", "deltamux.adapter_files", "deltamux.child_process", "deltamux.errors", "deltamux.options"}
 MODEL = CORE | {"deltamux.deltas"}
 METHODS = MODEL | {"deltamux.hookspecs", "deltamux.method", "deltamux.plugin_manager", "deltamux.registry"}
 WIRE = CORE | {"deltamux.v1"}
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.adapter_files": set(),
     "deltamux.child_process": set(),
     "deltamux.errors": set(),
+    "deltamux.options": {"deltamux.errors"},
     "deltamux.__main__": {"deltamux.cli"},
     "deltamux.deltas": CORE,
     "deltamux.hookspecs": METHODS,
@@ -54,11 +55,13 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.v1": set(),
     # The server's process never runs a plugin, and so knows neither the registry nor the child that does.
     "deltamux.server": MODEL | WIRE | {"deltamux.engine", "deltamux.store"},
+    "deltamux.server.commands": MODEL | {"deltamux.cli", "deltamux.server", "deltamux.store"},
     "deltamux.server.compiling.child": METHODS | {"deltamux.server", "deltamux.store"},
     "deltamux.client": WIRE,
     "deltamux.cli": WIRE | {"deltamux.client"},
     "deltamux_plugins": METHODS,
     "deltamux_trainers": METHODS | {"deltamux_plugins", "deltamux.client", "deltamux.prompts"},
+    "deltamux_trainers.commands": CORE | {"deltamux.cli", "deltamux_trainers"},
 }
 
 # What may be imported inside a function only: the command that needs a heavy layer, the factory that picks an engine.

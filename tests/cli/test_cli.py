@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,29 +22,38 @@ from deltamux.deltas import BaseModel
 from deltamux_testing.adapters import write_own
 from deltamux_testing.server_process import ServerProcess
 
-COMMANDS = (
-    "serve",
-    "generate",
-    "adapter",
-    "tenant",
-    "train",
-    "evaluate",
-    "merge",
-    "convert",
-    "methods",
-    "demo",
-    "bench",
-)
-GROUPED = {
-    "adapter": ("upload", "list", "show", "promote", "rollback", "delete", "pin", "unpin"),
-    "tenant": ("create", "list", "show", "delete", "create-key", "list-keys", "delete-key"),
-}
+
+def commands(of: argparse.ArgumentParser, prefix: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yields the words and the parser of every command."""
+    for action in of._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, each in action.choices.items():
+                yield f"{prefix}{name}", each
+                yield from commands(each, f"{prefix}{name} ")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *(f"{g} {c}" for g, commands in GROUPED.items() for c in commands)])
+COMMANDS = dict(commands(parser()))
+
+
+def test_the_commands_are_these() -> None:
+    groups = {"adapter", "tenant", "store", "data", "plugin"}
+    alone = "serve generate train evaluate merge compress compose demo convert methods bench"
+    assert {*groups, *alone.split()} == {words for words in COMMANDS if " " not in words}
+    assert groups == {words.partition(" ")[0] for words in COMMANDS if " " in words}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_has_a_line_of_help(command: str) -> None:
+    silent = [
+        action.option_strings or action.dest
+        for action in COMMANDS[command]._actions
+        if not action.help and not isinstance(action, argparse._SubParsersAction)
+    ]
+    assert not silent
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if command == "demo":  # its options belong to the program behind it
-        return
     with pytest.raises(SystemExit) as left:
         main([*command.split(), "--help"])
     assert left.value.code == 0

@@ -15,14 +15,18 @@ from deltamux.cli import main
 from deltamux.client import AsyncClient
 from deltamux.engine.base import Engine, EngineOptions
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux.options import declared
 from deltamux.server.app import running
 from deltamux.server.compiling.compiler import Compiler
-from deltamux.server.options import CHOICES, RANGES, ServeOptions
+from deltamux.server.options import ServeOptions
 from deltamux_testing.certificates import write_certificate
 from deltamux_testing.servers import engine_for, options
 
-FREE = {"model", "store", "listen", "engine_arguments", "admin_key_file", "tls_cert", "tls_key"}
-FLAGS = {field.name for field in dataclasses.fields(ServeOptions) if field.type == "bool"}
+OPTIONS = declared(ServeOptions)
+RANGES = {name: each.option.allowed for name, each in OPTIONS.items() if each.option.allowed}
+CHOICES = {name: each.option.choices for name, each in OPTIONS.items() if each.option.choices}
+FLAGS = {name for name, each in OPTIONS.items() if each.kind is bool}
+FREE = {"model", "store", "listen", "admin_key_file", "tls_cert", "tls_key"}
 
 
 def made(**given: Any) -> ServeOptions:
@@ -30,12 +34,21 @@ def made(**given: Any) -> ServeOptions:
 
 
 def test_each_option_has_a_range_or_its_words_or_is_free() -> None:
-    assert {*RANGES, *CHOICES, *FLAGS, *FREE} == {field.name for field in dataclasses.fields(ServeOptions)}
+    assert {*RANGES, *CHOICES, *FLAGS, *FREE} == set(OPTIONS)
+    undeclared = {field.name for field in dataclasses.fields(ServeOptions)} - set(OPTIONS)
+    assert undeclared == {"engine_arguments", "seed", "warm_grammars"}
+
+
+def test_the_engine_gets_what_the_server_was_given() -> None:
+    given = made(max_num_seqs=7, dtype="bfloat16", engine_arguments={"block_size": 32}).engine_options()
+    assert given == EngineOptions(
+        "base", max_num_seqs=7, dtype="bfloat16", engine_arguments={"block_size": 32}, warm_grammars=True
+    )
 
 
 @pytest.mark.parametrize("name", RANGES)
 def test_a_number_outside_its_range_is_refused_with_the_range(name: str) -> None:
-    low, high = RANGES[name]
+    low, high, *_ = RANGES[name]
     wrong: list[Any] = [math.nan, math.inf, -math.inf, -1, low - 1, high + 1, True, "8", [8]]
     wrong += [1.5] if RANGES[name].whole else []
     wrong += [None] if ServeOptions.__dataclass_fields__[name].default is not None else []

@@ -336,7 +336,7 @@ def test_the_commands_refuse_data_in_a_sentence_before_the_weights_are_loaded(
         raise AssertionError("the base is loaded")
 
     monkeypatch.setattr(
-        f"deltamux_trainers.{'training' if command == 'train' else 'evaluation'}.load_model", must_not_run
+        f"deltamux_trainers.{'training.run' if command == 'train' else 'tools.evaluate'}.load_model", must_not_run
     )
     (file := tmp_path / "rows.jsonl").write_bytes(content)
     words = ["--method", "lora", "--output", str(tmp_path / "out")] if command == "train" else []
@@ -383,5 +383,5 @@ def test_exact_matches_need_prompts(directory: Path, tmp_path: Path) -> None:
 
 
 def test_the_turns_are_all_or_the_last(tmp_path: Path) -> None:
-    with pytest.raises(InvalidConfigError, match="turns is one of all, last, not 'first'"):
+    with pytest.raises(InvalidConfigError, match="turns must be one of all, last, not 'first'"):
         EvaluateOptions("base", tmp_path / "data.jsonl", turns="first")

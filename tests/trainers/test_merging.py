@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from deltamux.cli import main
-from deltamux.cli.training import ended_by_sigterm
 from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
 from deltamux_testing.adapters import read_program, write_own
 from deltamux_trainers import convert, merge
+from deltamux_trainers.commands import ended_by_sigterm
 from deltamux_trainers.tools.merge import PROBE_LENGTH, PROBE_ROWS
 from deltamux_trainers.writing import replacing
 

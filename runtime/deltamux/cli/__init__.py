@@ -7,10 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from deltamux import __version__
-from deltamux.cli import adapters, bench, convert, data, inference, methods, plugins, serving, store, tenants, training
+from deltamux.cli import adapters, bench, extensions, inference, methods, plugins, tenants
 from deltamux.errors import DeltamuxError
-
-GROUPS = (serving, inference, adapters, tenants, store, data, training, convert, methods, plugins, bench)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"deltamux {__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for group in GROUPS:
+    for group in (*extensions.load(), inference, adapters, tenants, methods, plugins, bench):
         group.add_commands(commands)
     return root
 
@@ -29,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command: 0 when it worked, 1 when it did not, 2 for wrong usage, 130 when interrupted."""
     try:
         arguments = parser().parse_args(argv)
-        status = arguments.run(arguments)
+        status = extensions.run(arguments)
     except DeltamuxError as error:
         details = ", ".join(f"{key}={value}" for key, value in error.metadata.items())
         print(f"error: {error.message}", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 
 from deltamux.cli.connect import add_connection, connect
 from deltamux.cli.output import add_json, show, show_one
-from deltamux.errors import InvalidArgumentError
+from deltamux.cli.parts import weighted
 
 ADAPTER_COLUMNS = ("name", "serving_version", "previous_version", "canary_percent", "pinned", "updated")
 VERSION_COLUMNS = ("version", "method", "state", "rank", "num_virtual_tokens", "size_bytes", "digest", "created")
@@ -23,7 +23,9 @@ def add_commands(commands: Any) -> None:
     upload = _command(group, "upload", _upload, "upload a directory as a new version")
     upload.add_argument("path", type=Path, help="directory with adapter_config.json and adapter_model.safetensors")
     upload.add_argument("--promote", action="store_true", default=None, help="serve the new version at once")
-    upload.add_argument("--label", action="append", default=[], metavar="KEY=VALUE")
+    upload.add_argument(
+        "--label", action="append", default=[], metavar="KEY=VALUE", help="kept with the version; may be repeated"
+    )
     upload.add_argument("--method", default="", help="refuse the upload unless it is of this method")
     listing = group.add_parser("list", help="list a tenant's adapters")
     listing.add_argument("tenant", help="tenants/T, or T")
@@ -34,7 +36,7 @@ def add_commands(commands: Any) -> None:
     compose.add_argument("--mode", choices=("stack", "sum"), default="stack", help="default: %(default)s")
     compose.add_argument("--promote", action="store_true", default=None, help="serve the new version at once")
     promote = _command(group, "promote", _promote, "make the name mean a version")
-    promote.add_argument("version", type=int)
+    promote.add_argument("version", type=int, help="number of the version")
     promote.add_argument("--canary-percent", type=int, default=0, help="a share of the traffic instead of all of it")
     _command(group, "rollback", _rollback, "end a canary, or return to the version before")
     _command(group, "delete", _delete, "delete an adapter, or one version")
@@ -110,15 +112,6 @@ def _compose(arguments: argparse.Namespace) -> None:
     with connect(arguments) as client:
         version = client.compose_adapter(arguments.name, parts, mode=arguments.mode, promote=arguments.promote)
     show_one(version, as_json=arguments.json)
-
-
-def weighted(part: str) -> tuple[str, float]:
-    """Returns a part and its weight, which stands behind ``=`` and is 1 where there is none."""
-    name, equals, weight = part.rpartition("=")
-    try:
-        return (name, float(weight)) if equals else (part, 1.0)
-    except ValueError:
-        raise InvalidArgumentError(f"{part!r}: a weight is a number", metadata={"field": "parts"}) from None
 
 
 def _promote(arguments: argparse.Namespace) -> None:

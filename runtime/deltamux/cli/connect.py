@@ -8,23 +8,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamux.errors import InvalidArgumentError
+from deltamux.options import DEFAULT_ADDRESS
 
 if TYPE_CHECKING:
     from deltamux.client import Client
-
-DEFAULT_ADDRESS = "127.0.0.1:8470"
 
 
 def add_connection(parser: argparse.ArgumentParser) -> None:
     """Adds the options of a command that talks to a server."""
     group = parser.add_argument_group("server")
-    group.add_argument(
-        "--server",
+    add_address(
+        group,
         default=os.environ.get("DELTAMUX_SERVER", DEFAULT_ADDRESS),
-        metavar="ADDRESS",
         help="host:port or unix:path (environment: DELTAMUX_SERVER; default: %(default)s)",
     )
     add_credentials(group)
+
+
+def add_address(group: argparse._ActionsContainer, *, help: str, default: str | None = None) -> None:
+    group.add_argument("--server", "--address", dest="server", default=default, metavar="ADDRESS", help=help)
 
 
 def add_credentials(group: argparse._ArgumentGroup) -> None:

@@ -9,25 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.cli.connect import add_connection, connect
+from deltamux.cli.options import add_options, given_options
 from deltamux.cli.output import add_json, plain
-
-SAMPLING: dict[str, type] = {
-    "max_tokens": int,
-    "min_tokens": int,
-    "temperature": float,
-    "top_p": float,
-    "top_k": int,
-    "min_p": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "repetition_penalty": float,
-    "seed": int,
-    "logprobs": int,
-    "regex": str,
-}
+from deltamux.options import declared
 
 
 def add_commands(commands: Any) -> None:
+    from deltamux.engine.base import SamplingOptions
+
     parser = commands.add_parser(
         "generate", help="generate text", description="Generate text; tokens stream as they come."
     )
@@ -37,17 +26,20 @@ def add_commands(commands: Any) -> None:
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop string; may be repeated")
     parser.add_argument("--choice", action="append", default=[], metavar="TEXT", help="answer one of these; repeat it")
     parser.add_argument("--json-schema", type=Path, metavar="FILE", help="answer JSON of this schema")
-    for name, kind in SAMPLING.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is not str else "PATTERN")
+    parser.add_argument("--regex", metavar="PATTERN", help="answer what this regular expression matches")
+    add_options(parser, SamplingOptions)
+    parser.set_defaults(**dict.fromkeys(declared(SamplingOptions)))  # what is not given is left to the server
     add_json(parser)
     add_connection(parser)
     parser.set_defaults(run=_generate)
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from deltamux.engine.base import SamplingOptions
+
     text = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     prompt = [{"role": "user", "content": text}] if arguments.chat else text
-    sampling = {name: getattr(arguments, name) for name in SAMPLING}
+    sampling = {**given_options(arguments, SamplingOptions), "regex": arguments.regex}
     sampling["stop"] = arguments.stop or None
     sampling["choice"] = arguments.choice or None
     sampling["json_schema"] = arguments.json_schema.read_text() if arguments.json_schema else None

@@ -37,7 +37,7 @@ def add_commands(commands: Any) -> None:
     )
     parser.add_argument("--model", metavar="BASE", help="say how many parameters each method trains on this base")
     add_json(parser)
-    parser.set_defaults(run=_methods)
+    parser.set_defaults(run=_methods, extra="methods")
 
 
 def _methods(arguments: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ def add_commands(commands: Any) -> None:
     check = actions.add_parser("check", help="run the conformance suite against installed packages")
     check.add_argument("packages", metavar="PACKAGE", nargs="+", help="name of an installed distribution")
     check.add_argument("--no-engine", action="store_true", help="leave out what needs the engine")
-    check.set_defaults(run=_check)
+    check.set_defaults(run=_check, extra="methods")
 
 
 def _new(arguments: argparse.Namespace) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
 from deltamux.engine.grammar_bounds import check_choice, check_regex, check_schema
 from deltamux.errors import InvalidArgumentError
+from deltamux.options import DTYPES, Option, Range, check_declared
 
 if TYPE_CHECKING:
     from deltamux.deltas import BaseModel
@@ -30,41 +31,49 @@ Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to start an engine.
+    """How to start an engine; the command line has the same options.
 
     Attributes:
-        model: directory or Hugging Face id of the base model.
-        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        max_model_len: longest sequence in tokens, virtual tokens included; None takes the model's.
-        max_num_seqs: sequences in one batch at most.
-        max_active_adapters: adapters in one batch at most (device slots); None: 32 on a CPU, where most ops are served
-            from host memory and a slot costs nothing, and 8 on a GPU.
-        max_host_adapters: programs kept in host memory.
-        kv_cache_gib: size of the key-value cache on a CPU, in GiB.
-        enforce_eager: leave the model uncompiled, and on a GPU without CUDA graphs: starts sooner (the first start of a
-            model compiles for some twenty seconds on a CPU), runs slower.
-        grammar_seconds: CPU time that compiling the grammar of a structured output may take.
         warm_grammars: start the process that tries grammars with the engine, and not with the first grammar.
-        fold_dominant: fold the adapter that carries most of the traffic into a second copy of the weights that it
-            changes, where that is measured to be faster (on a CPU only).
         engine_arguments: further arguments of vLLM's AsyncEngineArgs, for operators who know them.
+
+    Raises:
+        InvalidConfigError: a value is out of range; the metadata name the field.
     """
 
-    model: str
-    dtype: str = "auto"
-    device: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 64
-    max_active_adapters: int | None = None
-    max_host_adapters: int = 256
-    kv_cache_gib: float = 2.0
-    enforce_eager: bool = False
-    fold_dominant: bool = True
-    grammar_seconds: float = 2.0
+    model: Annotated[str, Option("directory or Hugging Face id of the base model")]
+    dtype: Annotated[str, Option("of the weights", choices=("auto", *DTYPES))] = "auto"
+    device: Annotated[str, Option("where the model runs", choices=("auto", "cpu", "cuda"))] = "auto"
+    max_model_len: Annotated[
+        int | None,
+        Option("longest context in tokens, virtual tokens included", Range(2, 1 << 27), unset="the model's"),
+    ] = None
+    max_num_seqs: Annotated[int, Option("most sequences in one batch", Range(1, 1 << 16))] = 64
+    max_active_adapters: Annotated[
+        int | None, Option("adapters that one batch may mix", Range(1, 4096), unset="32 on a CPU, 8 on a GPU")
+    ] = None
+    max_host_adapters: Annotated[int, Option("compiled adapters kept ready in host memory", Range(1, 1_000_000))] = 256
+    kv_cache_gib: Annotated[float, Option("size of the key-value cache on a CPU, in GiB", Range(0.01, 65536.0))] = 2.0
+    enforce_eager: Annotated[
+        bool, Option("leave the model uncompiled, and without CUDA graphs: ready sooner, slower at every token")
+    ] = False
+    fold_dominant: Annotated[
+        bool,
+        Option(
+            "never merge the adapter that carries most of the traffic into a second copy of the weights (on a CPU, "
+            "where that is measured to be faster)",
+            aliases=("auto_merge",),
+        ),
+    ] = True
+    grammar_seconds: Annotated[
+        float, Option("CPU time that compiling the grammar of a structured output may take", Range(0.05, 60.0))
+    ] = 2.0
     warm_grammars: bool = False
     seed: int = 0
     engine_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_declared(self)
 
 
 @dataclass(frozen=True)
@@ -111,29 +120,30 @@ class SamplingOptions:
     """How to sample; names and defaults are vLLM's.
 
     Attributes:
-        max_tokens: tokens to generate at most; None: as many as the context holds.
-        logprobs: how many alternatives to report beside each generated token's log-probability; None reports nothing.
+        max_tokens: None: as many as the context holds.
         logit_bias: token id to what is added to its logit.
 
     Raises:
         InvalidArgumentError: a value is out of range; the metadata name the field.
     """
 
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    max_tokens: Annotated[int | None, Option("most tokens to generate")] = 16
+    min_tokens: Annotated[int, Option("fewest tokens to generate")] = 0
+    temperature: Annotated[float, Option("of sampling; 0 takes the likeliest token")] = 1.0
+    top_p: Annotated[float, Option("sample from the likeliest tokens of this probability in all")] = 1.0
+    top_k: Annotated[int, Option("sample from so many of the likeliest tokens; 0 is all")] = 0
+    min_p: Annotated[float, Option("least probability of a token, as a share of the likeliest one's")] = 0.0
+    presence_penalty: Annotated[float, Option("taken from the logits of tokens that were generated")] = 0.0
+    frequency_penalty: Annotated[float, Option("the same, for each time that a token was generated")] = 0.0
+    repetition_penalty: Annotated[float, Option("factor against tokens of prompt and answer; 1 is none")] = 1.0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    seed: int | None = None
-    logprobs: int | None = None
+    seed: Annotated[int | None, Option("of sampling", unset="another one each time")] = None
+    logprobs: Annotated[
+        int | None, Option("alternatives to report for each token, with log-probabilities", unset="nothing is reported")
+    ] = None
     skip_special_tokens: bool = True
     guided: GuidedDecoding | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import shlex
 import shutil
@@ -13,6 +12,7 @@ from typing import NamedTuple
 from transformers.utils.logging import disable_progress_bar
 
 from deltamux.client import AsyncClient, Client
+from deltamux.options import DEFAULT_ADDRESS
 from deltamux_trainers import TrainOptions, train
 from deltamux_trainers.demo.base import BASE_MODEL
 from deltamux_trainers.demo.report import heading, line, table, training_bar
@@ -32,20 +32,16 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="deltamux demo", description=__doc__)
-    parser.add_argument("--model", default=str(BASE_MODEL), help="another base: directory or Hugging Face id")
-    parser.add_argument("--output", type=Path, default=Path("deltamux-demo"), help="folder for everything made here")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="trains so many times as long")
-    options = parser.parse_args(arguments)
+def main(model: str | None, output: Path, steps_scale: float) -> None:
+    """Runs the demo on its own base, or on another; what `output` held before is removed."""
+    model = model or str(BASE_MODEL)
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it so
-    shutil.rmtree(options.output, ignore_errors=True)
-    options.output.mkdir(parents=True)
-    trained, draft = train_all(options.model, options.output, options.steps_scale)
-    show(options.model, options.output, trained, draft)
-    store = options.output / "store"
+    shutil.rmtree(output, ignore_errors=True)
+    output.mkdir(parents=True)
+    trained, draft = train_all(model, output, steps_scale)
+    show(model, output, trained, draft)
     heading("Play on")
-    line(shlex.join(serve_command(options.model, store, "127.0.0.1:8470")))
+    line(shlex.join(serve_command(model, output / "store", DEFAULT_ADDRESS)))
     example = trained[0].task.examples(1, held_out=True)[0][0]["content"]
     line(shlex.join(["deltamux", "generate", "--chat", "--adapter", trained[0].task.resource, example]))
 
@@ -160,7 +156,3 @@ async def show_throughput(traffic: AsyncClient, trained: Sequence[Trained]) -> N
     base = figures[0].tokens_per_second
     rows = [[f.label, f"{f.tokens_per_second:.0f}", f"{f.tokens_per_second / base:.2f}"] for f in figures]
     table("", ("batch", "tokens/s", "of base"), rows)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.deltas import BaseModel
+from deltamux.options import declared
 from deltamux_trainers.data.files import IGNORED, Encoded, Encoder, load_data
 from deltamux_trainers.loading import load_tokenizer
-from deltamux_trainers.options import TRAIN_RANGES
+from deltamux_trainers.options import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def check_data(model: str, path: Path, *, max_length: int = 1024, turns: str = "
         InvalidArgumentError: INVALID_DATA, a row is wrong, or none has a token to learn.
         FailedPreconditionError: the base or its tokenizer cannot be read.
     """
-    TRAIN_RANGES["max_length"].check("max_length", max_length)
+    declared(TrainOptions)["max_length"].check("max_length", max_length)
     tokenizer = load_tokenizer(model)
     data = load_data(path, Encoder.of(BaseModel.from_pretrained(model), tokenizer, max_length, turns))
     encoded = data.encoded

@@ -22,9 +22,9 @@ from deltamux.deltas.merge import rounded
 from deltamux.deltas.program import Placement
 from deltamux.deltas.weights import WeightFiles
 from deltamux.errors import BaseMismatchError, InvalidArgumentError, NotMergeableError
+from deltamux.options import DTYPES
 from deltamux.registry import LoadedAdapter, Method, Registry
 from deltamux_trainers.loading import describe_base, load_model
-from deltamux_trainers.options import DTYPES
 from deltamux_trainers.tools.model_files import ModelFiles
 from deltamux_trainers.writing import check_output, replacing
 

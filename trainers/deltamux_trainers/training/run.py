@@ -25,7 +25,7 @@ from deltamux.registry import Method, Registry
 from deltamux_trainers.data.files import Encoded, Encoder, collate, load_data
 from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
 from deltamux_trainers.model import DeltaModel
-from deltamux_trainers.options import CHANGEABLE, DETERMINING, OPTIMIZERS, TRAIN_RANGES, TrainOptions
+from deltamux_trainers.options import CHANGEABLE, DETERMINING, MIN_LENGTH, OPTIMIZERS, TrainOptions
 from deltamux_trainers.training import checkpoints, ranks
 from deltamux_trainers.training.progress import Progress
 from deltamux_trainers.training.stopping import Interruption, Patience, TrainingInterrupted
@@ -212,7 +212,7 @@ def _datasets(
 ) -> tuple[list[Encoded], list[Encoded], dict[str, int]]:
     """Returns what is trained on, what is evaluated on, and the counts of the result."""
     virtual, context = _virtual_tokens(config), base.dims.max_position
-    if virtual and context - virtual < TRAIN_RANGES["max_length"].least:
+    if virtual and context - virtual < MIN_LENGTH:
         raise InvalidConfigError(
             f"num_virtual_tokens {virtual} leaves no room for a sequence in the base's context of {context} tokens",
             metadata={"field": "num_virtual_tokens"},

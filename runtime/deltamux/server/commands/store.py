@@ -44,7 +44,7 @@ def _command(group: Any, name: str, run: Run, text: str, *, first: str = "store"
     parser: argparse.ArgumentParser = group.add_parser(name, help=text, description=text.capitalize() + ".")
     parser.add_argument(first, type=Path, help=f"the {first}'s directory")
     add_json(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, extra="serve")
     return parser
 
 
