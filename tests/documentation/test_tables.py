@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from deltamux.cli.serving import HELP
+from deltamux.options import declared
 from deltamux.registry import Method, Registry
 from deltamux.server.options import ServeOptions
 from deltamux_testing.pages import DOCS, ROOT, spans, table, text
@@ -47,13 +46,11 @@ def test_the_readme_is_read_in_minutes() -> None:
 
 def test_operations_lists_every_option_of_serve_with_its_default() -> None:
     rows = {flag: row for row in table(DOCS / "operations.md", "option") for flag in re.findall(r"--[\w-]+", row[0])}
-    for field in dataclasses.fields(ServeOptions):
-        if field.name not in HELP:
-            continue
-        flag = f"--{'no-' if field.default is True else ''}{field.name.replace('_', '-')}"
+    for name, option in declared(ServeOptions).items():
+        flag = f"--{'no-' if option.default is True else ''}{name.replace('_', '-')}"
         assert flag in rows, f"{flag} is missing"
-        if isinstance(field.default, int | float | str) and not isinstance(field.default, bool):
-            assert rows[flag][1] == f"`{field.default}`", f"{flag} is {field.default!r}, the page says {rows[flag][1]}"
+        if isinstance(option.default, int | float | str) and not isinstance(option.default, bool):
+            assert rows[flag][1] == f"`{option.default}`", f"{flag} is {option.default!r}, not {rows[flag][1]}"
 
 
 def test_operations_lists_every_environment_variable_that_the_code_reads() -> None:
