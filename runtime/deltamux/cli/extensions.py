@@ -13,6 +13,8 @@ from typing import Any
 
 from deltamux.errors import FailedPreconditionError
 
+VLLM = "run `pip install 'deltamux[cuda]'` for an NVIDIA GPU; the README says how to install its CPU build"
+
 
 def load() -> Iterator[Any]:
     """Yields the modules of commands."""
@@ -35,8 +37,9 @@ def run(arguments: argparse.Namespace) -> int | None:
         extra, package = getattr(arguments, "extra", ""), (error.name or "").partition(".")[0]
         if not extra or package.startswith("deltamux"):
             raise
+        how = VLLM if package == "vllm" else f"run `pip install 'deltamux[{extra}]'`"
         raise FailedPreconditionError(
-            f"this command needs {package}, which is not installed: run `pip install 'deltamux[{extra}]'`",
+            f"this command needs {package}, which is not installed: {how}",
             reason="MISSING_EXTRA",
             metadata={"extra": extra},
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     from deltamux.server import serve
 
     given = given_options(arguments, ServeOptions)
-    serve(ServeOptions(**given, engine_arguments=_engine_arguments(arguments.engine_arg)))
+    options = ServeOptions(**given, engine_arguments=_engine_arguments(arguments.engine_arg))
+    for package in ("torch", "vllm"):  # before the store is made
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+    serve(options)
 
 
 def _engine_arguments(pairs: list[str]) -> dict[str, Any]:
