@@ -1,4 +1,4 @@
-"""How the tests are shared out, where several processes run them (pytest-xdist)."""
+"""Markers of tests, and how several processes share the tests (pytest-xdist)."""
 
 from __future__ import annotations
 
@@ -9,32 +9,39 @@ import pytest
 import torch
 from hypothesis import settings
 
-ENGINES = ("tests/acceptance/", "tests/benchmarks/", "tests/engine/")
-"""Folders whose tests run real engines: one after the other, since each takes all cores."""
-
-PARTS = ("merge_policy", "fast_path", "graphs", "loading", "custom_ops", "outputs", "eviction", "time_slicing")
-"""Files of tests/engine/ that look at parts of an engine and start none."""
-
-
 settings.register_profile("deltamux", deadline=None)  # time decides no test
 settings.load_profile("deltamux")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the other process computes as well
+        config.option.loadgroup = True  # ids of tests carry their group to the scheduler
+
+
+@pytest.fixture(scope="session")
+def real_engine() -> None:
+    """Requested by fixtures that start an engine of vLLM: tests that use them are marked ``engine``."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "real_engine" in getattr(item, "fixturenames", ()):
+            item.add_marker("engine")
+        if item.get_closest_marker("engine"):
+            item.add_marker(pytest.mark.xdist_group("engines"))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keeps all engines in one process, and each other file in one, as its fixtures are made for."""
-    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # xdist has no marker
+    """Keeps all engines in one process, since each takes all cores, and each other file in one."""
+    from xdist.scheduler import LoadGroupScheduling  # type: ignore[import-untyped]  # xdist has no marker
 
-    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # so to mypy it is Any
+    class Scheduling(LoadGroupScheduling):  # type: ignore[misc]  # so to mypy it is Any
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.split("::")[0]
-            part = file in {f"tests/engine/test_{name}.py" for name in PARTS}
-            return "engines" if file.startswith(ENGINES) and not part else file
+            group: str = super()._split_scope(nodeid)
+            return group.split("::")[0]
 
     config.option.loadscopereorder = False  # the engines take longest: they go first, as they are collected
     return Scheduling(config, log)

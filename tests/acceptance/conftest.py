@@ -33,7 +33,9 @@ def adapters(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
-def server(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(
+    base_directory: Path, tmp_path_factory: pytest.TempPathFactory, real_engine: None
+) -> Iterator[ServerProcess]:
     store = tmp_path_factory.mktemp("server") / "store"
     process = ServerProcess(
         base_directory, store, "--max-active-adapters", "4", "--max-host-adapters", "6", "--max-lora-rank", "16"

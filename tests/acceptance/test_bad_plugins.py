@@ -24,7 +24,9 @@ STREAM: dict[str, Any] = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": T
 
 
 @pytest.fixture(scope="module")
-def plagued(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def plagued(
+    base_directory: Path, tmp_path_factory: pytest.TempPathFactory, real_engine: None
+) -> Iterator[ServerProcess]:
     """A server with bad plugins beside good ones."""
     root = tmp_path_factory.mktemp("plagued")
     with pytest.MonkeyPatch.context() as patch:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import pytest
+
 from deltamux_testing.server_process import ServerProcess
 from storms.kill import Storm
 
 
+@pytest.mark.engine
 def test_what_was_acknowledged_outlives_engine_compiler_and_server_and_the_service_comes_back(tmp_path: Path) -> None:
     with Storm(tmp_path, seed=int(time.time())) as storm:
         made = shared_memory(storm.server)

@@ -7,12 +7,14 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from deltamux_testing.server_process import await_none, command
 
 PATIENCE = 240
 
 
+@pytest.mark.engine
 def test_sigterm_breaks_a_start_off_and_leaves_no_process(base_directory: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         command(base_directory, tmp_path / "store", "--enforce-eager"), stdout=subprocess.PIPE, text=True

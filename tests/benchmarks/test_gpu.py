@@ -44,6 +44,7 @@ def test_without_a_gpu_a_command_refuses_and_says_what_is_missing(command: str) 
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.engine
 def test_a_rehearsal_runs_the_whole_command_on_any_device(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--check_batched", "--skip-tests", "--output", str(output)]
@@ -68,6 +69,7 @@ def test_ratios_are_to_vllms_own_base_in_the_same_turn() -> None:
     assert table([Measured("deltas-eager", "base", [5.0])])[0]["of_base"] is None
 
 
+@pytest.mark.engine
 def test_an_engine_that_does_not_start_ends_the_comparison(tmp_path: Path) -> None:
     material = Material.write(tmp_path, Size(512, 1), rank=8)
     (material.base / "config.json").unlink()

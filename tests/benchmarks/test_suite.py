@@ -28,6 +28,7 @@ def row(value: float, metric: str = RATE, target: float | None = None) -> Row:
     return Row("loras", "1 LoRA", "base", metric, 90, 100, value, value, value, target=target)
 
 
+@pytest.mark.engine
 def test_a_run_yields_every_row_and_a_picture(model: Path, tmp_path: Path) -> None:
     output, picture = tmp_path / "rows.json", tmp_path / "rows.svg"
     parts = ("--only", "loras", "methods", "cold")
@@ -48,6 +49,7 @@ def test_a_run_yields_every_row_and_a_picture(model: Path, tmp_path: Path) -> No
     assert "32 LoRAs" in picture.read_text()
 
 
+@pytest.mark.engine
 def test_a_users_own_base_and_adapters_are_measured(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

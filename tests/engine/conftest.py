@@ -29,7 +29,7 @@ def base(base_directory: Path) -> BaseModel:
 
 
 @pytest.fixture(scope="session")
-async def engine(base_directory: Path) -> AsyncIterator[VLLMEngine]:
+async def engine(base_directory: Path, real_engine: None) -> AsyncIterator[VLLMEngine]:
     """An engine that splits prompts of more than 24 tokens, caches prefixes, and is told what another plugin needs."""
     options = EngineOptions(
         str(base_directory),

@@ -37,6 +37,7 @@ def every_op(base: BaseModel) -> dict[str, Program]:
     }
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
     architecture: str, tmp_path: Path

@@ -37,7 +37,7 @@ TOKENS = 4
 
 
 @pytest.fixture(scope="module")
-async def replaying(base_directory: Path) -> AsyncIterator[VLLMEngine]:
+async def replaying(base_directory: Path, real_engine: None) -> AsyncIterator[VLLMEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # the engine's processes inherit it
         worker = {"worker_cls": "deltamux_testing.replaying_worker.ReplayingWorker"}

@@ -45,7 +45,9 @@ WAYS = {
 
 
 @pytest.fixture(scope="module", params=WAYS)
-async def on_gpu(request: pytest.FixtureRequest, base_directory: Path) -> AsyncIterator[tuple[Way, VLLMEngine]]:
+async def on_gpu(
+    request: pytest.FixtureRequest, base_directory: Path, real_engine: None
+) -> AsyncIterator[tuple[Way, VLLMEngine]]:
     way = WAYS[request.param]
     arguments: dict[str, Any] = {
         "enforce_eager": way.eager,

@@ -25,7 +25,7 @@ serial = iter(range(1_000_000))
 
 
 @pytest.fixture(scope="module")
-async def narrow(base_directory: Path) -> AsyncIterator[VLLMEngine]:
+async def narrow(base_directory: Path, real_engine: None) -> AsyncIterator[VLLMEngine]:
     """An engine of two slots whose cache holds too little for all of its requests, so that some are preempted."""
     options = EngineOptions(
         str(base_directory),

@@ -39,6 +39,7 @@ BASES: dict[str, tuple[Any, dict[str, Any], str, str]] = {
 }
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("case", BASES)
 async def test_a_base_that_cannot_run_is_refused_with_the_cause(case: str, tmp_path: Path) -> None:
     kind, given, reason, cause = BASES[case]
