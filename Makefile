@@ -34,10 +34,10 @@ SOURCES := runtime plugins trainers tests
 PROTOS  := $(wildcard proto/deltamux/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench methods docs lint format proto proto-check clean
+.PHONY: help install demo test test-fast bench methods docs lint format proto proto-check clean
 
 help:
-	@echo "make demo | test | bench | methods | docs | install | lint | format | proto | proto-check | clean"
+	@echo "make demo | test-fast | test | bench | methods | docs | install | lint | format | proto | proto-check | clean"
 
 install: $(STAMP)
 
@@ -64,6 +64,10 @@ endif
 
 demo: install
 	$(BIN)/deltamux demo $(ARGS)
+
+# What a change is tried with first: no engine of vLLM, and no test of more than two seconds. Under two minutes on two cores.
+test-fast: install
+	$(BIN)/python -m pytest $(TESTS) --numprocesses $(WORKERS) -m "not engine and not slow" $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(TESTS) --numprocesses $(WORKERS) $(ARGS)

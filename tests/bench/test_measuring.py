@@ -1,4 +1,4 @@
-"""Traffic, times and ratios, against a subject whose every token is known."""
+"""Traffic, times and ratios, against a system whose every token is known."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from deltamux.bench import Contender, Measurement, Request, Workload, drive, interleave, percentile
+from deltamux.bench import Candidate, Measurement, Request, Workload, drive, interleave, percentile
 from deltamux.bench.floor import Work, floor
 from deltamux.deltas import KVPrefix, LowRank, Program
 from deltamux.errors import UnavailableError
@@ -72,9 +72,9 @@ def test_zipf_traffic_asks_for_the_first_adapters_most() -> None:
 
 
 async def test_no_more_requests_are_under_way_than_there_are_callers() -> None:
-    subject = Echo()
-    measured = await drive(subject, Workload(new_tokens=4, sequences=3, requests=10), "1")
-    assert (subject.most, len(subject.seen)) == (3, 10)
+    system = Echo()
+    measured = await drive(system, Workload(new_tokens=4, sequences=3, requests=10), "1")
+    assert (system.most, len(system.seen)) == (3, 10)
     assert measured.tokens == 40
     assert len(measured.first_token) == 10
 
@@ -103,17 +103,17 @@ def test_percentiles_lie_between_neighbours() -> None:
 async def test_contenders_take_turns_with_the_reference_and_the_first_round_does_not_count() -> None:
     ran: list[str] = []
 
-    def contender(name: str, speeds: list[int]) -> Contender:
+    def candidate(name: str, speeds: list[int]) -> Candidate:
         left = iter(speeds)
 
         async def run(seed: str) -> Measurement:
             ran.append(name)
             return Measurement(1.0, next(left))
 
-        return Contender(name, run)
+        return Candidate(name, run)
 
-    reference = contender("r", [1, 1, 100, 400, 100, 100])
-    others = [contender("a", [1, 50, 60]), contender("b", [1, 80, 10]), contender("c", [1, 100, 100])]
+    reference = candidate("r", [1, 1, 100, 400, 100, 100])
+    others = [candidate("a", [1, 50, 60]), candidate("b", [1, 80, 10]), candidate("c", [1, 100, 100])]
     a, b, c = await interleave(reference, others, 2)
     assert "".join(ran) == "crb" + "ra" + "arb" + "cr" + "crb" + "ra"
     assert (a.ratios(), b.ratios(), c.ratios()) == ([0.5, 0.6], [0.8, 0.1], [0.25, 1.0])

@@ -2,7 +2,7 @@
 
     python -m benchmarks --size mid --only loras methods --targets     (in tests/)
 
-Every figure is the median of rounds in which the contender and its reference take turns, after one that warms up.
+Every figure is the median of rounds in which the candidate and its reference alternate, after one that warms up.
 Machines are noisy and differ: only the ratios mean something, and a small change of one of them means nothing.
 """
 
@@ -25,11 +25,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks.neighbours import Neighbours
+from benchmarks.inputs import SIZES, Inputs, write_base
+from benchmarks.other_load import OtherLoad
 from benchmarks.parts import LONG, PARTS, Bench
 from benchmarks.results import Row, read_baseline, read_json, table, write_baseline, write_json
-from benchmarks.stage import Stage
-from benchmarks.worlds import SIZES, World, write_base
+from benchmarks.running_systems import RunningSystems
 
 MAX_VIRTUAL_TOKENS = 16
 QUIET_CORES = 0.1
@@ -83,19 +83,19 @@ async def _run(given: argparse.Namespace, folder: Path) -> list[Row]:
     console.print(f"[bold]{subtitle(given)}[/]")
     with _progress(console) as say:
         say("writing the base and its adapters")
-        world = World.build(given.model or write_base(folder / "base", SIZES[given.size]), folder)
-        longest = min(LONG + given.tokens + MAX_VIRTUAL_TOKENS, world.base.dims.max_position)
-        stage = Stage(world, given.sequences, longest, say)
+        inputs = Inputs.build(given.model or write_base(folder / "base", SIZES[given.size]), folder)
+        longest = min(LONG + given.tokens + MAX_VIRTUAL_TOKENS, inputs.base.dims.max_position)
+        systems = RunningSystems(inputs, given.sequences, longest, say)
         try:
-            bench = Bench(_size(given), stage, given.tokens, given.repeats, say)
+            bench = Bench(_size(given), systems, given.tokens, given.repeats, say)
             for name in _chosen(given):
-                added = await _part(name, replace(bench, neighbours=Neighbours()))
+                added = await _part(name, replace(bench, other_load=OtherLoad()))
                 rows += added
                 console.print(table(added, targets=given.targets, before=before), _remark(added), sep="\n")
                 if given.output:
                     write_json(given.output, about(given), _with_earlier(given, rows))
         finally:
-            await stage.close()
+            await systems.close()
     return rows
 
 
@@ -108,11 +108,11 @@ def _with_earlier(given: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
 
 async def _part(name: str, bench: Bench) -> list[Row]:
     rows = await PARTS[name](bench)
-    return [replace(row, neighbours=round(bench.neighbours.cores, 2)) for row in rows]
+    return [replace(row, other_load=round(bench.other_load.cores, 2)) for row in rows]
 
 
 def _remark(rows: Sequence[Row]) -> str:
-    busy = max(row.neighbours for row in rows)
+    busy = max(row.other_load for row in rows)
     return f"[red]other processes used {busy:.1f} cores meanwhile: measure again[/]\n" if busy > QUIET_CORES else ""
 
 

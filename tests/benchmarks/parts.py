@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.neighbours import Neighbours
+from benchmarks.inputs import METHODS, NUM_LORAS, Inputs
+from benchmarks.other_load import OtherLoad
 from benchmarks.results import BEYOND_WARM, Row, first_token_row, gap_row, rate_row
-from benchmarks.stage import PEFT_LORAS, Stage, served_name
-from benchmarks.worlds import METHODS, NUM_LORAS, World
-from deltamux.bench import Comparison, Contender, EngineSubject, Measurement, Subject, Workload, drive, interleave
+from benchmarks.running_systems import PEFT_LORAS, RunningSystems, served_name
+from deltamux.bench import Candidate, Comparison, EngineSystem, Measurement, System, Workload, drive, interleave
 from deltamux.bench.floor import Floor
 from deltamux.client import AsyncClient
 from deltamux.engine.base import ProgramRef
@@ -41,56 +41,56 @@ class Bench:
 
     Attributes:
         size: tiny, mid or the name of a model's directory.
-        neighbours: watch over all that is measured.
+        other_load: watch over all that is measured.
     """
 
     size: str
-    stage: Stage
+    systems: RunningSystems
     tokens: int
     repeats: int
     say: Callable[[str], None]
-    neighbours: Neighbours = field(default_factory=Neighbours)
+    other_load: OtherLoad = field(default_factory=OtherLoad)
 
     @property
-    def world(self) -> World:
-        return self.stage.world
+    def inputs(self) -> Inputs:
+        return self.systems.inputs
 
     def load(self, *adapters: str | None, prompt: int = 8) -> Workload:
         """Returns the usual workload: every sequence once, all of them at the same time."""
-        return Workload(adapters or (None,), prompt, self.tokens, self.stage.sequences)
+        return Workload(adapters or (None,), prompt, self.tokens, self.systems.sequences)
 
-    def contender(self, part: str, name: str, subject: Subject, load: Workload) -> Contender:
-        return Contender(name, lambda seed: drive(subject, load, f"{part} {seed}"))
+    def candidate(self, part: str, name: str, system: System, load: Workload) -> Candidate:
+        return Candidate(name, lambda seed: drive(system, load, f"{part} {seed}"))
 
     def settled(
-        self, part: str, name: str, ours: EngineSubject, load: Workload, resident: tuple[str, ...] = ()
-    ) -> Contender:
-        """Returns a contender whose engine holds its own adapters alone, or the given ones, before its time starts."""
+        self, part: str, name: str, ours: EngineSystem, load: Workload, resident: tuple[str, ...] = ()
+    ) -> Candidate:
+        """Returns a candidate whose engine holds its own adapters alone, or the given ones, before its time starts."""
         held = frozenset(resident or (a for a in load.adapters if a is not None))
 
         async def run(seed: str) -> Measurement:
-            await self.stage.settle(ours, held)
+            await self.systems.settle(ours, held)
             return await drive(ours, load, f"{part} {seed}")
 
-        return Contender(name, run)
+        return Candidate(name, run)
 
-    async def compare(self, part: str, reference: Contender, *contenders: Contender) -> list[Comparison]:
-        with self.neighbours.watched():
+    async def compare(self, part: str, reference: Candidate, *candidates: Candidate) -> list[Comparison]:
+        with self.other_load.watched():
             return await interleave(
                 reference,
-                contenders,
+                candidates,
                 self.repeats,
                 lambda text: self.say(f"{part}: {text}"),
-                settle_seconds=SETTLE_SECONDS if self.stage.is_shared else 0.0,
+                settle_seconds=SETTLE_SECONDS if self.systems.is_shared else 0.0,
             )
 
-    async def against_base(self, part: str, loads: Mapping[str, Workload], *more: Contender) -> list[Row]:
+    async def against_base(self, part: str, loads: Mapping[str, Workload], *more: Candidate) -> list[Row]:
         """Compares workloads of one prompt length with the base's on the same engine."""
-        ours = await self.stage.ours()
+        ours = await self.systems.ours()
         first = next(iter(loads.values()))
-        base = self.contender(part, "base", ours, replace(first, adapters=(None,)))
+        base = self.candidate(part, "base", ours, replace(first, adapters=(None,)))
         compared = await self.compare(part, base, *(self.settled(part, n, ours, w) for n, w in loads.items()), *more)
-        floors = {name: self.world.floor(load) for name, load in loads.items()}
+        floors = {name: self.inputs.floor(load) for name, load in loads.items()}
         return [rate_row(part, c, "base", floors.get(c.name), self.size) for c in compared]
 
 
@@ -100,10 +100,10 @@ async def loras(bench: Bench) -> list[Row]:
     Every workload finds its own adapters alone in the engine, but for one: 16 of 32 that are there.
     """
     part, names = "loras", {1: "1 LoRA", 4: "4 LoRAs", 16: "16 LoRAs", 32: "32 LoRAs"}
-    loads = {name: bench.load(*bench.world.loras(count)) for count, name in names.items()}
-    loads["ranks 4 to 64"] = bench.load(*bench.world.ranks)
+    loads = {name: bench.load(*bench.inputs.loras(count)) for count, name in names.items()}
+    loads["ranks 4 to 64"] = bench.load(*bench.inputs.ranks)
     of_more = bench.settled(
-        part, "16 LoRAs of 32", await bench.stage.ours(), loads["16 LoRAs"], resident=bench.world.loras(NUM_LORAS)
+        part, "16 LoRAs of 32", await bench.systems.ours(), loads["16 LoRAs"], resident=bench.inputs.loras(NUM_LORAS)
     )
     return await bench.against_base(part, loads, of_more)
 
@@ -111,14 +111,14 @@ async def loras(bench: Bench) -> list[Row]:
 async def methods(bench: Bench) -> list[Row]:
     """Every other method alone, and all of them with four LoRAs and the base in one batch."""
     loads = {name: bench.load(name) for name in METHODS}
-    return await bench.against_base("methods", {**loads, "all mixed": bench.load(*bench.world.mixed)})
+    return await bench.against_base("methods", {**loads, "all mixed": bench.load(*bench.inputs.mixed)})
 
 
 async def long(bench: Bench) -> list[Row]:
     """Prompts of 256 tokens, where reading them is most of the work."""
     loads = {
-        "16 LoRAs": bench.load(*bench.world.loras(16), prompt=LONG),
-        "all mixed": bench.load(*bench.world.mixed, prompt=LONG),
+        "16 LoRAs": bench.load(*bench.inputs.loras(16), prompt=LONG),
+        "all mixed": bench.load(*bench.inputs.mixed, prompt=LONG),
     }
     return await bench.against_base("long", loads)
 
@@ -126,8 +126,8 @@ async def long(bench: Bench) -> list[Row]:
 async def plain(bench: Bench) -> list[Row]:
     """Base traffic on our engine against vLLM without deltamux, compiled as vLLM does by default."""
     part, load = "plain", bench.load()
-    reference = bench.contender(part, "vLLM", await bench.stage.vllm(loras=False), load)
-    compared = await bench.compare(part, reference, bench.contender(part, "base", await bench.stage.ours(), load))
+    reference = bench.candidate(part, "vLLM", await bench.systems.vllm(loras=False), load)
+    compared = await bench.compare(part, reference, bench.candidate(part, "base", await bench.systems.ours(), load))
     return [rate_row(part, c, "vLLM", None, bench.size) for c in compared]
 
 
@@ -137,12 +137,12 @@ async def vllm_lora(bench: Bench) -> list[Row]:
     The base against it is the bound: what a server would reach whose adapters cost nothing.
     """
     part, rows = "vllm-lora", []
-    ours, theirs = await bench.stage.ours(), await bench.stage.vllm(loras=True)
+    ours, theirs = await bench.systems.ours(), await bench.systems.vllm(loras=True)
     for prompt in (8, LONG):
-        load = bench.load(*bench.world.loras(PEFT_LORAS), prompt=prompt)
-        reference = bench.contender(part, "vLLM's LoRA", theirs, load)
+        load = bench.load(*bench.inputs.loras(PEFT_LORAS), prompt=prompt)
+        reference = bench.candidate(part, "vLLM's LoRA", theirs, load)
         own = bench.settled(part, f"16 LoRAs, prompt {prompt}", ours, load)
-        bound = bench.contender(part, f"base, prompt {prompt}", ours, replace(load, adapters=(None,)))
+        bound = bench.candidate(part, f"base, prompt {prompt}", ours, replace(load, adapters=(None,)))
         compared = await bench.compare(part, reference, own, bound)
         rows += [rate_row(part, c, "vLLM's LoRA", None, bench.size) for c in compared]
     return rows
@@ -151,12 +151,12 @@ async def vllm_lora(bench: Bench) -> list[Row]:
 async def peft(bench: Bench) -> list[Row]:
     """16 LoRAs against PEFT's `adapter_names` in one batch, on one core (our worker's share) and on all."""
     part, rows = "peft", []
-    load = bench.load(*bench.world.loras(PEFT_LORAS))
-    ours, theirs = await bench.stage.ours(), bench.stage.peft()
+    load = bench.load(*bench.inputs.loras(PEFT_LORAS))
+    ours, theirs = await bench.systems.ours(), bench.systems.peft()
     for threads, label in {1: "1 thread", os.cpu_count() or 1: "all threads"}.items():
         run: Callable[[str], Awaitable[Measurement]] = partial(_peft, theirs.run, load, threads)
         own = bench.settled(part, f"16 LoRAs, {label}", ours, load)
-        compared = await bench.compare(part, Contender("PEFT", run), own)
+        compared = await bench.compare(part, Candidate("PEFT", run), own)
         rows += [rate_row(part, c, f"PEFT, {label}", None, bench.size) for c in compared]
     return rows
 
@@ -174,16 +174,18 @@ async def zipf(bench: Bench) -> list[Row]:
     them are asked for the first time: their loads are part of what is measured.
     """
     part, rows = "zipf", []
-    loras = bench.world.loras(FEW * 6)
-    programs = {f"z{i}": ProgramRef(f"zipf-{i}", bench.world.programs[loras[i % len(loras)]].path) for i in range(MANY)}
+    loras = bench.inputs.loras(FEW * 6)
+    programs = {
+        f"z{i}": ProgramRef(f"zipf-{i}", bench.inputs.programs[loras[i % len(loras)]].path) for i in range(MANY)
+    }
     half = max(1, bench.tokens // 2)
-    base = Workload((), 8, half, bench.stage.sequences, requests=4 * bench.stage.sequences, zipf=ZIPF_EXPONENT)
+    base = Workload((), 8, half, bench.systems.sequences, requests=4 * bench.systems.sequences, zipf=ZIPF_EXPONENT)
     many, few = (replace(base, adapters=tuple(programs)[:count]) for count in (MANY, FEW))
-    for slots in (8, bench.stage.sequences):
-        ours = await bench.stage.ours(slots, programs)
-        reference = bench.contender(part, "few", ours, few)
+    for slots in (8, bench.systems.sequences):
+        ours = await bench.systems.ours(slots, programs)
+        reference = bench.candidate(part, "few", ours, few)
         compared = await bench.compare(
-            part, reference, bench.contender(part, f"{MANY} adapters, {slots} slots", ours, many)
+            part, reference, bench.candidate(part, f"{MANY} adapters, {slots} slots", ours, many)
         )
         least = _zipf_floor(bench, many, few, slots)
         rows += [rate_row(part, c, f"{FEW} adapters", least, bench.size) for c in compared]
@@ -200,7 +202,7 @@ def _zipf_floor(bench: Bench, many: Workload, few: Workload, slots: int) -> Floo
         names = [request.adapter for request in replace(load, requests=many.num_requests * 8).traffic("floor", 2)]
         batches = [names[i : i + load.sequences] for i in range(0, len(names), load.sequences)]
         distinct = statistics.mean(len(set(batch)) for batch in batches)
-        resident = bench.world.floor(bench.load(*bench.world.loras(min(round(distinct), slots, NUM_LORAS))))
+        resident = bench.inputs.floor(bench.load(*bench.inputs.loras(min(round(distinct), slots, NUM_LORAS))))
         floors.append((resident.bytes * min(1.0, slots / distinct), resident.operations))
     (own_bytes, own_operations), (few_bytes, few_operations) = floors
     return Floor(own_bytes / few_bytes, own_operations / few_operations)
@@ -209,9 +211,9 @@ def _zipf_floor(bench: Bench, many: Workload, few: Workload, slots: int) -> Floo
 async def slots(bench: Bench) -> list[Row]:
     """16 LoRAs over 8 slots against 16 over 16: the median time to the first token, four requests a caller."""
     part = "slots"
-    load = replace(bench.load(*bench.world.loras(16)), requests=4 * bench.stage.sequences)
-    reference = bench.contender(part, "16 slots", await bench.stage.ours(16), load)
-    own = bench.contender(part, "16 LoRAs, 8 slots", await bench.stage.ours(8), load)
+    load = replace(bench.load(*bench.inputs.loras(16)), requests=4 * bench.systems.sequences)
+    reference = bench.candidate(part, "16 slots", await bench.systems.ours(16), load)
+    own = bench.candidate(part, "16 LoRAs, 8 slots", await bench.systems.ours(8), load)
     compared = await bench.compare(part, reference, own)
     return [first_token_row(part, c, "16 slots", bench.size) for c in compared]
 
@@ -219,29 +221,29 @@ async def slots(bench: Bench) -> list[Row]:
 async def grpc(bench: Bench) -> list[Row]:
     """Streaming through a server process and our client against the same engine in this process."""
     part, rows = "grpc", []
-    ours, server = await bench.stage.ours(), await bench.stage.server()
-    for name, adapters in {"base": (None,), "16 LoRAs": bench.world.loras(PEFT_LORAS)}.items():
+    ours, server = await bench.systems.ours(), await bench.systems.server()
+    for name, adapters in {"base": (None,), "16 LoRAs": bench.inputs.loras(PEFT_LORAS)}.items():
         load = bench.load(*adapters)
         served = replace(load, adapters=tuple(served_name(a) if a is not None else None for a in adapters))
-        reference = bench.contender(part, "in process", ours, load)
-        compared = await bench.compare(part, reference, bench.contender(part, name, server, served))
+        reference = bench.candidate(part, "in process", ours, load)
+        compared = await bench.compare(part, reference, bench.candidate(part, name, server, served))
         rows += [rate_row(part, c, "in process", None, bench.size) for c in compared]
     return rows
 
 
 async def swap(bench: Bench) -> list[Row]:
     """16 LoRAs over gRPC while others are uploaded, made live and deleted, against the same traffic left alone."""
-    part, server = "swap", await bench.stage.server()
-    load = bench.load(*map(served_name, bench.world.loras(PEFT_LORAS)))
+    part, server = "swap", await bench.systems.server()
+    load = bench.load(*map(served_name, bench.inputs.loras(PEFT_LORAS)))
     load = replace(load, requests=4 * load.sequences)
-    others = [bench.world.directories[name] for name in bench.world.loras(NUM_LORAS)[PEFT_LORAS:]]
+    others = [bench.inputs.directories[name] for name in bench.inputs.loras(NUM_LORAS)[PEFT_LORAS:]]
 
     async def beside_changes(seed: str) -> Measurement:
         async with _changing(server.client, others):
             return await drive(server, load, f"{part} {seed}")
 
-    reference = bench.contender(part, "left alone", server, load)
-    [compared] = await bench.compare(part, reference, Contender("16 LoRAs beside uploads", beside_changes))
+    reference = bench.candidate(part, "left alone", server, load)
+    [compared] = await bench.compare(part, reference, Candidate("16 LoRAs beside uploads", beside_changes))
     return [row(part, compared, reference.name, None, bench.size) for row in (rate_row, gap_row)]
 
 
@@ -268,9 +270,9 @@ async def cold(bench: Bench) -> list[Row]:
 
 
 async def _cold_starts(bench: Bench, others: int) -> Row:
-    source = bench.world.programs["lora-0"]
-    programs = {f"c{i}": _copy(source, bench.world.folder / "cold", f"{others}-{i}") for i in range(COLD_STARTS + 1)}
-    ours = await bench.stage.ours(programs=programs)
+    source = bench.inputs.programs["lora-0"]
+    programs = {f"c{i}": _copy(source, bench.inputs.folder / "cold", f"{others}-{i}") for i in range(COLD_STARTS + 1)}
+    ours = await bench.systems.ours(programs=programs)
     once = Workload((), 8, min(4, bench.tokens), sequences=1)
     cold_ms, warm_ms = [], []
     async with _decoding(ours, others):
@@ -278,7 +280,7 @@ async def _cold_starts(bench: Bench, others: int) -> Row:
             bench.say(f"cold: start {number} of {COLD_STARTS} beside {others}")
             forget(programs[name].path)
             load = replace(once, adapters=(name,))
-            first, again = [await drive(ours, load, f"cold {others} {number} {turn}") for turn in ("cold", "warm")]
+            first, again = [await drive(ours, load, f"cold {others} {number} {repeat}") for repeat in ("cold", "warm")]
             if number:  # the first one warms the engine up
                 cold_ms.append(1000 * first.median_first_token)
                 warm_ms.append(1000 * again.median_first_token)
@@ -288,12 +290,12 @@ async def _cold_starts(bench: Bench, others: int) -> Row:
 
 
 @asynccontextmanager
-async def _decoding(ours: EngineSubject, others: int) -> AsyncIterator[None]:
+async def _decoding(ours: EngineSystem, others: int) -> AsyncIterator[None]:
     """Keeps so many requests for the base under way."""
 
     async def again_and_again(number: int) -> None:
-        for turn in itertools.count():
-            await drive(ours, Workload(sequences=1), f"other {number} {turn}")
+        for repeat in itertools.count():
+            await drive(ours, Workload(sequences=1), f"other {number} {repeat}")
 
     async with _until_left(*(again_and_again(number) for number in range(others))):
         yield

@@ -72,7 +72,7 @@ class Row:
         low, high: of the rounds that `value` is the median of.
         floor_bytes, floor_operations: see `deltamux.bench.floor`; None where no floor applies.
         target: what `value` is to reach: at least, or at most where it is a time.
-        neighbours: cores that other processes used while the part was measured.
+        other_load: cores that other processes used while the part was measured.
     """
 
     part: str
@@ -87,7 +87,7 @@ class Row:
     floor_bytes: float | None = None
     floor_operations: float | None = None
     target: float | None = None
-    neighbours: float = 0.0
+    other_load: float = 0.0
 
     @property
     def key(self) -> str:

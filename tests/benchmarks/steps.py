@@ -1,9 +1,9 @@
-"""What a step costs with deltas beside the same step without: one engine, whose steps take turns.
+"""What a step costs with deltas, as a ratio to the same step without: one engine that alternates between the two.
 
     python -m benchmarks.steps --size mid --output steps.json     (in tests/)
 
-Two engines side by side differ by some percent by where their memory lies, and by much more on a machine whose
-neighbours are busy. Here one engine generates for a batch of adapters, and every other step leaves them out: pairs of
+Two engines side by side differ by some percent by where their memory lies, and by much more on a machine whose other
+processes are busy. Here one engine generates for a batch of adapters, and every other step leaves them out: pairs of
 steps are milliseconds apart, and their median difference is known to a fraction of a percent.
 """
 
@@ -22,7 +22,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.worlds import SIZES, World, write_base
+from benchmarks.inputs import SIZES, Inputs, write_base
 from deltamux.bench.traffic import Workload
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.worker.cpu import CPUDeltaWorker
@@ -77,11 +77,11 @@ class Row(NamedTuple):
     floor: str
 
 
-def workloads(world: World) -> dict[str, tuple[str | None, ...]]:
+def workloads(inputs: Inputs) -> dict[str, tuple[str | None, ...]]:
     made: dict[str, tuple[str | None, ...]] = {
-        ("1 LoRA" if count == 1 else f"{count} LoRAs"): world.loras(count) for count in (1, 4, 16, 32)
+        ("1 LoRA" if count == 1 else f"{count} LoRAs"): inputs.loras(count) for count in (1, 4, 16, 32)
     }
-    made["ranks 4 to 64"] = world.ranks
+    made["ranks 4 to 64"] = inputs.ranks
     made |= {method: (method,) for method in ("ia3", "bitfit", "ln_tuning", "houlsby")}
     return made
 
@@ -158,9 +158,9 @@ def row(workload: str, pairs: list[tuple[float, float]], floor: str) -> Row:
     return Row(workload, base * 1e3, middle * 1e3, ratio, least, most, floor)
 
 
-def measure(world: World, tokens: int, repeats: int) -> list[Row]:
-    engine = Engine(world.model, world.programs, tokens, AlternatingWorker, fold_dominant=False)
-    loads = workloads(world)
+def measure(inputs: Inputs, tokens: int, repeats: int) -> list[Row]:
+    engine = Engine(inputs.model, inputs.programs, tokens, AlternatingWorker, fold_dominant=False)
+    loads = workloads(inputs)
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in loads}
     for _ in range(repeats):
         for name, adapters in loads.items():
@@ -168,7 +168,7 @@ def measure(world: World, tokens: int, repeats: int) -> list[Row]:
             # The first that is counted is step WARM_STEPS + 1 of the worker, an odd one: without adapters.
             pairs[name] += zip(times[::2], times[1::2], strict=False)
     return [
-        row(name, pairs[name], str(world.floor(Workload(adapters, new_tokens=tokens, sequences=SEQUENCES))))
+        row(name, pairs[name], str(inputs.floor(Workload(adapters, new_tokens=tokens, sequences=SEQUENCES))))
         for name, adapters in loads.items()
     ]
 
@@ -183,7 +183,7 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = write_base(Path(folder) / "base", SIZES[given.size])
-        rows = measure(World.build(model, Path(folder)), given.tokens, given.repeats)
+        rows = measure(Inputs.build(model, Path(folder)), given.tokens, given.repeats)
     print(f"{given.size} base, {os.cpu_count()} CPU cores ({platform.machine()}), {date.today()}: steps of 32 rows")
     print(f"{'workload':14}  {'base ms':>8}  {'more ms':>8}  {'ratio':>6}  {'95 %':>12}  floor")
     for each in rows:

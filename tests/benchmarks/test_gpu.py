@@ -14,9 +14,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu.__main__ import DEFAULT, Measured, parse, table
+from benchmarks.gpu.engine_process import EngineProcess, EngineProcessError
 from benchmarks.gpu.engines import Load
-from benchmarks.gpu.material import LORAS, Material, Size
-from benchmarks.gpu.seats import Seat, SeatError
+from benchmarks.gpu.inputs import LORAS, GPUInputs, Size
 from deltamux.deltas import Program
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -45,9 +45,9 @@ def test_without_a_gpu_a_command_refuses_and_says_what_is_missing(command: str) 
 
 
 @pytest.mark.engine
-def test_a_rehearsal_runs_the_whole_command_on_any_device(tmp_path: Path) -> None:
+def test_a_smoke_test_runs_the_whole_command_on_any_device(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--check_batched", "--skip-tests", "--output", str(output)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--skip-tests", "--output", str(output)]
     done = subprocess.run(
         [*command, "--engines", "deltas-eager"], cwd=TESTS, capture_output=True, text=True, timeout=600
     )
@@ -60,10 +60,10 @@ def test_a_rehearsal_runs_the_whole_command_on_any_device(tmp_path: Path) -> Non
     ]
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert len(printed) == len(rows)
-    assert "a rehearsal, whose figures say nothing" in done.stdout
+    assert "a smoke test, whose figures mean nothing" in done.stdout
 
 
-def test_ratios_are_to_vllms_own_base_in_the_same_turn() -> None:
+def test_ratios_are_to_vllms_own_base_in_the_same_round() -> None:
     rows = table([Measured("deltas-graphs", "base", [5.0, 9.0, 6.0]), Measured("vllm", "base", [10.0, 36.0, 8.0])])
     assert [(row["tokens_per_second"], row["of_base"]) for row in rows] == [(6.0, 0.5), (10.0, 1.0)]
     assert table([Measured("deltas-eager", "base", [5.0])])[0]["of_base"] is None
@@ -71,21 +71,21 @@ def test_ratios_are_to_vllms_own_base_in_the_same_turn() -> None:
 
 @pytest.mark.engine
 def test_an_engine_that_does_not_start_ends_the_comparison(tmp_path: Path) -> None:
-    material = Material.write(tmp_path, Size(512, 1), rank=8)
-    (material.base / "config.json").unlink()
-    seat = Seat("deltas-eager", material, Load(4, 8, 8, 0.1, 0.2))
-    with pytest.raises(SeatError, match="deltas-eager"):
-        seat.workloads()
-    seat.close()
+    inputs = GPUInputs.write(tmp_path, Size(512, 1), rank=8)
+    (inputs.base / "config.json").unlink()
+    process = EngineProcess("deltas-eager", inputs, Load(4, 8, 8, 0.1, 0.2))
+    with pytest.raises(EngineProcessError, match="deltas-eager"):
+        process.workloads()
+    process.close()
 
 
 def test_its_loras_are_the_same_in_pefts_files_and_as_programs(tmp_path: Path) -> None:
-    material = Material.write(tmp_path, Size(512, 1), rank=8)
-    assert len(material.peft) == LORAS
-    model = AutoModelForCausalLM.from_pretrained(material.base, dtype=torch.float32)
-    peft = PeftModel.from_pretrained(model, material.peft[3])
+    inputs = GPUInputs.write(tmp_path, Size(512, 1), rank=8)
+    assert len(inputs.peft) == LORAS
+    model = AutoModelForCausalLM.from_pretrained(inputs.base, dtype=torch.float32)
+    peft = PeftModel.from_pretrained(model, inputs.peft[3])
     query: Any = peft.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
-    ops = dict(Program.load(material.programs["lora-3"].path))
+    ops = dict(Program.load(inputs.programs["lora-3"].path))
     expected = ops["model.layers.0.self_attn.q_proj"].tensors()
     torch.testing.assert_close(query.lora_B.default.weight.float(), expected["b"].float(), atol=1e-3, rtol=1e-2)
     assert query.scaling["default"] == 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.interference import Seen, _row
+from benchmarks.studies.interference import Seen, _row
 
 
 def seen(calm: float, loud: float, health: float = 0.001) -> Seen:

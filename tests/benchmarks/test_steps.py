@@ -1,4 +1,4 @@
-"""The arithmetic of steps that take turns."""
+"""The arithmetic of steps that alternate."""
 
 from __future__ import annotations
 

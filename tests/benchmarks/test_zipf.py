@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.zipf import Step, account
+from benchmarks.studies.zipf import Step, account
 
 
 def test_what_adapters_cost_is_found_under_noise_that_neighbouring_steps_share() -> None:

@@ -145,6 +145,7 @@ def test_the_readme_names_only_commands_that_exist() -> None:
     assert named <= set(known or ())
 
 
+@pytest.mark.slow
 def test_a_whole_session_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = save_base(tmp_path / "base", "llama")
     base = BaseModel.from_pretrained(directory)

@@ -268,6 +268,7 @@ def test_packing_puts_pairs_of_ranks_behind_each_other_and_zeros_where_nothing_i
     assert packed.count_nonzero() == up.count_nonzero()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the flags are those of x86-64 compilers")
 @pytest.mark.parametrize("without", ["-mno-amx-bf16", "-mno-avx512bf16"])
 def test_processors_with_fewer_instructions_compute_the_same(without: str, tmp_path: Path) -> None:
@@ -285,6 +286,7 @@ def test_processors_with_fewer_instructions_compute_the_same(without: str, tmp_p
     assert list(tmp_path.rglob("rows-*.so")), "compiled for those processors"
 
 
+@pytest.mark.slow
 def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:
     first = library.build(tmp_path)
     compiled = first.stat().st_mtime_ns
@@ -293,6 +295,7 @@ def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "words"),
     [({"DELTAMUX_KERNELS": "torch"}, ""), ({"CXX": "false"}, "delta ops run in torch")],

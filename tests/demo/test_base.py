@@ -79,6 +79,7 @@ def test_batches_have_the_recipes_shape(tokenizer: PreTrainedTokenizerFast) -> N
     assert bool((labels != base.IGNORED).any(dim=1).all()), "every row teaches something"
 
 
+@pytest.mark.slow
 def test_the_same_seed_trains_the_same_model() -> None:
     first, _ = base.pretrain(TINY)
     again, _ = base.pretrain(TINY)
@@ -86,6 +87,7 @@ def test_the_same_seed_trains_the_same_model() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_model_that_transformers_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretrain = base.pretrain
     monkeypatch.setattr(base, "pretrain", lambda recipe: pretrain(replace(TINY, seed=recipe.seed, steps=recipe.steps)))
@@ -101,6 +103,7 @@ def test_the_shipped_model_has_heads_that_vllm_serves_on_a_cpu() -> None:
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
+@pytest.mark.slow
 def test_the_shipped_model_has_the_skills_that_the_tenants_build_on(shipped: tuple[Any, Any]) -> None:
     rng = Random("unseen by the pre-training")
     for name in ("topic and urgency", "order fields", "ISO date"):
@@ -109,6 +112,7 @@ def test_the_shipped_model_has_the_skills_that_the_tenants_build_on(shipped: tup
         assert score(answers(*shipped, asked), [each[-1]["content"] for each in asked]) >= 0.8, name
 
 
+@pytest.mark.slow
 def test_the_shipped_model_alone_fails_every_tenants_task(shipped: tuple[Any, Any]) -> None:
     for task in TASKS:
         asked = task.examples(10, held_out=True)

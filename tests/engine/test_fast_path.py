@@ -265,6 +265,7 @@ print([fast_path.install(()) for _ in range(2)], library.load() is not None)
 """
 
 
+@pytest.mark.slow
 def test_without_pythons_headers_the_kernels_run_from_python_and_it_is_said_once(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", WITHOUT_HEADERS],

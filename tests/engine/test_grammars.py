@@ -187,6 +187,7 @@ async def test_a_grammar_beyond_its_size_or_its_cost_per_token_is_refused(
     assert refused.value.reason == "GRAMMAR_TOO_COMPLEX"
 
 
+@pytest.mark.slow
 async def test_grammars_beyond_their_budget_are_refused_and_hold_no_other_group_up(
     gate: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +231,7 @@ async def test_one_group_may_have_so_many_waiting_and_equal_ones_count_once(gate
     assert all(isinstance(outcome, ResourceExhaustedError) and outcome.retry_after for outcome in refused)
 
 
+@pytest.mark.slow
 async def test_a_gate_whose_process_is_killed_starts_another(gate: Grammars) -> None:
     await gate.admit(SMALL, "acme")
     slow = asyncio.create_task(gate.admit(SLOW, "acme"))

@@ -48,6 +48,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", ["core", "worker"])
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_process_that_an_engine_starts_ends_with_a_killed_server_before_its_own_code_runs(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ def test_adapters_that_fit_are_all_in_every_step() -> None:
     assert turns.choose(dict.fromkeys(range(4), DECODES)) is None
 
 
+@pytest.mark.slow
 @given(st.integers(1, 6), st.integers(2, 20), st.data())
 def test_nobody_with_work_waits_longer_than_the_bound(slots: int, adapters: int, data: st.DataObject) -> None:
     turns = AdapterTimeSlicer(slots)

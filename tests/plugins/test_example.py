@@ -13,6 +13,8 @@ import pytest
 from deltamux.cli import main
 from deltamux.scaffold import new_plugin
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "plugins" / "examples" / "red"
 

@@ -27,6 +27,8 @@ from deltamux.server.compiling.job import Budgets, Job, error_message, error_of,
 from deltamux_testing.servers import engine_for, options
 from deltamux_testing.third_party import install, method, write_adapter
 
+pytestmark = pytest.mark.slow
+
 TIMEOUT = 4.0
 BUDGETS = Budgets(max_rank=64, max_virtual_tokens=64, max_bytes=1 << 30)
 

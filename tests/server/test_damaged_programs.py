@@ -142,6 +142,7 @@ async def test_a_composition_of_a_damaged_upload_is_refused(
     assert lost.value.reason == "UPLOAD_DAMAGED"
 
 
+@pytest.mark.slow
 async def test_programs_damaged_before_the_start_and_programs_of_another_base(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
 ) -> None:

@@ -13,6 +13,8 @@ from deltamux.server.app import SERVICES, Running
 from fuzz.messages import ADAPTER, METHODS
 from fuzz.rpcs import Known, drawn, send
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("number", range(4))
 async def test_random_calls_are_answered_and_change_no_other_answer(

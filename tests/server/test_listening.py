@@ -95,6 +95,7 @@ async def test_compressed_messages_are_refused_before_they_are_unpacked(
     assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
 
 
+@pytest.mark.slow
 async def test_a_client_that_pings_often_keeps_its_silent_stream(
     served: Running, client: AsyncClient, loras: list[Path]
 ) -> None:
@@ -171,6 +172,7 @@ async def health(address: str) -> int:
         return int((await stub.Check(health_pb2.HealthCheckRequest(service=SERVICES[0]), timeout=20)).status)
 
 
+@pytest.mark.slow
 async def test_a_client_that_speaks_tls_wrongly_is_told_what_is_wrong_at_once(
     served: Running, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:

@@ -48,6 +48,7 @@ async def limited(base: Path, store: Path, compiler: Compiler, **given: Any) -> 
         yield server
 
 
+@pytest.mark.slow
 async def test_each_of_thousands_of_calls_at_once_is_served_or_told_when_to_come_back(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:
@@ -129,6 +130,7 @@ async def test_tenants_that_stall_together_keep_another_from_uploading_for_secon
             assert time.monotonic() - began < 8
 
 
+@pytest.mark.slow
 async def test_an_upload_waits_for_those_that_stall_to_be_given_up(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
 ) -> None:

@@ -41,6 +41,7 @@ async def narrow(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> 
         yield server
 
 
+@pytest.mark.slow
 async def test_generations_beyond_the_limit_are_sent_again_until_they_are_served(narrow: Running) -> None:
     async with AsyncClient(narrow.address, timeout=60, retries=20) as client:
         whole = await asyncio.gather(*(client.generate("x", **SHORT) for _ in range(4)))
@@ -83,6 +84,7 @@ async def test_the_callers_timeout_holds_for_all_attempts_together_and_no_retrie
         under_way.cancel()
 
 
+@pytest.mark.slow
 async def test_an_upload_that_is_refused_is_sent_again_from_its_beginning(narrow: Running, loras: list[Path]) -> None:
     told: list[int] = []
     async with Stalled(narrow.address, loras[0]) as stalled, AsyncClient(narrow.address, timeout=60) as client:

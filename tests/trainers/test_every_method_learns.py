@@ -10,6 +10,8 @@ from deltamux.registry import Registry
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, train
 from deltamux_trainers.tools.evaluate import EvalResult
 
+pytestmark = pytest.mark.slow
+
 METHODS = [method.name for method in Registry().methods() if method.info.trains]
 STEPS = 120
 MARGIN = 0.5  # nats a token

@@ -95,6 +95,7 @@ def test_over_a_bfloat16_base_the_weights_are_float32_and_small_changes_stay(
     assert after.loss < before.loss
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_equals_one_that_is_not(directory: Path, data: Path, tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -20,6 +20,7 @@ from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, tr
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_it_learns_over_four_bits_and_the_full_base_serves_what_was_learnt(
     optimizer: str, directory: Path, data: Path, tmp_path: Path

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from deltamux_trainers import TrainOptions, train
 
+pytestmark = pytest.mark.slow
+
 
 def command(directory: Path, data: Path, output: Path, *given: str) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -52,6 +52,7 @@ def options(directory: Path, data: Path, output: Path, **given: Any) -> TrainOpt
     return TrainOptions(model=str(directory), data=data, output=output, **{**common, **given})
 
 
+@pytest.mark.slow
 def test_adalora_ends_with_the_ranks_it_was_told_to(directory: Path, data: Path, tmp_path: Path) -> None:
     config = {"init_r": 6, "target_r": 2}
     train(options(directory, data, tmp_path, method="adalora", config=config))
@@ -63,6 +64,7 @@ def test_adalora_ends_with_the_ranks_it_was_told_to(directory: Path, data: Path,
     assert (written["total_step"], written["tinit"], written["tfinal"]) == (20, 2, 6)
 
 
+@pytest.mark.slow
 def test_adalora_goes_on_after_a_stop_with_what_it_knew(directory: Path, data: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"method": "adalora", "config": {"init_r": 6, "target_r": 2}, "eval_steps": 8}
     with pytest.raises(Interrupted):

@@ -37,6 +37,7 @@ def options(method: str, directory: Path, data: Path, output: Path, **given: Any
     return TrainOptions(method=method, model=str(directory), data=data, output=output, **{**common, **given})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_what_it_writes_predicts_as_well(
     method: str, directory: Path, data: Path, tmp_path: Path
@@ -101,6 +102,7 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(directory: Path
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_exactly_where_it_was(directory: Path, data: Path, tmp_path: Path) -> None:
     given = {"config": {"r": 4, "lora_dropout": 0.1}, "batch_size": 4, "eval_steps": 5, "max_steps": 150}
     killed_options = options("lora", directory, data, tmp_path / "killed", **given)
@@ -121,6 +123,7 @@ def test_a_run_that_was_killed_goes_on_exactly_where_it_was(directory: Path, dat
     assert all(torch.equal(killed[name], straight[name]) for name in straight)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_equals_the_larger_batch(directory: Path, data: Path, tmp_path: Path) -> None:
     train(options("lora", directory, data, tmp_path / "large", batch_size=16, max_steps=4))
     train(options("lora", directory, data, tmp_path / "small", batch_size=4, gradient_accumulation=4, max_steps=4))

@@ -1,22 +1,22 @@
 """Measuring how fast a base with adapters is served: traffic, times, ratios. Timings come from interleaved rounds.
 
-What is measured is anything that streams: an engine in this process, or a server behind gRPC.
+What is measured is anything that streams: an engine in this process, or a server over gRPC.
 """
 
-from deltamux.bench.compare import Comparison, Contender, Figure, interleave
-from deltamux.bench.measure import Measurement, Subject, drive, percentile
-from deltamux.bench.subjects import ClientSubject, EngineSubject
+from deltamux.bench.compare import Candidate, Comparison, Figure, interleave
+from deltamux.bench.measure import Measurement, System, drive, percentile
+from deltamux.bench.systems import ClientSystem, EngineSystem
 from deltamux.bench.traffic import Request, Workload
 
 __all__ = [
-    "ClientSubject",
+    "Candidate",
+    "ClientSystem",
     "Comparison",
-    "Contender",
-    "EngineSubject",
+    "EngineSystem",
     "Figure",
     "Measurement",
     "Request",
-    "Subject",
+    "System",
     "Workload",
     "drive",
     "interleave",

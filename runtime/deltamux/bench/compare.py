@@ -1,4 +1,4 @@
-"""Ratios on a noisy machine: contender and reference take turns, and each round has a ratio of its own."""
+"""Ratios on a noisy machine: candidate and reference alternate, and each round has a ratio of its own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Figure = Callable[[Measurement], float]
 """What is compared: of a measurement, one number."""
 
 
-class Contender(NamedTuple):
+class Candidate(NamedTuple):
     """A name, and what runs it once: the argument is the round's seed."""
 
     name: str
@@ -24,11 +24,11 @@ class Contender(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """A contender and its reference, measured side by side, one of each a round.
+    """A candidate and its reference, measured one after the other, once per round.
 
     Attributes:
-        name: of the contender.
-        own: its measurements, by round; reference: those beside it.
+        name: of the candidate.
+        own: its measurements, by round; reference: the reference's of the same rounds.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Comparison:
 
     @property
     def whole(self) -> Measurement:
-        """All rounds of the contender as one measurement."""
+        """All rounds of the candidate as one measurement."""
         return reduce(Measurement.and_then, self.own)
 
     @property
@@ -54,37 +54,37 @@ class Comparison:
 
 
 async def interleave(
-    reference: Contender,
-    contenders: Sequence[Contender],
+    reference: Candidate,
+    candidates: Sequence[Candidate],
     repeats: int,
     progress: Callable[[str], None] = lambda text: None,
     *,
     settle_seconds: float = 0.0,
 ) -> list[Comparison]:
-    """Measures every contender right beside a run of the reference, `repeats` times, after one round that warms up.
+    """Measures every candidate right next to a run of the reference, `repeats` times, after one round that warms up.
 
-    A run of the reference stands between two contenders and serves both: A R B, C R D, and so on. Every second round
-    goes backwards, so that what drifts does not favour those that come first; one that is left over comes before the
-    reference in one round and behind it in the next.
+    A run of the reference comes between two candidates and is compared with both: A R B, C R D, and so on. Every second
+    round goes backwards, so that what drifts does not favour those that come first; one that is left over comes before
+    the reference in one round and after it in the next.
 
     Args:
-        progress: told what runs next.
-        settle_seconds: pause before each run, where contender and reference are different engines of one machine: a
+        progress: called with what runs next.
+        settle_seconds: pause before each run, where candidate and reference are different engines of one machine: a
             worker of vLLM looks for work at full speed for a second after its last, and would slow the next one down.
     """
-    own: dict[str, list[Measurement]] = {c.name: [] for c in contenders}
-    beside: dict[str, list[Measurement]] = {c.name: [] for c in contenders}
+    own: dict[str, list[Measurement]] = {c.name: [] for c in candidates}
+    paired: dict[str, list[Measurement]] = {c.name: [] for c in candidates}
     for repeat in range(repeats + 1):
-        order = contenders if repeat % 2 else contenders[::-1]
+        order = candidates if repeat % 2 else candidates[::-1]
         for pair in (order[i : i + 2] for i in range(0, len(order), 2)):
             ran = dict[str, Measurement]()
-            turns = (pair[0], reference, *pair[1:])
-            for contender in turns if len(pair) > 1 or repeat % 2 else turns[::-1]:
-                progress(f"round {repeat} of {repeats}: {contender.name}")
+            order_of_pair = (pair[0], reference, *pair[1:])
+            for candidate in order_of_pair if len(pair) > 1 or repeat % 2 else order_of_pair[::-1]:
+                progress(f"round {repeat} of {repeats}: {candidate.name}")
                 await asyncio.sleep(settle_seconds)
-                ran[contender.name] = await contender.run(f"{repeat} {contender.name} {pair[0].name}")
+                ran[candidate.name] = await candidate.run(f"{repeat} {candidate.name} {pair[0].name}")
             if repeat:
-                for contender in pair:
-                    own[contender.name].append(ran[contender.name])
-                    beside[contender.name].append(ran[reference.name])
-    return [Comparison(c.name, tuple(own[c.name]), tuple(beside[c.name])) for c in contenders]
+                for candidate in pair:
+                    own[candidate.name].append(ran[candidate.name])
+                    paired[candidate.name].append(ran[reference.name])
+    return [Comparison(c.name, tuple(own[c.name]), tuple(paired[c.name])) for c in candidates]

@@ -19,7 +19,7 @@ class Work(NamedTuple):
 
     Attributes:
         parameters: that every row meets, once each.
-        virtual_tokens: rows in front of every prompt.
+        virtual_tokens: rows before every prompt.
     """
 
     parameters: int

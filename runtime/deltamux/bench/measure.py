@@ -1,4 +1,4 @@
-"""Driving a workload against whatever streams, and what comes out of it: times of every token."""
+"""Driving a workload against anything that streams, and the times of every token."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 from deltamux.bench.traffic import Request, Workload
 
 
-class Subject(Protocol):
-    """What is measured.
+class System(Protocol):
+    """A system under test: anything that streams tokens.
 
     Attributes:
         vocab_size: prompts are drawn from the token ids below it.
@@ -62,7 +62,7 @@ class Measurement:
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """Returns the value below which `percent` of the values lie, between neighbours linearly; NaN of none."""
+    """Returns the value below which `percent` of the values lie, with linear interpolation; NaN of none."""
     if not values:
         return float("nan")
     ordered = sorted(values)
@@ -72,20 +72,20 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-async def drive(subject: Subject, workload: Workload, seed: str) -> Measurement:
+async def drive(system: System, workload: Workload, seed: str) -> Measurement:
     """Runs a workload to its end.
 
     Raises:
-        RuntimeError: a request ended with fewer or more tokens than it asked for: that was not the workload.
+        RuntimeError: a request ended with fewer or more tokens than the workload's.
     """
-    arrivals = iter(workload.traffic(seed, subject.vocab_size))
+    arrivals = iter(workload.traffic(seed, system.vocab_size))
     done: list[_Times] = []
     started = time.perf_counter()
     try:
         async with asyncio.TaskGroup() as callers:
             for _ in range(workload.sequences):
-                callers.create_task(_call(subject, arrivals, done))
-    except ExceptionGroup as failed:  # the first to fail ends the others: its error is the one that says why
+                callers.create_task(_call(system, arrivals, done))
+    except ExceptionGroup as failed:  # the first failure ends the others and is the cause
         raise failed.exceptions[0] from failed
     seconds = time.perf_counter() - started
     return Measurement(
@@ -104,15 +104,15 @@ class _Times(NamedTuple):
     gaps: list[float]
 
 
-async def _call(subject: Subject, arrivals: Iterator[Request], done: list[_Times]) -> None:
-    for request in arrivals:  # one iterator for all callers: whoever is free takes the next request
-        done += [await _timed(subject, request)]
+async def _call(system: System, arrivals: Iterator[Request], done: list[_Times]) -> None:
+    for request in arrivals:  # shared by all callers: a free one takes the next request
+        done += [await _timed(system, request)]
 
 
-async def _timed(subject: Subject, request: Request) -> _Times:
+async def _timed(system: System, request: Request) -> _Times:
     sent = last = time.perf_counter()
     tokens, first, gaps = 0, float("nan"), list[float]()
-    async with aclosing(subject.stream(request)) as chunks:
+    async with aclosing(system.stream(request)) as chunks:
         async for count in chunks:
             now = time.perf_counter()
             if not tokens and count:

@@ -1,4 +1,4 @@
-"""`deltamux bench`: a user's own base and adapters, in an engine of this process or behind a running server."""
+"""`deltamux bench`: a user's own base and adapters, in in an engine of this process or on a running server."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from deltamux.bench.compare import Comparison, Contender, interleave
-from deltamux.bench.measure import Subject, drive
+from deltamux.bench.compare import Candidate, Comparison, interleave
+from deltamux.bench.measure import System, drive
 from deltamux.bench.report import BenchRow, times
-from deltamux.bench.subjects import ClientSubject, EngineSubject
+from deltamux.bench.systems import ClientSystem, EngineSystem
 from deltamux.bench.traffic import Workload
 from deltamux.errors import InvalidArgumentError
 from deltamux.options import Option
@@ -32,7 +32,7 @@ class BenchOptions:
     """What to measure.
 
     Attributes:
-        adapters: directories where an engine is started, resource names where a server is asked.
+        adapters: directories where an engine is started, resource names on a running server.
         prompt_tokens: lengths of prompts, each measured on its own.
 
     Raises:
@@ -64,9 +64,9 @@ class BenchOptions:
 
 
 class _Measured(NamedTuple):
-    """Who is measured, and how to tell a workload's floor, where one can be told."""
+    """A system under test, and the floor of a workload where the sizes of its adapters are known."""
 
-    subject: Subject
+    system: System
     floor: Callable[[Workload], Floor] | None = None
 
 
@@ -86,7 +86,7 @@ async def bench_server(options: BenchOptions, client: AsyncClient, progress: Pro
     Raises:
         NotFoundError: the server has no such adapter.
     """
-    return await _rows(options, _Measured(ClientSubject(client)), progress)
+    return await _rows(options, _Measured(ClientSystem(client)), progress)
 
 
 async def _rows(options: BenchOptions, measured: _Measured, progress: Progress) -> list[BenchRow]:
@@ -94,18 +94,18 @@ async def _rows(options: BenchOptions, measured: _Measured, progress: Progress) 
     for length in options.prompt_tokens:
         base = Workload((None,), length, options.new_tokens, options.sequences)
         loads = options.workloads(length)
-        contenders = [_contender(name, measured.subject, load) for name, load in loads.items()]
-        reference = _contender("base", measured.subject, base)
+        candidates = [_candidate(name, measured.system, load) for name, load in loads.items()]
+        reference = _candidate("base", measured.system, base)
         # The base alone is compared with itself: the table then shows how noisy the machine is.
-        contenders = contenders or [reference._replace(name="base again")]
-        compared = await interleave(reference, contenders, options.repeats, progress)
+        candidates = candidates or [reference._replace(name="base again")]
+        compared = await interleave(reference, candidates, options.repeats, progress)
         rows.append(BenchRow("base", length, of_base=None, **times(compared[0].whole_reference)))
         rows += [_row(c, loads.get(c.name), length, measured) for c in compared]
     return rows
 
 
-def _contender(name: str, subject: Subject, load: Workload) -> Contender:
-    return Contender(name, lambda seed: drive(subject, load, f"{seed} {load.prompt_tokens}"))
+def _candidate(name: str, system: System, load: Workload) -> Candidate:
+    return Candidate(name, lambda seed: drive(system, load, f"{seed} {load.prompt_tokens}"))
 
 
 def _row(compared: Comparison, load: Workload | None, length: int, measured: _Measured) -> BenchRow:
@@ -127,7 +127,7 @@ async def _started(options: BenchOptions, given: EngineOptions, progress: Progre
         await engine.start()
         try:
             refs = {name: c.ref for name, c in compiled.items()}
-            yield _Measured(EngineSubject(engine, refs), lambda load: floor(base, works, load))
+            yield _Measured(EngineSystem(engine, refs), lambda load: floor(base, works, load))
         finally:
             await engine.stop()
 

@@ -4,10 +4,10 @@
 
 Everything it needs it writes itself: a random Llama in bfloat16, its adapters as PEFT's files (for vLLM's LoRA) and as
 programs (for deltas). First it runs the tests of the kernels and of the engine on the GPU. Then three engines are up at
-once and take turns: vLLM as it comes; vLLM with its LoRA; deltas with CUDA graphs. Deltas without graphs, which nobody
+once and alternate: vLLM as it comes; vLLM with its LoRA; deltas with CUDA graphs. Deltas without graphs, which nobody
 would serve with, are left to `--engines`.
 
-`--check_batched` does all of that on whatever device there is, so that the command itself is tried before a GPU is
+`--smoke` does all of that on whatever device there is, so that the command itself is tried before a GPU is
 rented.
 """
 
@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.gpu.engine_process import EngineProcess, EngineProcessError
 from benchmarks.gpu.engines import ENGINES, Load
-from benchmarks.gpu.material import SIZES, Material
-from benchmarks.gpu.seats import Seat, SeatError
+from benchmarks.gpu.inputs import SIZES, GPUInputs
 
-REHEARSAL = {
+SMOKE = {
     "size": "tiny",
     "sequences": 4,
     "prompt_tokens": 16,
@@ -37,7 +37,7 @@ REHEARSAL = {
     "repeats": 1,
     "kv_cache_gib": 0.25,
 }
-"""What a rehearsal takes where nothing else is given: minutes on two CPU cores."""
+"""Defaults of a smoke test: minutes on two CPU cores."""
 
 # What interprets kernels, or compiles them for other cards, takes minutes of a CPU and says nothing of this GPU.
 CHOICE = ("-k", "gpu and not compiled")
@@ -54,13 +54,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rank", type=int, default=16, help="of every LoRA")
-    parser.add_argument("--repeats", type=int, default=3, help="turns, behind one that warms up; figures are medians")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, after one that warms up; figures are medians")
     parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="memory of every engine's KV cache")
     parser.add_argument("--skip-tests", action="store_true", help="measure without running the tests first")
     parser.add_argument("--output", type=Path, help="JSON file")
-    parser.add_argument("--check_batched", action="store_true", help="small, and on a CPU too: no figure says anything")
-    if parser.parse_args(arguments).check_batched:
-        parser.set_defaults(**REHEARSAL)
+    parser.add_argument("--smoke", action="store_true", help="a smoke test, on any device: its figures mean nothing")
+    if parser.parse_args(arguments).smoke:
+        parser.set_defaults(**SMOKE)
     return parser.parse_args(arguments)
 
 
@@ -79,7 +79,7 @@ def refusal() -> str | None:
 
 
 class Measured(NamedTuple):
-    """Generated tokens a second of one workload by one engine, one figure a turn."""
+    """Generated tokens a second of one workload by one engine, one figure per round."""
 
     engine: str
     workload: str
@@ -88,7 +88,7 @@ class Measured(NamedTuple):
 
 def table(rows: list[Measured]) -> list[dict[str, Any]]:
     """Returns a row a workload: its median, and the median of its ratios to the base under vLLM's defaults in the same
-    turn, where that was run.
+    round, where that was run.
     """
     base = next((row.figures for row in rows if row.engine == "vllm" and row.workload == "base"), None)
     return [
@@ -102,29 +102,29 @@ def table(rows: list[Measured]) -> list[dict[str, Any]]:
     ]
 
 
-def measure(seats: list[Seat], turns: int) -> list[Measured]:
-    """Runs every workload of every engine once a turn, one at a time, behind a turn that warms up."""
-    measured = [Measured(seat.name, workload, []) for seat in seats for workload in seat.workloads()]
-    by_name = {seat.name: seat for seat in seats}
-    for turn in range(turns + 1):
+def measure(processes: list[EngineProcess], repeats: int) -> list[Measured]:
+    """Runs every workload of every engine once per round, one at a time, after a round that warms up."""
+    measured = [Measured(process.name, workload, []) for process in processes for workload in process.workloads()]
+    by_name = {process.name: process for process in processes}
+    for repeat in range(repeats + 1):
         for row in measured:
-            figure = by_name[row.engine].tokens_per_second(row.workload, turn)
-            if turn:
+            figure = by_name[row.engine].tokens_per_second(row.workload, repeat)
+            if repeat:
                 row.figures.append(figure)
     return measured
 
 
 def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Starts all engines, measures them in turns, and prints the table."""
+    """Starts all engines, measures them alternately, and prints the table."""
     share = 0.9 / len(given.engines)
     load = Load(given.sequences, given.prompt_tokens, given.new_tokens, given.kv_cache_gib, share)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        material = Material.write(Path(folder), SIZES[given.size], given.rank)
-        seats = [Seat(name, material, load) for name in given.engines]
-        for seat in seats:
-            stack.callback(seat.close)
-        rows = table(measure(seats, given.repeats))
-    about = "; a rehearsal, whose figures say nothing" if given.check_batched else ""
+        inputs = GPUInputs.write(Path(folder), SIZES[given.size], given.rank)
+        processes = [EngineProcess(name, inputs, load) for name in given.engines]
+        for process in processes:
+            stack.callback(process.close)
+        rows = table(measure(processes, given.repeats))
+    about = "; a smoke test, whose figures mean nothing" if given.smoke else ""
     print(f"{device_name()}, {given.size}, {given.sequences} sequences of {given.new_tokens} tokens{about}")
     print(f"{'engine':14}  {'workload':10}  {'tokens/s':>10}  {'of base':>7}")
     for row in rows:
@@ -141,14 +141,14 @@ def device_name() -> str:
 
 def main() -> int:
     given = parse()
-    if not given.check_batched and (problem := refusal()) is not None:
+    if not given.smoke and (problem := refusal()) is not None:
         print(f"benchmarks.gpu: {problem}", file=sys.stderr)
         return 2
     if not given.skip_tests:
         subprocess.run([sys.executable, "-m", "pytest", *map(str, TESTS), *CHOICE, "-q"], check=True)
     try:
         rows = compare(given)
-    except SeatError as error:
+    except EngineProcessError as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return 1
     if given.output:

@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.gpu.material import LORAS, Material
+from benchmarks.gpu.inputs import LORAS, GPUInputs
 from deltamux.engine.base import EngineOptions, SamplingOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
@@ -49,15 +49,15 @@ class Started(NamedTuple):
     generate: Generate
 
 
-def _vllm_starter(material: Material, load: Load, lora: bool) -> Callable[[], AsyncLLM]:
+def _vllm_starter(inputs: GPUInputs, load: Load, lora: bool) -> Callable[[], AsyncLLM]:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     options = load.memory
     if lora:
-        options |= {"enable_lora": True, "max_loras": SLOTS, "max_lora_rank": material.rank}
+        options |= {"enable_lora": True, "max_loras": SLOTS, "max_lora_rank": inputs.rank}
     arguments = AsyncEngineArgs(
-        model=str(material.base),
+        model=str(inputs.base),
         dtype="bfloat16",
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=load.sequences,
@@ -68,11 +68,11 @@ def _vllm_starter(material: Material, load: Load, lora: bool) -> Callable[[], As
 
 
 @asynccontextmanager
-async def plain_vllm(material: Material, load: Load, *, lora: bool) -> AsyncIterator[Started]:
+async def plain_vllm(inputs: GPUInputs, load: Load, *, lora: bool) -> AsyncIterator[Started]:
     """vLLM as it comes: compiled, with CUDA graphs; with or without its own LoRA."""
     # Exceptions that imports keep hold the frames around them. An engine in such a frame would outlive Python's end,
     # where its finalizer fails: so imports have a call of their own, in a thread whose frames have no engine.
-    start = await asyncio.to_thread(_vllm_starter, material, load, lora)
+    start = await asyncio.to_thread(_vllm_starter, inputs, load, lora)
     llm = await asyncio.to_thread(start)
 
     from vllm import SamplingParams
@@ -83,7 +83,7 @@ async def plain_vllm(material: Material, load: Load, *, lora: bool) -> AsyncIter
     sampling = SamplingParams(
         temperature=0.0, max_tokens=load.new_tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
     )
-    requests = [LoRARequest(path.name, i + 1, str(path)) for i, path in enumerate(material.peft)]
+    requests = [LoRARequest(path.name, i + 1, str(path)) for i, path in enumerate(inputs.peft)]
 
     async def generate(prompt: tuple[int, ...], adapter: Any, request_id: str) -> None:
         tokens = TokensPrompt(prompt_token_ids=list(prompt))
@@ -97,15 +97,15 @@ async def plain_vllm(material: Material, load: Load, *, lora: bool) -> AsyncIter
 
 
 @asynccontextmanager
-async def deltas(material: Material, load: Load, *, graphs: bool) -> AsyncIterator[Started]:
+async def deltas(inputs: GPUInputs, load: Load, *, graphs: bool) -> AsyncIterator[Started]:
     """Our engine, eagerly or compiled with CUDA graphs, with every mechanism and all of them mixed."""
-    refs = material.programs
+    refs = inputs.programs
     loras = [refs[f"lora-{i}"] for i in range(LORAS)]
     others = {name: [refs[name]] for name in ("houlsby", "scale", "prefix")}
     mixed = [*loras[:4], refs["houlsby"], refs["scale"], refs["prefix"], None]
     engine = VLLMEngine(
         EngineOptions(
-            str(material.base),
+            str(inputs.base),
             dtype="bfloat16",
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=load.sequences,
@@ -130,7 +130,7 @@ def _loras(loras: Sequence[Any]) -> dict[str, list[Any]]:
     return {"1 LoRA": list(loras[:1]), "4 LoRAs": list(loras[:4]), "16 LoRAs": list(loras)}
 
 
-ENGINES: dict[str, Callable[[Material, Load], AbstractAsyncContextManager[Started]]] = {
+ENGINES: dict[str, Callable[[GPUInputs, Load], AbstractAsyncContextManager[Started]]] = {
     "vllm": partial(plain_vllm, lora=False),
     "vllm-lora": partial(plain_vllm, lora=True),
     "deltas-eager": partial(deltas, graphs=False),

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.material import SIZES, Size
+from benchmarks.gpu.inputs import SIZES, Size
 from deltamux.deltas import BlockRole, LinearSite, LowRank
 from deltamux.deltas.backends.triton.linear import LinearDeltas
 from deltamux.deltas.backends.triton.step_records import StepRecords
@@ -114,7 +114,7 @@ def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def microseconds(graphs: dict[Any, torch.cuda.CUDAGraph], rounds: int = 15, replays: int = 10) -> dict[Any, float]:
-    """Returns the median time of each graph, in turns, divided by the layers that it holds."""
+    """Returns the median time of each graph, alternating, divided by the layers that it holds."""
     times: dict[Any, list[float]] = {name: [] for name in graphs}
     for _ in range(rounds):
         for name, graph in graphs.items():

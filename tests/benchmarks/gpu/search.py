@@ -3,7 +3,7 @@
     cd tests && ../.venv/bin/python -m benchmarks.gpu.search --size 8b --output configs.json
 
 First expand beside today's shrink, then shrink beside the best expand, then the best few of expand once more, longer.
-Times are of one layer's linear modules with their LoRAs, by CUDA graphs that take turns (`benchmarks.gpu.kernels`).
+Times are of one layer's linear modules with their LoRAs, by CUDA graphs that alternate (`benchmarks.gpu.kernels`).
 Most of the minutes that it takes are Triton's compiler's.
 """
 
@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.gpu.inputs import SIZES, Size
 from benchmarks.gpu.kernels import LAYERS, Layer, captured, microseconds, steps
-from benchmarks.gpu.material import SIZES, Size
 from deltamux.deltas.backends.triton import launches
 from deltamux.deltas.backends.triton.launches import LaunchConfig
 
@@ -139,11 +139,11 @@ def main() -> int:
         bench = Bench(SIZES[given.size], rows, given.adapters, given.rank)
         print(f"{rows} rows; products alone {bench.base():.1f} microseconds a layer", flush=True)
         results[rows] = {}
-        for stage, every in search(bench, START[bench.tall]).items():
-            results[rows][stage] = [(timed.config._asdict(), timed.times) for timed in every]
+        for kernel, every in search(bench, START[bench.tall]).items():
+            results[rows][kernel] = [(timed.config._asdict(), timed.times) for timed in every]
             for timed in every[:6]:
                 print(
-                    f"{stage:6} {timed.mean:8.1f} ",
+                    f"{kernel:6} {timed.mean:8.1f} ",
                     {n: round(t, 1) for n, t in timed.times.items()},
                     timed.config,
                     flush=True,

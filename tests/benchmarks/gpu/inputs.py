@@ -27,7 +27,7 @@ class Size(NamedTuple):
 SIZES = {"tiny": Size(512, 2), "small": Size(1024, 12), "1b": Size(2048, 18), "8b": Size(4096, 32)}
 
 
-class Material(NamedTuple):
+class GPUInputs(NamedTuple):
     """Files of the base and of its adapters.
 
     Attributes:

@@ -56,7 +56,7 @@ def write_base(directory: Path, size: Size) -> Path:
 
 
 @dataclass(frozen=True)
-class World:
+class Inputs:
     """A base and its adapters.
 
     Attributes:
@@ -74,7 +74,7 @@ class World:
     works: Mapping[str, Work]
 
     @classmethod
-    def build(cls, model: Path, folder: Path) -> World:
+    def build(cls, model: Path, folder: Path) -> Inputs:
         base = BaseModel.from_pretrained(model)
         (compiled := folder / "compiled").mkdir(parents=True)
         directories = _write_adapters(base, folder / "adapters")

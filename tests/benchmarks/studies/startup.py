@@ -1,8 +1,8 @@
 """From command to ready, and the memory it takes: `deltamux serve` beside vLLM without deltamux.
 
-    .venv/bin/python -m benchmarks.startup --size mid --output startup.json     (in tests/)
+    .venv/bin/python -m benchmarks.studies.startup --size mid --output startup.json     (in tests/)
 
-Each start is a new process; the two sides take turns, after one start each that fills the caches of compiled code.
+Each start is a new process; the two sides alternate, after one start each that fills the caches of compiled code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.worlds import SIZES, write_base
+from benchmarks.inputs import SIZES, write_base
 from deltamux_testing.server_process import ServerProcess
 
 LIMITS: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 512, "kv_cache_gib": 1, "max_num_seqs": 32}
@@ -60,7 +60,14 @@ def serve(model: Path, folder: Path, *, eager: bool) -> Start:
 
 def plain(model: Path, *, eager: bool) -> Start:
     """Starts vLLM's AsyncLLM in a new process of this very module."""
-    command = [sys.executable, "-m", "benchmarks.startup", "--plain", str(model), *(["--eager"] if eager else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.studies.startup",
+        "--plain",
+        str(model),
+        *(["--eager"] if eager else []),
+    ]
     began = time.perf_counter()
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

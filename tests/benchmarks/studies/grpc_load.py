@@ -1,6 +1,7 @@
 """The client's side of `grpc_path`: a process that asks a server for streams when its standard input says so.
 
-Each line in is a JSON object (see `OpGroup`), each line out its `Figures`. It imports what a client imports, no more.
+Each line in is a JSON object (see `LoadRequest`), each line out its `Figures`. It imports what a client imports, no
+more.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 from deltamux.client import AsyncClient, Generation
 
 
-class OpGroup(NamedTuple):
+class LoadRequest(NamedTuple):
     """What to ask for.
 
     Attributes:
@@ -46,7 +47,7 @@ class Figures(NamedTuple):
     cpu: float
 
 
-async def drive(client: AsyncClient, wanted: OpGroup) -> Figures:
+async def drive(client: AsyncClient, wanted: LoadRequest) -> Figures:
     started, cpu = time.perf_counter(), time.process_time()
     seen = await asyncio.gather(*(_one(client, wanted, prompt) for prompt in wanted.prompts))
     return Figures(
@@ -58,7 +59,7 @@ async def drive(client: AsyncClient, wanted: OpGroup) -> Figures:
     )
 
 
-async def _one(client: AsyncClient, wanted: OpGroup, prompt: list[int]) -> tuple[int, int, float]:
+async def _one(client: AsyncClient, wanted: LoadRequest, prompt: list[int]) -> tuple[int, int, float]:
     tokens = chunks = 0
     first = 0.0
     async for part in _answer(client, wanted, prompt):
@@ -68,7 +69,7 @@ async def _one(client: AsyncClient, wanted: OpGroup, prompt: list[int]) -> tuple
     return tokens, chunks, first
 
 
-async def _answer(client: AsyncClient, wanted: OpGroup, prompt: list[int]) -> AsyncIterator[Generation]:
+async def _answer(client: AsyncClient, wanted: LoadRequest, prompt: list[int]) -> AsyncIterator[Generation]:
     sampling: dict[str, Any] = {"max_tokens": wanted.max_tokens, "temperature": 0.0, "ignore_eos": True}
     if wanted.call == "unary":
         yield await client.generate(prompt, **sampling)
@@ -80,7 +81,7 @@ async def _answer(client: AsyncClient, wanted: OpGroup, prompt: list[int]) -> As
 async def main(address: str) -> None:
     async with AsyncClient(address) as client:
         while line := await asyncio.to_thread(sys.stdin.readline):
-            print(json.dumps(await drive(client, OpGroup(**json.loads(line)))), flush=True)
+            print(json.dumps(await drive(client, LoadRequest(**json.loads(line)))), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import psutil
 
 
-class Neighbours:
+class OtherLoad:
     """CPU time of processes that are neither this one nor its descendants.
 
     Attributes:

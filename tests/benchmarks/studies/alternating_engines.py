@@ -1,12 +1,12 @@
-"""What delta support costs traffic without adapters: our engine beside plain vLLM, whose bursts of steps take turns.
+"""What delta support costs traffic without adapters: our engine and plain vLLM, whose bursts of steps alternate.
 
-    python -m benchmarks.beside --size mid --output beside.json     (in tests/)
+    python -m benchmarks.studies.alternating_engines --size mid --output beside.json     (in tests/)
 
 Engines are up at once, each in its own processes, and generate for the same traffic. A worker runs a burst of steps,
-hands the turn to the next engine's, and waits until it comes back: so what is compared is fractions of a second apart,
+lets the next engine's run, and waits for the last one's end: so what is compared is fractions of a second apart,
 where whole requests take many seconds, which differ on a busy machine by far more than what is looked for. Engines also
 differ by where their memory lies. So they are started anew several times, and vLLM is up twice: the second shows how
-much that is. What delta support itself costs, `benchmarks.overhead` says more exactly.
+much that is. What delta support itself costs, `benchmarks.studies.overhead` says more exactly.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from typing import Any, NamedTuple
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from benchmarks.inputs import SIZES, write_base
 from benchmarks.peers import VLLM
-from benchmarks.stage import KV_CACHE_GIB, SLOTS
+from benchmarks.running_systems import KV_CACHE_GIB, SLOTS
 from benchmarks.steps import Row, row
-from benchmarks.worlds import SIZES, write_base
-from deltamux.bench import EngineSubject, Subject, Workload, drive
+from deltamux.bench import EngineSystem, System, Workload, drive
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import EngineOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
@@ -41,14 +41,14 @@ from deltamux.engine.vllm.worker.cpu import CPUDeltaWorker
 SEQUENCES = 32
 PROMPT_TOKENS = 8
 PATIENCE_SECONDS = 5.0
-"""After which the others have ended, and the turn with one of them."""
+"""After which another side has ended while it was its time to run."""
 
 
 class Burst(NamedTuple):
     """Consecutive steps of one engine.
 
     Attributes:
-        seconds: from the first step's start to that of the step behind the last: what lies between steps counts.
+        seconds: from the first step's start to that of the step after the last: what lies between steps counts.
         tokens: of the smallest step.
     """
 
@@ -56,11 +56,11 @@ class Burst(NamedTuple):
     tokens: int
 
 
-class AdapterTimeSlicer:
-    """One side's view of the turn: a byte in its pipe.
+class BurstSchedule:
+    """One side of engines that run bursts alternately: it runs while it holds the byte that pipes pass on.
 
     Args:
-        mine, following: named pipes, from which this side and the next one take their turns.
+        mine, following: named pipes, by which this side and the next one get the byte.
         steps: of a burst.
     """
 
@@ -73,7 +73,7 @@ class AdapterTimeSlicer:
         self.bursts: list[Burst] = []
 
     def begin(self, tokens: int) -> None:
-        """Is called in front of every step, with the tokens that it computes; waits for a turn where one is over."""
+        """Is called before every step, with the tokens that it computes; waits for the byte once a burst is over."""
         if len(self._tokens) == self._steps:
             self.bursts.append(Burst(time.perf_counter() - self._started, min(self._tokens)))
             os.write(self._following, b"x")
@@ -89,38 +89,38 @@ class AdapterTimeSlicer:
         os.close(self._following)
 
 
-class TurnsMixin:
-    """A worker that waits for its turn."""
+class AlternatingMixin:
+    """A worker that runs bursts of steps alternately with others."""
 
-    _turns: AdapterTimeSlicer | None = None
+    _schedule: BurstSchedule | None = None
 
     def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._turns is not None and scheduler_output.total_num_scheduled_tokens:
-            self._turns.begin(scheduler_output.total_num_scheduled_tokens)
+        if self._schedule is not None and scheduler_output.total_num_scheduled_tokens:
+            self._schedule.begin(scheduler_output.total_num_scheduled_tokens)
         return super().execute_model(scheduler_output, *args, **kwargs)  # type: ignore[misc]  # vLLM's worker
 
-    def take_turns(self, mine: str, following: str, steps: int) -> None:
-        self._turns = AdapterTimeSlicer(Path(mine), Path(following), steps)
+    def begin_bursts(self, mine: str, following: str, steps: int) -> None:
+        self._schedule = BurstSchedule(Path(mine), Path(following), steps)
 
-    def end_turns(self) -> list[list[float]]:
-        assert self._turns is not None
-        turns, self._turns = self._turns, None
-        turns.close()
-        return [list(burst) for burst in turns.bursts]
-
-
-class PlainWorker(TurnsMixin, CPUWorker):
-    """vLLM's own, in turns."""
+    def end_bursts(self) -> list[list[float]]:
+        assert self._schedule is not None
+        schedule, self._schedule = self._schedule, None
+        schedule.close()
+        return [list(burst) for burst in schedule.bursts]
 
 
-class DeltaWorker(TurnsMixin, CPUDeltaWorker):
-    """Ours, in turns."""
+class PlainWorker(AlternatingMixin, CPUWorker):
+    """vLLM's own worker, alternating."""
+
+
+class DeltaWorker(AlternatingMixin, CPUDeltaWorker):
+    """Our worker, alternating."""
 
 
 class Side(NamedTuple):
     """An engine that is up."""
 
-    subject: Subject
+    system: System
     call_workers: Callable[[str, tuple[object, ...]], Awaitable[list[Any]]]
 
 
@@ -132,7 +132,7 @@ async def plain_vllm(stack: AsyncExitStack, model: Path, length: int) -> Side:
         "max_num_seqs": SEQUENCES,
         "kv_cache_memory_bytes": int(KV_CACHE_GIB * 1024**3),
         "disable_log_stats": True,
-        "worker_cls": "benchmarks.beside.PlainWorker",
+        "worker_cls": "benchmarks.studies.alternating_engines.PlainWorker",
     }
     peer = VLLM(arguments, {}, BaseModel.from_pretrained(model).dims.vocab_size)
     await peer.start()
@@ -149,12 +149,12 @@ async def deltamux(stack: AsyncExitStack, model: Path, length: int) -> Side:
             max_num_seqs=SEQUENCES,
             max_active_adapters=SLOTS,
             kv_cache_gib=KV_CACHE_GIB,
-            engine_arguments={"worker_cls": "benchmarks.beside.DeltaWorker"},
+            engine_arguments={"worker_cls": "benchmarks.studies.alternating_engines.DeltaWorker"},
         )
     )
     await engine.start()
     stack.push_async_callback(engine.stop)
-    return Side(EngineSubject(engine), engine.call_workers)
+    return Side(EngineSystem(engine), engine.call_workers)
 
 
 SIDES: dict[str, Callable[[AsyncExitStack, Path, int], Awaitable[Side]]] = {"vllm": plain_vllm, "deltamux": deltamux}
@@ -162,31 +162,31 @@ SIDES: dict[str, Callable[[AsyncExitStack, Path, int], Awaitable[Side]]] = {"vll
 
 async def bursts(sides: Sequence[Side], folder: Path, tokens: int, steps: int, seed: str) -> list[list[Burst]]:
     """Generates with all at once, and returns each one's bursts."""
-    pipes = [folder / f"turn-{seed}-{i}" for i in range(len(sides))]
+    pipes = [folder / f"pipe-{seed}-{i}" for i in range(len(sides))]
     for pipe in pipes:
         os.mkfifo(pipe)
     for side, mine, following in zip(sides, pipes, [*pipes[1:], pipes[0]], strict=True):
-        await side.call_workers("take_turns", (str(mine), str(following), steps))
+        await side.call_workers("begin_bursts", (str(mine), str(following), steps))
     first = os.open(pipes[0], os.O_RDWR)
     os.write(first, b"x")
     load = Workload(prompt_tokens=PROMPT_TOKENS, new_tokens=tokens, sequences=SEQUENCES)
-    await asyncio.gather(*(drive(side.subject, load, f"{seed} {i}") for i, side in enumerate(sides)))
-    answers = [await side.call_workers("end_turns", ()) for side in sides]
+    await asyncio.gather(*(drive(side.system, load, f"{seed} {i}") for i, side in enumerate(sides)))
+    answers = [await side.call_workers("end_bursts", ()) for side in sides]
     os.close(first)
     return [[Burst(*burst) for burst in answer] for (answer,) in answers]
 
 
-def pairs(reference: list[Burst], contender: list[Burst], steps: int) -> list[tuple[float, float]]:
+def pairs(reference: list[Burst], candidate: list[Burst], steps: int) -> list[tuple[float, float]]:
     """Returns seconds a step of bursts of one round in which every request generated."""
     return [
         (one.seconds / steps, other.seconds / steps)
-        for one, other in zip(reference, contender, strict=False)
+        for one, other in zip(reference, candidate, strict=False)
         if one.tokens == other.tokens == SEQUENCES
     ]
 
 
 Found = dict[tuple[str, int], list[tuple[float, float]]]
-"""Pairs by contender and length of bursts."""
+"""Pairs by candidate and length of bursts."""
 
 
 async def start(model: Path, folder: Path, given: argparse.Namespace, number: int) -> Found:
@@ -200,9 +200,9 @@ async def start(model: Path, folder: Path, given: argparse.Namespace, number: in
             up[place] = await SIDES[names[place]](stack, model, PROMPT_TOKENS + given.tokens)
         sides = [up[place] for place in range(len(names))]
         await bursts(sides, folder, 32, 4, f"warm-{number}")
-        for turn in range(given.repeats):
+        for repeat in range(given.repeats):
             for steps in given.steps:
-                first, *others = await bursts(sides, folder, given.tokens, steps, f"{number}-{turn}-{steps}")
+                first, *others = await bursts(sides, folder, given.tokens, steps, f"{number}-{repeat}-{steps}")
                 for label, other in zip(labels(names)[1:], others, strict=True):
                     found[label, steps] += pairs(first, other, steps)
     return found
@@ -233,7 +233,7 @@ def shown(each: Row) -> str:
 
 def main() -> int:
     summary = __doc__.splitlines()[0] if __doc__ else None
-    parser = argparse.ArgumentParser(prog="benchmarks.beside", description=summary)
+    parser = argparse.ArgumentParser(prog="benchmarks.studies.alternating_engines", description=summary)
     parser.add_argument("--size", choices=SIZES, default="mid")
     sides = ["vllm", "deltamux", "vllm"]
     parser.add_argument("--sides", choices=SIDES, nargs="+", default=sides, help="the reference first")

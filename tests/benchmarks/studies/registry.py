@@ -1,10 +1,10 @@
 """What a store of 10,000 adapters costs its server, beside one of 5: start-up, memory, listing, and Zipf traffic.
 
-    ../.venv/bin/python -m benchmarks.registry --output registry.json     (in tests/)
+    ../.venv/bin/python -m benchmarks.studies.registry --output registry.json     (in tests/)
 
-Two servers with the same slots and 1,000 places in host memory run at the same time and take turns. Every adapter is a
-version, an object and a program of its own to store and engine; the files of 32 LoRAs are linked under their names, so
-that the disk need not hold 10,000.
+Two servers with the same slots and 1,000 places in host memory run at the same time and are measured alternately. Every
+adapter is a version, an object and a program of its own to store and engine; the files of 32 LoRAs are linked under
+their names, so that the disk need not hold 10,000.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
+from benchmarks.inputs import NUM_LORAS, SIZES, Inputs, write_base
 from benchmarks.parts import FEW, SETTLE_SECONDS, ZIPF_EXPONENT
-from benchmarks.stage import HOST_ADAPTERS, KV_CACHE_GIB, served_name
-from benchmarks.startup import Start
-from benchmarks.worlds import NUM_LORAS, SIZES, World, write_base
-from deltamux.bench import ClientSubject, Comparison, Contender, Workload, drive, interleave
+from benchmarks.running_systems import HOST_ADAPTERS, KV_CACHE_GIB, served_name
+from benchmarks.studies.startup import Start
+from deltamux.bench import Candidate, ClientSystem, Comparison, Workload, drive, interleave
 from deltamux.client import AsyncClient
 from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter
 from deltamux.store.objects import PROGRAM_FILE
@@ -57,11 +57,11 @@ class Registry:
     list_seconds: float
 
 
-def register(world: World, root: Path, count: int) -> tuple[float, float]:
+def register(inputs: Inputs, root: Path, count: int) -> tuple[float, float]:
     """Fills a store; returns the milliseconds that an adapter takes, and those that opening it again takes."""
     store, began = AdapterStore.open(root), time.perf_counter()
     for number in range(count):
-        program = world.programs[f"lora-{number % NUM_LORAS}"].path
+        program = inputs.programs[f"lora-{number % NUM_LORAS}"].path
         digest = hashlib.sha256(b"%d" % number).hexdigest()
         with store.staging() as staged:
             os.link(program, staged / PROGRAM_FILE)
@@ -77,10 +77,10 @@ def name(number: int) -> str:
     return f"a{number}"
 
 
-async def serve(world: World, count: int, slots: int, stack: AsyncExitStack) -> tuple[Registry, ClientSubject]:
+async def serve(inputs: Inputs, count: int, slots: int, stack: AsyncExitStack) -> tuple[Registry, ClientSystem]:
     """Starts a server with so many adapters, which ends with the stack."""
-    root = world.folder / f"store-{count}"
-    register_ms, open_ms = await asyncio.to_thread(register, world, root, count)
+    root = inputs.folder / f"store-{count}"
+    register_ms, open_ms = await asyncio.to_thread(register, inputs, root, count)
     given = {
         "--dtype": "bfloat16",
         "--max-num-seqs": SEQUENCES,
@@ -89,12 +89,12 @@ async def serve(world: World, count: int, slots: int, stack: AsyncExitStack) -> 
         "--kv-cache-gib": KV_CACHE_GIB,
     }
     options, began = [str(part) for pair in given.items() for part in pair], time.perf_counter()
-    process = await asyncio.to_thread(ServerProcess, world.model, root, *options, eager=False)
+    process = await asyncio.to_thread(ServerProcess, inputs.model, root, *options, eager=False)
     stack.push_async_callback(asyncio.to_thread, process.stop)
     start = Start.of(time.perf_counter() - began, process.pid)
     client = await stack.enter_async_context(AsyncClient(process.address, timeout=600))
     registry = Registry(count, register_ms, open_ms, start.seconds, start.mebibytes, await list_seconds(client))
-    return registry, ClientSubject(client)
+    return registry, ClientSystem(client)
 
 
 async def list_seconds(client: AsyncClient) -> float:
@@ -106,25 +106,25 @@ async def list_seconds(client: AsyncClient) -> float:
     return statistics.median(seconds)
 
 
-async def traffic(many: ClientSubject, few: ClientSubject, count: int, given: argparse.Namespace) -> Comparison:
+async def traffic(many: ClientSystem, few: ClientSystem, count: int, given: argparse.Namespace) -> Comparison:
     """Sends the same shape of Zipf traffic to each server, over all of its adapters."""
 
-    def contender(label: str, subject: ClientSubject, adapters: int) -> Contender:
+    def candidate(label: str, system: ClientSystem, adapters: int) -> Candidate:
         names = tuple(served_name(name(number)) for number in range(adapters))
         load = Workload(names, new_tokens=32, sequences=SEQUENCES, requests=given.requests, zipf=ZIPF_EXPONENT)
-        return Contender(label, lambda seed: drive(subject, load, seed))
+        return Candidate(label, lambda seed: drive(system, load, seed))
 
-    own, other = contender("many", many, count), contender("few", few, FEW)
+    own, other = candidate("many", many, count), candidate("few", few, FEW)
     return (await interleave(other, [own], given.repeats, settle_seconds=SETTLE_SECONDS))[0]
 
 
 async def measure(given: argparse.Namespace, folder: Path) -> tuple[list[Registry], Comparison]:
-    world = World.build(write_base(folder / "base", SIZES[given.size]), folder)
+    inputs = Inputs.build(write_base(folder / "base", SIZES[given.size]), folder)
     async with AsyncExitStack() as unmeasured:
-        await serve(world, 1, given.slots, unmeasured)  # fills the cache of compiled code
+        await serve(inputs, 1, given.slots, unmeasured)  # fills the cache of compiled code
     async with AsyncExitStack() as stack:
-        few, few_subject = await serve(world, FEW, given.slots, stack)
-        many, many_subject = await serve(world, given.adapters, given.slots, stack)
+        few, few_subject = await serve(inputs, FEW, given.slots, stack)
+        many, many_subject = await serve(inputs, given.adapters, given.slots, stack)
         return [few, many], await traffic(many_subject, few_subject, given.adapters, given)
     raise AssertionError("the stack swallows no error")
 

@@ -1,7 +1,7 @@
 """Requests that cost their sender little and could cost others much, and the process that sends them.
 
-Each entry of `INPUTS` is one kind: it sends again and again, a few at once, until its time is over. Run as
-``python -m benchmarks.hostile ADDRESS KIND SECONDS``; it prints what came back, counted by status and reason, as JSON.
+Each entry of `INPUTS` is one kind: it sends again and again, a few at once, until its time is over. Run as ``python -m
+benchmarks.studies.hostile ADDRESS KIND SECONDS``; it prints what came back, counted by status and reason, as JSON.
 """
 
 from __future__ import annotations

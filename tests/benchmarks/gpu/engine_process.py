@@ -1,5 +1,5 @@
-"""Every engine in a process of its own, so that all are up at once and take turns: what changes between two minutes on
-a machine then changes for all of them.
+"""Every engine in a process of its own, so that all are up at once and alternate: what drifts on the machine
+drifts for all of them.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from benchmarks.gpu.engines import ENGINES, Load, Started
-from benchmarks.gpu.material import Material
+from benchmarks.gpu.inputs import GPUInputs
 
 CONTEXT = multiprocessing.get_context("spawn")
 
 
-class SeatError(Exception):
+class EngineProcessError(Exception):
     """The engine's process has ended; what it printed says why."""
 
 
-class Seat:
-    """An engine that starts at once, and then does one workload after the other when it is told to."""
+class EngineProcess:
+    """An engine that starts at once, and then does one workload after the other as they are requested."""
 
-    def __init__(self, name: str, material: Material, load: Load) -> None:
+    def __init__(self, name: str, inputs: GPUInputs, load: Load) -> None:
         self.name = name
         self._pipe, theirs = CONTEXT.Pipe()
-        self._process = CONTEXT.Process(target=_sit, args=(name, material, load, theirs))
+        self._process = CONTEXT.Process(target=_run, args=(name, inputs, load, theirs))
         self._process.start()
         theirs.close()
 
@@ -35,18 +35,18 @@ class Seat:
         """Waits until the engine takes requests, and returns what it can be loaded with.
 
         Raises:
-            SeatError: it has not started.
+            EngineProcessError: it has not started.
         """
         workloads: list[str] = self._answer()
         return workloads
 
-    def tokens_per_second(self, workload: str, turn: int) -> float:
-        """Runs a workload once; no two turns have the same prompts.
+    def tokens_per_second(self, workload: str, repeat: int) -> float:
+        """Runs a workload once; no two rounds have the same prompts.
 
         Raises:
-            SeatError: the engine has ended.
+            EngineProcessError: the engine has ended.
         """
-        self._pipe.send((workload, turn))
+        self._pipe.send((workload, repeat))
         figure: float = self._answer()
         return figure
 
@@ -61,19 +61,19 @@ class Seat:
         try:
             return self._pipe.recv()
         except EOFError:
-            raise SeatError(f"the engine {self.name!r} has ended: see what it printed above") from None
+            raise EngineProcessError(f"the engine {self.name!r} has ended: see what it printed above") from None
 
 
-def _sit(name: str, material: Material, load: Load, pipe: Connection) -> None:
-    asyncio.run(_serve(name, material, load, pipe))
+def _run(name: str, inputs: GPUInputs, load: Load, pipe: Connection) -> None:
+    asyncio.run(_serve(name, inputs, load, pipe))
 
 
-async def _serve(name: str, material: Material, load: Load, pipe: Connection) -> None:
-    async with ENGINES[name](material, load) as started:
+async def _serve(name: str, inputs: GPUInputs, load: Load, pipe: Connection) -> None:
+    async with ENGINES[name](inputs, load) as started:
         pipe.send(list(started.workloads))
         while (order := await asyncio.to_thread(pipe.recv)) is not None:
-            workload, turn = order
-            pipe.send(await _once(started, load, workload, f"{name}-{turn}-{workload}"))
+            workload, repeat = order
+            pipe.send(await _once(started, load, workload, f"{name}-{repeat}-{workload}"))
 
 
 async def _once(started: Started, load: Load, workload: str, tag: str) -> float:

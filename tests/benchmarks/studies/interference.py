@@ -1,6 +1,6 @@
 """What hostile requests cost the streams of others: gaps between tokens and answers of health, with and without them.
 
-    ../.venv/bin/python -m benchmarks.interference --output interference.json     (in tests/)
+    ../.venv/bin/python -m benchmarks.studies.interference --output interference.json     (in tests/)
 
 One server process, eight streams that never end, and a health check every 20 ms; each kind of `hostile.INPUTS` runs
 for some seconds, between seconds without any. A ratio compares a kind's seconds with the calm ones before and after it.
@@ -28,7 +28,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.hostile import INPUTS
+from benchmarks.studies.hostile import INPUTS
 from deltamux.bench.measure import percentile
 from deltamux.client import AsyncClient
 from deltamux.errors import DeltamuxError
@@ -39,7 +39,7 @@ GROWTH = 1.5
 """The 99th percentile of the gaps may grow by half."""
 
 HEALTH_MS = 50.0
-DEMO_BASE = Path(__file__).parents[2] / "trainers/deltamux_trainers/demo/assets/base"
+DEMO_BASE = Path(__file__).parents[3] / "trainers/deltamux_trainers/demo/assets/base"
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Row:
         return self.ratio <= GROWTH and self.health_p99 <= HEALTH_MS and not self.failed
 
 
-# The process of those who are to notice nothing: ``python -m benchmarks.interference --watch ADDRESS``.
+# The process of those who are to notice nothing: ``python -m benchmarks.studies.interference --watch ADDRESS``.
 
 
 async def _stream(client: AsyncClient, number: int, seen: Seen, until: float) -> None:
@@ -119,11 +119,11 @@ def measure(server: ServerProcess, kinds: list[str], seconds: float) -> list[Row
     windows: list[tuple[float, float, dict[str, int], int]] = []
     calm: list[tuple[float, float]] = []
     total = 8 + len(kinds) * (2 * seconds + 30)
-    watcher = _start("benchmarks.interference", "--watch", server.address, "--seconds", str(total))
+    watcher = _start("benchmarks.studies.interference", "--watch", server.address, "--seconds", str(total))
     time.sleep(8)
     for kind in kinds:
         calm.append(_calm(seconds))
-        attacker = _start("benchmarks.hostile", server.address, kind, str(seconds), niceness=19)
+        attacker = _start("benchmarks.studies.hostile", server.address, kind, str(seconds), niceness=19)
         assert attacker.stdout is not None
         attacker.stdout.readline()  # it has been loaded, which costs as much as an attack
         start = time.monotonic()

@@ -1,9 +1,9 @@
 """What the way over gRPC costs: the same requests to vLLM and to our engine in this process, and to a server.
 
-    .venv/bin/python -m benchmarks.grpc_path --size mid --output grpc.json     (in tests/)
+    .venv/bin/python -m benchmarks.studies.grpc_path --size mid --output grpc.json     (in tests/)
 
 The server is a real `deltamux serve`, its client a process of its own; the engine in this process has the same
-arguments. One of the two is idle while the other works. Ways take turns, --repeats times; the figure is the median.
+arguments. One of the two is idle while the other works. Ways alternate, --repeats times; the figure is the median.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from typing import Any
 
 import psutil
 
-from benchmarks.grpc_load import Figures, OpGroup
-from benchmarks.worlds import SIZES, write_base
+from benchmarks.inputs import SIZES, write_base
+from benchmarks.studies.grpc_load import Figures, LoadRequest
 from deltamux.engine.base import EngineOptions, SamplingOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux_testing.server_process import ServerProcess
@@ -34,7 +34,7 @@ PROMPT_TOKENS = 8
 NEW_TOKENS = 64
 SETTLE_SECONDS = 1.3
 LIMITS: dict[str, Any] = {"dtype": "bfloat16", "max_model_len": 512, "kv_cache_gib": 1, "max_num_seqs": 32}
-Way = Callable[[OpGroup], Awaitable[Figures]]
+Way = Callable[[LoadRequest], Awaitable[Figures]]
 
 
 class LoadProcess:
@@ -42,26 +42,26 @@ class LoadProcess:
 
     def __init__(self, address: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.grpc_load", address],
+            [sys.executable, "-m", "benchmarks.studies.grpc_load", address],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
 
-    async def run(self, wanted: OpGroup) -> Figures:
+    async def run(self, wanted: LoadRequest) -> Figures:
         return await asyncio.to_thread(self._ask, wanted)
 
     def close(self) -> None:
         self._process.communicate()
 
-    def _ask(self, wanted: OpGroup) -> Figures:
+    def _ask(self, wanted: LoadRequest) -> Figures:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(wanted._asdict()), file=self._process.stdin, flush=True)
         return Figures(*json.loads(self._process.stdout.readline()))
 
 
-async def in_process(answers: Callable[[list[int], str], Any], wanted: OpGroup) -> Figures:
+async def in_process(answers: Callable[[list[int], str], Any], wanted: LoadRequest) -> Figures:
     """Runs a round in this process; `answers` yields token ids for a prompt and a request id."""
     started, cpu = time.perf_counter(), time.process_time()
 
@@ -122,7 +122,7 @@ def prompts(streams: int, salt: int) -> list[list[int]]:
 
 
 async def group_ops(ways: dict[str, Way], streams: int, repeats: int, server: psutil.Process) -> list[dict[str, Any]]:
-    """Lets the ways take turns; returns a row for each: medians, and its rate as a ratio to vLLM's."""
+    """Measures the ways alternately; returns a row for each: medians, and its rate as a ratio to vLLM's."""
     seen: dict[str, list[Figures]] = {name: [] for name in ways}
     served: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
@@ -131,7 +131,7 @@ async def group_ops(ways: dict[str, Way], streams: int, repeats: int, server: ps
             # A worker of vLLM looks for work without a pause for a second after the last.
             await asyncio.sleep(SETTLE_SECONDS)
             before = _cpu(server)
-            figures = await ways[name](OpGroup(name, prompts(streams, repeat * len(ways) + number), NEW_TOKENS))
+            figures = await ways[name](LoadRequest(name, prompts(streams, repeat * len(ways) + number), NEW_TOKENS))
             assert figures.tokens == streams * NEW_TOKENS
             if repeat:  # the first round warms up
                 seen[name].append(figures)
@@ -142,7 +142,7 @@ async def group_ops(ways: dict[str, Way], streams: int, repeats: int, server: ps
 def _row(
     name: str, streams: int, figures: list[Figures], server_cpu: list[float], base: list[Figures]
 ) -> dict[str, Any]:
-    # Pairs of one turn: the machine's own moods last longer than a turn.
+    # Pairs of one round: what drifts on the machine lasts longer than a round.
     ratios = [b.seconds / f.seconds for f, b in zip(figures, base, strict=True)]
     return {
         "streams": streams,

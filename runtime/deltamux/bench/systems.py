@@ -1,4 +1,4 @@
-"""What can be measured out of the box: an engine in this process, and a server behind gRPC."""
+"""Systems under test: an engine in this process, and a server over gRPC."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from deltamux.engine.base import Engine, ProgramRef
 
 _numbers = itertools.count()
-"""Request ids must be new to an engine, whoever measures it."""
+"""Of request ids, which must be new to an engine."""
 
 
 @dataclass(frozen=True)
-class EngineSubject:
+class EngineSystem:
     """An engine that runs in this process; `programs` are its adapters by name."""
 
     engine: Engine
@@ -41,11 +41,11 @@ class EngineSubject:
 
 
 @dataclass(frozen=True)
-class ClientSubject:
-    """A server behind gRPC; adapters go by their resource names.
+class ClientSystem:
+    """A server over gRPC; adapters are named by their resource names.
 
     Attributes:
-        vocab_size: the server does not tell its own; every model has a few hundred tokens.
+        vocab_size: the API has none; every model has a few hundred tokens.
     """
 
     client: AsyncClient

@@ -1,4 +1,4 @@
-"""Engines that take turns, and an engine without its ports: what the figures of both rest on."""
+"""Parts of the studies of overhead: engines that alternate, and a model without its deltas."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from benchmarks import beside
-from benchmarks.beside import SEQUENCES, AdapterTimeSlicer, Burst, labels, pairs
-from benchmarks.overhead import overrides
+from benchmarks.studies import alternating_engines
+from benchmarks.studies.alternating_engines import SEQUENCES, Burst, BurstSchedule, labels, pairs
+from benchmarks.studies.overhead import overrides
 
 
 @pytest.fixture
@@ -22,17 +22,17 @@ def pipes(tmp_path: Path) -> list[Path]:
     return made
 
 
-def test_sides_run_bursts_by_turns_and_the_last_goes_on_alone(
+def test_sides_run_bursts_alternately_and_the_last_goes_on_alone(
     pipes: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(beside, "PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(alternating_engines, "PATIENCE_SECONDS", 0.5)
     order: list[str] = []
     one, other = pipes
-    first, second = AdapterTimeSlicer(one, other, 3), AdapterTimeSlicer(other, one, 3)
+    first, second = BurstSchedule(one, other, 3), BurstSchedule(other, one, 3)
 
-    def run(name: str, turns: AdapterTimeSlicer, steps: int) -> None:
+    def run(name: str, schedule: BurstSchedule, steps: int) -> None:
         for _ in range(steps):
-            turns.begin(SEQUENCES)
+            schedule.begin(SEQUENCES)
             order.append(name)
 
     os.write(os.open(one, os.O_RDWR), b"x")
@@ -55,7 +55,7 @@ def test_a_side_that_is_there_again_is_numbered() -> None:
     assert labels(["vllm", "deltamux", "vllm"]) == ["vllm", "deltamux", "vllm (2)"]
 
 
-def test_what_stands_in_front_of_a_models_own_methods_is_found() -> None:
+def test_overrides_of_a_models_own_methods_are_found() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     assert overrides(model) == []
     model[1].forward = print

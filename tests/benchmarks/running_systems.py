@@ -1,4 +1,4 @@
-"""The engines of a run: started when a part asks for one, kept for the parts after it, never more than two alive."""
+"""The engines of a run: started when a part needs one, kept for the parts after it, never more than two alive."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from benchmarks.inputs import Inputs
 from benchmarks.peers import PEFT, VLLM
-from benchmarks.worlds import World
-from deltamux.bench import ClientSubject, EngineSubject, Subject, Workload, drive
+from deltamux.bench import ClientSystem, EngineSystem, System, Workload, drive
 from deltamux.client import AsyncClient
 from deltamux.engine.base import Engine, EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
@@ -27,19 +27,19 @@ PEFT_LORAS = 16
 
 
 class Alive(NamedTuple):
-    subject: Subject
+    system: System
     stop: Callable[[], Awaitable[None]]
 
 
 @dataclass
-class Stage:
+class RunningSystems:
     """Starts and ends what is measured.
 
     Attributes:
         max_model_len: longest prompt and generation of the run, virtual tokens included.
     """
 
-    world: World
+    inputs: Inputs
     sequences: int
     max_model_len: int
     say: Callable[[str], None]
@@ -53,14 +53,14 @@ class Stage:
 
     async def ours(
         self, slots: int = SLOTS, programs: dict[str, ProgramRef] | None = None, *, fold_dominant: bool = True
-    ) -> EngineSubject:
-        """Returns our engine with so many device slots, and the world's adapters or the given ones."""
+    ) -> EngineSystem:
+        """Returns our engine with so many device slots, and the adapters of `inputs` or the given ones."""
         name = f"deltamux with {slots} slots" + ("" if fold_dominant else ", never folding")
-        subject = await self._get(name, lambda: self._start_ours(slots, fold_dominant))
-        assert isinstance(subject, EngineSubject)
-        return EngineSubject(subject.engine, programs or self.world.programs)
+        system = await self._get(name, lambda: self._start_ours(slots, fold_dominant))
+        assert isinstance(system, EngineSystem)
+        return EngineSystem(system.engine, programs or self.inputs.programs)
 
-    async def settle(self, ours: EngineSubject, adapters: frozenset[str]) -> None:
+    async def settle(self, ours: EngineSystem, adapters: frozenset[str]) -> None:
         """Makes these adapters the engine's only ones, each in its slot: no run pays for the one before it."""
         if self._resident.get(ours.engine) == adapters:
             return
@@ -70,27 +70,27 @@ class Stage:
         await drive(ours, Workload(tuple(sorted(adapters)), new_tokens=1, sequences=len(adapters)), "settle")
         self._resident[ours.engine] = adapters
 
-    async def vllm(self, *, loras: bool) -> Subject:
+    async def vllm(self, *, loras: bool) -> System:
         """Returns vLLM without deltamux; with its own multi-LoRA or as it comes."""
         name = "vLLM with LoRA" if loras else "vLLM"
         return await self._get(name, lambda: self._start_vllm(loras))
 
-    async def server(self) -> ClientSubject:
+    async def server(self) -> ClientSystem:
         """Returns a connection to a server process of ours that holds the LoRAs."""
-        subject = await self._get("deltamux serve", self._start_server)
-        assert isinstance(subject, ClientSubject)
-        return subject
+        system = await self._get("deltamux serve", self._start_server)
+        assert isinstance(system, ClientSystem)
+        return system
 
     def peft(self) -> PEFT:
-        loras = {name: self.world.directories[name] for name in self.world.loras(PEFT_LORAS)}
-        return PEFT.load(self.world.model, loras, self.world.base.dims.vocab_size)
+        loras = {name: self.inputs.directories[name] for name in self.inputs.loras(PEFT_LORAS)}
+        return PEFT.load(self.inputs.model, loras, self.inputs.base.dims.vocab_size)
 
     async def close(self) -> None:
         while self._alive:
             _, alive = self._alive.popitem(last=False)
             await alive.stop()
 
-    async def _get(self, name: str, start: Callable[[], Awaitable[Alive]]) -> Subject:
+    async def _get(self, name: str, start: Callable[[], Awaitable[Alive]]) -> System:
         if name not in self._alive:
             while len(self._alive) >= MAX_ALIVE:
                 _, oldest = self._alive.popitem(last=False)
@@ -98,12 +98,12 @@ class Stage:
             self.say(f"starting {name}")
             self._alive[name] = await start()
         self._alive.move_to_end(name)
-        return self._alive[name].subject
+        return self._alive[name].system
 
     async def _start_ours(self, slots: int, fold_dominant: bool) -> Alive:
         engine = VLLMEngine(
             EngineOptions(
-                str(self.world.model),
+                str(self.inputs.model),
                 dtype="bfloat16",
                 max_model_len=self.max_model_len,
                 max_num_seqs=self.sequences,
@@ -114,21 +114,21 @@ class Stage:
             )
         )
         await engine.start()
-        return Alive(EngineSubject(engine), engine.stop)
+        return Alive(EngineSystem(engine), engine.stop)
 
     async def _start_vllm(self, loras: bool) -> Alive:
         arguments: dict[str, Any] = {
-            "model": str(self.world.model),
+            "model": str(self.inputs.model),
             "dtype": "bfloat16",
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.sequences,
             "kv_cache_memory_bytes": int(KV_CACHE_GIB * 1024**3),
             "disable_log_stats": True,
         }
-        own = {name: self.world.directories[name] for name in self.world.loras(PEFT_LORAS)} if loras else {}
+        own = {name: self.inputs.directories[name] for name in self.inputs.loras(PEFT_LORAS)} if loras else {}
         if loras:
             arguments |= {"enable_lora": True, "max_loras": PEFT_LORAS, "max_lora_rank": 8}
-        peer = VLLM(arguments, own, self.world.base.dims.vocab_size)
+        peer = VLLM(arguments, own, self.inputs.base.dims.vocab_size)
         await peer.start()
         return Alive(peer, peer.stop)
 
@@ -141,14 +141,14 @@ class Stage:
             "--kv-cache-gib": KV_CACHE_GIB,
         }
         options = [str(part) for pair in given.items() for part in pair]
-        store = self.world.folder / "store"
-        process = await asyncio.to_thread(ServerProcess, self.world.model, store, *options, eager=False)
+        store = self.inputs.folder / "store"
+        process = await asyncio.to_thread(ServerProcess, self.inputs.model, store, *options, eager=False)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, process.stop)
             client = await stack.enter_async_context(AsyncClient(process.address, timeout=600))
-            for name in self.world.loras(PEFT_LORAS):
-                await client.upload_adapter(served_name(name), self.world.directories[name])
-            return Alive(ClientSubject(client), stack.pop_all().aclose)
+            for name in self.inputs.loras(PEFT_LORAS):
+                await client.upload_adapter(served_name(name), self.inputs.directories[name])
+            return Alive(ClientSystem(client), stack.pop_all().aclose)
         raise AssertionError("the stack swallows no error")
 
 

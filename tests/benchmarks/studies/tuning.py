@@ -1,10 +1,10 @@
 """What training the methods of whole weights costs beside a plain fine-tuning loop: speed and peak memory.
 
-    python -m benchmarks.tuning [--device cuda] [--output tuning.json]     (in tests/)
+    python -m benchmarks.studies.tuning [--device cuda] [--output tuning.json]     (in tests/)
 
 Both train the same small Llama on the same rows with torch's AdamW, clipping and a linear schedule, each run in a
-process of its own, by turns. A ratio of speed above 1, and of memory below 1, is better than the plain loop. Where
-neighbours are busy, compare the processor's time (with OMP_NUM_THREADS=1, so that no thread spins).
+process of its own, alternating. A ratio of speed above 1, and of memory below 1, is better than the plain loop. Where
+other processes are busy, compare the processor's time (with OMP_NUM_THREADS=1, so that no thread spins).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _in_process(way: str, place: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.tuning", *sys.argv[1:], "--way", way, "--place", place]
+    command = [sys.executable, "-m", "benchmarks.studies.tuning", *sys.argv[1:], "--way", way, "--place", place]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return measured

@@ -1,8 +1,8 @@
 """Where the time of Zipf traffic goes: the base, prompts, adapters, arrivals in slots, and loads beside the steps.
 
-    python -m benchmarks.zipf --size mid --output zipf.json     (in tests/)
+    python -m benchmarks.studies.zipf --size mid --output zipf.json     (in tests/)
 
-Traffic over 5 adapters, over 2,000 that nobody has asked for yet (new), and the same once more (loaded), take turns in
+Traffic over 5 adapters, over 2,000 that nobody has asked for yet (new), and the same once more (loaded), alternate in
 one engine. Every other step leaves its adapters out, once they are in their slots: what adapters cost is the median
 difference of steps that are milliseconds apart, so that a busy machine blurs the base's share alone.
 """
@@ -25,9 +25,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.inputs import SIZES, Inputs, write_base
 from benchmarks.parts import FEW, MANY, ZIPF_EXPONENT
-from benchmarks.worlds import SIZES, World, write_base
-from deltamux.bench import EngineSubject, Workload, drive
+from deltamux.bench import EngineSystem, Workload, drive
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.worker.cpu import CPUDeltaWorker
@@ -157,10 +157,10 @@ def _differences(steps: list[Step]) -> Iterator[float]:
             yield b.model - a.model if b.with_adapters else a.model - b.model
 
 
-async def measure(world: World, slots: int, rounds: int) -> list[Row]:
+async def measure(inputs: Inputs, slots: int, rounds: int) -> list[Row]:
     """Returns the rows of one engine: few, new and loaded."""
     options = EngineOptions(
-        str(world.model),
+        str(inputs.model),
         dtype="bfloat16",
         max_model_len=64,
         max_num_seqs=SEQUENCES,
@@ -168,35 +168,35 @@ async def measure(world: World, slots: int, rounds: int) -> list[Row]:
         max_host_adapters=1000,
         kv_cache_gib=1.0,
         fold_dominant=False,
-        engine_arguments={"worker_cls": "benchmarks.zipf.RecordingWorker"},
+        engine_arguments={"worker_cls": "benchmarks.studies.zipf.RecordingWorker"},
     )
     engine = VLLMEngine(options)
     await engine.start()
     base = Workload((), 8, 32, SEQUENCES, requests=4 * SEQUENCES, zipf=ZIPF_EXPONENT)
     names = tuple(f"adapter-{i}" for i in range(MANY))
     many, few = (replace(base, adapters=names[:count]) for count in (MANY, FEW))
-    turns: dict[str, list[list[Step]]] = {"few": [], "new": [], "loaded": []}
+    found: dict[str, list[list[Step]]] = {"few": [], "new": [], "loaded": []}
     try:
-        for turn in range(rounds + 1):
-            fresh = EngineSubject(engine, _programs(world, names, turn))
-            turns["few"].append(await _steps(EngineSubject(engine, _programs(world, names[:FEW], -1)), few, turn))
-            turns["new"].append(await _steps(fresh, many, turn))
-            turns["loaded"].append(await _steps(fresh, many, turn))
+        for repeat in range(rounds + 1):
+            fresh = EngineSystem(engine, _programs(inputs, names, repeat))
+            found["few"].append(await _steps(EngineSystem(engine, _programs(inputs, names[:FEW], -1)), few, repeat))
+            found["new"].append(await _steps(fresh, many, repeat))
+            found["loaded"].append(await _steps(fresh, many, repeat))
     finally:
         await engine.stop()
-    return [account(name, slots, counted[1:]) for name, counted in turns.items()]
+    return [account(name, slots, counted[1:]) for name, counted in found.items()]
 
 
-def _programs(world: World, names: Sequence[str], turn: int) -> Mapping[str, ProgramRef]:
-    """Returns programs that are new to an engine in each turn."""
-    files = world.loras(FILES)
-    return {n: ProgramRef(f"{n}-{turn}", world.programs[files[i % FILES]].path) for i, n in enumerate(names)}
+def _programs(inputs: Inputs, names: Sequence[str], repeat: int) -> Mapping[str, ProgramRef]:
+    """Returns programs that are new to an engine in each round."""
+    files = inputs.loras(FILES)
+    return {n: ProgramRef(f"{n}-{repeat}", inputs.programs[files[i % FILES]].path) for i, n in enumerate(names)}
 
 
-async def _steps(subject: EngineSubject, load: Workload, turn: int) -> list[Step]:
-    assert isinstance(subject.engine, VLLMEngine)
-    await drive(subject, load, str(turn))
-    [steps] = await subject.engine.call_workers("recorded")
+async def _steps(system: EngineSystem, load: Workload, repeat: int) -> list[Step]:
+    assert isinstance(system.engine, VLLMEngine)
+    await drive(system, load, str(repeat))
+    [steps] = await system.engine.call_workers("recorded")
     assert isinstance(steps, list)
     return [Step(*step) for step in steps]
 
@@ -220,7 +220,7 @@ def show(rows: list[Row]) -> None:
 
 def main() -> int:
     summary = __doc__.splitlines()[0] if __doc__ else None
-    parser = argparse.ArgumentParser(prog="benchmarks.zipf", description=summary)
+    parser = argparse.ArgumentParser(prog="benchmarks.studies.zipf", description=summary)
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--slots", type=int, nargs="+", default=[SEQUENCES, 8])
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more warms up")
@@ -228,9 +228,9 @@ def main() -> int:
     given = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
-        world = World.build(write_base(Path(folder) / "base", SIZES[given.size]), Path(folder))
+        inputs = Inputs.build(write_base(Path(folder) / "base", SIZES[given.size]), Path(folder))
         for slots in given.slots:
-            rows += asyncio.run(measure(world, slots, given.rounds))
+            rows += asyncio.run(measure(inputs, slots, given.rounds))
     machine = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     print(f"{given.size} base, {machine}, {date.today()}: Zipf traffic over {FEW} and over {MANY} adapters")
     show(rows)

@@ -1,0 +1,1 @@
+"""One-off studies of speed, run by hand: `python -m benchmarks.studies.NAME` in tests/."""
