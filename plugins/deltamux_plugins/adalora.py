@@ -14,34 +14,34 @@ Served as `LowRank` with the ranks that are left. Files are PEFT's, pruned.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, LinearSite, LowRank, Op, Program
-from deltamux.errors import InvalidAdapterError, InvalidConfigError
+from deltamux.errors import InvalidAdapterError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, TrainingSchedule, hookimpl
+from deltamux_plugins.configs import invalid
 from deltamux_plugins.lora import IGNORED as IGNORED_BY_LORA
 from deltamux_plugins.peft_defaults import ADALORA_TARGETS, Names
-from deltamux_plugins.peft_format import AS_PEFT, CAUSAL_LM, PREFIX, refuse_to_train
+from deltamux_plugins.peft_format import AS_PEFT, PREFIX, refuse_to_train
 from deltamux_plugins.peft_keys import ADALORA_REFUSED
-from deltamux_plugins.targets import ALL_LINEAR, check_targeting, spelt, targets
+from deltamux_plugins.targets import Targeted, fan_in_fan_out, peft_values, targets
 
 EPSILON = 1e-5
 """PEFT divides by rank + 1e-5, so it does here."""
 
 
 @dataclass(frozen=True)
-class AdaLoRAConfig:
+class AdaLoRAConfig(Targeted):
     """PEFT's AdaLoraConfig.
 
     Attributes:
         target_r: rank a projection is left with, on average.
         init_r: rank that every projection starts with.
         lora_alpha: numerator of the scale.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as LoRA's.
         lora_dropout: while training.
         tinit: updates before the pruning begins; None takes a tenth of the run.
         tfinal: updates after it has ended; None takes three tenths of the run.
@@ -57,10 +57,6 @@ class AdaLoRAConfig:
     target_r: int = 8
     init_r: int = 12
     lora_alpha: float = 8
-    target_modules: tuple[str, ...] | str | None = ALL_LINEAR
-    exclude_modules: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[int, ...] | int | None = None
-    layers_pattern: tuple[str, ...] | str | None = None
     lora_dropout: float = 0.0
     tinit: int | None = None
     tfinal: int | None = None
@@ -70,16 +66,15 @@ class AdaLoRAConfig:
     orth_reg_weight: float = 0.5
     total_step: int | None = None
     rank_pattern: Mapping[str, tuple[bool, ...]] | None = None
-    modules_to_save: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_targeting(self)
+        super().__post_init__()
         if not 1 <= self.target_r <= self.init_r:
-            raise _invalid("target_r", f"is from 1 to init_r {self.init_r}, not {self.target_r}")
+            raise invalid("target_r", f"is from 1 to init_r {self.init_r}, not {self.target_r}")
         if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
-            raise _invalid("beta1", f"and beta2 lie between 0 and 1, not {self.beta1} and {self.beta2}")
+            raise invalid("beta1", f"and beta2 lie between 0 and 1, not {self.beta1} and {self.beta2}")
         if self.deltaT < 1 or self.orth_reg_weight < 0 or not 0 <= self.lora_dropout < 1:
-            raise _invalid("deltaT", "is at least 1, orth_reg_weight at least 0, lora_dropout a probability below 1")
+            raise invalid("deltaT", "is at least 1, orth_reg_weight at least 0, lora_dropout a probability below 1")
 
     @property
     def scale(self) -> float:
@@ -206,13 +201,12 @@ class RankSchedule(TrainingSchedule):
 
 @hookimpl
 def deltamux_config(config: AdaLoRAConfig, base: BaseModel) -> dict[str, Any]:
-    values = asdict(replace(config, target_modules=spelt(config, base)))
+    values = peft_values(config, base)
     values["rank_pattern"] = {name: list(alive) for name, alive in (config.rank_pattern or {}).items()} or None
     values.update(total_step=config.total_step or 1, tinit=config.tinit or 0, tfinal=config.tfinal or 0)
     if values["tinit"] >= values["total_step"] - values["tfinal"]:
         values.update(tinit=0, tfinal=0)  # PEFT refuses a schedule without room for pruning, also when it only loads
-    transposed = any(site.transposed for site in targets(config, base))
-    return {**values, **CAUSAL_LM, "fan_in_fan_out": transposed}
+    return {**values, **fan_in_fan_out(config, base)}
 
 
 # Inference, and merging through the ops.
@@ -239,10 +233,6 @@ def deltamux_program(config: AdaLoRAConfig, base: BaseModel, tensors: Mapping[st
 def _names(site: LinearSite | str) -> tuple[str, str, str]:
     path = site if isinstance(site, str) else site.name
     return f"{PREFIX}{path}.lora_A", f"{PREFIX}{path}.lora_E", f"{PREFIX}{path}.lora_B"
-
-
-def _invalid(name: str, problem: str) -> InvalidConfigError:
-    return InvalidConfigError(f"{name} {problem}", metadata={"field": name})
 
 
 @hookimpl

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import Checkpoint
-from deltamux.deltas.ops.bottleneck import ACTIVATIONS
+from deltamux.deltas.activations import ACTIVATIONS
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux_plugins.peft_format import CAUSAL_LM, PREFIX
 

@@ -19,14 +19,13 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, Bias, LinearSite, NormAffine, NormSite, Op, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.configs import VersionedConfig
 from deltamux_plugins.peft_format import BOOKKEEPING
 from deltamux_plugins.targets import matches
 
-FORMAT_VERSION = 1
-
 
 @dataclass(frozen=True)
-class BitFitConfig:
+class BitFitConfig(VersionedConfig):
     """Which biases are trained.
 
     Attributes:
@@ -36,11 +35,6 @@ class BitFitConfig:
 
     target_modules: tuple[str, ...] | str | None = None
     add_missing: bool = True
-    format_version: int = FORMAT_VERSION
-
-    def __post_init__(self) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise InvalidConfigError(f"format_version {self.format_version} is not known here; known: {FORMAT_VERSION}")
 
 
 # Train.

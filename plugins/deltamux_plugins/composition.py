@@ -20,6 +20,7 @@ from deltamux.deltas.composition import MAX_COMPONENTS, PEFT_TYPE, ComponentTens
 from deltamux.errors import DeltamuxError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux.registry import Registry
+from deltamux_plugins.configs import VersionedConfig
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ComponentConfig:
 
 
 @dataclass(frozen=True)
-class CompositionConfig:
+class CompositionConfig(VersionedConfig):
     """What a composition is made of.
 
     Attributes:
@@ -44,6 +45,7 @@ class CompositionConfig:
     parts: tuple[ComponentConfig, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.mode not in set(CompositionMode):
             raise InvalidConfigError(f"mode is stack or sum, not {self.mode!r}", metadata={"field": "mode"})
         if len(self.parts) > MAX_COMPONENTS:

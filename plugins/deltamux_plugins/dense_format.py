@@ -32,7 +32,6 @@ from deltamux.deltas import (
 from deltamux.errors import InvalidAdapterError
 from deltamux.hookspecs import ParameterSpec
 
-FORMAT_VERSION = 1
 WeightSite = LinearSite | NormSite | EmbeddingSite | HeadSite
 
 

@@ -24,8 +24,8 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, TrainingSchedule, hookimpl
+from deltamux_plugins.configs import VersionedConfig
 from deltamux_plugins.dense_format import (
-    FORMAT_VERSION,
     Change,
     dense_program,
     layer_changes,
@@ -36,7 +36,7 @@ from deltamux_plugins.peft_format import BOOKKEEPING
 
 
 @dataclass(frozen=True)
-class FullConfig:
+class FullConfig(VersionedConfig):
     """What is trained, and when.
 
     Attributes:
@@ -50,15 +50,13 @@ class FullConfig:
     train_head: bool = True
     unfreeze: bool = False
     layers_per_stage: int = 1
-    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.layers_per_stage < 1:
             raise InvalidConfigError(
                 f"layers_per_stage is at least 1, not {self.layers_per_stage}", metadata={"field": "layers_per_stage"}
             )
-        if self.format_version != FORMAT_VERSION:
-            raise InvalidConfigError(f"format_version {self.format_version} is not known here; known: {FORMAT_VERSION}")
 
 
 # Train.

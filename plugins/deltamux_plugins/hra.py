@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, LinearSite, LowRank, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
-from deltamux_plugins.targets import Targeted, spelt, targets
+from deltamux_plugins.configs import check_no_bias
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.targets import Targeted, peft_values, targets
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,7 @@ class HRAConfig(Targeted):
         super().__post_init__()
         if self.r < 1:
             raise InvalidConfigError(f"r is positive, not {self.r}", metadata={"field": "r"})
-        if self.bias != "none":
-            raise InvalidConfigError(f"bias {self.bias!r} is not served; only none is", metadata={"field": "bias"})
+        check_no_bias(self.bias)
 
 
 # Train.
@@ -71,7 +71,7 @@ def deltamux_parameters(config: HRAConfig, base: BaseModel) -> dict[str, Paramet
 
 @hookimpl
 def deltamux_config(config: HRAConfig, base: BaseModel) -> dict[str, Any]:
-    return {**asdict(replace(config, target_modules=spelt(config, base))), **CAUSAL_LM}
+    return peft_values(config, base)
 
 
 # Inference, and merging through the ops.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,13 +24,12 @@ from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.peft_format import (
     AS_PEFT,
     BOOKKEEPING,
-    CAUSAL_LM,
     PREFIX,
     low_rank_or_dense,
     refuse_to_train,
     shaped,
 )
-from deltamux_plugins.targets import Targeted, by_pattern, spelt, targets
+from deltamux_plugins.targets import Targeted, by_pattern, peft_values, targets
 
 PARTS = ("w1_a", "w1_b", "w2_a", "w2_b")
 
@@ -88,7 +87,7 @@ def deltamux_parameters(config: LoHaConfig, base: BaseModel) -> dict[str, Parame
 
 @hookimpl
 def deltamux_config(config: LoHaConfig, base: BaseModel) -> dict[str, Any]:
-    return {**asdict(replace(config, target_modules=spelt(config, base))), **CAUSAL_LM}
+    return peft_values(config, base)
 
 
 # Inference, and merging through the ops.

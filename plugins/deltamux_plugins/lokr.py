@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from deltamux.deltas import BaseModel, Dense, LinearSite, LowRank, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.loha import LoHaConfig
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
-from deltamux_plugins.targets import spelt, targets
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.targets import peft_values, targets
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def deltamux_parameters(config: LoKrConfig, base: BaseModel) -> dict[str, Parame
 
 @hookimpl
 def deltamux_config(config: LoKrConfig, base: BaseModel) -> dict[str, Any]:
-    return {**asdict(replace(config, target_modules=spelt(config, base))), **CAUSAL_LM}
+    return peft_values(config, base)
 
 
 # Inference, and merging through the ops.

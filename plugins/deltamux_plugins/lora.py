@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Bias, Checkpoint, LinearSite, LowRank, NormAffine, NormSite, Op, Program
-from deltamux.errors import InvalidAdapterError, InvalidConfigError
+from deltamux.errors import InvalidAdapterError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import adapterhub, mlx
+from deltamux_plugins.configs import invalid
 from deltamux_plugins.dora import magnitude_ops, row_norms
-from deltamux_plugins.peft_defaults import LORA_TARGETS, Names
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.peft_keys import LORA_REFUSED
-from deltamux_plugins.targets import ALL_LINEAR, by_pattern, check_targeting, spelt, targets
+from deltamux_plugins.targets import Targeted, by_pattern, fan_in_fan_out, peft_values, targets
 
 # These initialisations move a part of the base's weights into the factors: the adapter fits its own changed base only.
 CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
@@ -46,16 +46,12 @@ IGNORED = BOOKKEEPING | {
 
 
 @dataclass(frozen=True)
-class LoRAConfig:
+class LoRAConfig(Targeted):
     """PEFT's LoraConfig, as far as it changes what is served.
 
     Attributes:
         r: rank.
         lora_alpha: numerator of the scale.
-        target_modules: module names or their endings, a regular expression over whole paths, "all-linear", or None:
-            what PEFT takes for the base's model type.
-        exclude_modules: as target_modules; wins over it.
-        layers_to_transform: layer indices to restrict the targets to.
         rank_pattern: rank by pattern over paths; the first that matches the path's end wins.
         alpha_pattern: likewise for lora_alpha.
         use_dora: each row's length is trained apart from its direction; see `deltamux_plugins.dora`.
@@ -63,17 +59,10 @@ class LoRAConfig:
         bias: none, all (every bias of the base is trained) or lora_only (those of the targets).
         init_lora_weights: True (A Kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero). Files
             may say how else PEFT began; training here begins in one of the two ways.
-        modules_to_save: see `deltamux_plugins.targets.Targeted`.
     """
-
-    peft_targets: ClassVar[Mapping[str, Names]] = LORA_TARGETS
 
     r: int = 8
     lora_alpha: float = 8
-    target_modules: tuple[str, ...] | str | None = ALL_LINEAR
-    exclude_modules: tuple[str, ...] | str | None = None
-    layers_to_transform: tuple[int, ...] | int | None = None
-    layers_pattern: tuple[str, ...] | str | None = None
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
@@ -81,28 +70,27 @@ class LoRAConfig:
     lora_dropout: float = 0.0
     bias: str = "none"
     init_lora_weights: bool | str = True
-    modules_to_save: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_targeting(self)
+        super().__post_init__()
         if any(r < 1 for r in (self.r, *self.rank_pattern.values())):
-            raise _invalid("r", f"and rank_pattern hold positive integers, not {self.r} and {dict(self.rank_pattern)}")
+            raise invalid("r", f"and rank_pattern hold positive integers, not {self.r} and {dict(self.rank_pattern)}")
         if not 0.0 <= self.lora_dropout < 1.0:
-            raise _invalid("lora_dropout", f"is a probability below 1, not {self.lora_dropout}")
+            raise invalid("lora_dropout", f"is a probability below 1, not {self.lora_dropout}")
         if self.bias not in ("none", "all", "lora_only"):
-            raise _invalid("bias", f"is none, all or lora_only, not {self.bias!r}")
+            raise invalid("bias", f"is none, all or lora_only, not {self.bias!r}")
         self._check_initialisation()
 
     def _check_initialisation(self) -> None:
         init = self.init_lora_weights
         if isinstance(init, str) and init.startswith(CHANGES_THE_BASE):
-            raise _invalid(
+            raise invalid(
                 "init_lora_weights",
                 f"{init!r} changes the base's weights too: save it as plain LoRA, with PEFT's save_pretrained and its "
                 "path_initial_model_for_weight_conversion",
             )
         if isinstance(init, str) and init not in INITIALISATIONS:
-            raise _invalid("init_lora_weights", f"{init!r} is not known; known: true, {', '.join(INITIALISATIONS)}")
+            raise invalid("init_lora_weights", f"{init!r} is not known; known: true, {', '.join(INITIALISATIONS)}")
 
     def rank(self, site: LinearSite) -> int:
         rank = by_pattern(self.rank_pattern, site.name)
@@ -120,9 +108,7 @@ class LoRAConfig:
 @hookimpl
 def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     if config.init_lora_weights not in TRAINED_FROM:
-        raise _invalid(
-            "init_lora_weights", f"{config.init_lora_weights!r} cannot be trained from; say true or gaussian"
-        )
+        raise invalid("init_lora_weights", f"{config.init_lora_weights!r} cannot be trained from; say true or gaussian")
     refuse_to_train(config, "modules_to_save")
     parameters: dict[str, ParameterSpec] = {}
     for site in targets(config, base):
@@ -140,9 +126,7 @@ def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, Parame
 
 @hookimpl
 def deltamux_config(config: LoRAConfig, base: BaseModel) -> dict[str, Any]:
-    transposed = any(site.transposed for site in targets(config, base))
-    named = replace(config, target_modules=spelt(config, base))
-    return {**asdict(named), **CAUSAL_LM, "fan_in_fan_out": transposed}
+    return {**peft_values(config, base), **fan_in_fan_out(config, base)}
 
 
 # Inference, and merging through the ops.
@@ -207,10 +191,6 @@ def _row_norms_of(base: BaseModel, site: LinearSite) -> Any:
 
 def _copy_of(base: BaseModel, name: str) -> Any:
     return lambda tensor: tensor.copy_(base.tensor(name))
-
-
-def _invalid(name: str, problem: str) -> InvalidConfigError:
-    return InvalidConfigError(f"{name} {problem}", metadata={"field": name})
 
 
 @hookimpl

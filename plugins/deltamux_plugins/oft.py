@@ -13,7 +13,7 @@ PEFT's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, Dense, LinearSite, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
-from deltamux_plugins.targets import Targeted, spelt, targets
+from deltamux_plugins.configs import check_no_bias
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.targets import Targeted, fan_in_fan_out, peft_values, targets
 
 PEFT_VERSION = "0.21.0"
 """The version of PEFT whose files these are."""
@@ -60,8 +61,7 @@ class OFTConfig(Targeted):
                 f"one of r and oft_block_size is positive, the other zero, not {self.r} and {self.oft_block_size}",
                 metadata={"field": "oft_block_size"},
             )
-        if self.bias != "none":
-            raise InvalidConfigError(f"bias {self.bias!r} is not served; only none is", metadata={"field": "bias"})
+        check_no_bias(self.bias)
 
     def blocks(self, site: LinearSite) -> tuple[int, int]:
         """Returns (number of blocks, their size); what does not divide the inputs moves to the nearest that does."""
@@ -85,10 +85,8 @@ def deltamux_parameters(config: OFTConfig, base: BaseModel) -> dict[str, Paramet
 
 @hookimpl
 def deltamux_config(config: OFTConfig, base: BaseModel) -> dict[str, Any]:
-    named = replace(config, target_modules=spelt(config, base))
-    transposed = any(site.transposed for site in targets(config, base))
     # Without a version PEFT takes the file for one of before 0.18, whose series was another.
-    return {**asdict(named), **CAUSAL_LM, "fan_in_fan_out": transposed, "peft_version": PEFT_VERSION}
+    return {**peft_values(config, base), **fan_in_fan_out(config, base), "peft_version": PEFT_VERSION}
 
 
 # Inference, and merging through the ops.

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, KVPrefix, Program
-from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidConfigError, NotMergeableError
+from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
 from deltamux.hookspecs import Initialiser, MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.configs import invalid
 from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM
 from deltamux_plugins.prompt import text_ids
 
@@ -60,13 +61,13 @@ class PrefixConfig:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.num_virtual_tokens, int) and self.num_virtual_tokens > 0):
-            raise _invalid("num_virtual_tokens", f"is a positive integer, not {self.num_virtual_tokens!r}")
+            raise invalid("num_virtual_tokens", f"is a positive integer, not {self.num_virtual_tokens!r}")
         if self.init_weights not in (None, "normal", "zero"):
-            raise _invalid("init_weights", f"is null, 'normal' or 'zero', not {self.init_weights!r}")
+            raise invalid("init_weights", f"is null, 'normal' or 'zero', not {self.init_weights!r}")
         if self.init_text and (self.prefix_projection or self.init_weights):
-            raise _invalid("init_text", "goes neither with prefix_projection nor with init_weights")
+            raise invalid("init_text", "goes neither with prefix_projection nor with init_weights")
         if self.num_transformer_submodules not in (None, 1):
-            raise _invalid("num_transformer_submodules", "is 1 for a decoder")
+            raise invalid("num_transformer_submodules", "is 1 for a decoder")
 
     def check(self, base: BaseModel) -> None:
         """Raises BaseMismatchError where the config describes another base than the present one."""
@@ -186,10 +187,6 @@ def _token_dim(base: BaseModel) -> int:
 def _uniform(fan_in: int) -> Any:
     bound = fan_in**-0.5
     return lambda tensor: torch.nn.init.uniform_(tensor, -bound, bound)
-
-
-def _invalid(name: str, problem: str) -> InvalidConfigError:
-    return InvalidConfigError(f"{name} {problem}", metadata={"field": name})
 
 
 @hookimpl

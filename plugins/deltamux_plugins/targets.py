@@ -8,37 +8,22 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import regex
 
 from deltamux.deltas import BaseModel, LinearSite
 from deltamux.errors import InvalidConfigError
+from deltamux_plugins.configs import invalid
 from deltamux_plugins.peft_defaults import LORA_TARGETS, Names, default_targets
+from deltamux_plugins.peft_format import CAUSAL_LM
 
 ALL_LINEAR = "all-linear"
 SECONDS_A_MATCH = 0.05
 SHOWN = 6
 """How many names a message lists at most."""
-
-
-class Targeting(Protocol):
-    """The fields of a config that choose its targets."""
-
-    peft_targets: ClassVar[Mapping[str, Names]]
-
-    @property
-    def target_modules(self) -> Names | None: ...
-    @property
-    def exclude_modules(self) -> Names | None: ...
-    @property
-    def layers_to_transform(self) -> tuple[int, ...] | int | None: ...
-    @property
-    def layers_pattern(self) -> Names | None: ...
-    @property
-    def modules_to_save(self) -> tuple[str, ...] | None: ...
 
 
 @dataclass(frozen=True)
@@ -65,23 +50,19 @@ class Targeted:
     modules_to_save: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_targeting(self)
+        """Raises InvalidConfigError where PEFT would: layers of a regular expression, or a pattern without layers."""
+        if _is_regex(self.target_modules) and self.layers_to_transform not in (None, ()):
+            raise invalid(
+                "layers_to_transform",
+                "goes with names of modules, not with a regular expression: name the layers in it",
+            )
+        if self.layers_pattern and self.layers_to_transform in (None, ()):
+            raise InvalidConfigError(
+                "layers_pattern needs layers_to_transform, too", metadata={"field": "layers_to_transform"}
+            )
 
 
-def check_targeting(config: Targeting) -> None:
-    """Raises InvalidConfigError where PEFT would, too: layers of a regular expression, or a pattern without layers."""
-    if _is_regex(config.target_modules) and config.layers_to_transform not in (None, ()):
-        raise InvalidConfigError(
-            "layers_to_transform goes with names of modules, not with a regular expression: name the layers in it",
-            metadata={"field": "layers_to_transform"},
-        )
-    if config.layers_pattern and config.layers_to_transform in (None, ()):
-        raise InvalidConfigError(
-            "layers_pattern needs layers_to_transform, too", metadata={"field": "layers_to_transform"}
-        )
-
-
-def targets(config: Targeting, base: BaseModel) -> list[LinearSite]:
+def targets(config: Targeted, base: BaseModel) -> list[LinearSite]:
     """Returns the projections that a config means, in the model's order.
 
     Raises:
@@ -139,7 +120,7 @@ def listed(names: Any, most: int = SHOWN) -> str:
     return ", ".join(known[:most]) + more
 
 
-def _narrowed(config: Targeting) -> str:
+def _narrowed(config: Targeted) -> str:
     options = ("exclude_modules", "layers_to_transform", "modules_to_save")
     return " and ".join(name for name in options if getattr(config, name) not in (None, (), ""))
 
@@ -190,11 +171,17 @@ def _check_pattern(pattern: str) -> None:
         raise InvalidConfigError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
 
 
-def spelt(config: Targeting, base: BaseModel) -> tuple[str, ...] | str:
-    """Returns target_modules in a form that every version of PEFT resolves alike: ``all-linear`` by names."""
-    if config.target_modules is not None and not is_all_linear(config.target_modules):
-        return config.target_modules
-    return tuple(sorted({site.name.rpartition(".")[2] for site in targets(config, base)}))
+def peft_values(config: Targeted, base: BaseModel) -> dict[str, Any]:
+    """Returns the values of an adapter_config.json that every version of PEFT reads alike, with targets by name."""
+    names = config.target_modules
+    if names is None or is_all_linear(names):
+        names = tuple(sorted({site.name.rpartition(".")[2] for site in targets(config, base)}))
+    return {**asdict(replace(config, target_modules=names)), **CAUSAL_LM}
+
+
+def fan_in_fan_out(config: Targeted, base: BaseModel) -> dict[str, bool]:
+    """Returns PEFT's key for targets whose weights are transposed (GPT-2's)."""
+    return {"fan_in_fan_out": any(site.transposed for site in targets(config, base))}
 
 
 def is_all_linear(names: Names | None) -> bool:
@@ -212,7 +199,7 @@ def is_left_out(config: Any, path: str) -> bool:
     return any(_match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
 
 
-def _is_target(config: Targeting, names: Names, site: LinearSite) -> bool:
+def _is_target(config: Targeted, names: Names, site: LinearSite) -> bool:
     if is_left_out(config, site.name):
         return False
     if not is_all_linear(names) and not matches(names, site.name):
@@ -222,7 +209,7 @@ def _is_target(config: Targeting, names: Names, site: LinearSite) -> bool:
     return _in_layers(config, site.name)
 
 
-def _in_layers(config: Targeting, path: str) -> bool:
+def _in_layers(config: Targeted, path: str) -> bool:
     wanted = config.layers_to_transform
     layer = _layer(config.layers_pattern, path)
     return layer is not None and (layer == wanted if isinstance(wanted, int) else layer in (wanted or ()))

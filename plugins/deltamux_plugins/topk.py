@@ -21,12 +21,13 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.dense_format import FORMAT_VERSION, Change, dense_program, layer_changes, outer_changes, zeros
+from deltamux_plugins.configs import VersionedConfig
+from deltamux_plugins.dense_format import Change, dense_program, layer_changes, outer_changes, zeros
 from deltamux_plugins.peft_format import BOOKKEEPING
 
 
 @dataclass(frozen=True)
-class TopKConfig:
+class TopKConfig(VersionedConfig):
     """Which layers are trained.
 
     Attributes:
@@ -36,15 +37,13 @@ class TopKConfig:
 
     num_layers: int | None = 1
     train_norms: bool = True
-    format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.num_layers is not None and self.num_layers < 1:
             raise InvalidConfigError(
                 f"num_layers is at least 1, not {self.num_layers}", metadata={"field": "num_layers"}
             )
-        if self.format_version != FORMAT_VERSION:
-            raise InvalidConfigError(f"format_version {self.format_version} is not known here; known: {FORMAT_VERSION}")
 
 
 # Train.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,17 +21,17 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, LinearSite, Program
 from deltamux.errors import BaseMismatchError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.configs import check_no_bias
 from deltamux_plugins.peft_defaults import VERA_TARGETS, Names
 from deltamux_plugins.peft_format import (
     AS_PEFT,
     BOOKKEEPING,
-    CAUSAL_LM,
     PREFIX,
     low_rank_or_dense,
     refuse_to_train,
     shaped,
 )
-from deltamux_plugins.targets import Targeted, spelt, targets
+from deltamux_plugins.targets import Targeted, fan_in_fan_out, peft_values, targets
 
 SHARED_A, SHARED_B = "base_model.vera_A", "base_model.vera_B"
 
@@ -64,8 +64,7 @@ class VeRAConfig(Targeted):
         super().__post_init__()
         if self.r < 1 or not 0 <= self.vera_dropout < 1:
             raise InvalidConfigError("r is positive, and vera_dropout a probability below 1", metadata={"field": "r"})
-        if self.bias != "none":
-            raise InvalidConfigError(f"bias {self.bias!r} is not served; only none is", metadata={"field": "bias"})
+        check_no_bias(self.bias)
 
 
 # Train.
@@ -89,10 +88,10 @@ def deltamux_export(config: VeRAConfig, base: BaseModel, parameters: Mapping[str
 
 @hookimpl
 def deltamux_config(config: VeRAConfig, base: BaseModel) -> dict[str, Any]:
-    values = asdict(replace(config, target_modules=spelt(config, base)))
+    values = peft_values(config, base)
     if config.exclude_modules is None:
         del values["exclude_modules"]  # PEFT's VeRA does not know it
-    return {**values, **CAUSAL_LM, "fan_in_fan_out": any(s.transposed for s in targets(config, base))}
+    return {**values, **fan_in_fan_out(config, base)}
 
 
 # Inference, and merging through the ops.

@@ -28,7 +28,7 @@ from deltamux.deltas import (
     ScaleInput,
     SoftPrompt,
 )
-from deltamux.deltas.ops.bottleneck import ACTIVATIONS
+from deltamux.deltas.activations import ACTIVATIONS
 from deltamux.errors import BaseMismatchError, InvalidAdapterError
 from deltamux_testing import random_programs
 

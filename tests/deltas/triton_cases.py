@@ -20,11 +20,11 @@ from deltamux.deltas import (
     Scale,
     SoftPrompt,
 )
+from deltamux.deltas.activations import ACTIVATIONS
 from deltamux.deltas.backends.triton.bottleneck import BottleneckDeltas
 from deltamux.deltas.backends.triton.linear import LinearDeltas
 from deltamux.deltas.backends.triton.step_records import StepRecords
 from deltamux.deltas.backends.triton.virtual import SoftPromptDeltas
-from deltamux.deltas.ops.bottleneck import ACTIVATIONS
 from deltamux.deltas.ops.step import RowRange, VirtualToken
 from deltamux.deltas.sites import BlockSite
 from deltamux_testing.random_ops import BLOCK, FEATURES, MAKERS, SLOTS, draw, index_of, poisoned, steps

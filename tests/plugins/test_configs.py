@@ -57,7 +57,14 @@ def test_a_value_of_another_type_is_refused_with_its_option(method: str, values:
     assert refused.value.metadata["field"]
 
 
-def test_an_unknown_option_of_a_part_is_refused_too() -> None:
+@pytest.mark.parametrize("method", [m.name for m in Registry().methods() if not m.info.in_peft])
+def test_every_format_of_our_own_has_a_version_that_is_checked(method: str) -> None:
+    assert Registry().get(method).parse({"format_version": 1}).format_version == 1
+    with pytest.raises(InvalidConfigError, match="format_version 2 is not known here; known: 1"):
+        Registry().get(method).parse({"format_version": 2})
+
+
+def test_an_unknown_option_of_a_component_is_refused_too() -> None:
     with pytest.raises(InvalidConfigError, match=r"'mam\.prefix' has no option 'length'"):
         Registry().get("mam").parse({"prefix": {"length": 3}})
 

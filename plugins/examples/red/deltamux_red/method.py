@@ -16,17 +16,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux import hookimpl
 from deltamux.deltas import BaseModel, BlockRole, BlockSite, LinearSite, Program, SiteKind
-from deltamux.errors import NotMergeableError
-from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux.errors import InvalidConfigError, NotMergeableError
+from deltamux.hookspecs import MethodInfo, ParameterSpec
 from deltamux_red.edit import Edit
 
 
 @dataclass(frozen=True)
 class REDConfig:
-    """RED has no options: every feed-forward is edited."""
+    """RED has no options but the version of its files: every feed-forward is edited."""
 
     format_version: int = 1
+
+    def __post_init__(self) -> None:
+        if self.format_version != 1:
+            raise InvalidConfigError(
+                f"format_version {self.format_version} is not known here; known: 1",
+                metadata={"field": "format_version"},
+            )
 
 
 @hookimpl
@@ -74,7 +82,7 @@ def deltamux_method() -> MethodInfo:
     return MethodInfo(
         name="red",
         title="RED",
-        summary="a factor and a bias behind every feed-forward",
+        summary="a factor and a bias after every feed-forward",
         paper="https://arxiv.org/abs/2402.15179",
         peft_type="RED",
         config_class=REDConfig,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch import Tensor
 from deltamux.deltas.ops.base import Op
 from deltamux.deltas.ops.step import StepIndex
 from deltamux.deltas.sites import Site
+
+_FORMER_NAMES = {"place": "set", "clear": "reset", "_place": "_set", "_clear": "_reset"}
+"""What plugins' batches may still call their hooks."""
 
 
 class OpBatch(ABC):
@@ -20,6 +25,18 @@ class OpBatch(ABC):
     Attributes:
         mask: bit i set when slot i has this op here.
     """
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        """Makes hooks of former names those of today's, and the other way round, for calls of `super()`."""
+        super().__init_subclass__(**arguments)
+        own = dict(vars(cls))
+        for former, name in _FORMER_NAMES.items():
+            if former in own and name not in own:
+                message = f"{cls.__qualname__}.{former} is called {name} now: rename it"
+                warnings.warn(message, DeprecationWarning, stacklevel=2)
+                setattr(cls, name, own[former])
+            elif name in own:
+                setattr(cls, former, own[name])
 
     def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.site = site
@@ -38,6 +55,8 @@ class OpBatch(ABC):
         if self.mask & (1 << slot):
             self.mask &= ~(1 << slot)
             self._reset(slot)
+
+    place, clear = set, reset  # of former names
 
     def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
         """Changes `y` [rows, features] in place for the rows whose slot has the op; `x` is the site's input."""

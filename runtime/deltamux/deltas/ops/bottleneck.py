@@ -7,7 +7,6 @@ Reading the residual stream h, as AdapterHub places both: of h + y (sequential) 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,23 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltamux.deltas.activations import ACTIVATIONS
 from deltamux.deltas.ops.base import Op, ReadTensor
 from deltamux.deltas.ops.batch import OpBatch
 from deltamux.deltas.ops.step import StackedColumns, StepIndex, add_rows, bits
 from deltamux.deltas.sites import BlockSite, Site, SiteKind
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-    "identity": lambda x: x,
-}
 
 SEGMENT_ROWS = 12
 """Rows an adapter must have in a step, on average, for one pair of GEMMs an adapter to beat the stacked pair."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deltamux.deltas.activations import ACTIVATION_CODES
 from deltamux.deltas.backends.cpu import slot_params
 from deltamux.deltas.backends.cpu.slot_params import (
     Affine,
@@ -108,7 +109,7 @@ def _bottleneck(op: Bottleneck) -> Prepacked:
         op.scale * op.up_weight,
         down_bias=_vector(op.down_bias),
         up_bias=None if op.up_bias is None else op.scale * op.up_bias.float().contiguous(),
-        activation=slot_params.ACTIVATIONS.index({"swish": "silu"}.get(op.activation, op.activation)),
+        activation=ACTIVATION_CODES[op.activation],
         reads=reads,
     )
 

@@ -23,9 +23,6 @@ DTYPES = (torch.float32, torch.bfloat16)
 BLOCK_COLUMNS = 16
 """Columns of one block of packed factors; see ``kLanes`` in products.h."""
 
-ACTIVATIONS = ("identity", "relu", "gelu", "gelu_new", "silu", "tanh", "sigmoid", "leaky_relu")
-"""Activations that the kernels know, by their code."""
-
 FROM_X, FROM_Y, FROM_SUM = range(3)
 """What a shrink reads: the site's input, its output, or their sum."""
 

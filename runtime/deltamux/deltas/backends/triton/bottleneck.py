@@ -11,9 +11,10 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from deltamux.deltas.activations import ACTIVATION_CODES
 from deltamux.deltas.backends.triton.launches import Matrices, expand, shrink
 from deltamux.deltas.backends.triton.linear import column_spans
-from deltamux.deltas.backends.triton.matrix import ACTIVATION_CODES, Flag, Meta, Source
+from deltamux.deltas.backends.triton.matrix import Flag, Meta, Source
 from deltamux.deltas.backends.triton.step_records import StepRecords
 from deltamux.deltas.ops.base import Op
 from deltamux.deltas.ops.bottleneck import Bottleneck

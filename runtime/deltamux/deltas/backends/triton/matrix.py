@@ -61,18 +61,6 @@ _INPUT: tl.constexpr = tl.constexpr(Source.INPUT)
 _RESIDUAL: tl.constexpr = tl.constexpr(Source.RESIDUAL)
 _OUTPUT: tl.constexpr = tl.constexpr(Source.OUTPUT)
 
-ACTIVATION_CODES = {
-    "identity": 0,
-    "relu": 1,
-    "gelu": 2,
-    "gelu_new": 3,
-    "silu": 4,
-    "swish": 4,
-    "tanh": 5,
-    "sigmoid": 6,
-    "leaky_relu": 7,
-}
-
 
 @triton.jit
 def _activated(h, code):
