@@ -80,8 +80,9 @@ bench: install
 methods: install
 	cd tests && ../$(BIN)/python -m benchmarks.methods $(ARGS)
 
-# The documentation as a site in site/; a link that leads nowhere is an error.
-docs: install
+# The documentation as a site in site/; a link that leads nowhere is an error. Needs neither torch nor vLLM.
+docs:
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(call install_step,mkdocs,-e '.[docs]')
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 

@@ -85,6 +85,7 @@ def readme_method() -> Iterator[list[Case]]:
     del sys.modules["readme_method"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_readmes_method_keeps_every_promise(name: str, readme_method: list[Case]) -> None:
     for case in readme_method:
