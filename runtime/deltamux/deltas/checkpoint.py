@@ -19,15 +19,13 @@ from deltamux.adapter_files import CONFIG_FILE as CONFIG_FILE
 from deltamux.adapter_files import TENSORS_FILE as TENSORS_FILE
 from deltamux.adapter_files import missing
 from deltamux.deltas.bounded_json import MAX_NAME, Bounds, JSONRefusedError, parse_object
-from deltamux.deltas.reading import DTYPES
-from deltamux.deltas.safetensors_header import read_header
+from deltamux.deltas.safetensors_header import DTYPES, FLOAT8, read_header
 from deltamux.errors import InvalidAdapterError
 
 MAX_CONFIG_BYTES = 1 << 20
 CONFIG_BOUNDS = Bounds(depth=16, values=100_000)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-READ_AS_FLOAT32 = (torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
+READ_AS_FLOAT32 = (torch.float64, *FLOAT8.values())
 """What PEFT loads into float32 parameters, and so do we."""
 
 INTEGERS = (torch.uint8, torch.int32, torch.int64)

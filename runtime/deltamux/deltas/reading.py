@@ -7,42 +7,12 @@ import json
 import math
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-LENGTH_BYTES = 8
-"""In front of the header: its length, little-endian."""
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class _Entry(NamedTuple):
-    """One tensor, as the header tells it; `begin` and `end` count from behind the header."""
-
-    begin: int
-    end: int
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @classmethod
-    def of(cls, name: str, told: dict[str, Any]) -> Self:
-        begin, end = told["data_offsets"]
-        return cls(begin, end, name, DTYPES[told["dtype"]], tuple(told["shape"]))
+from deltamux.deltas.safetensors_header import DTYPES, LENGTH_BYTES, TensorEntry
 
 
 class ChecksumError(ValueError):
@@ -73,9 +43,9 @@ def read_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], dict[
     start = LENGTH_BYTES + int.from_bytes(whole[:LENGTH_BYTES].numpy().tobytes(), "little")
     header = json.loads(whole[LENGTH_BYTES:start].numpy().tobytes())
     metadata: dict[str, str] = header.get("__metadata__") or {}
-    entries = sorted(_Entry.of(name, told) for name, told in header.items() if name != "__metadata__")
+    entries = sorted(TensorEntry.of(name, values) for name, values in header.items() if name != "__metadata__")
     tensors: dict[str, Tensor] = {}
-    for dtype, run in groupby(entries, key=lambda entry: entry.dtype):
+    for dtype, run in groupby(entries, key=lambda entry: DTYPES[entry.dtype]):
         same = list(run)
         if (start + same[0].begin) % dtype.itemsize:
             raise ValueError(f"{same[0].name} does not begin at a multiple of {dtype.itemsize} bytes")

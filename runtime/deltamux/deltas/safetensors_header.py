@@ -5,13 +5,15 @@ from __future__ import annotations
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
+
+import torch
 
 from deltamux.deltas.bounded_json import MAX_NAME, Bounds, JSONRefusedError, parse_object
 from deltamux.errors import InvalidAdapterError
 
 LENGTH_BYTES = 8
-"""In front of the header: its length, little-endian."""
+"""Size of the header's length at the beginning of a file, little-endian."""
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 100_000
@@ -20,9 +22,25 @@ MAX_NAME_BYTES = 512
 MAX_TENSOR_BYTES = 1 << 48
 """Of a tensor's sizes multiplied, those that are 0 left out: torch computes strides with them."""
 
-BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
-BITS |= {"F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""The dtypes of programs, by the format's names."""
+
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+"""Those that adapters may have besides."""
+
+BITS = {name: 8 * dtype.itemsize for name, dtype in (DTYPES | FLOAT8).items()}
+BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
 """Bits of an item of every dtype that the format has."""
 
 PICKLE_MAGIC = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
@@ -32,10 +50,10 @@ _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 class TensorEntry(NamedTuple):
-    """What a header says of one tensor.
+    """One tensor of a header.
 
     Attributes:
-        begin, end: its bytes, counted from behind the header.
+        begin, end: its bytes, counted from the end of the header.
         dtype: as the format names it, such as ``BF16``.
     """
 
@@ -44,6 +62,12 @@ class TensorEntry(NamedTuple):
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, values: Mapping[str, Any]) -> Self:
+        """Returns the tensor of a header that is known to be valid."""
+        begin, end = values["data_offsets"]
+        return cls(begin, end, name, values["dtype"], tuple(values["shape"]))
 
 
 class Header(NamedTuple):
@@ -130,7 +154,7 @@ def _entry(path: Path, name: str, entry: Any) -> TensorEntry:
     bits = _bits(path, name, shape, BITS[dtype])
     if bits != 8 * (end - begin):
         _refuse_tensor(path, name, f"takes {bits} bits by its shape and dtype, but has {end - begin} bytes")
-    return TensorEntry(begin, end, name, dtype, tuple(shape))
+    return TensorEntry.of(name, entry)
 
 
 def _bits(path: Path, name: str, shape: list[int], item: int) -> int:

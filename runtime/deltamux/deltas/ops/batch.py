@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from deltamux.deltas.ops.base import Op
 from deltamux.deltas.ops.step import StepIndex
 from deltamux.deltas.sites import Site
+
+OpT = TypeVar("OpT", bound=Op)
 
 _FORMER_NAMES = {"place": "set", "clear": "reset", "_place": "_set", "_clear": "_reset"}
 """What plugins' batches may still call their hooks."""
@@ -72,3 +74,17 @@ class OpBatch(ABC):
 
     @abstractmethod
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None: ...
+
+
+class SlotOps(OpBatch, Generic[OpT]):
+    """A batch that keeps the op of each slot as it is, for `_apply` to run over the slot's own rows."""
+
+    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__(site, num_slots, dtype, device)
+        self._ops: dict[int, OpT] = {}
+
+    def _set(self, slot: int, op: Any) -> None:
+        self._ops[slot] = op
+
+    def _reset(self, slot: int) -> None:
+        del self._ops[slot]

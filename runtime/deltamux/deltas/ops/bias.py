@@ -5,34 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.batch import OpBatch, SlotOps
 from deltamux.deltas.ops.step import StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 from deltamux.errors import NotMergeableError
 
 
-class BiasBatch(OpBatch):
+class BiasBatch(SlotOps["Bias"]):
     """One vector a slot, added to the slot's own rows."""
-
-    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(site, num_slots, dtype, device)
-        self._vectors: dict[int, Tensor] = {}
-
-    def _set(self, slot: int, op: Op) -> None:
-        assert isinstance(op, Bias)
-        self._vectors[slot] = op.bias
-
-    def _reset(self, slot: int) -> None:
-        del self._vectors[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         for slot in bits(active):
             rows = step.rows(slot)
-            vector = self._vectors[slot]
+            vector = self._ops[slot].bias
             add_rows(y, rows, vector if isinstance(rows, slice) else vector.expand(rows.shape[0], -1))
 
 

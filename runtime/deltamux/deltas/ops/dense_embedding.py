@@ -5,34 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.batch import OpBatch, SlotOps
 from deltamux.deltas.ops.step import StepIndex, add_rows, bits
 from deltamux.deltas.sites import EmbeddingSite, Site, SiteKind
 
 
-class DenseEmbeddingBatch(OpBatch):
+class DenseEmbeddingBatch(SlotOps["DenseEmbedding"]):
     """Each slot's table, looked up for the slot's own rows; here `x` holds token ids [rows] int64."""
-
-    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(site, num_slots, dtype, device)
-        self._tables: dict[int, Tensor] = {}
-
-    def _set(self, slot: int, op: Op) -> None:
-        assert isinstance(op, DenseEmbedding)
-        self._tables[slot] = op.weight
-
-    def _reset(self, slot: int) -> None:
-        del self._tables[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         for slot in bits(active):
             rows = step.rows(slot)
-            add_rows(y, rows, F.embedding(x[rows], self._tables[slot]))
+            add_rows(y, rows, F.embedding(x[rows], self._ops[slot].weight))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.base import ReadTensor
+from deltamux.deltas.ops.batch import OpBatch, SlotOps
 from deltamux.deltas.ops.bottleneck import Bottleneck
 from deltamux.deltas.ops.low_rank import LowRank
 from deltamux.deltas.ops.step import StepIndex, add_rows, bits
@@ -30,24 +30,12 @@ def gate(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return opening.to(z.dtype)
 
 
-class GatedBatch(OpBatch):
+class GatedBatch(SlotOps["GatedLowRank | GatedBottleneck"]):
     """Each slot's own rows, gate and change alike."""
-
-    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(site, num_slots, dtype, device)
-        self._ops: dict[int, Op] = {}
-
-    def _set(self, slot: int, op: Op) -> None:
-        assert isinstance(op, GatedLowRank | GatedBottleneck)
-        self._ops[slot] = op
-
-    def _reset(self, slot: int) -> None:
-        del self._ops[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         for slot in bits(active):
             rows, op = step.rows(slot), self._ops[slot]
-            assert isinstance(op, GatedLowRank | GatedBottleneck)
             z = op.reads(x[rows], y[rows]) if isinstance(op, GatedBottleneck) else x[rows]
             add_rows(y, rows, op.change(z).to(y.dtype))
 

@@ -5,39 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.batch import OpBatch, SlotOps
 from deltamux.deltas.ops.step import StepIndex, bits
 from deltamux.deltas.sites import AttentionSite, Site, SiteKind
 from deltamux.errors import NotMergeableError
 
 
-class KVPrefixBatch(OpBatch):
+class KVPrefixBatch(SlotOps["KVPrefix"]):
     """Keys and values of virtual tokens are replaced right before they enter the cache.
 
     Here `x` is the step's keys and `y` its values, both [rows, num_kv_heads * head_dim], and both change in place.
     """
-
-    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(site, num_slots, dtype, device)
-        self._prefixes: dict[int, KVPrefix] = {}
-
-    def _set(self, slot: int, op: Op) -> None:
-        assert isinstance(op, KVPrefix)
-        self._prefixes[slot] = op
-
-    def _reset(self, slot: int) -> None:
-        del self._prefixes[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         if step.virtual is None or not active & step.virtual.mask:
             return
         for slot in bits(active & step.virtual.mask):
             rows, positions = step.virtual_rows(slot)
-            prefix = self._prefixes[slot]
+            prefix = self._ops[slot]
             x[rows] = prefix.key.flatten(1)[positions]
             y[rows] = prefix.value.flatten(1)[positions]
 

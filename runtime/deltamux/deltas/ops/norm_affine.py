@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.batch import OpBatch, SlotOps
 from deltamux.deltas.ops.step import StepIndex, add_rows, bits
 from deltamux.deltas.sites import NormForm, NormSite, Site, SiteKind
 from deltamux.errors import NotMergeableError
@@ -23,19 +23,8 @@ def normalise(x: Tensor, site: NormSite) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + site.eps)
 
 
-class NormAffineBatch(OpBatch):
+class NormAffineBatch(SlotOps["NormAffine"]):
     """The base's norm runs for all rows; a slot's own rows then get what its change of weight and bias adds."""
-
-    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(site, num_slots, dtype, device)
-        self._ops: dict[int, NormAffine] = {}
-
-    def _set(self, slot: int, op: Op) -> None:
-        assert isinstance(op, NormAffine)
-        self._ops[slot] = op
-
-    def _reset(self, slot: int) -> None:
-        del self._ops[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         for slot in bits(active):

@@ -5,36 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.batch import OpBatch, SlotOps
 from deltamux.deltas.ops.step import StepIndex, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
 
-class ScaleBatch(OpBatch):
+class ScaleBatch(SlotOps["Scale | ScaleInput"]):
     """One vector a slot, multiplied into the slot's own rows: of the output, or of the input's copy."""
-
-    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(site, num_slots, dtype, device)
-        self._factors: dict[int, Tensor] = {}
-
-    def _set(self, slot: int, op: Op) -> None:
-        assert isinstance(op, Scale | ScaleInput)
-        self._factors[slot] = op.factor
-
-    def _reset(self, slot: int) -> None:
-        del self._factors[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         for slot in bits(active):
             rows = step.rows(slot)
             if isinstance(rows, slice):
-                y[rows] *= self._factors[slot]
+                y[rows] *= self._ops[slot].factor
             else:
-                y.index_copy_(0, rows, y[rows] * self._factors[slot])
+                y.index_copy_(0, rows, y[rows] * self._ops[slot].factor)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,36 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.batch import OpBatch, SlotOps
 from deltamux.deltas.ops.step import StepIndex, bits
 from deltamux.deltas.sites import EmbeddingSite, Site, SiteKind
 from deltamux.errors import NotMergeableError
 
 
-class SoftPromptBatch(OpBatch):
+class SoftPromptBatch(SlotOps["SoftPrompt"]):
     """Embeddings of virtual tokens are replaced; `y` is the embedding's output, and changes in place."""
-
-    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(site, num_slots, dtype, device)
-        self._prompts: dict[int, Tensor] = {}
-
-    def _set(self, slot: int, op: Op) -> None:
-        assert isinstance(op, SoftPrompt)
-        self._prompts[slot] = op.embedding
-
-    def _reset(self, slot: int) -> None:
-        del self._prompts[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         if step.virtual is None:
             return
         for slot in bits(active & step.virtual.mask):
             rows, positions = step.virtual_rows(slot)
-            y[rows] = self._prompts[slot][positions]
+            y[rows] = self._ops[slot].embedding[positions]
 
 
 @dataclass(frozen=True, eq=False)
