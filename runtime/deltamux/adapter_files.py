@@ -8,6 +8,7 @@ from pathlib import Path
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
+REQUIRED_FILES = (CONFIG_FILE, TENSORS_FILE)
 FOREIGN_FILES = ("adapter_model.bin", "adapter.safetensors", "pytorch_adapter.bin", "adapters.safetensors")
 """Of PEFT before safetensors, AdapterHub and MLX-LM: `deltamux convert` reads them."""
 

@@ -179,7 +179,7 @@ def test_a_backup_clears_away_what_one_to_the_same_place_has_left_that_was_kille
     for name in (".backup.0123abcd", ".backup.held1234", ".backup.0123abce", ".other.0123abcd"):
         (tmp_path / name / "objects").mkdir(parents=True)
     with Lock() as held:
-        held.take(tmp_path / ".backup.0123abce", os.O_RDONLY)
+        held.acquire(tmp_path / ".backup.0123abce", os.O_RDONLY)
         assert main(["store", "backup", str(root), str(tmp_path / "backup")]) == 0
     left = {path.name for path in tmp_path.iterdir() if path.name.startswith(".")}
     assert left == {".backup.held1234", ".backup.0123abce", ".other.0123abcd"}

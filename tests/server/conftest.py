@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deltamux.client import AsyncClient
-from deltamux.server.app import Running, running
+from deltamux.server.app import RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux_testing.servers import engine_for, options
 from deltamux_testing.tiny_base import write_base, write_lora
@@ -34,7 +34,7 @@ async def shared_compiler() -> AsyncIterator[Compiler]:
 
 
 @pytest.fixture
-async def served(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> AsyncIterator[Running]:
+async def served(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> AsyncIterator[RunningServer]:
     """A server without keys; its engine pauses a little after every token, so that a test can act meanwhile."""
     given = options(tiny_base, tmp_path / "store")
     engine = engine_for(tiny_base, 0.02)
@@ -43,6 +43,6 @@ async def served(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> 
 
 
 @pytest.fixture
-async def client(served: Running) -> AsyncIterator[AsyncClient]:
+async def client(served: RunningServer) -> AsyncIterator[AsyncClient]:
     async with AsyncClient(served.address, timeout=60, retries=0) as client:
         yield client

@@ -23,7 +23,7 @@ from deltamux.errors import BudgetExceededError, DeltamuxError, InvalidAdapterEr
 from deltamux.server.app import running
 from deltamux.server.compiling import process as compiler_process
 from deltamux.server.compiling.compiler import Compiler
-from deltamux.server.compiling.job import Budgets, Job, error_message, error_of, packed
+from deltamux.server.compiling.job import Budgets, Job, decode_error, encode_base, encode_error
 from deltamux_testing.servers import engine_for, options
 from deltamux_testing.third_party import install, method, write_adapter
 
@@ -111,16 +111,16 @@ async def compiler() -> AsyncIterator[Compiler]:
 
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> str:
-    return packed(BaseModel.from_pretrained(tiny_base))
+    return encode_base(BaseModel.from_pretrained(tiny_base))
 
 
 @pytest.fixture
 def job(base: str, tmp_path: Path) -> Callable[[Path], Job]:
     """Returns what makes a job of an adapter's directory, staged."""
 
-    def make(adapter: Path, announced: str = "") -> Job:
+    def make(adapter: Path, expected_method: str = "") -> Job:
         staged = tmp_path / f"staged-{len(list(tmp_path.iterdir()))}"
-        return Job(Path(shutil.copytree(adapter, staged)), announced, BUDGETS, base)
+        return Job(Path(shutil.copytree(adapter, staged)), expected_method, BUDGETS, base)
 
     return make
 
@@ -130,7 +130,7 @@ def test_an_error_of_every_kind_crosses_as_it_is() -> None:
     assert len(kinds) > 15
     for kind in kinds:
         error = kind("what, where", reason="WHY", metadata={"tensor": "x"})
-        crossed = error_of(error_message(error))
+        crossed = decode_error(encode_error(error))
         assert type(crossed) is kind
         assert (crossed.code, crossed.reason, crossed.message, crossed.metadata) == (
             error.code, "WHY", "what, where", {"tensor": "x"}
@@ -139,7 +139,7 @@ def test_an_error_of_every_kind_crosses_as_it_is() -> None:
     class OfAPlugin(InvalidAdapterError):
         default_reason = "ODD"
 
-    crossed = error_of(error_message(OfAPlugin("odd")))
+    crossed = decode_error(encode_error(OfAPlugin("odd")))
     assert (type(crossed), crossed.reason) == (InvalidAdapterError, "ODD")
 
 
@@ -334,13 +334,13 @@ ORPHANING = """
 import asyncio, sys
 from pathlib import Path
 from deltamux.deltas import BaseModel
-from deltamux.server.compiling.job import Budgets, Job, packed
+from deltamux.server.compiling.job import Budgets, Job, encode_base
 from deltamux.server.compiling.compiler import Compiler
 
 async def main():
     compiler = Compiler(600.0)
     await compiler.started()
-    base = packed(BaseModel.from_pretrained(sys.argv[1]))
+    base = encode_base(BaseModel.from_pretrained(sys.argv[1]))
     job = asyncio.create_task(compiler.compile(Job(Path(sys.argv[2]), "", Budgets(1, 1, 1), base)))
     await asyncio.sleep(0.5)
     print(compiler.pid, flush=True)

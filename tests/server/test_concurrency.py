@@ -95,7 +95,7 @@ async def stalled(limit: ConcurrencyLimit, holders: list[tuple[str, float]]) -> 
 
 
 async def test_for_a_caller_that_waits_the_most_overdue_work_is_cancelled_and_no_other() -> None:
-    limit = ConcurrencyLimit(3, "uploads", max_waiting=8, patience=5)
+    limit = ConcurrencyLimit(3, "uploads", queue_size=8, timeout=5)
     async with stalled(limit, [("acme", 1.0), ("globex", 7.0), ("globex", 3.0)]) as tasks, limit.acquire("initech"):
         assert [task.done() for task in tasks] == [False, True, False]
 
@@ -106,14 +106,14 @@ async def test_for_a_caller_that_waits_the_most_overdue_work_is_cancelled_and_no
 async def test_work_that_is_in_time_or_of_the_same_tenant_is_not_cancelled_for_a_caller_that_waits(
     overdue: float, tenant: str
 ) -> None:
-    limit = ConcurrencyLimit(1, "uploads", max_waiting=8, patience=1.2)
+    limit = ConcurrencyLimit(1, "uploads", queue_size=8, timeout=1.2)
     async with stalled(limit, [("acme", overdue)]) as tasks:
         await refused(limit, tenant)
         assert not tasks[0].done()
 
 
 async def test_places_to_wait_are_left_for_a_tenant_of_which_none_waits() -> None:
-    limit = ConcurrencyLimit(1, "uploads", max_waiting=8)
+    limit = ConcurrencyLimit(1, "uploads", queue_size=8)
     async with limit.acquire("acme"):
         waiting = [asyncio.create_task(refused_later(limit, tenant)) for tenant in ("acme",) * 4 + ("globex",) * 2]
         await asyncio.sleep(0)
@@ -126,7 +126,7 @@ async def test_places_to_wait_are_left_for_a_tenant_of_which_none_waits() -> Non
 
 
 async def test_who_waits_gets_its_turn_and_tenants_take_turns() -> None:
-    limit = ConcurrencyLimit(1, "compilations", max_waiting=100)
+    limit = ConcurrencyLimit(1, "compilations", queue_size=100)
     order: list[str] = []
 
     async def work(tenant: str) -> None:
@@ -142,14 +142,14 @@ async def test_who_waits_gets_its_turn_and_tenants_take_turns() -> None:
 
 
 async def test_who_waits_too_long_is_told_when_to_come_back() -> None:
-    limit = ConcurrencyLimit(1, "uploads", max_waiting=4, patience=0.05)
+    limit = ConcurrencyLimit(1, "uploads", queue_size=4, timeout=0.05)
     async with limit.acquire("acme"):
         await refused(limit, "acme")
         assert limit.waiting == 0
 
 
 async def test_one_tenant_takes_at_most_half_of_the_places_to_wait() -> None:
-    limit = ConcurrencyLimit(1, "uploads", max_waiting=4)
+    limit = ConcurrencyLimit(1, "uploads", queue_size=4)
     async with limit.acquire("acme"):
         waiting = [asyncio.create_task(refused_later(limit, "acme")) for _ in range(2)]
         await asyncio.sleep(0)
@@ -181,10 +181,10 @@ ACTIONS = st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3), st.boole
 
 @given(st.integers(1, 4), st.integers(0, 3), st.integers(0, 6), ACTIONS)
 def test_whatever_happens_the_bounds_hold_and_every_permit_comes_back(
-    size: int, reserved: int, max_waiting: int, actions: list[tuple[str, int, bool]]
+    size: int, reserved: int, queue_size: int, actions: list[tuple[str, int, bool]]
 ) -> None:
     async def run() -> None:
-        limit = ConcurrencyLimit(size, "uploads", reserved=reserved, max_waiting=max_waiting)
+        limit = ConcurrencyLimit(size, "uploads", reserved=reserved, queue_size=queue_size)
         held: Counter[str] = Counter()
 
         async def work(tenant: str, turns: int) -> None:

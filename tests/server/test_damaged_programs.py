@@ -15,7 +15,7 @@ from deltamux.cli import main
 from deltamux.client import AsyncClient
 from deltamux.deltas import BaseModel
 from deltamux.errors import DataLossError, FailedPreconditionError
-from deltamux.server.app import Running, running
+from deltamux.server.app import RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.compiling.job import Job
 from deltamux.store import AdapterKey, VersionKey
@@ -49,7 +49,7 @@ async def tokens(client: AsyncClient, name: str | None) -> tuple[int, ...]:
     return (await client.generate("hello", adapter=name, **GREEDY)).token_ids
 
 
-async def harmed(served: Running, harm: Callable[[Path], None]) -> Path:
+async def harmed(served: RunningServer, harm: Callable[[Path], None]) -> Path:
     """Damages the program of the first adapter's first version, and has the engine forget it."""
     record = served.store.versions(AdapterKey("acme", "tickets"))[0]
     harm(record.program)
@@ -59,7 +59,7 @@ async def harmed(served: Running, harm: Callable[[Path], None]) -> Path:
 
 @pytest.mark.parametrize("harm", [flip, remove])
 async def test_a_damaged_program_is_named_and_repaired_by_the_same_files_of_any_tenant(
-    harm: Callable[[Path], None], served: Running, client: AsyncClient, loras: list[Path]
+    harm: Callable[[Path], None], served: RunningServer, client: AsyncClient, loras: list[Path]
 ) -> None:
     version = await client.upload_adapter(NAME, loras[0])
     second = await client.upload_adapter(NAME, loras[1])
@@ -80,7 +80,7 @@ async def test_a_damaged_program_is_named_and_repaired_by_the_same_files_of_any_
 
 
 async def test_a_program_that_is_whole_again_needs_no_upload(
-    served: Running, client: AsyncClient, loras: list[Path]
+    served: RunningServer, client: AsyncClient, loras: list[Path]
 ) -> None:
     version = await client.upload_adapter(NAME, loras[0])
     expected = await tokens(client, NAME)
@@ -93,14 +93,14 @@ async def test_a_program_that_is_whole_again_needs_no_upload(
     assert (await client.get_adapter_version(version.name)).state == "READY"
 
 
-def harm_row(served: Running, change: str) -> None:
+def harm_row(served: RunningServer, change: str) -> None:
     with closing(sqlite3.connect(served.store.root / "db.sqlite3", timeout=10)) as connection, connection:
         connection.execute(f"UPDATE versions SET {change} WHERE tenant = 'acme' AND number = 1")
 
 
 @pytest.mark.parametrize("number", [3, -1, "'x'"])
 async def test_a_row_that_says_other_virtual_tokens_than_its_program_is_refused_until_it_is_repaired(
-    number: object, served: Running, client: AsyncClient, soft_prompt: Path, capsys: pytest.CaptureFixture[str]
+    number: object, served: RunningServer, client: AsyncClient, soft_prompt: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     version = await client.upload_adapter(NAME, soft_prompt)
     harm_row(served, f"num_virtual_tokens = {number}")
@@ -114,7 +114,7 @@ async def test_a_row_that_says_other_virtual_tokens_than_its_program_is_refused_
 
 
 async def test_rows_that_cannot_be_read_leave_their_adapter_and_its_lists_usable(
-    served: Running, client: AsyncClient, loras: list[Path]
+    served: RunningServer, client: AsyncClient, loras: list[Path]
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     expected = await tokens(client, NAME)
@@ -131,7 +131,7 @@ async def test_rows_that_cannot_be_read_leave_their_adapter_and_its_lists_usable
 
 
 async def test_a_composition_of_a_damaged_upload_is_refused(
-    served: Running, client: AsyncClient, loras: list[Path]
+    served: RunningServer, client: AsyncClient, loras: list[Path]
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     await client.upload_adapter(OTHER, loras[1])

@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from deltamux.client import AsyncClient
-from deltamux.server.app import SERVICES, Running
+from deltamux.server.app import SERVICES, RunningServer
 from fuzz.messages import ADAPTER, METHODS
 from fuzz.rpcs import Known, drawn, send
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("number", range(4))
 async def test_random_calls_are_answered_and_change_no_other_answer(
-    number: int, served: Running, client: AsyncClient, loras: list[Path]
+    number: int, served: RunningServer, client: AsyncClient, loras: list[Path]
 ) -> None:
     served.engine.step_seconds = 0.0  # type: ignore[attr-defined]  # the tests' engine
     known = Known(client)

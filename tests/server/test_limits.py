@@ -100,7 +100,7 @@ def test_many_entries_within_their_bounds_are_bounded_together(message: Any, wha
 
 def test_the_field_is_named_by_its_path() -> None:
     message = inference_pb2.GenerateRequest(sampling=inference_pb2.SamplingParameters(stop=["x"] * 100))
-    with pytest.raises(InvalidArgumentError, match=r"^sampling\.stop has 100 entries; at most 64 are taken"):
+    with pytest.raises(InvalidArgumentError, match=r"^sampling\.stop has 100 entries; at most 64 are allowed"):
         check_limits(message)
 
 

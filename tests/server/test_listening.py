@@ -28,9 +28,9 @@ from deltamux.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
-from deltamux.server.app import SERVICES, Running, running
+from deltamux.server.app import SERVICES, RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
-from deltamux.server.transport.listen import MAX_DESCRIPTORS, allow_descriptors
+from deltamux.server.transport.listening import MAX_DESCRIPTORS, raise_descriptor_limit
 from deltamux.server.transport.status import status_of, without_paths
 from deltamux.v1 import adapters_pb2, tenants_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
@@ -97,7 +97,7 @@ async def test_compressed_messages_are_refused_before_they_are_unpacked(
 
 @pytest.mark.slow
 async def test_a_client_that_pings_often_keeps_its_silent_stream(
-    served: Running, client: AsyncClient, loras: list[Path]
+    served: RunningServer, client: AsyncClient, loras: list[Path]
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     pings = [
@@ -174,7 +174,7 @@ async def health(address: str) -> int:
 
 @pytest.mark.slow
 async def test_a_client_that_speaks_tls_wrongly_is_told_what_is_wrong_at_once(
-    served: Running, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+    served: RunningServer, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:
     cert, key = write_certificate(tmp_path)
     given = options(tiny_base, tmp_path / "other", tls_cert=cert, tls_key=key)
@@ -194,7 +194,9 @@ async def test_a_client_that_speaks_tls_wrongly_is_told_what_is_wrong_at_once(
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
-async def test_reflection_lists_and_describes_every_service_in_both_versions(version: str, served: Running) -> None:
+async def test_reflection_lists_and_describes_every_service_in_both_versions(
+    version: str, served: RunningServer
+) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         call: Any = channel.stream_stream(
             f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
@@ -238,7 +240,7 @@ def test_paths_of_the_server_lose_their_directories_in_what_a_client_sees(text: 
 
 
 async def test_an_error_over_a_lost_file_names_no_directory_of_the_store(
-    served: Running, client: AsyncClient, loras: list[Path], tmp_path: Path
+    served: RunningServer, client: AsyncClient, loras: list[Path], tmp_path: Path
 ) -> None:
     await client.upload_adapter(NAME, loras[0], promote=False)
     await served.engine.evict((await client.get_adapter_version(f"{NAME}/versions/1")).digest)
@@ -253,7 +255,7 @@ def test_a_server_takes_as_many_descriptors_as_it_may_have() -> None:
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, hard))
-        allow_descriptors()
+        raise_descriptor_limit()
         soft, kept = resource.getrlimit(resource.RLIMIT_NOFILE)
         assert soft == (MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS))
         assert kept == hard

@@ -236,7 +236,7 @@ async def test_a_key_file_without_one_key_is_refused_before_the_engine_is_made(
     file = tmp_path / ("nowhere/admin.key" if case == "a folder that is not there" else "admin.key")
     KEY_FILES[case](file)
     given = options(tiny_base, tmp_path / "store", auth="keys", admin_key_file=file)
-    with pytest.raises(FailedPreconditionError, match=r"administrator's key file .* mend it") as refused:
+    with pytest.raises(FailedPreconditionError, match=r"administrator's key file .* repair it") as refused:
         async with running(given, never):
             pass
     assert refused.value.reason == "ADMIN_KEY"

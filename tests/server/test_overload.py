@@ -19,9 +19,9 @@ from grpc_status import rpc_status
 from deltamux.client import AsyncClient
 from deltamux.client.uploads import upload_messages
 from deltamux.errors import ResourceExhaustedError
-from deltamux.server.app import Running, running
+from deltamux.server.app import RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
-from deltamux.server.events import MAX_WATCHES
+from deltamux.server.rpc.events import MAX_WATCHES
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1 import inference_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
@@ -43,7 +43,7 @@ def retry_delay(error: grpc.RpcError) -> float | None:
 
 
 @asynccontextmanager
-async def limited(base: Path, store: Path, compiler: Compiler, **given: Any) -> AsyncIterator[Running]:
+async def limited(base: Path, store: Path, compiler: Compiler, **given: Any) -> AsyncIterator[RunningServer]:
     async with running(options(base, store, **given), lambda _: engine_for(base), compiler) as server:
         yield server
 
@@ -182,7 +182,9 @@ async def test_an_upload_that_trickles_is_given_up_for_its_rate(
             assert (await client.upload_adapter(ACME, loras[0])).state == "READY"
 
 
-async def test_calls_that_are_reset_at_once_are_turned_away_before_the_server_looks_at_them(served: Running) -> None:
+async def test_calls_that_are_reset_at_once_are_turned_away_before_the_server_looks_at_them(
+    served: RunningServer,
+) -> None:
     begun = 15_000
     host, port = served.address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
@@ -216,7 +218,7 @@ def header(pair: tuple[str, str]) -> bytes:
 
 
 async def test_a_tenant_is_watched_so_many_times_at_once_and_another_all_the_same(
-    served: Running, client: AsyncClient, loras: list[Path]
+    served: RunningServer, client: AsyncClient, loras: list[Path]
 ) -> None:
     for name in (ACME, GLOBEX):
         await client.upload_adapter(name, loras[0])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from deltamux.client import AsyncClient
 from deltamux.errors import InvalidArgumentError
-from deltamux.server.transport.pacing import BURST, MAX_DELAY, REFUSALS_PER_SECOND, PacedCalls, RefusalPace
+from deltamux.server.transport.pacing import BURST, MAX_DELAY, REFUSALS_PER_SECOND, CallPacer, RefusalPacer
 
 
 class Clock:
@@ -27,7 +27,7 @@ class Clock:
 @given(st.lists(st.tuples(st.floats(0, 0.05), st.floats(0, 20)), min_size=1, max_size=300))
 def test_no_more_refusals_than_the_pace_and_one_burst_are_answered_on_time(arrivals: list[tuple[float, float]]) -> None:
     clock = Clock()
-    pace = RefusalPace(per_second=10, burst=20, clock=clock)
+    pace = RefusalPacer(per_second=10, burst=20, clock=clock)
     on_time = 0.0
     for gap, count in arrivals:
         clock.now += gap
@@ -39,7 +39,7 @@ def test_no_more_refusals_than_the_pace_and_one_burst_are_answered_on_time(arriv
 
 def test_a_tenant_that_repeats_what_is_refused_delays_no_other_and_is_forgiven() -> None:
     clock = Clock()
-    pace = RefusalPace(per_second=10, burst=20, clock=clock)
+    pace = RefusalPacer(per_second=10, burst=20, clock=clock)
     assert max(pace.count("acme", 1) for _ in range(20)) == pytest.approx(0)
     assert pace.count("acme", 1) == pytest.approx(0.1)
     assert pace.count("acme", 1000) == MAX_DELAY
@@ -64,7 +64,7 @@ async def test_calls_are_let_in_in_their_order_without_the_cancelled_and_health_
     async def continuation(details: Any) -> None:
         seen.append(details.method)
 
-    pacing = PacedCalls()
+    pacing = CallPacer()
 
     def call(name: str) -> asyncio.Task[Any]:
         return asyncio.create_task(pacing.intercept_service(continuation, SimpleNamespace(method=name)))

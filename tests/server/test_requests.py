@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 
 from deltamux.client import AsyncClient
 from deltamux.errors import InvalidArgumentError
-from deltamux.server.app import Running, running
+from deltamux.server.app import RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.v1 import adapters_pb2, inference_pb2
 from deltamux_testing.servers import engine_for, options
@@ -78,7 +78,7 @@ async def refusal(channel: grpc.aio.Channel, method: str, raw: bytes) -> tuple[g
 
 @pytest.mark.parametrize("name", MISTAKES)
 async def test_a_mistake_in_a_generation_is_refused_at_once(
-    name: str, served: Running, caplog: pytest.LogCaptureFixture
+    name: str, served: RunningServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "deltamux.server")
     request, reason = MISTAKES[name]
@@ -94,13 +94,13 @@ async def test_a_mistake_in_a_generation_is_refused_at_once(
 
 
 @pytest.mark.parametrize("method", [*GENERATE, "Adapters/GetAdapter", "Tenants/GetTenant"])
-async def test_bytes_that_are_not_the_message_are_refused(method: str, served: Running) -> None:
+async def test_bytes_that_are_not_the_message_are_refused(method: str, served: RunningServer) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         for raw in (b"\xff\xff\xff", b"\x0a\x02\xff\xfe"):  # not a message; a name that is not UTF-8
             assert (await refusal(channel, method, raw))[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "UNDECODABLE")
 
 
-async def test_bytes_that_are_not_the_message_are_refused_in_a_stream_too(served: Running) -> None:
+async def test_bytes_that_are_not_the_message_are_refused_in_a_stream_too(served: RunningServer) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         upload: Any = channel.stream_unary("/deltamux.v1.Adapters/UploadAdapter")
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -109,7 +109,9 @@ async def test_bytes_that_are_not_the_message_are_refused_in_a_stream_too(served
 
 
 @pytest.mark.parametrize("token", ["x", "é", "MQ", "OTk5OTk5OTk5OTk5OTk5OTk5OTk=", "LTE=", "4pyT", "A" * 513])
-async def test_a_page_token_that_no_page_gave_is_refused(token: str, served: Running, client: AsyncClient) -> None:
+async def test_a_page_token_that_no_page_gave_is_refused(
+    token: str, served: RunningServer, client: AsyncClient
+) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         code, reason, metadata = await refusal(
             channel, "Adapters/ListAdapterVersions", versions(token).SerializeToString()
@@ -120,7 +122,7 @@ async def test_a_page_token_that_no_page_gave_is_refused(token: str, served: Run
 
 
 async def test_versions_with_large_labels_are_listed_page_by_page(
-    served: Running, client: AsyncClient, loras: Any
+    served: RunningServer, client: AsyncClient, loras: Any
 ) -> None:
     for number in range(2):
         await client.upload_adapter(NAME, loras[number])
@@ -128,11 +130,13 @@ async def test_versions_with_large_labels_are_listed_page_by_page(
     database = served.store._database
     large = '{"a": "%s"}' % ("b" * 3_000_000)
     with database.transaction():
-        database.run("UPDATE versions SET labels = ?", large)
+        database.execute("UPDATE versions SET labels = ?", large)
     assert [version.version for version in await client.list_adapter_versions(NAME)] == [1, 2]
 
 
-async def test_a_chat_that_the_template_refuses_comes_back_in_its_words(served: Running, client: AsyncClient) -> None:
+async def test_a_chat_that_the_template_refuses_comes_back_in_its_words(
+    served: RunningServer, client: AsyncClient
+) -> None:
     tokenizer = served.engine._tokenizer  # type: ignore[attr-defined]  # the tests' engine
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer.chat_template = refuse + CHAT_TEMPLATE
@@ -163,7 +167,7 @@ async def test_what_no_message_can_hold_is_refused_by_the_client(call: Any, clie
         await call(client)
 
 
-async def test_others_are_served_while_huge_requests_are_refused(served: Running, client: AsyncClient) -> None:
+async def test_others_are_served_while_huge_requests_are_refused(served: RunningServer, client: AsyncClient) -> None:
     """The event loop is never held by a request's size."""
     raws = [request.SerializeToString() for request, _ in MISTAKES.values()]
     async with grpc.aio.insecure_channel(served.address) as channel:

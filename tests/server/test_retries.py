@@ -23,7 +23,7 @@ from deltamux.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from deltamux.server.app import Running, running
+from deltamux.server.app import RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux_testing.servers import engine_for, options
 from deltamux_testing.stalled_uploads import Stalled
@@ -34,7 +34,7 @@ LONG: dict[str, Any] = {**SHORT, "max_tokens": 300}
 
 
 @pytest.fixture
-async def narrow(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> AsyncIterator[Running]:
+async def narrow(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> AsyncIterator[RunningServer]:
     """A server with one slot of each kind."""
     given = options(tiny_base, tmp_path / "store", max_pending_requests=1, max_concurrent_uploads=1)
     async with running(given, lambda _: engine_for(tiny_base, 0.02), shared_compiler) as server:
@@ -42,7 +42,7 @@ async def narrow(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> 
 
 
 @pytest.mark.slow
-async def test_generations_beyond_the_limit_are_sent_again_until_they_are_served(narrow: Running) -> None:
+async def test_generations_beyond_the_limit_are_sent_again_until_they_are_served(narrow: RunningServer) -> None:
     async with AsyncClient(narrow.address, timeout=60, retries=20) as client:
         whole = await asyncio.gather(*(client.generate("x", **SHORT) for _ in range(4)))
         assert [len(each.token_ids) for each in whole] == [2] * 4
@@ -54,7 +54,7 @@ async def test_generations_beyond_the_limit_are_sent_again_until_they_are_served
     assert await asyncio.gather(*(asyncio.to_thread(threads) for _ in range(2))) == [4, 4]
 
 
-async def test_a_stream_is_sent_again_before_its_first_token(narrow: Running) -> None:
+async def test_a_stream_is_sent_again_before_its_first_token(narrow: RunningServer) -> None:
     async with AsyncClient(narrow.address, timeout=60) as client:
         async with aclosing(client.generate_stream("x", **LONG)) as first:  # type: ignore[type-var]  # a generator
             async for _ in first:
@@ -69,7 +69,9 @@ async def tokens(client: AsyncClient) -> int:
     return sum([len(chunk.token_ids) async for chunk in client.generate_stream("x", **SHORT)])
 
 
-async def test_the_callers_timeout_holds_for_all_attempts_together_and_no_retries_means_none(narrow: Running) -> None:
+async def test_the_callers_timeout_holds_for_all_attempts_together_and_no_retries_means_none(
+    narrow: RunningServer,
+) -> None:
     async with AsyncClient(narrow.address, timeout=60) as client, AsyncClient(narrow.address, retries=0) as other:
         under_way = asyncio.create_task(client.generate("x", **LONG))
         await asyncio.sleep(0.3)
@@ -85,7 +87,9 @@ async def test_the_callers_timeout_holds_for_all_attempts_together_and_no_retrie
 
 
 @pytest.mark.slow
-async def test_an_upload_that_is_refused_is_sent_again_from_its_beginning(narrow: Running, loras: list[Path]) -> None:
+async def test_an_upload_that_is_refused_is_sent_again_from_its_beginning(
+    narrow: RunningServer, loras: list[Path]
+) -> None:
     told: list[int] = []
     async with Stalled(narrow.address, loras[0]) as stalled, AsyncClient(narrow.address, timeout=60) as client:
         await stalled.begin(9, NAME)

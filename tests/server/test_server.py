@@ -22,7 +22,7 @@ from deltamux.errors import (
     ResourceExhaustedError,
     UnauthenticatedError,
 )
-from deltamux.server.app import SERVICES, Running, running
+from deltamux.server.app import SERVICES, RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux_testing.certificates import write_certificate
 from deltamux_testing.servers import engine_for, options
@@ -31,7 +31,7 @@ NAME = "tenants/acme/adapters/tickets"
 LONG: dict[str, Any] = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True}
 
 
-async def settled(served: Running) -> list[str]:
+async def settled(served: RunningServer) -> list[str]:
     """Waits until nothing runs in the engine; returns the aborted requests."""
     for _ in range(200):
         if not served.engine.running:  # type: ignore[attr-defined]  # the tests' engine
@@ -86,14 +86,14 @@ async def test_a_composition_that_cannot_be_is_refused_with_its_part(client: Asy
     assert [adapter.name for adapter in await client.list_adapters("tenants/acme")] == ["tenants/acme/adapters/one"]
 
 
-async def test_closing_a_stream_aborts_the_generation(client: AsyncClient, served: Running) -> None:
+async def test_closing_a_stream_aborts_the_generation(client: AsyncClient, served: RunningServer) -> None:
     async with aclosing(client.generate_stream("hello", **LONG)) as stream:  # type: ignore[type-var]  # a generator
         async for _ in stream:
             break
     assert len(await settled(served)) == 1
 
 
-async def test_a_deadline_aborts_the_generation(client: AsyncClient, served: Running) -> None:
+async def test_a_deadline_aborts_the_generation(client: AsyncClient, served: RunningServer) -> None:
     with pytest.raises(DeadlineExceededError):
         await client.generate("hello", timeout=0.3, **LONG)
     assert len(await settled(served)) == 1
@@ -180,7 +180,7 @@ async def test_watching_reports_the_present_and_every_change(client: AsyncClient
     ]
 
 
-async def test_pages_are_followed_to_the_end(client: AsyncClient, served: Running, loras: list[Path]) -> None:
+async def test_pages_are_followed_to_the_end(client: AsyncClient, served: RunningServer, loras: list[Path]) -> None:
     for number in range(3):
         await client.upload_adapter(f"tenants/acme/adapters/a{number}", loras[0])
     names = [adapter.name for adapter in await client.list_adapters("tenants/acme")]
@@ -216,7 +216,7 @@ async def test_a_tenant_sees_its_own_and_nothing_else(
                     await nobody.generate("x")
 
 
-async def test_reflection_lists_the_services(served: Running) -> None:
+async def test_reflection_lists_the_services(served: RunningServer) -> None:
     def names() -> set[str]:
         with grpc.insecure_channel(served.address) as channel:
             return set(ProtoReflectionDescriptorDatabase(channel).get_services())
@@ -267,7 +267,7 @@ async def test_nobody_listens_beyond_loopback_without_keys_and_tls(
             pass
 
 
-async def test_the_client_for_threads_does_the_same(served: Running, loras: list[Path]) -> None:
+async def test_the_client_for_threads_does_the_same(served: RunningServer, loras: list[Path]) -> None:
     def use() -> None:
         with Client(served.address, timeout=60) as client:
             version = client.upload_adapter(NAME, loras[0])

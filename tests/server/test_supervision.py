@@ -16,7 +16,7 @@ from deltamux.client import AsyncClient
 from deltamux.engine.base import ProgramRef
 from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
 from deltamux.errors import FailedPreconditionError, UnavailableError
-from deltamux.server.app import Running, running
+from deltamux.server.app import RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux_testing.reference_engine import ReferenceEngine
 from deltamux_testing.servers import engine_for, options
@@ -56,7 +56,7 @@ def lives(tiny_base: Path) -> Lives:
 @pytest.fixture
 async def supervised(
     lives: Lives, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> AsyncIterator[tuple[Running, AsyncClient]]:
+) -> AsyncIterator[tuple[RunningServer, AsyncClient]]:
     given = options(tiny_base, tmp_path / "store", engine_restart_seconds=0.3)
     async with (
         running(given, lives, shared_compiler) as server,
@@ -66,7 +66,7 @@ async def supervised(
 
 
 async def test_a_call_that_fails_before_the_death_is_seen_says_that_the_engine_is_down(
-    supervised: tuple[Running, AsyncClient], lives: Lives, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+    supervised: tuple[RunningServer, AsyncClient], lives: Lives, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, client = supervised
     await client.upload_adapter(NAME, loras[0])
@@ -83,7 +83,7 @@ async def test_a_call_that_fails_before_the_death_is_seen_says_that_the_engine_i
 
 
 async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(
-    supervised: tuple[Running, AsyncClient], lives: Lives, loras: list[Path]
+    supervised: tuple[RunningServer, AsyncClient], lives: Lives, loras: list[Path]
 ) -> None:
     server, client = supervised
     version = await client.upload_adapter(NAME, loras[0])
@@ -109,7 +109,7 @@ async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(
 
 
 async def test_while_the_engine_is_down_the_rest_of_the_server_answers(
-    supervised: tuple[Running, AsyncClient], lives: Lives, loras: list[Path]
+    supervised: tuple[RunningServer, AsyncClient], lives: Lives, loras: list[Path]
 ) -> None:
     _, client = supervised
     await client.upload_adapter(NAME, loras[0])
@@ -173,7 +173,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 @asynccontextmanager
-async def watched(server: Running) -> AsyncIterator[Callable[[], Any]]:
+async def watched(server: RunningServer) -> AsyncIterator[Callable[[], Any]]:
     """Yields a function that returns the next status that the health service reports."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)

@@ -12,7 +12,7 @@ import pytest
 
 from deltamux.errors import DeltamuxError
 from deltamux.server.transport import unread
-from deltamux.server.transport.interceptors import AroundInterceptor, errors_become_statuses
+from deltamux.server.transport.interceptors import ContextManagerInterceptor, map_errors_to_statuses
 from deltamux_testing.raw_http2 import RawConnection
 
 PATH = "/test.Streams/Endless"
@@ -48,7 +48,7 @@ async def endless(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[str, E
     def at_once(_: DeltamuxError) -> float:
         return 0.0
 
-    server = grpc.aio.server(interceptors=[AroundInterceptor(errors_become_statuses(at_once))])
+    server = grpc.aio.server(interceptors=[ContextManagerInterceptor(map_errors_to_statuses(at_once))])
     server.add_generic_rpc_handlers((streams,))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

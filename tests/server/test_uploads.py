@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from deltamux.client import AsyncClient
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidArgumentError
-from deltamux.server.app import Running
-from deltamux.server.compiling.memory import is_shortage
+from deltamux.server.app import RunningServer
+from deltamux.server.compiling.memory import is_out_of_memory
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -36,7 +36,7 @@ def adapter(loras: list[Path], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("case", BOMBS)
 async def test_a_bomb_in_a_header_costs_the_server_neither_memory_nor_time(
-    case: str, client: AsyncClient, served: Running, adapter: Path
+    case: str, client: AsyncClient, served: RunningServer, adapter: Path
 ) -> None:
     header = BOMBS[case].encode()
     (adapter / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
@@ -64,9 +64,9 @@ async def test_a_tensor_of_another_shape_is_refused_as_another_bases(
 def test_a_chain_of_errors_that_leads_back_into_itself_is_no_shortage_of_memory() -> None:
     first, second = ValueError("first"), KeyError("second")
     first.__context__, second.__context__ = second, first
-    assert not is_shortage(first)
+    assert not is_out_of_memory(first)
     second.__cause__ = MemoryError()
-    assert is_shortage(first)
+    assert is_out_of_memory(first)
 
 
 async def test_a_config_with_a_key_twice_is_refused_with_the_key(client: AsyncClient, adapter: Path) -> None:
@@ -108,6 +108,6 @@ def test_a_ring_of_causes_is_walked_once(length: int) -> None:
     errors: list[BaseException] = [ValueError(str(number)) for number in range(length)]
     for number, error in enumerate(errors):
         error.__cause__ = errors[(number + 1) % length]
-    assert not is_shortage(errors[0])
+    assert not is_out_of_memory(errors[0])
     errors[-1].__context__ = MemoryError()
-    assert is_shortage(errors[-1].__context__)
+    assert is_out_of_memory(errors[-1].__context__)

@@ -132,14 +132,14 @@ def test_a_store_that_cannot_be_written_is_refused_in_a_sentence(disk: Path) -> 
 def test_a_store_that_becomes_read_only_serves_and_refuses_changes(tmp_path: Path) -> None:
     store = AdapterStore.open(tmp_path)
     upload(store, "one")
-    store._database.run("PRAGMA query_only = ON")
+    store._database.execute("PRAGMA query_only = ON")
     for change in (lambda: upload(store, "two"), lambda: store.delete_adapter(KEY), lambda: store.pin(KEY, True)):
         with pytest.raises(DeltamuxError) as refused:
             change()
         assert (refused.value.status, refused.value.reason) == ("UNAVAILABLE", "STORE_READ_ONLY")
     with store.lease(KEY) as held:
         assert held.key.number == 1
-    store._database.run("PRAGMA query_only = OFF")
+    store._database.execute("PRAGMA query_only = OFF")
     assert upload(store, "two").key.number == 2
     store.close()
 

@@ -13,7 +13,7 @@ import pytest
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store import AdapterKey, AdapterStore, Canary, VersionState
 from deltamux.store.inspection import inspect
-from deltamux.store.schema import FIRST
+from deltamux.store.schema import SCHEMA_1
 from deltamux_testing.uploads import KEY, copy_of, objects, upload
 
 
@@ -158,7 +158,7 @@ def sql(root: Path, statement: str) -> None:
         (older, "STORE_OUTDATED", "older copy"),
         (older_of_schema_1, "STORE_OUTDATED", "older copy"),
         (of_another_store, "STORE_MISMATCH", "the objects are of store"),
-        (without_identity_file, "STORE_MISMATCH", "store.json beside it is missing"),
+        (without_identity_file, "STORE_MISMATCH", "store.json next to it is missing"),
         (identity_file_damaged, "STORE_CORRUPT", "store.json is damaged"),
         (with_a_pipe_for_identity_file, "STORE_PATH", "not a regular file"),
         (with_a_deep_identity_file, "STORE_CORRUPT", "store.json is damaged"),
@@ -310,7 +310,7 @@ def first_schema(root: Path, contents: tuple[str, ...] = ("one", "two")) -> None
         (directory / "adapter_config.json").read_text(): directory.name for directory in (root / "objects").glob("*/*")
     }
     connection = sqlite3.connect(root / "db.sqlite3")
-    connection.executescript(f"{FIRST} PRAGMA user_version = 1; PRAGMA journal_mode = WAL;")
+    connection.executescript(f"{SCHEMA_1} PRAGMA user_version = 1; PRAGMA journal_mode = WAL;")
     connection.execute("INSERT INTO tenants VALUES ('acme', 1.0)")
     connection.execute("INSERT INTO api_keys VALUES ('acme', 'k', 'hash', 1.0)")
     connection.execute("INSERT INTO adapters VALUES ('acme', 'tickets', 0, 7, 1, 2, 30, 1.0, 2.0)")

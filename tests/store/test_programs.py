@@ -71,10 +71,10 @@ def test_the_same_files_repair_the_kept_upload(harm: Callable[[Path], None], nam
     record = upload(store, "one")
     harm(record.program.parent / name)
     with pytest.raises(DataLossError, match="upload the same files again") as lost:
-        store.programs.kept_upload(record)
+        store.programs.checked_upload(record)
     assert lost.value.reason == "UPLOAD_DAMAGED"
     assert upload(store, "one").key == record.key
-    assert (store.programs.kept_upload(record) / name).read_text() == "one"
+    assert (store.programs.checked_upload(record) / name).read_text() == "one"
 
 
 def test_a_whole_object_is_left_as_it_is(store: AdapterStore) -> None:
@@ -99,7 +99,7 @@ def test_damage_is_remembered_and_forgotten(tmp_path: Path) -> None:
     store.close()
     store = AdapterStore.open(tmp_path / "store")
     assert store.version(record.key).damage == "its file is missing"
-    store.programs.mark_whole(record)
+    store.programs.clear_damage(record)
     assert store.version(record.key).state is VersionState.READY
     store.close()
 
@@ -107,9 +107,9 @@ def test_damage_is_remembered_and_forgotten(tmp_path: Path) -> None:
 def test_a_program_belongs_to_the_base_that_it_was_compiled_for(tmp_path: Path) -> None:
     store = AdapterStore.open(tmp_path / "store")
     unknown, mine, other = upload(store, "0"), upload(store, "1", base="aa"), upload(store, "2", base="bb")
-    assert store.programs.serve_base("aa") == 1
+    assert store.programs.set_base("aa") == 1
     assert [store.programs.is_of_another_base(v) for v in (unknown, mine, other)] == [False, False, True]
-    assert store.programs.serve_base("") == 0
+    assert store.programs.set_base("") == 0
     assert not store.programs.is_of_another_base(other)
     store.close()
     assert '"base_fingerprint": "aa"' in (tmp_path / "store" / "store.json").read_text()

@@ -271,7 +271,7 @@ def copy_at(moment: int, store: AdapterStore, root: Path, copy: Path, patch: pyt
 
     database = store._database
     patch.setattr(object_files, "_sync", around(object_files._sync))
-    patch.setattr(database, "run", around(database.run))
+    patch.setattr(database, "execute", around(database.execute))
     patch.setattr(store._objects, "put", around(store._objects.put))
     patch.setattr(store._objects, "remove", around(store._objects.remove))
 

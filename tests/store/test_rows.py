@@ -134,8 +134,8 @@ def test_a_damaged_row_is_named_and_others_are_served(case: str, root: Path, cap
 def test_a_damaged_row_is_mended_and_the_adapter_serves(case: str, root: Path) -> None:
     sql(root, MENDED[case][0])
     store = AdapterStore.open(root)
-    assert store.rows.mend()
-    assert not store.rows.mend()
+    assert store.rows.repair()
+    assert not store.rows.repair()
     if case != "all versions are gone":
         with store.lease(A) as serving:
             assert serving.program.is_file()
@@ -148,7 +148,7 @@ def test_a_damaged_row_is_mended_and_the_adapter_serves(case: str, root: Path) -
 def test_a_version_without_a_digest_is_damaged_until_it_is_deleted(case: str, root: Path) -> None:
     sql(root, KEPT[case][0])
     store = AdapterStore.open(root)
-    store.rows.mend()
+    store.rows.repair()
     assert store.version(VersionKey(*A, 1)).state == "DAMAGED"
     store.delete_version(VersionKey(*A, 1))
     store.close()

@@ -93,7 +93,7 @@ async def test_on_an_event_loop_a_released_version_is_removed_by_a_thread(root: 
     threads: list[str] = []
     store.on_removed = lambda record, last: threads.append(threading.current_thread().name)
     upload(store, "one")
-    with store._moving, store.lease(KEY):  # something is being moved, by whoever it may be
+    with store._objects_lock, store.lease(KEY):  # something is being moved, by whoever it may be
         await asyncio.to_thread(store.delete_adapter, KEY)
     store.close()
     assert [name.startswith("deltamux-removal") for name in threads] == [True]
@@ -270,10 +270,10 @@ def test_uploads_of_others_come_between_those_versions_of_a_large_tenant_that_ar
         deleting = threads.submit(store.delete_tenant, "many", force=True)
         assert begun.wait(30)
         upload(store, "two")
-        left = store._database.one("SELECT count(*) FROM versions WHERE tenant = 'many'")[0]
+        left = store._database.fetch_one("SELECT count(*) FROM versions WHERE tenant = 'many'")[0]
         assert left > 0
         assert len(deleting.result()) == 2000
-    assert store._database.one("SELECT count(*) FROM versions WHERE tenant = 'many'")[0] == 0
+    assert store._database.fetch_one("SELECT count(*) FROM versions WHERE tenant = 'many'")[0] == 0
 
 
 def test_a_key_opens_its_tenant_until_it_is_revoked(store: AdapterStore) -> None:
@@ -281,6 +281,6 @@ def test_a_key_opens_its_tenant_until_it_is_revoked(store: AdapterStore) -> None
     record, secret = store.tenants.create_key("acme")
     assert store.tenants.verify(secret) == "acme"
     assert store.tenants.verify(secret + "x") is None
-    assert secret not in (store._database.one("SELECT secret_hash FROM api_keys")["secret_hash"])
+    assert secret not in (store._database.fetch_one("SELECT secret_hash FROM api_keys")["secret_hash"])
     store.tenants.delete_key("acme", record.key)
     assert store.tenants.verify(secret) is None

@@ -7,12 +7,11 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from deltamux.adapter_files import CONFIG_FILE, TENSORS_FILE, missing
+from deltamux.adapter_files import REQUIRED_FILES, missing
 from deltamux.client.calls import sent_values
 from deltamux.errors import InvalidAdapterError
 from deltamux.v1 import adapters_pb2 as pb
 
-REQUIRED_FILES = (CONFIG_FILE, TENSORS_FILE)
 OPTIONAL_FILES = ("README.md",)
 CHUNK_BYTES = 512 * 1024
 

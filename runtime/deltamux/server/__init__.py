@@ -1,4 +1,4 @@
-"""The gRPC server. Importing this package is cheap; `serve` brings in the engine."""
+"""The gRPC server. Importing this package is cheap; `serve` imports the engine."""
 
 import gc
 
@@ -8,8 +8,8 @@ __all__ = ["ServeOptions", "serve"]
 
 
 def serve(options: ServeOptions) -> None:
-    """Serves until SIGTERM or SIGINT; prints ``ready on ADDRESS`` when requests can come."""
-    # Imports make a million objects that stay; to look for garbage among them takes a quarter of their time.
+    """Serves until SIGTERM or SIGINT; prints ``ready on ADDRESS`` once requests are accepted."""
+    # Imports make a million objects that stay; collecting garbage among them takes a quarter of the import time.
     gc.disable()
     from deltamux.server.app import serve as run
 

@@ -1,4 +1,4 @@
-"""The server: builds the parts, joins them, serves until told to stop, and drains."""
+"""The server process: start, serve until SIGTERM or SIGINT, drain."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import gc
 import logging
 import signal
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -17,29 +16,30 @@ from deltamux.deltas import BaseModel
 from deltamux.engine.arguments import check_options
 from deltamux.engine.base import Engine, EngineOptions
 from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
-from deltamux.server.access.auth import admin_key, everybody_is_administrator, key_decides
+from deltamux.server.access.auth import key_authentication, load_admin_key, without_authentication
 from deltamux.server.access.concurrency import ConcurrencyLimit
-from deltamux.server.access.pins import Pins
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.compiling.job import Budgets
 from deltamux.server.compiling.quarantine import Quarantine
 from deltamux.server.compiling.recompiling import Recompiler
-from deltamux.server.events import EventHub
+from deltamux.server.disk import DiskThreads
 from deltamux.server.options import ServeOptions
+from deltamux.server.pins import Pins
 from deltamux.server.programs import Programs
 from deltamux.server.routing import Router
 from deltamux.server.rpc.adapters import AdaptersService
+from deltamux.server.rpc.events import EventHub
 from deltamux.server.rpc.health import HealthMonitor
 from deltamux.server.rpc.inference import InferenceService
 from deltamux.server.rpc.reflection import add_reflection
 from deltamux.server.rpc.tenants import TenantsService
-from deltamux.server.transport.interceptors import Around, AroundInterceptor, errors_become_statuses
-from deltamux.server.transport.listen import SERVER_OPTIONS, allow_descriptors, bind, check_exposure
-from deltamux.server.transport.logs import bound_lines
-from deltamux.server.transport.pacing import PacedCalls, RefusalPace
-from deltamux.server.transport.requests import CheckedRequests
+from deltamux.server.rpc.uploads import UploadLimits
+from deltamux.server.transport.interceptors import ContextManagerInterceptor, RpcContextManager, map_errors_to_statuses
+from deltamux.server.transport.listening import SERVER_OPTIONS, bind, check_exposure, raise_descriptor_limit
+from deltamux.server.transport.logs import limit_line_length
+from deltamux.server.transport.pacing import CallPacer, RefusalPacer
 from deltamux.server.transport.services import HEALTH, Services
-from deltamux.server.uploads import UploadLimits
+from deltamux.server.transport.validation import RequestValidator
 from deltamux.store import AdapterStore, VersionRecord
 from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
 from deltamux.v1.adapters_pb2_grpc import add_AdaptersServicer_to_server
@@ -53,20 +53,20 @@ SERVICES = tuple(
     for module, name in ((inference_pb2, "Inference"), (adapters_pb2, "Adapters"), (tenants_pb2, "Tenants"))
 )
 GC_THRESHOLD = (50_000, 20, 100)
-"""Of the garbage collector: at Python's 700 objects, a burst of calls is walked through again for each that comes."""
+"""Thresholds of the garbage collector: at Python's 700 objects, it runs again for each call of a burst."""
 
-UPLOAD_PATIENCE = 30.0
-"""Seconds that an upload waits for a slot."""
+UPLOAD_QUEUE_SECONDS = 30.0
+"""Seconds that an upload waits for a permit."""
 
 EngineFactory = Callable[[EngineOptions], Engine]
 
 
 @dataclass(frozen=True)
-class Running:
-    """A server that serves.
+class RunningServer:
+    """A server that accepts calls.
 
     Attributes:
-        address: what clients connect to.
+        address: the address for clients.
     """
 
     address: str
@@ -75,29 +75,29 @@ class Running:
 
 
 def serve(options: ServeOptions) -> None:
-    """Serves until SIGTERM or SIGINT; prints ``ready on ADDRESS`` when requests can come.
+    """Serves until SIGTERM or SIGINT; prints ``ready on ADDRESS`` once requests are accepted.
 
-    A start that is under way when the signal comes is broken off.
+    A signal during start-up cancels it.
 
     Raises:
-        UnavailableError: the engine was given up (see `RestartPolicy`); requests under way were let end before.
+        UnavailableError: the engine is not restarted any more (see `RestartPolicy`); running requests were drained.
     """
-    allow_descriptors()
+    raise_descriptor_limit()
     asyncio.run(_serve(options))
 
 
 async def _serve(options: ServeOptions) -> None:
     stop, started = asyncio.Event(), asyncio.Event()
-    serving = asyncio.ensure_future(_until_stopped(options, stop, started))
+    serving = asyncio.ensure_future(_run_until_stopped(options, stop, started))
 
-    def told() -> None:
+    def on_signal() -> None:
         if not (stop.is_set() or started.is_set()):
             serving.cancel()
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told)
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, on_signal)
     await asyncio.wait([serving])
     if serving.cancelled():
         print("stopped before it was ready", flush=True)
@@ -105,10 +105,10 @@ async def _serve(options: ServeOptions) -> None:
         serving.result()
 
 
-async def _until_stopped(options: ServeOptions, stop: asyncio.Event, started: asyncio.Event) -> None:
+async def _run_until_stopped(options: ServeOptions, stop: asyncio.Event, started: asyncio.Event) -> None:
     async with running(options) as server:
         started.set()
-        # What start-up has made stays: a walk through it, even one, would hold every stream up for half a second.
+        # The objects of start-up stay: one collection over them would delay every stream by half a second.
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLD)
         gc.enable()
@@ -121,13 +121,13 @@ async def _until_stopped(options: ServeOptions, stop: asyncio.Event, started: as
 
 
 def vllm_engines() -> EngineFactory:
-    """Returns a factory of engines on vLLM, which reads what describes the base model once."""
+    """Returns a factory of vLLM engines that reads the base model's description once."""
     known: list[BaseModel] = []
 
     def make(options: EngineOptions) -> Engine:
         from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
-        # What comes after the first one is started while clients are connected.
+        # An engine after the first is started while clients are connected.
         engine = VLLMEngine(options, base=known[0], spawn=True) if known else VLLMEngine(options)
         known[:] = [engine.base]
         return engine
@@ -138,44 +138,44 @@ def vllm_engines() -> EngineFactory:
 @asynccontextmanager
 async def running(
     options: ServeOptions, make_engine: EngineFactory | None = None, shared_compiler: Compiler | None = None
-) -> AsyncIterator[Running]:
+) -> AsyncIterator[RunningServer]:
     """Runs a server for the length of the block; leaving it drains.
 
     Args:
-        make_engine: called for the first engine, and for each that follows one that has died; None: engines on vLLM.
-        shared_compiler: one that outlives the server; None starts the server's own.
+        make_engine: called for the first engine and for each restart; None: vLLM engines.
+        shared_compiler: a compiler that the caller closes; None starts the server's own.
     Raises:
         FailedPreconditionError: the address, the store or the base model cannot be used.
     """
     check_exposure(options)
     check_options(options.engine_options())
-    bound_lines(logging.getLogger("deltamux.server"))
+    limit_line_length(logging.getLogger("deltamux.server"))
     async with AsyncExitStack() as stack:
         store = await asyncio.to_thread(AdapterStore.open, options.store)
         stack.callback(store.close)
-        checked = CheckedRequests()
-        server = _grpc_server(options, store, checked)
-        # Before anything is loaded, which takes long: a taken address is told at once, and clients are answered.
+        validator = RequestValidator()
+        server = _grpc_server(options, store, validator)
+        # Before the model is loaded, which takes long: a taken address fails at once, and clients get an answer.
         address = bind(server, options)
         services = Services(SERVICES)
         await services.start(server)
         stack.push_async_callback(server.stop, None)
-        # It starts beside the engine, which takes longer.
+        # It starts in parallel with the engine, which takes longer.
         compiler = shared_compiler or Compiler(options.plugin_timeout_seconds)
         if compiler is not shared_compiler:
             await stack.enter_async_context(compiler)
         engine = await _supervised(options, make_engine or vllm_engines())
         stack.push_async_callback(engine.stop)
         await engine.start()
-        checked.max_model_len = engine.max_model_len
+        validator.max_model_len = engine.max_model_len
         await compiler.started()
-        threads = stack.enter_context(ThreadPoolExecutor(options.max_concurrent_uploads + 4, "deltamux-disk"))
+        threads = stack.enter_context(DiskThreads(options.max_concurrent_uploads + 4, "deltamux-disk"))
         events = EventHub()
         programs = await _programs(options, store, engine, compiler, threads)
-        in_all = max(1, options.max_host_adapters // 2)
-        pins = Pins(store, engine, programs, options.max_pinned_adapters_per_tenant, in_all, threads)
+        max_pinned = max(1, options.max_host_adapters // 2)
+        pins = Pins(store, engine, programs, options.max_pinned_adapters_per_tenant, max_pinned, threads)
         adapters = _adapters_service(options, store, engine, programs, pins, compiler, events, threads)
-        _forget_removed(store, engine, pins)
+        _follow_removals(store, engine, pins)
         restoring = asyncio.create_task(pins.restore())
         stack.callback(restoring.cancel)
         services.add(add_InferenceServicer_to_server, _inference_service(options, store, engine, programs))
@@ -185,7 +185,7 @@ async def running(
         services.complete()
         health = HealthMonitor(engine, SERVICES, services.health)
         async with _serving(server, health, events, options.drain_seconds):
-            yield Running(address, engine, store)
+            yield RunningServer(address, engine, store)
 
 
 async def _supervised(options: ServeOptions, make_engine: EngineFactory) -> SupervisedEngine:
@@ -202,8 +202,8 @@ async def _supervised(options: ServeOptions, make_engine: EngineFactory) -> Supe
 async def _serving(
     server: grpc.aio.Server, health: HealthMonitor, events: EventHub, drain_seconds: float
 ) -> AsyncIterator[None]:
-    """Keeps the health in step for the length of the block; leaving it lets the calls under way end."""
-    await health.look()
+    """Follows the engine's health for the length of the block; leaving it drains the running calls."""
+    await health.update()
     watching = asyncio.create_task(health.run())
     try:
         yield
@@ -216,16 +216,16 @@ async def _serving(
             await watching
 
 
-def _grpc_server(options: ServeOptions, store: AdapterStore, checked: CheckedRequests) -> grpc.aio.Server:
-    identify: Around = everybody_is_administrator()
+def _grpc_server(options: ServeOptions, store: AdapterStore, validator: RequestValidator) -> grpc.aio.Server:
+    identify: RpcContextManager = without_authentication()
     if options.auth == "keys":
-        identify = key_decides(store, admin_key(options.admin_key_file or options.store / "admin.key"))
+        identify = key_authentication(store, load_admin_key(options.admin_key_file or options.store / "admin.key"))
     return grpc.aio.server(
         interceptors=[
-            PacedCalls(),
-            AroundInterceptor(errors_become_statuses(RefusalPace().delay)),
-            AroundInterceptor(identify),
-            checked,
+            CallPacer(),
+            ContextManagerInterceptor(map_errors_to_statuses(RefusalPacer().delay)),
+            ContextManagerInterceptor(identify),
+            validator,
         ],
         options=SERVER_OPTIONS,
     )
@@ -237,18 +237,18 @@ def _inference_service(
     return InferenceService(
         engine,
         Router(store, programs),
-        # The last quarter goes to tenants that hold none: one that holds its slots for long keeps nobody out.
+        # The last quarter is reserved for tenants without a permit: long generations of one tenant block no other.
         ConcurrencyLimit(options.max_pending_requests, "generations", reserved=options.max_pending_requests // 4),
         share_prefix_cache=options.share_prefix_cache,
     )
 
 
 async def _programs(
-    options: ServeOptions, store: AdapterStore, engine: Engine, compiler: Compiler, threads: ThreadPoolExecutor
+    options: ServeOptions, store: AdapterStore, engine: Engine, compiler: Compiler, threads: DiskThreads
 ) -> Programs:
     base = engine.base
-    if others := await asyncio.to_thread(store.programs.serve_base, base.fingerprint):
-        what = "compiled anew when they are used" if options.recompile else "refused; `--recompile` compiles them anew"
+    if others := await asyncio.to_thread(store.programs.set_base, base.fingerprint):
+        what = "recompiled when they are used" if options.recompile else "refused; `--recompile` recompiles them"
         log.warning(
             "%d versions of the store were compiled for another base than %s: %s", others, base.fingerprint, what
         )
@@ -268,7 +268,7 @@ def _adapters_service(
     pins: Pins,
     compiler: Compiler,
     events: EventHub,
-    threads: ThreadPoolExecutor,
+    threads: DiskThreads,
 ) -> AdaptersService:
     return AdaptersService(
         store,
@@ -284,22 +284,22 @@ def _adapters_service(
 
 
 def _upload_limit(limit: int) -> ConcurrencyLimit:
-    """The last quarter goes to tenants that hold none; what is beyond the limit waits for half a minute."""
-    return ConcurrencyLimit(limit, "uploads", reserved=limit // 4, max_waiting=16 * limit, patience=UPLOAD_PATIENCE)
+    """Returns the limit of concurrent uploads; its last quarter is reserved for tenants without a permit."""
+    return ConcurrencyLimit(limit, "uploads", reserved=limit // 4, queue_size=16 * limit, timeout=UPLOAD_QUEUE_SECONDS)
 
 
-def _forget_removed(store: AdapterStore, engine: Engine, pins: Pins) -> None:
-    """Ends the pin of a version that is gone, and frees its program once no version has its content any more."""
+def _follow_removals(store: AdapterStore, engine: Engine, pins: Pins) -> None:
+    """Unpins a version once it is removed, and evicts its program once no version has its content any more."""
     loop = asyncio.get_running_loop()
     tasks: set[asyncio.Future[None]] = set()
 
-    async def forget(record: VersionRecord, last: bool) -> None:
+    async def unload(record: VersionRecord, last: bool) -> None:
         await pins.forget(record)
         if last:
             await engine.evict(record.compiled.digest)
 
     def begin(record: VersionRecord, last: bool) -> None:
-        task = asyncio.ensure_future(forget(record, last))
+        task = asyncio.ensure_future(unload(record, last))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 

@@ -1,4 +1,4 @@
-"""From an adapter's name to the program that serves a request, held for as long as the request runs."""
+"""Routing of a request: from an adapter's name to the program that serves it, leased while the request runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltamux.store import AdapterStore
 
 
 class Target(NamedTuple):
-    """What serves a request: a version's name and program; "" and None for the base."""
+    """The version that serves a request: its name and program; "" and None for the base."""
 
     name: str
     program: ProgramRef | None
@@ -24,14 +24,14 @@ BASE = Target("", None)
 
 
 class Router:
-    """Resolves names as the present caller may see them."""
+    """Resolution of names, with the present caller's permissions."""
 
     def __init__(self, store: AdapterStore, programs: Programs) -> None:
         self._store = store
         self._programs = programs
 
     def tenant_of(self, adapter: str) -> str:
-        """Returns whose work a request is: its adapter's tenant, or the caller's where it is for the base.
+        """Returns the tenant that a request counts for: its adapter's, or the caller's if it is for the base.
 
         Raises:
             NotFoundError: the adapter is another tenant's.
@@ -45,7 +45,7 @@ class Router:
 
     @asynccontextmanager
     async def lease(self, adapter: str, request_key: str) -> AsyncIterator[Target]:
-        """Resolves a name once and keeps its version until the block ends.
+        """Resolves a name once and leases its version for the length of the block.
 
         Args:
             adapter: resource name of an adapter or a version; "" for the base.

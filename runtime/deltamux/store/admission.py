@@ -1,4 +1,4 @@
-"""The way of an upload into the store: staged, moved among the objects, recorded."""
+"""The steps of an upload into the store: staged, moved to the objects, recorded."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from deltamux.store.records import CompiledAdapter
 
 
 class Placed(NamedTuple):
-    """A content among the objects.
+    """A content that is among the objects.
 
     Attributes:
         program_sum: sha256 of its program's file, in hex.
-        replaced: whether its program is a new one.
+        replaced: whether its program is new.
     """
 
     compiled: CompiledAdapter
@@ -29,21 +29,21 @@ class Placed(NamedTuple):
 
 
 class Admission:
-    """Uploads under way, and what becomes of their files. `place` and `record` are called one upload at a time."""
+    """The uploads under way and their files. `place` and `record` are called for one upload at a time."""
 
     def __init__(self, root: Path, database: Database, objects: ObjectStore) -> None:
         self._root = root
         self._database = database
         self._objects = objects
-        self._lock = threading.Lock()  # the event loop takes it, so that nothing waits for the disk meanwhile
-        # Of each upload under way: how many tenants had been deleted when it began; of a tenant, which of these it was.
+        self._lock = threading.Lock()  # also acquired on the event loop: held for no disk access
+        # The number of deletions when each upload began, and the number of each tenant's deletion.
         self._began: dict[Path, int] = {}
         self._deletions: dict[str, int] = {}
         self._num_deletions = 0
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """Yields an empty directory for an upload, which begins here; the directory is gone after the block."""
+        """Yields an empty directory for an upload, which begins here; the directory is removed after the block."""
         with store_faults(self._root), self._objects.staging() as staged:
             with self._lock:
                 self._began[staged] = self._num_deletions
@@ -56,7 +56,7 @@ class Admission:
                         self._deletions.clear()
 
     def tenant_deleted(self, tenant: str) -> None:
-        """Notes that a tenant is gone, and with it the uploads to it that are under way."""
+        """Records a tenant's deletion, which ends its uploads under way."""
         with self._lock:
             self._num_deletions += 1
             self._deletions[tenant] = self._num_deletions
@@ -67,21 +67,21 @@ class Admission:
             lost = self._deletions.get(tenant, 0) > self._began.get(staged, self._num_deletions)
         if lost:
             raise AbortedError(
-                f"tenants/{tenant} was deleted while this upload was under way, and the upload with it: create the "
-                "tenant anew if it is to have adapters, and upload again",
+                f"tenants/{tenant} was deleted during this upload, which is refused: create the tenant again if it is "
+                "to have adapters, and upload again",
                 reason="TENANT_DELETED",
                 metadata={"name": f"tenants/{tenant}"},
             )
 
     def place(self, staged: Path, compiled: CompiledAdapter) -> Placed:
-        """Brings staged files among the objects, marked as garbage while no version refers to them.
+        """Moves staged files to the objects, marked as garbage while no version refers to them.
 
-        What is there already is read, and stays if it is whole and of the same base.
+        A stored program is kept if it is undamaged and of the same base.
         """
         if not (staged / PROGRAM_FILE).is_file():
             raise FailedPreconditionError(f"the staged upload has no {PROGRAM_FILE}", reason="NOT_COMPILED")
         digest = compiled.digest
-        known = self._database.one("SELECT * FROM programs WHERE digest = ?", digest)
+        known = self._database.fetch_one("SELECT * FROM programs WHERE digest = ?", digest)
         keep: bool = (
             known is not None
             and known["base_fingerprint"] == compiled.base_fingerprint
@@ -90,18 +90,18 @@ class Admission:
         program_sum: str = known["sha256"] if keep else file_sum(staged / PROGRAM_FILE)
         if known is None and not self._objects.path(digest).exists():
             with self._database.transaction():
-                self._database.run("INSERT OR IGNORE INTO garbage VALUES (?)", digest)
+                self._database.execute("INSERT OR IGNORE INTO garbage VALUES (?)", digest)
         self._objects.put(staged, digest, keep_program=keep)
         return Placed(compiled, program_sum, not keep)
 
     def record(self, placed: Placed) -> None:
-        """Records a content's program, inside the caller's transaction: it is whole, and no garbage."""
-        run, compiled = self._database.run, placed.compiled
+        """Records a content's program as undamaged and not garbage, inside the caller's transaction."""
+        run, compiled = self._database.execute, placed.compiled
         run(
             "INSERT OR REPLACE INTO programs VALUES (?, ?, ?, '')",
             compiled.digest, placed.program_sum, compiled.base_fingerprint,
         )  # fmt: skip
-        # Also where the program stays: a row that is damaged is whole again.
+        # Also if the program is kept, to repair a damaged row.
         run(
             "UPDATE versions SET method = ?, rank = ?, num_virtual_tokens = ?, num_bytes = ? WHERE digest = ?",
             compiled.method, compiled.rank, compiled.num_virtual_tokens, compiled.num_bytes, compiled.digest,

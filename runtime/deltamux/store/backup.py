@@ -1,4 +1,4 @@
-"""`deltamux store backup` and `restore`: a store copied while it serves, every file checked, and put back."""
+"""`deltamux store backup` and `restore`: a checked copy of a store that may be in use."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from deltamux.errors import FailedPreconditionError, ResourceExhaustedError
+from deltamux.store.database_checks import DATABASE_FILE, identity_in
 from deltamux.store.faults import FULL, store_error, store_faults
 from deltamux.store.identity import GENERATION_FILE, IDENTITY_FILE, IdentityFiles
-from deltamux.store.inspection import ATTEMPTS, Advance, Report, Snapshot, inspect, reading, silent
+from deltamux.store.inspection import ATTEMPTS, Progress, Report, Snapshot, inspect, no_progress, open_read_only
 from deltamux.store.lock import Lock, lock_directory, lock_store
 from deltamux.store.objects import PROGRAM_FILE, ObjectStore, is_digest, open_regular
 from deltamux.store.rows import prepare
-from deltamux.store.vetting import DATABASE_FILE, identity_in
 
 ADMIN_KEY = "admin.key"
 RESTORING = ".restoring-"
@@ -29,23 +29,25 @@ PARTS = (DATABASE_FILE, f"{DATABASE_FILE}-wal", f"{DATABASE_FILE}-shm", IDENTITY
 
 
 class Restored(NamedTuple):
-    """Attributes:
-    report: what the restored store holds.
-    aside: where what was there before lies now; None where nothing was.
+    """The result of a restore.
+
+    Attributes:
+        report: the restored store's.
+        replaced: the directory of the former store's files; None if there were none.
     """
 
     report: Report
-    aside: Path | None
+    replaced: Path | None
 
 
-def backup(root: Path, target: Path, advance: Advance = silent) -> Report:
-    """Copies a store, which may be in use, to a new directory that is complete once it has its name.
+def backup(root: Path, target: Path, progress: Progress = no_progress) -> Report:
+    """Copies a store, which may be in use, to a new directory, renamed into place when it is complete.
 
-    The copy is the store as it was at one moment: the database is copied first, and again where an object that it
-    refers to has changed or gone since.
+    The copy is the store at one moment: the database is copied first, and again if an object that it refers to has
+    changed or was removed since.
 
     Args:
-        advance: told how far it is.
+        progress: called with the progress.
     Raises:
         FailedPreconditionError: there is no usable store, or the target is not empty (BACKUP_EXISTS).
     """
@@ -53,15 +55,15 @@ def backup(root: Path, target: Path, advance: Advance = silent) -> Report:
     with store_faults(target.parent, opening=True):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise FailedPreconditionError(
-                f"{target} exists already: give a directory that does not, or an empty one", reason="BACKUP_EXISTS"
+                f"{target} exists already: give a new or an empty directory", reason="BACKUP_EXISTS"
             )
-        _clear_broken_off(target)
+        _remove_interrupted(target)
         partial.mkdir(parents=True)
         lock = Lock()
         try:
             lock_directory(lock, partial)
-            with reading(root) as connection:
-                snapshot = _copy(root, partial, connection, advance)
+            with open_read_only(root) as connection:
+                snapshot = _copy(root, partial, connection, progress)
             _keep_only(partial, snapshot.versions)
             with closing(IdentityFiles(partial)) as files:
                 files.write(snapshot.identity)
@@ -80,18 +82,18 @@ def backup(root: Path, target: Path, advance: Advance = silent) -> Report:
     return report
 
 
-def _clear_broken_off(target: Path) -> None:
-    """Removes what backups to the same target have left that were killed: what nobody holds the lock of."""
+def _remove_interrupted(target: Path) -> None:
+    """Removes the files of killed backups to the same target: those that no process has locked."""
     for left in target.parent.glob(f".{escape(target.name[:200])}.{'[0-9a-f]' * 8}"):
         with suppress(OSError), Lock() as lock:
-            lock.take(left, os.O_RDONLY | os.O_DIRECTORY)
+            lock.acquire(left, os.O_RDONLY | os.O_DIRECTORY)
             shutil.rmtree(left, ignore_errors=True)
 
 
 def restore(source: Path, root: Path) -> Restored:
-    """Makes a store what a backup holds. What is there already is moved aside, into a directory of the store.
+    """Replaces a store by a backup's copy; the former files are moved into a directory of the store.
 
-    The restored store has an id of its own, so that no database of the former one is taken for its own.
+    The restored store has a new id, so that a database of the former one does not match it.
 
     Raises:
         FailedPreconditionError: there is no usable backup, or the store is in use (STORE_IN_USE).
@@ -101,27 +103,27 @@ def restore(source: Path, root: Path) -> Restored:
             shutil.rmtree(left, ignore_errors=True)
         fresh = root / f"{RESTORING}{secrets.token_hex(4)}"
         try:
-            with reading(source) as connection:
+            with open_read_only(source) as connection:
                 fresh.mkdir()
                 _copy(source, fresh, connection)
             _renew_identity(fresh)
             report = inspect(fresh)
             os.sync()
-            aside = _exchange(root, fresh)
+            replaced = _swap_in(root, fresh)
             if (source / ADMIN_KEY).is_file() and not (root / ADMIN_KEY).exists():
                 shutil.copy2(source / ADMIN_KEY, root / ADMIN_KEY)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
-    return Restored(report, aside)
+    return Restored(report, replaced)
 
 
-def _copy(root: Path, target: Path, connection: sqlite3.Connection, advance: Advance = silent) -> Snapshot:
-    """Copies the database and the objects that it refers to; returns what the copied database says of them."""
+def _copy(root: Path, target: Path, connection: sqlite3.Connection, progress: Progress = no_progress) -> Snapshot:
+    """Copies the database and its objects; returns the copied database's snapshot."""
     for _ in range(ATTEMPTS):
         snapshot = _copy_database(connection, target)
         lost = 0
         for done, digest in enumerate(snapshot.versions):
-            advance(done, len(snapshot.versions))
+            progress(done, len(snapshot.versions))
             lost += not _copy_object(root, target, digest, snapshot)
         if not lost or identity_in(connection) == snapshot.identity:
             break
@@ -134,12 +136,12 @@ def _copy_database(connection: sqlite3.Connection, target: Path) -> Snapshot:
     with closing(sqlite3.connect(path, isolation_level=None)) as copy:
         connection.backup(copy)
         prepare(copy)
-        copy.execute("PRAGMA journal_mode = DELETE")  # one file, which can be read wherever it lies
+        copy.execute("PRAGMA journal_mode = DELETE")  # one file, readable also on a read-only disk
         return Snapshot.of(copy)
 
 
 def _copy_object(root: Path, target: Path, digest: str, snapshot: Snapshot) -> bool:
-    """Copies an object unless the copy is there; returns whether its program is the one that the database means."""
+    """Copies an object unless it was copied before; returns whether its program matches the database."""
     source, copy = ObjectStore(root).path(digest), ObjectStore(target).path(digest)
     wanted = snapshot.programs.get(digest)
     if ObjectStore(target).program_sum(digest) == wanted:
@@ -156,9 +158,9 @@ def _copy_object(root: Path, target: Path, digest: str, snapshot: Snapshot) -> b
 
 
 def _copy_file(source: Path, target: Path) -> str | None:
-    """Copies a file; returns the sha256 of what was copied. No hard link: damage of the one must not be the other's.
+    """Copies a file (no hard link, which would share damage); returns its sha256.
 
-    What cannot be read, or is not a regular file, is left out: None.
+    Returns None, without a copy, for a file that cannot be read or is not regular.
     """
     digest = hashlib.sha256()
     try:
@@ -173,7 +175,7 @@ def _copy_file(source: Path, target: Path) -> str | None:
     except OSError as error:
         if (found := store_error(error, target)) is not None and found.reason == FULL:
             raise ResourceExhaustedError(
-                f"the disk of {target} is full: free space on it, or choose another place", reason=FULL
+                f"the disk of {target} is full: free space on it, or choose another target", reason=FULL
             ) from error
         raise
     return digest.hexdigest()
@@ -183,7 +185,7 @@ def _read(file: BinaryIO) -> bytes:
     try:
         return file.read(1 << 20)
     except OSError:
-        return b""  # its sum says that it is not whole
+        return b""  # its checksum will not match
 
 
 def _keep_only(target: Path, digests: Iterable[str]) -> None:
@@ -200,22 +202,22 @@ def _renew_identity(target: Path) -> None:
             files.write(identity_in(connection))
 
 
-def _exchange(root: Path, fresh: Path) -> Path | None:
-    """Moves a store's parts aside and new ones into their place; returns where the former ones lie.
+def _swap_in(root: Path, fresh: Path) -> Path | None:
+    """Replaces a store's files; returns the directory of the former ones.
 
-    The new identity comes first and the database last: whenever this is broken off, the store is refused and not taken
-    for an empty one.
+    The new identity is moved first and the database last: a store that is left incomplete by a crash is refused when it
+    is opened, and not treated as empty.
     """
     present = [root / name for name in PARTS if (root / name).exists()]
-    aside = root / f"{time.strftime('replaced-%Y%m%dT%H%M%S')}-{secrets.token_hex(2)}" if present else None
-    if aside is not None:
-        aside.mkdir()
+    replaced = root / f"{time.strftime('replaced-%Y%m%dT%H%M%S')}-{secrets.token_hex(2)}" if present else None
+    if replaced is not None:
+        replaced.mkdir()
         if (root / IDENTITY_FILE).exists():
-            shutil.copy2(root / IDENTITY_FILE, aside / IDENTITY_FILE)
+            shutil.copy2(root / IDENTITY_FILE, replaced / IDENTITY_FILE)
     (fresh / IDENTITY_FILE).rename(root / IDENTITY_FILE)
     for path in present:
-        if aside is not None and path.name != IDENTITY_FILE:
-            path.rename(aside / path.name)
+        if replaced is not None and path.name != IDENTITY_FILE:
+            path.rename(replaced / path.name)
     for path in sorted(fresh.iterdir(), reverse=True):
         path.rename(root / path.name)
-    return aside
+    return replaced

@@ -1,4 +1,4 @@
-"""What the disk and SQLite raise, as errors of the family: full, read-only, damaged, failing."""
+"""Translation of errors of the disk and of SQLite to `DeltamuxError`s: full, read-only, damaged, failing."""
 
 from __future__ import annotations
 
@@ -34,35 +34,35 @@ _OF_SQLITE = {
     sqlite3.SQLITE_BUSY: BUSY,
     sqlite3.SQLITE_LOCKED: BUSY,
 }
-_WORDS = {
+_MESSAGES = {
     FULL: "the disk of the store {root} is full: free space on it, or delete adapters (which works), and try again",
     READ_ONLY: "the store {root} cannot be written: mount it writable, or give its files to the user of the server",
     CORRUPT: (
         "the database of the store {root} is damaged: restore a backup with `deltamux store restore BACKUP {root}`; "
-        "without one, move {root}/db.sqlite3 away and begin anew with `deltamux store check {root} --adopt`, which "
+        "without one, move {root}/db.sqlite3 away and start again with `deltamux store check {root} --adopt`, which "
         "keeps the objects"
     ),
-    FAILING: "the disk of the store {root} does not read or write: the system's log says why",
+    FAILING: "the disk of the store {root} fails to read or write: see the system's log",
     BUSY: "the database of the store {root} is locked by another program: end that program, and try again",
     GONE: (
         "the store {root} was moved, removed or replaced under this server: put it back as it was, and start the "
-        "server again; what is changed until then would be lost"
+        "server again; changes until then would be lost"
     ),
-    NO_PLACE: "{root} cannot be a store: {problem}: give a directory, or the name of one that can be made",
+    NO_PLACE: "{root} cannot be a store: {problem}: give a directory, or the name of one that can be created",
 }
 PROBE_BYTES = 64 << 10
 
 
 @contextmanager
 def store_faults(root: Path, *, opening: bool = False) -> Iterator[None]:
-    """Turns what the disk and SQLite raise inside the block into errors of the family.
+    """Maps errors of the disk and of SQLite inside the block to `DeltamuxError`s.
 
     Args:
-        opening: whether the store is being opened: what cannot be used then is FAILED_PRECONDITION, later UNAVAILABLE.
+        opening: whether the store is being opened: an unusable store is FAILED_PRECONDITION then, UNAVAILABLE later.
     Raises:
         ResourceExhaustedError: STORE_FULL.
         FailedPreconditionError, UnavailableError: STORE_READ_ONLY, STORE_CORRUPT, STORE_IO or STORE_BUSY.
-        FailedPreconditionError: while opening, for whatever else the system refuses: STORE_PATH.
+        FailedPreconditionError: while opening, for every other error of the system: STORE_PATH.
     """
     try:
         yield
@@ -72,24 +72,24 @@ def store_faults(root: Path, *, opening: bool = False) -> Iterator[None]:
             raise
         raise error from raised
     except UnavailableError as error:
-        if opening and error.reason in _WORDS:
+        if opening and error.reason in _MESSAGES:
             raise FailedPreconditionError(error.message, reason=error.reason) from error
         raise
 
 
-def gone(root: Path) -> UnavailableError:
-    """Returns the error of a store whose files are no longer where they were when it opened."""
-    return UnavailableError(_WORDS[GONE].format(root=root), reason=GONE)
+def gone_error(root: Path) -> UnavailableError:
+    """Returns the error of an open store whose files were moved or removed."""
+    return UnavailableError(_MESSAGES[GONE].format(root=root), reason=GONE)
 
 
 def store_error(raised: BaseException, root: Path, *, opening: bool = False) -> DeltamuxError | None:
-    """Returns what an error of the disk or of SQLite means for the store; None if it is of another kind."""
+    """Returns the store's error for one of the disk or of SQLite; None for any other."""
     reason = _reason(raised, root)
-    if opening and ((reason is None and isinstance(raised, OSError)) or (reason == FAILING and _is_no_file(raised))):
+    if opening and ((reason is None and isinstance(raised, OSError)) or (reason == FAILING and _cannot_open(raised))):
         reason = NO_PLACE
     if reason is None:
         return None
-    text = _WORDS[reason].format(root=root, problem=_problem(raised))
+    text = _MESSAGES[reason].format(root=root, problem=_problem(raised))
     if reason == FULL:
         return ResourceExhaustedError(text, reason=reason)
     return (FailedPreconditionError if opening else UnavailableError)(text, reason=reason)
@@ -102,24 +102,24 @@ def _reason(raised: BaseException, root: Path) -> str | None:
     if code is None:
         return None
     reason = _OF_SQLITE.get(code & 0xFF)
-    return _tried(root) or reason if reason == FAILING else reason
+    return _probe_fault(root) or reason if reason == FAILING else reason
 
 
-def _is_no_file(raised: BaseException) -> bool:
-    """Whether SQLite cannot open a file although the disk works: a folder has its name, or its path is too long."""
+def _cannot_open(raised: BaseException) -> bool:
+    """Whether SQLite cannot open a file, as for a path that is too long or names a folder."""
     code: int = getattr(raised, "sqlite_errorcode", 0)
     return code & 0xFF == sqlite3.SQLITE_CANTOPEN
 
 
 def _problem(raised: BaseException) -> str:
-    """Returns the system's words for what it refused, with the file."""
+    """Returns the system's message, with the file."""
     if not isinstance(raised, OSError):
         return str(raised)
     return ": ".join(str(part) for part in (raised.filename, raised.strerror) if part) or str(raised)
 
 
-def _tried(root: Path) -> str | None:
-    """Returns why a little file cannot be written; None where it can. SQLite calls most of that an I/O error."""
+def _probe_fault(root: Path) -> str | None:
+    """Returns why a small file cannot be written, or None: SQLite reports most causes as an I/O error."""
     path = root / ".probe"
     try:
         path.write_bytes(bytes(PROBE_BYTES))
@@ -132,7 +132,7 @@ def _tried(root: Path) -> str | None:
 
 
 class Reserve:
-    """A file that keeps some space of the disk, so that a full one has enough left for deleting."""
+    """A file that reserves disk space, so that deletions work on a full disk."""
 
     NUM_BYTES = 4 << 20
 
@@ -141,7 +141,7 @@ class Reserve:
         self._held = False
 
     def fill(self) -> None:
-        """Takes the space, unless it is held, where it is to be had."""
+        """Allocates the file, unless it is allocated or the disk is full."""
         if self._held:
             return
         try:
@@ -152,7 +152,7 @@ class Reserve:
             self.release()
 
     def release(self) -> None:
-        """Gives the space up."""
+        """Removes the file."""
         self._held = False
         with suppress(OSError):
             self._path.unlink(missing_ok=True)

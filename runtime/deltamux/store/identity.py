@@ -1,8 +1,8 @@
-"""Which database belongs to which objects: a store's id and generation, kept in files beside the database and in it.
+"""A store's identity: its id and generation, in the database and in files, which match a database to objects.
 
-The files are ``store.json`` (written anew when another base is served) and ``generation`` (overwritten in place after
-every change). A power cut may leave the generation's file behind the database; a database behind the file is an older
-copy, and lacks what was acknowledged since.
+The files are ``store.json`` (rewritten when another base is served) and ``generation`` (overwritten in place after
+every change). After a power cut the file's generation may be lower than the database's; a database with a lower
+generation than the file is an older copy, without the changes acknowledged since.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ GENERATION_FILE = "generation"
 FORMAT = "deltamux.store/2"
 DIGITS = 20
 MAX_BYTES = 4096
-"""Of either file; longer ones are cut, and so are damaged."""
+"""Longest read of either file; longer ones count as damaged."""
 
 
 class Identity(NamedTuple):
-    """A store's id, random, how many changes it has seen, and the base that it was served on last ("": unknown)."""
+    """A store's random id, its number of changes, and the fingerprint of the last served base ("": unknown)."""
 
     store_id: str
     generation: int
@@ -36,28 +36,28 @@ class Identity(NamedTuple):
 
 
 class IdentityFiles:
-    """What of the identity lies beside the database."""
+    """The files of the identity."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._generation: int | None = None
 
     def read(self) -> Identity | None:
-        """Returns what the files say; None where there is no ``store.json``.
+        """Returns the identity in the files; None if there is no ``store.json``.
 
         Raises:
             FailedPreconditionError: ``store.json`` is damaged, or of a newer format.
         """
         path = self._root / IDENTITY_FILE
         try:
-            said = json.loads(_text(path))
-            if said["format"] != FORMAT:
+            fields = json.loads(_text(path))
+            if fields["format"] != FORMAT:
                 raise FailedPreconditionError(
-                    f"{path} has format {said['format']!r}, and this deltamux knows {FORMAT!r}: start the one that "
+                    f"{path} has format {fields['format']!r}, and this deltamux knows {FORMAT!r}: start the one that "
                     "wrote it",
                     reason="STORE_SCHEMA",
                 )
-            return Identity(str(said["store_id"]), self._read_generation(), str(said["base_fingerprint"]))
+            return Identity(str(fields["store_id"]), self._read_generation(), str(fields["base_fingerprint"]))
         except FileNotFoundError:
             return None
         except (ValueError, LookupError, TypeError, RecursionError) as error:
@@ -70,9 +70,9 @@ class IdentityFiles:
     def write(self, identity: Identity) -> None:
         """Writes both files, durably."""
         path, fresh = self._root / IDENTITY_FILE, self._root / f"{IDENTITY_FILE}.new"
-        said = {"format": FORMAT, "store_id": identity.store_id, "base_fingerprint": identity.base_fingerprint}
-        text = json.dumps(said) + "\n"
-        self.note(identity.generation)
+        fields = {"format": FORMAT, "store_id": identity.store_id, "base_fingerprint": identity.base_fingerprint}
+        text = json.dumps(fields) + "\n"
+        self.write_generation(identity.generation)
         with fresh.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -84,8 +84,8 @@ class IdentityFiles:
         finally:
             os.close(directory)
 
-    def note(self, generation: int) -> None:
-        """Overwrites the generation, in place and without waiting for the disk; one that cannot be written lags."""
+    def write_generation(self, generation: int) -> None:
+        """Overwrites the generation in place, without fsync; an error leaves the former one."""
         with suppress(OSError):
             if self._generation is None:
                 self._generation = os.open(self._root / GENERATION_FILE, os.O_RDWR | os.O_CREAT, 0o644)
@@ -100,7 +100,7 @@ class IdentityFiles:
         try:
             return int(_text(self._root / GENERATION_FILE))
         except (OSError, ValueError):
-            return 0  # behind any database, as after a power cut
+            return 0  # lower than any database's, as after a power cut
 
 
 def _text(path: Path) -> str:
@@ -110,17 +110,17 @@ def _text(path: Path) -> str:
 
 
 def check_belongs(root: Path, files: Identity | None, database: Identity) -> None:
-    """Raises FailedPreconditionError unless a database belongs to the directory that it lies in."""
+    """Raises FailedPreconditionError unless a database belongs to its directory."""
     if files is None:
         if database.generation:
-            raise mismatch(root, f"the database is of store {database}, and {IDENTITY_FILE} beside it is missing")
+            raise mismatch(root, f"the database is of store {database}, and {IDENTITY_FILE} next to it is missing")
     elif files.store_id != database.store_id:
         raise mismatch(root, f"the database is of store {database}, but the objects are of store {files}")
     elif database.generation < files.generation:
         raise mismatch(
             root,
             f"the database is an older copy: it is of generation {database.generation}, and the objects of generation "
-            f"{files.generation}, so that versions which were acknowledged are missing from it",
+            f"{files.generation}, so acknowledged versions are missing from it",
             "STORE_OUTDATED",
         )
 
@@ -128,13 +128,13 @@ def check_belongs(root: Path, files: Identity | None, database: Identity) -> Non
 def no_database(root: Path, files: Identity | None, state: str) -> FailedPreconditionError:
     """Returns the error of a store whose database is missing or empty."""
     whose = f" of store {files}" if files else ""
-    return mismatch(root, f"the database {root / 'db.sqlite3'} is {state}, and there are objects{whose} beside it")
+    return mismatch(root, f"the database {root / 'db.sqlite3'} is {state}, and there are objects{whose} next to it")
 
 
 def mismatch(root: Path, problem: str, reason: str = "STORE_MISMATCH") -> FailedPreconditionError:
     return FailedPreconditionError(
         f"{problem}. Nothing was changed. Put the right database back, or restore a backup with `deltamux store "
-        f"restore BACKUP {root}`; or give up what the database does not know with `deltamux store check {root} "
+        f"restore BACKUP {root}`; or drop the versions that the database lacks with `deltamux store check {root} "
         "--adopt`",
         reason=reason,
         metadata={"store": str(root)},

@@ -1,4 +1,4 @@
-"""`deltamux store check`: every program against its checksum, rows against files and files against rows. Reads only."""
+"""`deltamux store check`: programs against checksums, rows against files, files against rows; read-only."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 
 from deltamux.errors import FailedPreconditionError
 from deltamux.store import rows, schema
+from deltamux.store.database_checks import DATABASE_FILE, check_database, check_present, identity_in
 from deltamux.store.faults import store_faults
 from deltamux.store.identity import Identity, IdentityFiles
 from deltamux.store.objects import ObjectStore
 from deltamux.store.records import VersionKey
 from deltamux.store.row_checks import RowFault, row_faults
-from deltamux.store.vetting import DATABASE_FILE, check_present, identity_in, vet
 
 ATTEMPTS = 5
-"""How often a store that is in use is looked at anew where it has changed between the database and the files."""
+"""Attempts with a store that is in use and changes between the reads of the database and of the files."""
 
 
-Advance = Callable[[int, int], None]
-"""Told, now and then, how many contents were looked at, and of how many."""
+Progress = Callable[[int, int], None]
+"""Called with the number of checked contents and of all."""
 
 
-def silent(done: int, total: int) -> None:
-    """Tells nobody."""
+def no_progress(done: int, total: int) -> None:
+    """Ignores the progress."""
 
 
 class Kind(StrEnum):
-    """What is wrong with a content."""
+    """The kinds of findings."""
 
     PROGRAM_MISSING = "PROGRAM_MISSING"
     PROGRAM_DAMAGED = "PROGRAM_DAMAGED"
@@ -42,9 +42,9 @@ class Kind(StrEnum):
 
 MEANINGS = {
     Kind.PROGRAM_MISSING: "the compiled program is missing, and the versions cannot be served",
-    Kind.PROGRAM_DAMAGED: "the compiled program is not what was stored, and the versions are refused",
-    Kind.UPLOAD_DAMAGED: "an uploaded file is missing or not what was uploaded; the versions serve as long as their "
-    "program is whole",
+    Kind.PROGRAM_DAMAGED: "the compiled program is damaged, and the versions are refused",
+    Kind.UPLOAD_DAMAGED: "an uploaded file is missing or damaged; the versions serve as long as their program is "
+    "undamaged",
     Kind.ORPHAN: "no version refers to this object; `deltamux store gc` removes it",
     Kind.ROW_DAMAGED: "its row",
 }
@@ -52,12 +52,12 @@ MEANINGS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is wrong.
+    """One problem of a store.
 
     Attributes:
-        digest: of the content; "" of a row.
-        versions: names of the versions that it concerns; of a row, its own name.
-        problem: what is wrong with a row.
+        digest: of the content; "" for a row.
+        versions: names of the affected versions; for a row, its own name.
+        problem: a row's problem.
     """
 
     kind: Kind
@@ -72,10 +72,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What a look at a store has found.
+    """The result of a check.
 
     Attributes:
-        versions, contents: how many there are; versions of equal files share one content.
+        versions, contents: their numbers; versions of equal files share one content.
     """
 
     root: Path
@@ -90,11 +90,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A database's view of the objects: of each content its program's sha256, and the versions that have it.
+    """The objects by the database: the program's sha256 and the versions of each content.
 
     Attributes:
-        faults: what is wrong with rows.
-        virtual_tokens: of each content, by the version's name, how many it has.
+        faults: problems of rows.
+        virtual_tokens: by content and version name, the number in the row.
     """
 
     identity: Identity
@@ -123,11 +123,11 @@ class Snapshot:
 
 
 @contextmanager
-def reading(root: Path) -> Iterator[sqlite3.Connection]:
-    """Yields a connection that reads a store's database, which may be in use; checks that it belongs to the objects.
+def open_read_only(root: Path) -> Iterator[sqlite3.Connection]:
+    """Yields a read-only connection to a store's database, which may be in use, after checks of the database.
 
     Raises:
-        FailedPreconditionError: there is no store, or its database cannot be used; the message says what to do.
+        FailedPreconditionError: there is no store, or its database cannot be used; the message has the remedy.
     """
     with store_faults(root, opening=True):
         files = IdentityFiles(root).read()
@@ -138,58 +138,58 @@ def reading(root: Path) -> Iterator[sqlite3.Connection]:
         uri = f"{(root / DATABASE_FILE).absolute().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as connection:
             rows.prepare(connection)
-            if vet(connection, root, files, claimed=claimed) < schema.SCHEMA_VERSION:
+            if check_database(connection, root, files, claimed=claimed) < schema.SCHEMA_VERSION:
                 raise FailedPreconditionError(
-                    f"the store {root} is of an earlier deltamux: start the server once, which brings it up to date",
+                    f"the store {root} is of an earlier deltamux: start the server once, which migrates it",
                     reason="STORE_SCHEMA",
                 )
             yield connection
 
 
-def inspect(root: Path, advance: Advance = silent) -> Report:
-    """Looks at a whole store, which may be in use, and changes nothing.
+def inspect(root: Path, progress: Progress = no_progress) -> Report:
+    """Checks a whole store, which may be in use, and changes nothing.
 
     Args:
-        advance: told how far it is.
+        progress: called with the progress.
     Raises:
         FailedPreconditionError: there is no store, or its database cannot be used.
     """
     objects = ObjectStore(root)
-    with reading(root) as connection, store_faults(root, opening=True):
+    with open_read_only(root) as connection, store_faults(root, opening=True):
         for _ in range(ATTEMPTS):
             snapshot = Snapshot.of(connection)
             damaged = (Finding(Kind.ROW_DAMAGED, "", (fault.name,), fault.problem) for fault in snapshot.faults)
-            findings = [*damaged, *_lost(objects, snapshot, advance), *_orphans(objects, snapshot)]
-            # What is in use may have changed between the rows and the files.
+            findings = [*damaged, *_content_findings(objects, snapshot, progress), *_orphan_findings(objects, snapshot)]
+            # A store in use may have changed between the reads of rows and files.
             if not findings or identity_in(connection) == snapshot.identity:
                 break
     count = sum(map(len, snapshot.versions.values()))
     return Report(root, snapshot.identity, count, len(snapshot.versions), tuple(findings))
 
 
-def _lost(objects: ObjectStore, snapshot: Snapshot, advance: Advance) -> Iterator[Finding]:
+def _content_findings(objects: ObjectStore, snapshot: Snapshot, progress: Progress) -> Iterator[Finding]:
     for done, (digest, names) in enumerate(sorted(snapshot.versions.items(), key=lambda item: item[1])):
-        advance(done, len(snapshot.versions))
+        progress(done, len(snapshot.versions))
         found = objects.program_sum(digest)
         if found is None:
             yield Finding(Kind.PROGRAM_MISSING, digest, names)
         elif found != snapshot.programs.get(digest):
             yield Finding(Kind.PROGRAM_DAMAGED, digest, names)
         else:
-            yield from _misread(objects, digest, snapshot)
+            yield from _token_findings(objects, digest, snapshot)
         if not objects.upload_is_whole(digest):
             yield Finding(Kind.UPLOAD_DAMAGED, digest, names)
 
 
-def _misread(objects: ObjectStore, digest: str, snapshot: Snapshot) -> Iterator[Finding]:
-    """Yields the versions whose rows say another number of virtual tokens than their program, which is whole."""
+def _token_findings(objects: ObjectStore, digest: str, snapshot: Snapshot) -> Iterator[Finding]:
+    """Yields the versions whose rows have another number of virtual tokens than their undamaged program."""
     has = objects.program_virtual_tokens(digest)
     for name, tokens in snapshot.virtual_tokens[digest].items():
         if has is not None and tokens != has:
-            problem = f"says {str(tokens)[:20]} virtual tokens, and its program has {has}"
+            problem = f"has {str(tokens)[:20]} virtual tokens, and its program has {has}"
             yield Finding(Kind.ROW_DAMAGED, digest, (name,), problem)
 
 
-def _orphans(objects: ObjectStore, snapshot: Snapshot) -> Iterator[Finding]:
+def _orphan_findings(objects: ObjectStore, snapshot: Snapshot) -> Iterator[Finding]:
     known = snapshot.versions.keys() | snapshot.garbage
     return (Finding(Kind.ORPHAN, digest) for digest in sorted(objects.digests()) if digest not in known)

@@ -1,4 +1,4 @@
-"""Which versions requests hold, and what the names mean that they come by."""
+"""Leases of versions by requests, and the cache of adapters' routes."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from deltamux.store.routes import Route
 
 
 class Leases:
-    """Counts of the requests that hold each version, and the routes of adapters, read from the database once.
+    """The number of requests that hold each version, and the cached routes of adapters.
 
-    The event loop takes part in it for every request, so that nothing here waits for the disk, or for a change that
-    does. A version is held before it is looked at whether it drains, and `free` is called after that was written:
-    either the one or the other sees that the version is not to be used, or not to be removed.
+    It is used on the event loop for every request, so nothing here waits for the disk, or for a lock that is held
+    meanwhile. A request holds a version before it reads the version's state, and `drain` is called after that state was
+    written: so either the request sees that the version is draining, or `drain` sees that it is held.
     """
 
     def __init__(self) -> None:
@@ -23,10 +23,10 @@ class Leases:
         self._counts: Counter[VersionKey] = Counter()
         self._draining: dict[VersionKey, VersionRecord] = {}
         self._routes: dict[AdapterKey, Route] = {}
-        self._forgotten = 0  # how often routes were forgotten: what was read before may be outdated
+        self._invalidations = 0  # a route that was read before the last one may be outdated
 
     def hold_routed(self, key: AdapterKey, request_key: str) -> VersionRecord | None:
-        """Holds the version that an adapter's route chooses; None where the route is not known."""
+        """Holds the version that an adapter's cached route chooses; None if no route is cached."""
         with self._lock:
             route = self._routes.get(key)
             if route is None:
@@ -40,7 +40,7 @@ class Leases:
             self._counts[key] += 1
 
     def release(self, key: VersionKey) -> VersionRecord | None:
-        """Lets a version go; returns its record if it drains and this was its last lease."""
+        """Releases a version; returns its record if it is draining and this was its last lease."""
         with self._lock:
             self._counts[key] -= 1
             if self._counts[key]:
@@ -48,27 +48,27 @@ class Leases:
             del self._counts[key]
             return self._draining.pop(key, None)
 
-    def free(self, draining: Iterable[VersionRecord]) -> list[VersionRecord]:
-        """Returns those of the versions that nobody holds; the others are returned by their last `release`."""
+    def drain(self, draining: Iterable[VersionRecord]) -> list[VersionRecord]:
+        """Returns the draining versions that no request holds; the last `release` returns each of the others."""
         records = list(draining)
         with self._lock:
             self._draining |= {record.key: record for record in records if record.key in self._counts}
             return [record for record in records if record.key not in self._counts]
 
-    def learn(self, key: AdapterKey, read: Callable[[], Route]) -> Route:
-        """Returns an adapter's route, and keeps it unless routes were forgotten while it was read."""
+    def cache_route(self, key: AdapterKey, read: Callable[[], Route]) -> Route:
+        """Reads and returns an adapter's route; caches it unless routes were invalidated meanwhile."""
         with self._lock:
-            seen = self._forgotten
+            seen = self._invalidations
         route = read()
         with self._lock:
-            if seen == self._forgotten:
+            if seen == self._invalidations:
                 self._routes[key] = route
         return route
 
-    def forget(self, key: AdapterKey | None = None) -> None:
-        """Forgets the route of an adapter, or of all: call it once a change of what they mean is committed."""
+    def invalidate(self, key: AdapterKey | None = None) -> None:
+        """Drops the cached route of an adapter, or of all; call it after a change of routes is committed."""
         with self._lock:
-            self._forgotten += 1
+            self._invalidations += 1
             if key is None:
                 self._routes.clear()
             else:

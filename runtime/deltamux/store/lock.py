@@ -1,4 +1,4 @@
-"""One process at a time changes a store."""
+"""The lock of a store: one process at a time has it open."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Lock:
     def __init__(self) -> None:
         self._descriptors: list[int] = []
 
-    def take(self, path: Path, flags: int) -> None:
-        """Locks one more; raises BlockingIOError where another process holds it."""
+    def acquire(self, path: Path, flags: int) -> None:
+        """Locks a path; raises BlockingIOError if another process holds it."""
         descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
         self._descriptors.append(descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,9 +38,9 @@ class Lock:
 
 
 def lock_store(root: Path) -> Lock:
-    """Makes the store's directory where there is none, and locks it until what is returned is closed.
+    """Creates the store's directory if it is missing, and locks it until the lock is closed.
 
-    The directory itself is locked, and a file in it: somebody may remove the file, and some file systems lock no
+    Both the directory and a file in it are locked: the file may be removed, and some file systems cannot lock
     directories.
 
     Raises:
@@ -51,7 +51,7 @@ def lock_store(root: Path) -> Lock:
         with store_faults(root, opening=True):
             root.mkdir(parents=True, exist_ok=True)
             try:
-                lock.take(root / "lock", os.O_RDWR | os.O_CREAT)
+                lock.acquire(root / "lock", os.O_RDWR | os.O_CREAT)
                 lock_directory(lock, root)
             except BlockingIOError:
                 raise _in_use(root) from None
@@ -62,9 +62,9 @@ def lock_store(root: Path) -> Lock:
 
 
 def lock_directory(lock: Lock, directory: Path) -> None:
-    """Locks a directory too, where its file system can; raises BlockingIOError where another process holds it."""
+    """Locks a directory if its file system can; raises BlockingIOError if another process holds it."""
     try:
-        lock.take(directory, os.O_RDONLY | os.O_DIRECTORY)
+        lock.acquire(directory, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         if isinstance(error, BlockingIOError):
             raise

@@ -1,4 +1,4 @@
-"""Content-addressed files: written beside, made durable, renamed into place; an object is whole or not there."""
+"""Content-addressed files: staged, synced and renamed into place, so that an object is never partial."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 
-from deltamux.store.faults import gone
+from deltamux.adapter_files import REQUIRED_FILES
+from deltamux.store.faults import gone_error
 
 PROGRAM_FILE = "program.safetensors"
-IDENTITY_FILES = ("adapter_config.json", "adapter_model.safetensors")
+IDENTITY_FILES = REQUIRED_FILES
 """The files whose content makes a version's digest; a changed README makes no new version."""
 
 MAX_HEADER_BYTES = 64 << 20
@@ -39,20 +40,20 @@ class ObjectStore:
         self._staging = root / "staging"
 
     def prepare(self) -> None:
-        """Makes the directories, and clears the staging directory of what uploads have left that a crash ended."""
+        """Creates the directories, and empties the staging directory, as after a crash."""
         self._objects.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir(exist_ok=True)
 
     def path(self, digest: str) -> Path:
-        """Returns an object's directory: of what is not a digest one that never is there, and none outside."""
+        """Returns an object's directory; for an invalid digest one that does not exist, inside the store."""
         return self._objects / digest[:2] / digest if is_digest(digest) else self._objects / "none" / "none"
 
     def program(self, digest: str) -> Path:
         return self.path(digest) / PROGRAM_FILE
 
     def program_sum(self, digest: str) -> str | None:
-        """Returns the sha256 of a compiled program's file; None where there is none, and "" where it is unreadable."""
+        """Returns the sha256 of a compiled program's file; None if there is none, "" if it is unreadable."""
         try:
             return file_sum(self.program(digest))
         except (FileNotFoundError, NotADirectoryError):
@@ -61,7 +62,7 @@ class ObjectStore:
             return ""
 
     def program_virtual_tokens(self, digest: str) -> int | None:
-        """Returns how many virtual tokens a compiled program says that it has; None where it cannot be read."""
+        """Returns the number of virtual tokens in a compiled program's metadata; None if it cannot be read."""
         try:
             with open_regular(self.program(digest)) as file:
                 (length,) = struct.unpack("<Q", file.read(8))
@@ -71,7 +72,7 @@ class ObjectStore:
             return None
 
     def upload_is_whole(self, digest: str) -> bool:
-        """Reads an object's uploaded files; tells whether they are those that its digest names."""
+        """Reads an object's uploaded files; returns whether they match its digest."""
         try:
             return content_digest(self.path(digest)) == digest
         except OSError:
@@ -85,17 +86,17 @@ class ObjectStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """Yields an empty directory, which is gone after the block unless `put` has taken it.
+        """Yields an empty directory, which is removed after the block unless `put` has moved it.
 
         Raises:
-            UnavailableError: the store is no longer where it was (STORE_GONE).
+            UnavailableError: the store was moved or removed (STORE_GONE).
         """
         directory = self._staging / secrets.token_hex(16)
         try:
             self._staging.mkdir(exist_ok=True)
             directory.mkdir()
         except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:
-            raise gone(self._staging.parent) from error
+            raise gone_error(self._staging.parent) from error
         try:
             yield directory
         finally:
@@ -104,8 +105,8 @@ class ObjectStore:
     def put(self, staged: Path, digest: str, *, keep_program: bool = False) -> None:
         """Moves a staging directory into place, durably.
 
-        Of an object that is there already, the program is replaced unless it is to be kept, and any uploaded file that
-        is damaged; each file by one rename, so that a reader finds the old one or the new one, whole.
+        Of an existing object, the program is replaced unless it is to be kept, and damaged uploaded files; each file by
+        one rename, so that a reader never sees a partial one.
         """
         for file in staged.iterdir():
             _sync(file)
@@ -130,9 +131,9 @@ class ObjectStore:
         _sync(target)
 
     def remove(self, digest: str) -> bool:
-        """Removes an object, as a whole; returns whether it is gone."""
+        """Removes an object; returns whether it is removed completely."""
         path, aside = self.path(digest), self._staging / secrets.token_hex(16)
-        with suppress(OSError):  # a full disk may refuse the rename, and then the files go where they are
+        with suppress(OSError):  # on a full disk the rename may fail; the files are removed in place
             path.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
         shutil.rmtree(path, ignore_errors=True)
@@ -154,7 +155,7 @@ def file_sum(path: Path) -> str:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Opens a regular file for reading; raises OSError for everything else, such as a pipe, which may never end."""
+    """Opens a regular file for reading; raises OSError for any other, such as a pipe, which may block."""
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()

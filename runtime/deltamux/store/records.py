@@ -1,4 +1,4 @@
-"""What the store knows, as small immutable records."""
+"""The store's immutable records."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ID = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
 
 
 class VersionState(StrEnum):
-    """What becomes of requests that name a version.
+    """The state of a version.
 
-    READY: it serves them. DRAINING: it was deleted, serves the requests that hold it, and is gone with the last.
-    DAMAGED: its compiled program is missing or is not what was stored; it serves again once the same files come again.
-    The database keeps READY and DRAINING; DAMAGED follows from the state of the program.
+    READY: it serves requests. DRAINING: it was deleted, and is removed after the last request that holds it.
+    DAMAGED: its compiled program is missing or damaged; it serves again once the same files are uploaded again. The
+    database has READY and DRAINING; DAMAGED follows from the state of the program.
     """
 
     READY = "READY"
@@ -55,7 +55,7 @@ class TenantRecord:
 
 @dataclass(frozen=True)
 class ApiKeyRecord:
-    """An API key; its secret is shown once, when it is made, and kept as a hash only."""
+    """An API key; its secret is returned at its creation only, and stored as a hash."""
 
     tenant: str
     key: str
@@ -75,8 +75,8 @@ class AdapterRecord:
     """An adapter: a name that routes to one of its versions.
 
     Attributes:
-        serving: number of the version that the name means; 0 where its rows are damaged and do not say.
-        previous: the one before it, which a rollback returns to.
+        serving: number of the version that the name is routed to; 0 if it is unknown, as rows are damaged.
+        previous: the serving version before it, which a rollback returns to.
     """
 
     key: AdapterKey
@@ -90,13 +90,13 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class CompiledAdapter:
-    """What the quarantine found out about an adapter that it admits.
+    """The description of an adapter that has passed the quarantine.
 
     Attributes:
         digest: sha256 of the uploaded files, in hex: the version's identity.
         rank: widest inner dimension of any op.
         num_bytes: size of the compiled program.
-        base_fingerprint: of the base that the program was compiled for; "" where it is not known.
+        base_fingerprint: of the base that the program was compiled for; "" if it is not known.
     """
 
     digest: str
@@ -113,8 +113,8 @@ class VersionRecord:
 
     Attributes:
         program: the compiled file that the engine reads.
-        program_sha256: of that file, in hex; what it holds is checked against it whenever it is read.
-        damage: what is wrong with the program, in words; "" where nothing is known to be.
+        program_sha256: of that file, in hex, checked at every read.
+        damage: the program's problem; "" if none is known.
     """
 
     key: VersionKey

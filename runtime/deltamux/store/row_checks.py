@@ -1,4 +1,4 @@
-"""What rows of the database may not hold, each with the SQL that finds it and the SQL that mends it."""
+"""Checks of the database's rows: each with the SQL that finds a damaged row and the SQL that repairs it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_LOGGED = 20
 
 
 class RowFault(NamedTuple):
-    """Something that is wrong with a row.
+    """One problem of a row.
 
     Attributes:
         name: of the tenant, adapter or version.
-        problem: in words, as what follows "its row".
+        problem: as a sentence whose subject is the row.
     """
 
     name: str
@@ -28,22 +28,26 @@ class RowFault(NamedTuple):
 
 
 class _Check(NamedTuple):
-    """Attributes:
-    table: t in the condition.
-    wrong: the condition of a row that is wrong.
-    mend: statements that mend the row whose rowid is their parameter; none where only the same upload does.
+    """One check.
+
+    Attributes:
+        table: t in the condition.
+        wrong: the condition of a damaged row.
+        repair: statements that repair the row whose rowid is their parameter; none if only a new upload can.
     """
 
     table: str
     wrong: str
     problem: str
-    mend: tuple[str, ...]
+    repair: tuple[str, ...]
 
 
-_SAME = "{0}.tenant = {1}.tenant AND {0}.adapter = {1}.adapter"
-_READY_OF_T = f"SELECT 1 FROM versions v WHERE {_SAME.format('v', 't')} AND v.state <> 'DRAINING'"
-_IT = "WHERE rowid = ?1"
-_LAST = f"(SELECT coalesce(max(CAST(number AS INTEGER)), 0) FROM versions v WHERE {_SAME.format('v', 'adapters')})"
+_SAME_KEY = "{0}.tenant = {1}.tenant AND {0}.adapter = {1}.adapter"
+_ACTIVE_VERSION = f"SELECT 1 FROM versions v WHERE {_SAME_KEY.format('v', 't')} AND v.state <> 'DRAINING'"
+_BY_ROWID = "WHERE rowid = ?1"
+_LAST_NUMBER = (
+    f"(SELECT coalesce(max(CAST(number AS INTEGER)), 0) FROM versions v WHERE {_SAME_KEY.format('v', 'adapters')})"
+)
 _NOW = "CAST(strftime('%s', 'now') AS REAL)"
 _LABELS = """CASE WHEN typeof(t.labels) = 'text' AND json_valid(t.labels)
     THEN json_type(t.labels) = 'object' AND NOT EXISTS (SELECT 1 FROM json_each(t.labels) WHERE type <> 'text')
@@ -51,117 +55,117 @@ _LABELS = """CASE WHEN typeof(t.labels) = 'text' AND json_valid(t.labels)
 _DIGEST = "typeof(t.digest) = 'text' AND length(t.digest) = 64 AND t.digest NOT GLOB '*[^0-9a-f]*'"
 
 
-def _unnamed(table: str) -> _Check:
+def _name_check(table: str) -> _Check:
     columns = ("tenant",) if table in ("tenants", "api_keys") else ("tenant", "adapter")
     wrong = f"NOT ({' AND '.join(is_id(f't.{column}') for column in columns)})"
-    return _Check(table, wrong, "has a name that is not one: mending drops it", (f"DELETE FROM {table} {_IT}",))
+    return _Check(table, wrong, "has an invalid name: repairing drops it", (f"DELETE FROM {table} {_BY_ROWID}",))
 
 
-def _time(table: str, column: str) -> _Check:
-    problem = f"has no time in `{column}`"
+def _time_check(table: str, column: str) -> _Check:
+    problem = f"has no valid time in `{column}`"
     whole = f"typeof(t.{column}) IN ('integer', 'real') AND t.{column} BETWEEN 0 AND {LAST_SECOND}"
-    return _Check(table, f"NOT ({whole})", problem, (f"UPDATE {table} SET {column} = {_NOW} {_IT}",))
+    return _Check(table, f"NOT ({whole})", problem, (f"UPDATE {table} SET {column} = {_NOW} {_BY_ROWID}",))
 
 
-def _number(column: str, high: int, mend: tuple[str, ...]) -> _Check:
+def _number_check(column: str, high: int, repair: tuple[str, ...]) -> _Check:
     wrong = f"typeof(t.{column}) <> 'integer' OR t.{column} NOT BETWEEN 0 AND {high}"
-    return _Check("versions", wrong, f"has no number in `{column}`", mend)
+    return _Check("versions", wrong, f"has no valid number in `{column}`", repair)
 
 
-# What a check's mending makes wrong, or right, is looked at by a later one.
+# In order: a repair may affect what later checks find.
 _CHECKS = (
-    *map(_unnamed, ("promotions", "versions", "adapters", "api_keys", "tenants")),
+    *map(_name_check, ("promotions", "versions", "adapters", "api_keys", "tenants")),
     _Check(
         "versions",
-        f"NOT EXISTS (SELECT 1 FROM adapters a WHERE {_SAME.format('a', 't')})",
-        "is of an adapter that is not there",
+        f"NOT EXISTS (SELECT 1 FROM adapters a WHERE {_SAME_KEY.format('a', 't')})",
+        "refers to an adapter that does not exist",
         (f"INSERT OR IGNORE INTO adapters (tenant, adapter, created, updated)"
-         f" SELECT tenant, adapter, {_NOW}, {_NOW} FROM versions {_IT}",),
+         f" SELECT tenant, adapter, {_NOW}, {_NOW} FROM versions {_BY_ROWID}",),
     ),
     _Check(
         "versions",
         "NOT EXISTS (SELECT 1 FROM tenants n WHERE n.tenant = t.tenant)",
-        "is of a tenant that is not there",
-        (f"INSERT OR IGNORE INTO tenants SELECT tenant, {_NOW} FROM versions {_IT}",),
+        "refers to a tenant that does not exist",
+        (f"INSERT OR IGNORE INTO tenants SELECT tenant, {_NOW} FROM versions {_BY_ROWID}",),
     ),
     _Check(
         "api_keys",
         "NOT EXISTS (SELECT 1 FROM tenants n WHERE n.tenant = t.tenant)",
-        "is of a tenant that is not there: mending drops it",
-        (f"DELETE FROM api_keys {_IT}",),
+        "refers to a tenant that does not exist: repairing drops it",
+        (f"DELETE FROM api_keys {_BY_ROWID}",),
     ),
     _Check(
         "adapters",
-        f"typeof(t.last_number) <> 'integer' OR t.last_number < {_LAST.replace('adapters', 't')}",
+        f"typeof(t.last_number) <> 'integer' OR t.last_number < {_LAST_NUMBER.replace('adapters', 't')}",
         "has a last number below those of its versions",
-        (f"UPDATE adapters SET last_number = max(CAST(last_number AS INTEGER), {_LAST}) {_IT}",),
+        (f"UPDATE adapters SET last_number = max(CAST(last_number AS INTEGER), {_LAST_NUMBER}) {_BY_ROWID}",),
     ),
     _Check(
         "versions",
         "typeof(t.number) <> 'integer' OR t.number < 1",
-        "has no number: mending gives it the adapter's next one",
+        "has no valid number: repairing gives it the adapter's next one",
         (f"UPDATE adapters SET last_number = last_number + 1 WHERE (tenant, adapter) ="
-         f" (SELECT tenant, adapter FROM versions {_IT})",
-         f"UPDATE versions SET number = (SELECT last_number FROM adapters a WHERE {_SAME.format('a', 'versions')})"
-         f" {_IT}"),
+         f" (SELECT tenant, adapter FROM versions {_BY_ROWID})",
+         f"UPDATE versions SET number = (SELECT last_number FROM adapters a WHERE {_SAME_KEY.format('a', 'versions')})"
+         f" {_BY_ROWID}"),
     ),
     _Check(
         "versions",
         "t.state NOT IN ('READY', 'DRAINING')",
-        "has a state that is not one",
-        (f"UPDATE versions SET state = 'READY' {_IT}",),
+        "has an invalid state",
+        (f"UPDATE versions SET state = 'READY' {_BY_ROWID}",),
     ),
     _Check(
         "versions",
         f"NOT {_LABELS}",
-        "has labels that are not a JSON object of texts: mending drops them",
-        (f"UPDATE versions SET labels = '{{}}' {_IT}",),
+        "has labels that are not a JSON object of texts: repairing drops them",
+        (f"UPDATE versions SET labels = '{{}}' {_BY_ROWID}",),
     ),
     _Check(
         "versions",
         "typeof(t.method) <> 'text'",
-        "has no method's name",
-        (f"UPDATE versions SET method = '' {_IT}",),
+        "has no valid method",
+        (f"UPDATE versions SET method = '' {_BY_ROWID}",),
     ),
-    _Check("versions", f"NOT ({_DIGEST})", "has no digest: delete the version, or its adapter", ()),
-    _number("rank", MAX_INT32, (f"UPDATE versions SET rank = 0 {_IT}",)),
-    _number("num_virtual_tokens", MAX_INT32, ()),
-    _number("num_bytes", MAX_INT64, (f"UPDATE versions SET num_bytes = 0 {_IT}",)),
-    *(_time(table, "created") for table in ("tenants", "api_keys", "adapters", "versions")),
-    _time("adapters", "updated"),
+    _Check("versions", f"NOT ({_DIGEST})", "has no valid digest: delete the version, or its adapter", ()),
+    _number_check("rank", MAX_INT32, (f"UPDATE versions SET rank = 0 {_BY_ROWID}",)),
+    _number_check("num_virtual_tokens", MAX_INT32, ()),
+    _number_check("num_bytes", MAX_INT64, (f"UPDATE versions SET num_bytes = 0 {_BY_ROWID}",)),
+    *(_time_check(table, "created") for table in ("tenants", "api_keys", "adapters", "versions")),
+    _time_check("adapters", "updated"),
     _Check(
         "promotions",
-        f"NOT EXISTS ({_READY_OF_T} AND v.number = t.number)",
-        "says that a version serves, or did, that is not there: mending drops it",
-        (f"DELETE FROM promotions {_IT}",),
+        f"NOT EXISTS ({_ACTIVE_VERSION} AND v.number = t.number)",
+        "refers to a serving or former version that does not exist: repairing drops it",
+        (f"DELETE FROM promotions {_BY_ROWID}",),
     ),
     _Check(
         "adapters",
-        f"NOT t.deleted AND NOT EXISTS (SELECT 1 FROM promotions p WHERE {_SAME.format('p', 't')})"
-        f" AND EXISTS ({_READY_OF_T})",
-        "has no version that serves: mending promotes its last one",
+        f"NOT t.deleted AND NOT EXISTS (SELECT 1 FROM promotions p WHERE {_SAME_KEY.format('p', 't')})"
+        f" AND EXISTS ({_ACTIVE_VERSION})",
+        "has no version that serves: repairing promotes its last one",
         (f"INSERT INTO promotions (tenant, adapter, number) SELECT v.tenant, v.adapter, max(v.number)"
-         f" FROM versions v JOIN adapters t ON {_SAME.format('v', 't')} WHERE t.rowid = ?1 AND v.state = 'READY'",),
+         f" FROM versions v JOIN adapters t ON {_SAME_KEY.format('v', 't')} WHERE t.rowid = ?1 AND v.state = 'READY'",),
     ),
     _Check(
         "adapters",
-        f"NOT t.deleted AND NOT EXISTS ({_READY_OF_T})",
-        "has no version: mending drops it",
-        (f"UPDATE adapters SET deleted = 1, pinned = 0, canary_number = NULL, canary_percent = NULL {_IT}",),
+        f"NOT t.deleted AND NOT EXISTS ({_ACTIVE_VERSION})",
+        "has no version: repairing drops it",
+        (f"UPDATE adapters SET deleted = 1, pinned = 0, canary_number = NULL, canary_percent = NULL {_BY_ROWID}",),
     ),
     _Check(
         "adapters",
         "(t.canary_number IS NOT NULL OR t.canary_percent IS NOT NULL) AND NOT"
         " (coalesce(typeof(t.canary_percent) = 'integer' AND t.canary_percent BETWEEN 1 AND 99, FALSE)"
-        f" AND EXISTS ({_READY_OF_T} AND v.number = t.canary_number))",
-        "has a canary without a share of 1 to 99 percent, or without a version: mending ends it",
-        (f"UPDATE adapters SET canary_number = NULL, canary_percent = NULL {_IT}",),
+        f" AND EXISTS ({_ACTIVE_VERSION} AND v.number = t.canary_number))",
+        "has a canary without a share of 1 to 99 percent, or without a version: repairing ends it",
+        (f"UPDATE adapters SET canary_number = NULL, canary_percent = NULL {_BY_ROWID}",),
     ),
     _Check(
         "adapters",
         "t.pinned NOT IN (0, 1)",
-        "says neither that it is pinned nor that it is not: mending unpins it",
-        (f"UPDATE adapters SET pinned = 0 {_IT}",),
+        "has an invalid `pinned`: repairing unpins it",
+        (f"UPDATE adapters SET pinned = 0 {_BY_ROWID}",),
     ),
 )  # fmt: skip
 _NAMES = {
@@ -174,7 +178,7 @@ _NAMES = {
 
 
 def row_faults(connection: sqlite3.Connection) -> Iterator[RowFault]:
-    """Yields what is wrong with the rows of a database, whose connection `rows.prepare` has prepared."""
+    """Yields the problems of a database's rows, over a connection that `rows.prepare` has prepared."""
     for check in _CHECKS:
         for _, name in connection.execute(_query(check)):
             yield RowFault(str(name)[:200], check.problem)
@@ -188,29 +192,29 @@ class RowChecks:
     """The checks of an open store's rows.
 
     Args:
-        changed: called after rows were mended.
+        on_changed: called after rows were repaired.
     """
 
-    def __init__(self, database: Database, changed: Callable[[], None]) -> None:
+    def __init__(self, database: Database, on_changed: Callable[[], None]) -> None:
         self._database = database
-        self._changed = changed
+        self._on_changed = on_changed
 
-    def tell(self) -> None:
-        """Logs what is wrong: nothing of it keeps the store from opening."""
-        faults = self._database.reading(lambda connection: list(row_faults(connection)))
+    def log_faults(self) -> None:
+        """Logs the problems of rows, which do not prevent the store from opening."""
+        faults = self._database.read(lambda connection: list(row_faults(connection)))
         for fault in faults[:MAX_LOGGED]:
             log.error("the row of %s %s", fault.name, fault.problem)
         if faults:
-            log.error("damaged rows in the store: %d; `deltamux store check --repair` mends them", len(faults))
+            log.error("damaged rows in the store: %d; `deltamux store check --repair` repairs them", len(faults))
 
-    def mend(self) -> list[RowFault]:
-        """Mends what can be, in one transaction; returns what was wrong with each row that was mended."""
-        mended: list[RowFault] = []
+    def repair(self) -> list[RowFault]:
+        """Repairs rows in one transaction; returns the problem of each repaired row."""
+        repaired: list[RowFault] = []
         with self._database.transaction():
             for check in _CHECKS:
-                for row, name in self._database.all(_query(check)) if check.mend else ():
-                    for statement in check.mend:
-                        self._database.run(statement, row)
-                    mended.append(RowFault(str(name)[:200], check.problem))
-        self._changed()
-        return mended
+                for row, name in self._database.fetch_all(_query(check)) if check.repair else ():
+                    for statement in check.repair:
+                        self._database.execute(statement, row)
+                    repaired.append(RowFault(str(name)[:200], check.problem))
+        self._on_changed()
+        return repaired

@@ -1,6 +1,6 @@
-"""Rows of the database as records; a value that this program does not write is replaced by a neutral one.
+"""Conversion of the database's rows to records; an invalid value is replaced by a neutral one.
 
-So one row that was damaged takes no other down with it. `row_checks` names what is wrong, and mends it.
+So a damaged row affects no other. `row_checks` reports and repairs it.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from deltamux.store.records import (
 
 MAX_INT32, MAX_INT64 = 2**31 - 1, 2**63 - 1
 LAST_SECOND = 253402300799
-"""The last second of the year 9999, in seconds since 1970: no later time can be told."""
+"""The last second of the year 9999, in seconds since 1970: the latest valid `datetime`."""
 
 
 def prepare(connection: sqlite3.Connection) -> None:
-    """Makes a connection read texts of any bytes."""
+    """Makes a connection accept texts that are not valid UTF-8."""
     connection.text_factory = lambda raw: raw.decode("utf-8", "replace")
 
 
 def is_time(value: object) -> bool:
-    """Whether a value is seconds since 1970 that a calendar has a date for."""
+    """Whether a value is a number of seconds since 1970 that `datetime` can represent."""
     return isinstance(value, int | float) and 0 <= value <= LAST_SECOND
 
 
@@ -53,7 +53,7 @@ def api_key(row: Any) -> ApiKeyRecord:
 
 
 def adapter(row: Any) -> AdapterRecord:
-    """Returns a row of `ADAPTER_ROWS` as a record; its serving version is 0 where no row says which one serves."""
+    """Returns an adapter; its serving version is 0 if no row has it."""
     number, percent = row["canary_number"], row["canary_percent"]
     canary = Canary(number, percent) if is_number(number) and percent in range(1, 100) else None
     return AdapterRecord(
@@ -68,7 +68,7 @@ def adapter(row: Any) -> AdapterRecord:
 
 
 def version(row: Any, objects: ObjectStore) -> VersionRecord:
-    """Returns a row of `VERSION_ROWS` as a record."""
+    """Returns a version."""
     digest = row["digest"] if is_digest(row["digest"]) else ""
     compiled = CompiledAdapter(
         digest,
@@ -93,8 +93,8 @@ def version(row: Any, objects: ObjectStore) -> VersionRecord:
 
 def _damage(row: Any) -> str:
     if not is_digest(row["digest"]):
-        return "its row has no digest"
-    return row["damage"] if isinstance(row["damage"], str) else "what is known of it cannot be read"
+        return "its row has no valid digest"
+    return row["damage"] if isinstance(row["damage"], str) else "its row has no valid damage"
 
 
 def _state(value: object, damage: str) -> VersionState:

@@ -1,4 +1,4 @@
-"""The database's tables, and how those of an earlier deltamux become the present ones."""
+"""The database's tables, and their migration from an earlier deltamux."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 SCHEMA_VERSION = 2
 """Kept in SQLite's ``user_version``; 0 is an empty database."""
 
-FIRST = """
+SCHEMA_1 = """
 CREATE TABLE tenants (tenant TEXT PRIMARY KEY, created REAL NOT NULL);
 CREATE TABLE api_keys (
     tenant TEXT NOT NULL REFERENCES tenants ON DELETE CASCADE,
@@ -39,18 +39,18 @@ CREATE TABLE promotions (
 );
 CREATE INDEX promotions_by_adapter ON promotions (tenant, adapter, id);
 """
-# Its statements are split at semicolons: none stands in a comment.
-SECOND = """
--- One row: what the files of the same store carry too. The generation grows with every change, and the base is the one
--- that was served last.
+# Its statements are split at semicolons: comments must not contain any.
+SCHEMA_2 = """
+-- One row, equal to the identity in the store's files. The generation grows with every change, and the base is the last
+-- served one.
 CREATE TABLE identity (
     store_id TEXT NOT NULL, generation INTEGER NOT NULL, base_fingerprint TEXT NOT NULL DEFAULT ''
 );
--- One compiled program for each content, whatever versions and tenants share it.
+-- One compiled program per content, shared by versions and tenants.
 CREATE TABLE programs (
     digest TEXT PRIMARY KEY, sha256 TEXT NOT NULL, base_fingerprint TEXT NOT NULL, damage TEXT NOT NULL DEFAULT ''
 );
--- Contents that this store has let go, or has not finished taking in: the only objects that opening it removes.
+-- Contents of removed versions and of unfinished uploads: the only objects that are removed when the store is opened.
 CREATE TABLE garbage (digest TEXT PRIMARY KEY);
 """
 
@@ -59,17 +59,19 @@ FileSum = Callable[[str], str | None]
 
 
 def create(connection: sqlite3.Connection) -> None:
-    """Makes all tables, in one transaction, and a new identity."""
-    connection.executescript(f"BEGIN; {FIRST} {SECOND} {_identity()} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+    """Creates all tables and a new identity, in one transaction."""
+    connection.executescript(
+        f"BEGIN; {SCHEMA_1} {SCHEMA_2} {_identity()} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+    )
 
 
-def migrate_from_first(connection: sqlite3.Connection, sum_of: FileSum) -> None:
-    """Makes version 2 of version 1, in one transaction: every program's checksum is taken as its file is now."""
+def migrate_from_1(connection: sqlite3.Connection, sum_of: FileSum) -> None:
+    """Migrates schema 1 to 2 in one transaction; the checksums are those of the present program files."""
     digests = [row[0] for row in connection.execute("SELECT DISTINCT digest FROM versions")]
     sums = [(digest, sum_of(digest)) for digest in digests]
     connection.execute("BEGIN IMMEDIATE")
     try:
-        for statement in (SECOND + _identity()).split(";"):
+        for statement in (SCHEMA_2 + _identity()).split(";"):
             connection.execute(statement)
         for digest, found in sums:
             damage = "" if found else "its file is missing"
@@ -85,7 +87,7 @@ def migrate_from_first(connection: sqlite3.Connection, sum_of: FileSum) -> None:
 def missing(connection: sqlite3.Connection) -> list[str]:
     """Returns the tables and columns that a database of the present version lacks, as ``table`` or ``table.column``."""
     with sqlite3.connect(":memory:") as model:
-        model.executescript(FIRST + SECOND)
+        model.executescript(SCHEMA_1 + SCHEMA_2)
         expected = _columns(model)
     model.close()
     found = _columns(connection)
@@ -93,8 +95,8 @@ def missing(connection: sqlite3.Connection) -> list[str]:
     return sorted({table if table not in tables else f"{table}.{column}" for table, column in expected - found})
 
 
-def foreign(connection: sqlite3.Connection) -> list[str]:
-    """Returns the triggers and views of a database, which would change what statements do."""
+def unexpected(connection: sqlite3.Connection) -> list[str]:
+    """Returns the triggers and views of a database, which would change the effect of statements."""
     sql = "SELECT type || ' ' || name FROM sqlite_master WHERE type IN ('trigger', 'view') ORDER BY name"
     return [str(row[0])[:80] for row in connection.execute(sql)]
 

@@ -1,1 +1,1 @@
-"""Who may do what, and how much at once: keys, tenants of a call, pins, limits of concurrency."""
+"""Access control: authentication, permissions of callers, and limits of concurrent work."""

@@ -1,4 +1,4 @@
-"""Who calls: with ``--auth keys`` the key in the call's metadata says it, with ``--auth none`` everybody is trusted."""
+"""Authentication: by the key in a call's metadata with ``--auth keys``, none with ``--auth none``."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from pathlib import Path
 
 from deltamux.errors import FailedPreconditionError, UnauthenticatedError
 from deltamux.server.access.caller import ADMINISTRATOR, CURRENT, Caller
-from deltamux.server.transport.interceptors import Around, Context
+from deltamux.server.transport.interceptors import Context, RpcContextManager
 from deltamux.server.transport.pacing import OPEN_SERVICES
 from deltamux.store import AdapterStore
 
-LONGEST_KEY = 4096
-"""Characters of an administrator's key: more do not fit into a call's metadata."""
+MAX_KEY_CHARS = 4096
+"""Longest key of an administrator: more do not fit into a call's metadata."""
 
 
-def everybody_is_administrator() -> Around:
+def without_authentication() -> RpcContextManager:
+    """Returns a context manager that makes every caller an administrator."""
+
     @asynccontextmanager
     async def around(method: str, context: Context) -> AsyncIterator[None]:
         CURRENT.set(ADMINISTRATOR)
@@ -29,20 +31,20 @@ def everybody_is_administrator() -> Around:
     return around
 
 
-def key_decides(store: AdapterStore, admin_key: str) -> Around:
-    """Returns what identifies the caller by ``authorization: Bearer KEY`` or ``x-api-key: KEY``."""
+def key_authentication(store: AdapterStore, admin_key: str) -> RpcContextManager:
+    """Returns a context manager that identifies the caller by ``authorization: Bearer KEY`` or ``x-api-key: KEY``."""
 
     @asynccontextmanager
     async def around(method: str, context: Context) -> AsyncIterator[None]:
         if not method.startswith(OPEN_SERVICES):
-            CURRENT.set(_caller(_presented(context), store, admin_key))
+            CURRENT.set(_caller(_api_key(context), store, admin_key))
         yield
 
     return around
 
 
-def admin_key(file: Path) -> str:
-    """Returns the administrator's key, making the file, readable by its owner alone, where there is none.
+def load_admin_key(file: Path) -> str:
+    """Returns the administrator's key; a missing file is written, readable by its owner only.
 
     Raises:
         FailedPreconditionError: the file cannot be read or made, or does not hold one key (ADMIN_KEY).
@@ -52,16 +54,16 @@ def admin_key(file: Path) -> str:
             _write_key(file, f"dmx_admin_{secrets.token_urlsafe(32)}\n")
         key = file.read_text(encoding="ascii").strip()
     except OSError as error:
-        raise _admin_key(file, f"cannot be read or written: {error.strerror or error}") from error
+        raise _admin_key_error(file, f"cannot be read or written: {error.strerror or error}") from error
     except ValueError as error:
-        raise _admin_key(file, "is not text in ASCII") from error
-    if not 1 <= len(key) <= LONGEST_KEY or not all("!" <= character <= "~" for character in key):
-        raise _admin_key(file, f"does not hold one key of 1 to {LONGEST_KEY} visible characters without spaces")
+        raise _admin_key_error(file, "is not text in ASCII") from error
+    if not 1 <= len(key) <= MAX_KEY_CHARS or not all("!" <= character <= "~" for character in key):
+        raise _admin_key_error(file, f"does not hold one key of 1 to {MAX_KEY_CHARS} visible characters without spaces")
     return key
 
 
 def _write_key(file: Path, key: str) -> None:
-    """Makes the file whole at once: a crash leaves none, and not an empty one."""
+    """Writes the file atomically."""
     fresh = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -74,16 +76,16 @@ def _write_key(file: Path, key: str) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def _admin_key(file: Path, problem: str) -> FailedPreconditionError:
+def _admin_key_error(file: Path, problem: str) -> FailedPreconditionError:
     return FailedPreconditionError(
-        f"the administrator's key file {file} {problem}: mend it, or remove it, and a new key is written",
+        f"the administrator's key file {file} {problem}: repair it, or remove it to have a new key written",
         reason="ADMIN_KEY",
         metadata={"file": str(file)},
     )
 
 
-def _presented(context: Context) -> str:
-    """Returns the key that a call presents, or ""; raises UnauthenticatedError if it is not one key in one place."""
+def _api_key(context: Context) -> str:
+    """Returns a call's API key, or "" if it has none; raises UnauthenticatedError if it has several."""
     values = [
         (key, value if isinstance(value, str) else value.decode("latin-1"))
         for key, value in context.invocation_metadata() or ()
@@ -107,14 +109,14 @@ def _presented(context: Context) -> str:
     return credentials.strip()
 
 
-def _caller(presented: str, store: AdapterStore, admin: str) -> Caller:
-    if not presented:
+def _caller(api_key: str, store: AdapterStore, admin: str) -> Caller:
+    if not api_key:
         raise UnauthenticatedError(
-            "this server needs an API key: send it as metadata `authorization: Bearer KEY`", reason="KEY_MISSING"
+            "this server requires an API key: send it as metadata `authorization: Bearer KEY`", reason="KEY_MISSING"
         )
-    if hmac.compare_digest(hashlib.sha256(presented.encode()).digest(), hashlib.sha256(admin.encode()).digest()):
+    if hmac.compare_digest(hashlib.sha256(api_key.encode()).digest(), hashlib.sha256(admin.encode()).digest()):
         return ADMINISTRATOR
-    tenant = store.tenants.verify(presented)
+    tenant = store.tenants.verify(api_key)
     if tenant is None:
         raise UnauthenticatedError("the API key is unknown or was revoked", reason="KEY_UNKNOWN")
     return Caller(tenant)

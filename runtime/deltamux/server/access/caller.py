@@ -1,4 +1,4 @@
-"""Who calls, and what they may see: a tenant sees its own, an administrator everything."""
+"""The caller of an RPC and its permissions: a tenant's own resources, or an administrator's all."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from deltamux.errors import NotFoundError, PermissionDeniedError
 
 @dataclass(frozen=True)
 class Caller:
-    """Attributes:
-    tenant: the tenant whose key was used; None for an administrator.
+    """An authenticated caller.
+
+    Attributes:
+        tenant: the tenant whose key was used; None for an administrator.
     """
 
     tenant: str | None
@@ -29,13 +31,13 @@ class Caller:
         """Raises PermissionDeniedError for a tenant's key."""
         if not self.is_administrator:
             raise PermissionDeniedError(
-                "this needs the administrator's key, not a tenant's", reason="ADMINISTRATOR_REQUIRED"
+                "this RPC requires the administrator's key, not a tenant's", reason="ADMINISTRATOR_REQUIRED"
             )
 
 
 ADMINISTRATOR = Caller(tenant=None)
 CURRENT: ContextVar[Caller] = ContextVar("deltamux_caller")
-"""The caller of the RPC that runs in this task."""
+"""The caller of this task's RPC."""
 
 
 def current_caller() -> Caller:

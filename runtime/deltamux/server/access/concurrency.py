@@ -1,4 +1,4 @@
-"""`ConcurrencyLimit`: how much of one kind of work runs at once, shared between tenants."""
+"""`ConcurrencyLimit`: a bound on concurrent work of one kind, shared between tenants."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Protocol
 from deltamux.errors import ResourceExhaustedError
 
 RECENT = 5.0
-"""Seconds for which a refused tenant counts as one that wants a permit, and a refusal as load."""
+"""Seconds for which a refused tenant counts as a claimant of a permit, and a refusal as load."""
 
 MIN_RETRY, MAX_RETRY = 0.5, 30.0
-"""Least and most seconds of a refusal's `retry_after`, before it is spread by half."""
+"""Bounds of a refusal's `retry_after` in seconds, before it is spread by half."""
 
 
 CHECK_SECONDS = 0.5
@@ -25,10 +25,10 @@ CHECK_SECONDS = 0.5
 
 
 class Preemptible(Protocol):
-    """Work that is paced by its caller, and may be cancelled for a caller that waits."""
+    """Work at its caller's pace that may be cancelled for a waiting caller."""
 
     def overdue(self) -> float:
-        """Returns the seconds by which its caller is late; 0 or less where it is not."""
+        """Returns the seconds by which its caller is late; 0 or less if it is not."""
 
     def cancel(self) -> None:
         """Ends the work soon."""
@@ -39,8 +39,8 @@ class Permit:
 
     Attributes:
         tenant: of the work.
-        holder: the work, where it may be cancelled when it is overdue.
-        cancelled: whether it was.
+        holder: the work, if it may be cancelled when it is overdue.
+        cancelled: whether it was cancelled.
     """
 
     def __init__(self, tenant: str) -> None:
@@ -58,19 +58,19 @@ class Permit:
 
 
 class ConcurrencyLimit:
-    """A number of permits; a caller beyond it waits for a while, or is refused with the time after which to try again.
+    """A number of permits; a caller beyond it is queued, or refused with the time after which to retry.
 
     While another tenant waits, or was refused within `RECENT` seconds, a tenant gets no more than its share: the limit
-    divided by the tenants that hold or want a permit. A free permit goes to the waiting tenant that holds fewest. For a
-    caller that waits, the work that is most overdue is cancelled, of a tenant that holds more than the caller's.
+    divided by the tenants that hold or claim a permit. A free permit goes to the waiting tenant with the fewest. For a
+    waiting caller, the most overdue work of a tenant that holds more permits is cancelled.
 
     Args:
         limit: permits.
         what: the work's name in the plural, for messages.
         reserved: permits, of the limit, for tenants that hold none.
-        max_waiting: callers that may wait; half of it for one tenant, and its last quarter for tenants of which none
-            waits; 0 refuses instead.
-        patience: seconds that a caller waits at most.
+        queue_size: callers that may wait; half of it for one tenant, and its last quarter for tenants without a waiting
+            caller; 0 refuses instead.
+        timeout: longest wait in seconds.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class ConcurrencyLimit:
         what: str,
         *,
         reserved: int = 0,
-        max_waiting: int = 0,
-        patience: float = math.inf,
+        queue_size: int = 0,
+        timeout: float = math.inf,
     ) -> None:
         self._limit = limit
         self._what = what
         self._reserved = reserved
-        self._max_waiting = max_waiting
-        self._patience = patience
+        self._queue_size = queue_size
+        self._timeout = timeout
         self._held: Counter[str] = Counter()
         self._permits: set[Permit] = set()
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
@@ -106,10 +106,10 @@ class ConcurrencyLimit:
         """Holds a permit for the length of the block, and yields it.
 
         Args:
-            tenant: of the caller, which is authenticated.
+            tenant: the authenticated caller's.
 
         Raises:
-            ResourceExhaustedError: none is free, and none came free in time; `retry_after` is set.
+            ResourceExhaustedError: none is free, and none was released in time; `retry_after` is set.
         """
         await self._enter(tenant)
         began, permit = time.monotonic(), Permit(tenant)
@@ -126,18 +126,18 @@ class ConcurrencyLimit:
             self._held[tenant] += 1
             return
         queue = self._waiting.setdefault(tenant, deque())
-        places = self._max_waiting - (self._max_waiting // 4 if queue else 0)
-        if self.waiting >= places or 2 * len(queue) >= max(self._max_waiting, 2):
+        places = self._queue_size - (self._queue_size // 4 if queue else 0)
+        if self.waiting >= places or 2 * len(queue) >= max(self._queue_size, 2):
             self._forget_empty()
             raise self._refusal(tenant)
         admission: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         queue.append(admission)
         try:
-            async with asyncio.timeout(None if math.isinf(self._patience) else self._patience):
+            async with asyncio.timeout(None if math.isinf(self._timeout) else self._timeout):
                 await self._wait(admission, tenant)
         except BaseException as error:
             if admission.done() and not admission.cancelled():
-                self._leave(tenant)  # admitted in the moment in which its caller gave up
+                self._leave(tenant)  # admitted while its caller was cancelled
             elif admission in queue:
                 queue.remove(admission)
             self._forget_empty()
@@ -146,7 +146,7 @@ class ConcurrencyLimit:
             raise
 
     async def _wait(self, admission: asyncio.Future[None], tenant: str) -> None:
-        """Waits for admission, and now and then cancels work that is overdue."""
+        """Waits for admission; cancels overdue work every `CHECK_SECONDS`."""
         while not admission.done():
             with suppress(TimeoutError):
                 async with asyncio.timeout(CHECK_SECONDS):
@@ -156,7 +156,7 @@ class ConcurrencyLimit:
 
     def _preempt(self, tenant: str) -> None:
         if sum(permit.cancelled for permit in self._permits) >= self.waiting:
-            return  # as many become free as callers wait
+            return  # one permit per waiting caller is being released
         held = self._held[tenant]
         worst = max((s for s in self._permits if self._held[s.tenant] > held), key=Permit.overdue, default=None)
         if worst is not None and worst.overdue() > 0:
@@ -175,7 +175,7 @@ class ConcurrencyLimit:
         self._forget_empty()
 
     def _next(self) -> str | None:
-        """Returns the waiting tenant for which a permit is free: that which holds fewest, and got one longest ago."""
+        """Returns the waiting tenant of the next permit: the one with the fewest, of these the least recently served."""
         able = [tenant for tenant, queue in self._waiting.items() if queue and self._is_free_for(tenant)]
         if not able:
             return None
@@ -186,10 +186,10 @@ class ConcurrencyLimit:
     def _share(self, tenant: str) -> int:
         since = time.monotonic() - RECENT
         self._refused = {name: at for name, at in self._refused.items() if at > since}
-        wanting = {*self._refused, *self._waiting}
-        if not wanting - {tenant}:
+        claiming = {*self._refused, *self._waiting}
+        if not claiming - {tenant}:
             return self._limit
-        claimants = wanting | {name for name, held in self._held.items() if held} | {tenant}
+        claimants = claiming | {name for name, held in self._held.items() if held} | {tenant}
         return math.ceil(self._limit / len(claimants))
 
     def _forget_empty(self) -> None:
@@ -209,10 +209,10 @@ class ConcurrencyLimit:
 
 
 class _Load:
-    """Computes `retry_after`: what the callers refused of late would take, spread so that they do not come together."""
+    """The estimate of `retry_after`: the time that recently refused callers would take, spread at random."""
 
     def __init__(self) -> None:
-        self._held = 1.0  # mean seconds that a permit is held
+        self._held = 1.0  # mean seconds for which a permit is held
         self._refusals = 0.0  # of about the last `RECENT` seconds
         self._last = time.monotonic()
 

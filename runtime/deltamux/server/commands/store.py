@@ -24,20 +24,22 @@ def add_commands(commands: Any) -> None:
         nargs="*",
         type=Path,
         metavar="UPLOAD_DIR",
-        help="mend damaged rows, put these uploads' files in the place of damaged ones, note every program's state",
+        help="repair damaged rows, replace damaged files by those of these uploads, store every program's state",
     )
     check.add_argument("--model", help="with --repair: the base model, to compile damaged programs anew")
     check.add_argument(
         "--adopt",
         action="store_true",
-        help="accept the database that is there, or none, for the objects; versions that it lacks are given up",
+        help="accept the present database, or a new one, for the objects; versions that it lacks are dropped",
     )
     gc = _command(group, "gc", _gc, "list the objects that no version refers to, or remove them")
     gc.add_argument("--yes", action="store_true", help="remove them")
     backup = _command(group, "backup", _backup, "copy a store, also one that a server uses")
     backup.add_argument("target", type=Path, help="a directory that does not exist, or is empty")
     restore = _command(group, "restore", _restore, "make a store what a backup holds", first="backup")
-    restore.add_argument("store", type=Path, help="the store's directory; what it holds is moved aside")
+    restore.add_argument(
+        "store", type=Path, help="the store's directory; its former files are moved into a folder of it"
+    )
 
 
 def _command(group: Any, name: str, run: Run, text: str, *, first: str = "store") -> argparse.ArgumentParser:
@@ -68,7 +70,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _repair(store: Any, uploads: Sequence[Path], model: str | None) -> list[str]:
-    said = [f"the row of {fault.name} {fault.problem}: mended" for fault in store.rows.mend()]
+    said = [f"the row of {fault.name} {fault.problem}: repaired" for fault in store.rows.repair()]
     for directory in uploads:
         with store.staging() as staged:
             records = store.programs.repair_upload(directory, staged)
@@ -76,7 +78,7 @@ def _repair(store: Any, uploads: Sequence[Path], model: str | None) -> list[str]
         said.append(f"{directory}: the files of {names}" if names else f"{directory}: no version has these files")
     if model is None:
         if store.programs.damaged():
-            said.append("damaged programs are compiled anew with `--model BASE`, or by `deltamux serve --recompile`")
+            said.append("damaged programs are recompiled with `--model BASE`, or by `deltamux serve --recompile`")
         return said
     return said + _recompile(store, model)
 
@@ -91,7 +93,7 @@ def _recompile(store: Any, model: str) -> list[str]:
     limits = ServeOptions(model=model, store=store.root)
     budgets = Budgets(limits.max_lora_rank, limits.max_virtual_tokens, limits.max_adapter_bytes)
     results = asyncio.run(recompile_damaged(store, model, budgets))
-    return [f"{record.key}: {problem or 'compiled anew'}" for record, problem in results]
+    return [f"{record.key}: {problem or 'recompiled'}" for record, problem in results]
 
 
 def _gc(arguments: argparse.Namespace) -> int:
@@ -132,8 +134,8 @@ def _restore(arguments: argparse.Namespace) -> int:
 
     restored = restore(arguments.backup, arguments.store)
     said = [f"{arguments.store} is what {arguments.backup} holds"]
-    if restored.aside is not None:
-        said.append(f"what was there before lies in {restored.aside}; delete it when it is not needed")
+    if restored.replaced is not None:
+        said.append(f"the former store is in {restored.replaced}; delete it when it is not needed")
     return _tell(restored.report, said, as_json=arguments.json)
 
 

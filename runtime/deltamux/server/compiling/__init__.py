@@ -1,1 +1,1 @@
-"""Uploads become programs in a process of their own, the only one that runs plugins."""
+"""Compilation of uploads to programs, in the one process that runs plugins."""

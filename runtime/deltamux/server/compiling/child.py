@@ -1,7 +1,7 @@
-"""The process that runs plugins: it imports them, and compiles uploads by their hooks. `compiler.py` is its other side.
+"""The process that runs plugins: it imports them and compiles uploads with their hooks; see `compiler.py`.
 
-Nothing of the server imports this module. It is run as ``python -m`` by the server, with the number of an open socket;
-it sends there what it is about to run, so that its end or its silence names the plugin.
+No module of the server imports this one: the server runs it with ``python -m`` and an open socket's descriptor. Each
+step is announced on the socket before it begins, so that a crash or a timeout can be traced to its plugin.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from deltamux.deltas import BaseModel, Checkpoint, Program
 from deltamux.deltas.batched_check import check_batched
 from deltamux.errors import BudgetExceededError, DeltamuxError, InvalidAdapterError, PluginError
 from deltamux.registry import Method, Registry, create_plugin_manager
-from deltamux.server.compiling.job import MAX_TEXT, Budgets, Compiled, Job, error_message, unpacked
-from deltamux.server.compiling.memory import COMPILING, COPIES, READING, at_most, is_shortage
+from deltamux.server.compiling.job import MAX_TEXT, Budgets, Compiled, Job, decode_base, encode_error
+from deltamux.server.compiling.memory import COMPILING, COPIES, READING, is_out_of_memory, limit_memory
 from deltamux.store import PROGRAM_FILE
 from deltamux.store.faults import FULL, store_error
 
 MAX_GROWTH = 1 << 30
-"""Bytes of memory, beyond those after the start, at which the process is replaced: some plugin leaks."""
+"""Bytes of memory beyond those after start-up at which the process is replaced, as a plugin leaks."""
 
 
 def main() -> None:
-    """Serves jobs from the socket until it is closed."""
+    """Runs jobs from the socket until it is closed."""
     descriptor, parent = int(sys.argv[1]), int(sys.argv[2])
     become_helper(parent)
     torch.set_num_threads(max(1, torch.get_num_threads() // 2))
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 class CompilerChild:
-    """Reads plugins once, then compiles one job after the other."""
+    """The compiler: it imports plugins once, then runs one job after the other."""
 
     def __init__(self, channel: BinaryIO) -> None:
         self._channel = channel
@@ -55,38 +55,38 @@ class CompilerChild:
         self._send({"methods": self._registry.names(), "broken": self._registry.broken})
         before = _own_bytes()
         while line := self._channel.readline():
-            answer = self._answer(Job.of(json.loads(line)))
+            answer = self._answer(Job.from_message(json.loads(line)))
             self._send(answer | {"leaks": _own_bytes() - before > MAX_GROWTH})
 
     def _answer(self, job: Job) -> dict[str, Any]:
         try:
-            with torch.no_grad(), at_most(COMPILING + COPIES * job.budgets.max_bytes):
+            with torch.no_grad(), limit_memory(COMPILING + COPIES * job.budgets.max_bytes):
                 return {"compiled": vars(self._compile(job))}
         except Exception as error:
-            if is_shortage(error):
-                return {"error": error_message(_too_large(error))}
+            if is_out_of_memory(error):
+                return {"error": encode_error(_too_large(error))}
             if isinstance(error, DeltamuxError):
-                return {"error": error_message(error)}
+                return {"error": encode_error(error)}
             fault = store_error(error, job.staged.parent.parent)
-            if fault is not None and fault.reason == FULL:  # others may be of files of the plugin's
-                return {"error": error_message(fault)}
+            if fault is not None and fault.reason == FULL:  # other faults may be of the plugin's own files
+                return {"error": encode_error(fault)}
             return {"unexpected": traceback.format_exc()[-MAX_TEXT:]}
 
     def _compile(self, job: Job) -> Compiled:
-        base = unpacked(job.base)
-        with at_most(READING + sum(file.stat().st_size for file in job.staged.iterdir())):
+        base = decode_base(job.base)
+        with limit_memory(READING + sum(file.stat().st_size for file in job.staged.iterdir())):
             checkpoint = Checkpoint.read(job.staged)
         method, checkpoint = self._registry.recognise(checkpoint)
-        if job.announced and method is not self._registry.get(job.announced):
+        if job.expected_method and method is not self._registry.get(job.expected_method):
             raise InvalidAdapterError(
-                f"the upload is announced as {job.announced!r}, but its files are of method {method.name!r}",
+                f"the upload is declared as {job.expected_method!r}, but its files are of method {method.name!r}",
                 reason="METHOD_MISMATCH",
                 metadata={"method": method.name},
             )
         return self._save(method, method.load(checkpoint, base).program, job, base)
 
     def _save(self, method: Method, program: Program, job: Job, base: BaseModel) -> Compiled:
-        """Writes the program, and checks it as the engine will read it: with no code of the plugin's in between."""
+        """Writes the program, and checks the written file, as the engine reads it."""
         path = job.staged / PROGRAM_FILE
         try:
             _check_budgets(program, job.budgets)
@@ -118,15 +118,15 @@ class CompilerChild:
 def _too_large(error: Exception) -> BudgetExceededError:
     known = error.metadata if isinstance(error, DeltamuxError) else {}
     return BudgetExceededError(
-        "compiling the adapter takes more memory than this server gives one adapter: make it smaller, or start the "
-        "server with a greater --max-adapter-bytes",
+        "compiling the adapter takes more memory than this server allows one adapter: make it smaller, or start the "
+        "server with a larger --max-adapter-bytes",
         reason="COMPILE_MEMORY",
         metadata=known,
     )
 
 
 def _disk_error(error: SafetensorError) -> Exception:
-    """Returns what the disk said to safetensors, which has only its number in words; else the error itself."""
+    """Returns the OSError whose number is in the text of a safetensors error; else the error itself."""
     found = re.search(r"os error (\d+)", str(error))
     return OSError(int(found[1]), str(error)) if found else error
 
@@ -140,13 +140,13 @@ def _check_budgets(program: Program, budgets: Budgets) -> None:
     for what, (needed, limit) in needs.items():
         if needed > limit:
             raise BudgetExceededError(
-                f"the adapter needs {needed} {what}; this server gives one adapter at most {limit}",
+                f"the adapter needs {needed} {what}; this server allows one adapter at most {limit}",
                 metadata={"budget": what, "needed": str(needed), "limit": str(limit)},
             )
 
 
 def _own_bytes() -> int:
-    """Returns how much memory this process holds; pages of mapped files, such as the base's weights, do not count."""
+    """Returns this process's resident memory without mapped files, such as the base's weights."""
     if sys.platform != "linux":
         return 0
     _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())

@@ -1,7 +1,7 @@
-"""What the server and its compiler process say to each other: plain data, one JSON object per line.
+"""The messages between the server and its compiler process: one JSON object per line.
 
-Only the server pickles anything (the base model's description): what comes out of the process that runs plugins is
-never more than JSON.
+Only the server pickles anything (the base model's description): messages from the process that runs plugins are plain
+JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltamux import errors
 from deltamux.errors import DeltamuxError
+from deltamux.store import CompiledAdapter
 
 if TYPE_CHECKING:
     from deltamux.deltas import BaseModel
@@ -24,7 +25,7 @@ MAX_TEXT = 1 << 16
 
 @dataclass(frozen=True)
 class Budgets:
-    """What one adapter may need at most; see `ServeOptions`."""
+    """The most that one adapter may need; see `ServeOptions`."""
 
     max_rank: int
     max_virtual_tokens: int
@@ -37,12 +38,12 @@ class Job:
 
     Attributes:
         staged: directory of its files; the program is written there too.
-        announced: the method it should be of; "" lets the files say.
-        base: the base model, as `packed` gives it.
+        expected_method: the declared method; "" to recognise it by the files.
+        base: the base model, as text of `encode_base`.
     """
 
     staged: Path
-    announced: str
+    expected_method: str
     budgets: Budgets
     base: str
 
@@ -50,14 +51,14 @@ class Job:
         return {**asdict(self), "staged": str(self.staged)}
 
     @classmethod
-    def of(cls, message: Mapping[str, Any]) -> Job:
+    def from_message(cls, message: Mapping[str, Any]) -> Job:
         budgets = Budgets(**message["budgets"])
-        return cls(Path(message["staged"]), message["announced"], budgets, message["base"])
+        return cls(Path(message["staged"]), message["expected_method"], budgets, message["base"])
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler found out about an adapter; its program lies beside its files."""
+    """The result of a job; the program's file is in the job's directory."""
 
     method: str
     rank: int
@@ -65,27 +66,33 @@ class Compiled:
     num_bytes: int
 
     @classmethod
-    def of(cls, message: Any) -> Compiled:
-        """Raises ValueError if the message is not what a compiler says."""
+    def from_message(cls, message: Any) -> Compiled:
+        """Returns the result in a message; raises ValueError if it holds none."""
         numbers = [message.get(name) for name in ("rank", "num_virtual_tokens", "num_bytes")]
         method = message.get("method")
         if not isinstance(method, str) or not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"no description of a compiled adapter: {message!r:.200}")
+            raise ValueError(f"not a description of a compiled adapter: {message!r:.200}")
         return cls(method, *numbers)
 
+    def record(self, digest: str, base_fingerprint: str) -> CompiledAdapter:
+        """Returns the store's record of the adapter."""
+        return CompiledAdapter(
+            digest, self.method, self.rank, self.num_virtual_tokens, self.num_bytes, base_fingerprint
+        )
 
-def packed(base: BaseModel) -> str:
-    """Returns a base model's description as text; its tensors are read from their files on the other side."""
+
+def encode_base(base: BaseModel) -> str:
+    """Returns a base model's description as text; its tensors stay in their files."""
     return base64.b64encode(pickle.dumps(base)).decode()
 
 
-def unpacked(base: str) -> BaseModel:
+def decode_base(base: str) -> BaseModel:
     described: BaseModel = pickle.loads(base64.b64decode(base))
     return described
 
 
-def error_message(error: DeltamuxError) -> dict[str, Any]:
-    """Returns an error as plain data; one of a plugin's own class crosses as the family's class that it comes from."""
+def encode_error(error: DeltamuxError) -> dict[str, Any]:
+    """Returns an error as plain data; one of a plugin's own class as its nearest base class in `deltamux.errors`."""
     kind = next(kind.__name__ for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
     return {
         "kind": kind,
@@ -96,15 +103,15 @@ def error_message(error: DeltamuxError) -> dict[str, Any]:
     }
 
 
-def error_of(message: Mapping[str, Any]) -> DeltamuxError:
-    """Returns the error that `error_message` described; raises ValueError if it did not."""
+def decode_error(message: Mapping[str, Any]) -> DeltamuxError:
+    """Returns the error of an `encode_error` message; raises ValueError if it is not one."""
     kind = getattr(errors, str(message.get("kind")), None)
     metadata = message.get("metadata")
     if not (isinstance(kind, type) and issubclass(kind, DeltamuxError) and isinstance(metadata, dict)):
-        raise ValueError(f"no description of an error: {message!r:.200}")
+        raise ValueError(f"not a description of an error: {message!r:.200}")
     retry_after = message.get("retry_after")
     if retry_after is not None and not isinstance(retry_after, int | float):
-        raise ValueError(f"no description of an error: {message!r:.200}")
+        raise ValueError(f"not a description of an error: {message!r:.200}")
     return kind(
         str(message.get("message")), reason=str(message.get("reason")), metadata=metadata, retry_after=retry_after
     )

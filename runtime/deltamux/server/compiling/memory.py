@@ -1,4 +1,4 @@
-"""Bounds of the memory that one job may take in the compiler's process."""
+"""Bounds of the memory of one job in the compiler process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ READING = 512 << 20
 
 COMPILING = 4 << 30
 COPIES = 8
-"""Bytes for building, writing and checking a program: so many, and so many times the largest program there may be."""
+"""Bytes for building, writing and checking a program: COMPILING, and COPIES times the largest allowed program."""
 
 
 @contextmanager
-def at_most(growth: int) -> Iterator[None]:
-    """Lets the process grow by so many bytes during the block; what needs more raises MemoryError or RuntimeError.
+def limit_memory(growth: int) -> Iterator[None]:
+    """Limits the growth of the process during the block; an allocation beyond it is a MemoryError or RuntimeError.
 
-    Linux alone bounds what a process allocates (RLIMIT_DATA); elsewhere the block runs as it is.
+    The limit is RLIMIT_DATA, on Linux only; elsewhere there is none.
     """
     if sys.platform != "linux":
         yield
@@ -37,9 +37,9 @@ def at_most(growth: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (before, hard))
 
 
-def is_shortage(error: BaseException | None) -> bool:
+def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error comes from an allocation that failed."""
-    seen: set[int] = set()  # a chain of errors may lead back into itself
+    seen: set[int] = set()  # a chain of errors may be circular
     while error is not None and id(error) not in seen:
         if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
             return True
@@ -49,7 +49,7 @@ def is_shortage(error: BaseException | None) -> bool:
 
 
 def _allocated() -> int:
-    """Returns what RLIMIT_DATA counts: the process's private memory that can be written."""
+    """Returns the bytes that RLIMIT_DATA counts: the process's private writable memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     kilobytes = next(line.split()[1] for line in lines if line.startswith("VmData:"))
     return int(kilobytes) << 10

@@ -1,4 +1,4 @@
-"""`CompilerProcess`: the server's end of one compiler process."""
+"""`CompilerProcess`: one compiler process, as the server calls it."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from deltamux.child_process import HelperProcess, start_helper
 MAX_LINE = 1 << 24
 CHILD_MODULE = "deltamux.server.compiling.child"
 
-_FROM_OUTSIDE = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
+_EXTERNAL_STATUSES = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP}
 """SIGKILL is also how Linux ends a process when memory is short."""
 
-MOST_WAITING = 10.0
-"""Times its patience that a process may take where it waits for a core: the engine's threads go before it."""
+MAX_STRETCH = 10.0
+"""Wall time limit, in multiples of the timeout, of a process that waits for a core."""
 
-LEAST_SECONDS, CHECK_SECONDS = 0.01, 0.5
-"""Between two looks at the clock of a process."""
+MIN_CHECK_SECONDS, MAX_CHECK_SECONDS = 0.01, 0.5
+"""Interval between two reads of a process's times."""
 
 
-class Clock(NamedTuple):
-    """A moment, and what a process has had of the cores until then.
+class ProcessTimes(NamedTuple):
+    """The CPU times of a process at one moment.
 
     Attributes:
+        wall: the moment.
         ran: seconds on a core.
-        waited: seconds for which it waited for one, without the wait that is not over.
-        runnable: whether it runs or waits.
+        waited: seconds of finished waits for a core.
+        runnable: whether it runs or waits for a core.
     """
 
     wall: float
@@ -41,18 +42,18 @@ class Clock(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What the process is running, as its last message said."""
+    """The step that the process runs, by its last message."""
 
     plugin: str
     what: str
 
 
 class CompilerProcessError(Exception):
-    """The process gave no answer: it is late (``timed_out``), has ended, or sent what is no answer.
+    """The process did not answer: it timed out, ended, or sent an invalid message.
 
     Attributes:
-        step: what it ran last; None if it ran nothing of a plugin's.
-        status: how the process ended, as in `subprocess` (minus the number of a signal); None if it has not.
+        step: its last step; None if it ran no plugin.
+        status: exit status as in `subprocess` (minus a signal's number); None if it has not ended.
     """
 
     def __init__(self, problem: str, step: Step | None, *, timed_out: bool = False, status: int | None = None) -> None:
@@ -62,9 +63,9 @@ class CompilerProcessError(Exception):
         self.status = status
 
     @property
-    def from_outside(self) -> bool:
-        """Whether no plugin caused the end, as far as can be known: none ran, or the process was ended by a signal."""
-        return not self.timed_out and (self.step is None or self.status in _FROM_OUTSIDE)
+    def external(self) -> bool:
+        """Whether the end was probably not a plugin's fault: none ran, or the process was ended by a signal."""
+        return not self.timed_out and (self.step is None or self.status in _EXTERNAL_STATUSES)
 
 
 class CompilerProcess:
@@ -78,7 +79,7 @@ class CompilerProcess:
 
     @classmethod
     async def open(cls) -> CompilerProcess:
-        """Starts a process; call it from the thread that lives as long as the server, with which the process ends."""
+        """Starts a process; it ends with the calling thread."""
         return cls(await start_helper(CHILD_MODULE, MAX_LINE))
 
     @property
@@ -89,20 +90,18 @@ class CompilerProcess:
     def alive(self) -> bool:
         return self._process.returncode is None and not self._helper.reader.at_eof()
 
-    async def call(
-        self, message: dict[str, Any], patience: float, step_patience: float | None = None
-    ) -> dict[str, Any]:
+    async def call(self, message: dict[str, Any], timeout: float, step_timeout: float | None = None) -> dict[str, Any]:
         """Sends a message and returns the answer to it.
 
         Args:
-            patience: seconds until the answer.
-            step_patience: seconds per step instead, from the first that the process names on.
+            timeout: seconds until the answer.
+            step_timeout: seconds per step instead, from the first announced step on.
         Raises:
-            CompilerProcessError: there is no answer.
+            CompilerProcessError: the process did not answer.
         """
-        self._step, allowed, since = None, patience, self._clock()
+        self._step, allowed, since = None, timeout, self._times()
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(timeout):
                 self._helper.send(message)
                 await self._helper.writer.drain()
             while True:
@@ -110,50 +109,49 @@ class CompilerProcess:
                 if "step" not in answer:
                     return answer
                 self._step = Step(str(answer.get("plugin")), str(answer["step"]))
-                if step_patience is not None:
-                    allowed, since = step_patience, self._clock()
+                if step_timeout is not None:
+                    allowed, since = step_timeout, self._times()
         except TimeoutError:
             raise CompilerProcessError(f"took more than {allowed:g} s", self._step, timed_out=True) from None
         except OSError:
-            raise await self._ended() from None
+            raise await self._exit_error() from None
 
-    async def _receive_within(self, seconds: float, since: Clock) -> dict[str, Any]:
-        """Returns the process's next message. Seconds in which it waits for a core do not count, up to a limit.
+    async def _receive_within(self, seconds: float, since: ProcessTimes) -> dict[str, Any]:
+        """Returns the process's next message. Seconds in which it waits for a core do not count, up to `MAX_STRETCH`.
 
         Raises:
-            TimeoutError: none comes in time.
+            TimeoutError: there is none in time.
         """
         pending, last = 0.0, since
         while True:
-            now = self._clock()
-            # A wait that is not over is in no statistic: the process is runnable, and has had no core since the last
-            # look.
+            now = self._times()
+            # The present wait is in no statistic: the process is runnable, and was not run since the last check.
             pending = pending + now.wall - last.wall if now.runnable and now.ran == last.ran else 0.0
             last = now
             wall, waited = now.wall - since.wall, now.waited - since.waited + pending
-            left = min(seconds - (wall - waited), seconds * MOST_WAITING - wall)
+            left = min(seconds - (wall - waited), seconds * MAX_STRETCH - wall)
             if left <= 0:
                 raise TimeoutError
             with suppress(TimeoutError):
-                async with asyncio.timeout(min(max(left, LEAST_SECONDS), CHECK_SECONDS)):
+                async with asyncio.timeout(min(max(left, MIN_CHECK_SECONDS), MAX_CHECK_SECONDS)):
                     return await self._receive()
 
-    def _clock(self) -> Clock:
+    def _times(self) -> ProcessTimes:
         wall, folder = time.monotonic(), Path(f"/proc/{self.pid}")
         try:
             ran, waited, *_ = map(int, (folder / "schedstat").read_text().split())
             state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError, ValueError):  # outside Linux, or it has ended
-            return Clock(wall)
-        return Clock(wall, ran / 1e9, waited / 1e9, state == "R")
+        except (OSError, IndexError, ValueError):  # not Linux, or it has ended
+            return ProcessTimes(wall)
+        return ProcessTimes(wall, ran / 1e9, waited / 1e9, state == "R")
 
     async def ended(self) -> None:
         """Waits until the process has ended, by any cause."""
         await asyncio.wait([self._watching])
 
     async def close(self) -> None:
-        """Ends the process and what it started, at once."""
-        self._end()
+        """Kills the process and its children."""
+        self._kill()
         self._helper.writer.close()
         await asyncio.wait([self._watching])
         with suppress(OSError):
@@ -163,7 +161,7 @@ class CompilerProcess:
         try:
             line = await self._helper.reader.readline()
             if not line.endswith(b"\n"):
-                raise await self._ended()
+                raise await self._exit_error()
             answer = json.loads(line)
         except ValueError as error:
             raise CompilerProcessError(f"broke its connection to the server ({error})", self._step) from error
@@ -171,17 +169,17 @@ class CompilerProcess:
             raise CompilerProcessError("broke its connection to the server", self._step)
         return answer
 
-    async def _ended(self) -> CompilerProcessError:
-        self._end()  # its end of the socket may be closed while it lives on
+    async def _exit_error(self) -> CompilerProcessError:
+        self._kill()  # its socket may be closed while it still runs
         status = await self._process.wait()
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
         return CompilerProcessError(f"ended its process {how}", self._step, status=status)
 
     async def _watch(self) -> None:
-        """Once the process has ended ends what it started, which may hold the socket open."""
+        """Kills the children of the process once it has ended: they may hold the socket open."""
         await self._process.wait()
         self._helper.kill()
 
-    def _end(self) -> None:
+    def _kill(self) -> None:
         if self._process.returncode is None:
             self._helper.kill()

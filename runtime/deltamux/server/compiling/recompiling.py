@@ -1,18 +1,18 @@
-"""Compiles stored uploads anew: for another base, or where a program is damaged (``serve --recompile``)."""
+"""Recompilation of stored uploads: for another base, or of damaged programs (``serve --recompile``)."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import shutil
-from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
 from deltamux.deltas import BaseModel
 from deltamux.errors import DeltamuxError, FailedPreconditionError, InvalidArgumentError, PluginError
 from deltamux.server.compiling.compiler import Compiler
-from deltamux.server.compiling.job import Budgets, Job, packed
-from deltamux.store import AdapterStore, CompiledAdapter, VersionRecord
+from deltamux.server.compiling.job import Budgets, Job, encode_base
+from deltamux.server.disk import DiskThreads
+from deltamux.store import AdapterStore, VersionRecord
 from deltamux.store.objects import IDENTITY_FILES
 
 PLUGIN_SECONDS = 60.0
@@ -21,14 +21,14 @@ log = logging.getLogger("deltamux.server")
 
 
 async def recompile_damaged(store: AdapterStore, model: str, budgets: Budgets) -> list[tuple[VersionRecord, str]]:
-    """Compiles every damaged program of a store anew on a base model, for the command line.
+    """Recompiles every damaged program of a store for a base model, for the command line.
 
     Returns:
-        a version of each content that was damaged, and why it still is; "" where it is whole now.
+        a version of each damaged content, and why it is still damaged; "" if it is repaired.
     """
     base = await asyncio.to_thread(BaseModel.from_pretrained, model)
     store.programs.base_fingerprint = base.fingerprint
-    with ThreadPoolExecutor(1) as threads:
+    with DiskThreads(1) as threads:
         async with Compiler(PLUGIN_SECONDS) as compiler:
             recompile = Recompiler(store, compiler, base, budgets, threads)
             damaged = await asyncio.to_thread(store.programs.damaged)
@@ -46,33 +46,33 @@ async def _outcome(recompile: Recompiler, store: AdapterStore, record: VersionRe
 
 
 class Recompiler:
-    """Replaces programs by new ones of the same uploads; one compilation for each content, whoever wants it.
+    """Replaces programs by new ones of the same uploads; one compilation per content, shared by its callers.
 
     Args:
-        threads: run what touches the disk.
+        threads: for disk access.
     """
 
     def __init__(
-        self, store: AdapterStore, compiler: Compiler, base: BaseModel, budgets: Budgets, threads: Executor
+        self, store: AdapterStore, compiler: Compiler, base: BaseModel, budgets: Budgets, threads: DiskThreads
     ) -> None:
         self._store = store
         self._compiler = compiler
         self._base = base
-        self._packed = packed(base)
+        self._encoded_base = encode_base(base)
         self._budgets = budgets
         self._threads = threads
         self._running: dict[str, asyncio.Task[None]] = {}
         self._refused: dict[str, DeltamuxError] = {}
 
     async def __call__(self, record: VersionRecord) -> VersionRecord:
-        """Compiles a version's kept upload for the present base; returns its record with the new program.
+        """Compiles a version's stored upload for the present base; returns its record with the new program.
 
-        What an upload is refused for is not tried again: the files stay as they are.
+        A refusal is remembered and not tried again, as the files do not change.
 
         Raises:
-            DataLossError: the kept upload is damaged too.
+            DataLossError: the stored upload is damaged too.
             FailedPreconditionError: the files cannot be compiled for the present base; the reason is that of an upload.
-            DeltamuxError: nothing can be said of them now, as for an upload.
+            DeltamuxError: they cannot be checked now, as for an upload.
         """
         digest = record.compiled.digest
         if (refusal := self._refused.get(digest)) is None:
@@ -81,44 +81,36 @@ class Recompiler:
                 task = self._running[digest] = asyncio.create_task(self._compile(record))
                 task.add_done_callback(lambda done: self._ended(digest, done))
             try:
-                # Shielded: a caller that goes away must not end it for the others.
+                # Shielded: a cancelled caller must not cancel it for the others.
                 await asyncio.shield(task)
             except PluginError:
-                raise  # it may have been the machine's doing
+                raise  # the cause may be the machine
             except (InvalidArgumentError, FailedPreconditionError) as error:
                 refusal = self._refused[digest] = error
                 log.warning("%s cannot be compiled for base %s: %s", record.key, self._base.fingerprint, error.message)
         if refusal is not None:
             raise _not_compiled(record, refusal)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._store.version, record.key)
+        return await self._threads.run(self._store.version, record.key)
 
     async def _compile(self, record: VersionRecord) -> None:
-        run, loop = self._threads, asyncio.get_running_loop()
         with self._store.staging() as staged:
-            await loop.run_in_executor(run, self._stage, record, staged)
+            await self._threads.run(self._stage, record, staged)
             found = await self._compiler.compile(
-                Job(staged, record.compiled.method, self._budgets, self._packed), record.key.tenant
+                Job(staged, record.compiled.method, self._budgets, self._encoded_base), record.key.tenant
             )
-            compiled = CompiledAdapter(
-                record.compiled.digest,
-                found.method,
-                found.rank,
-                found.num_virtual_tokens,
-                found.num_bytes,
-                self._base.fingerprint,
-            )
-            await loop.run_in_executor(run, self._store.programs.replace, staged, compiled)
-        log.info("%s was compiled anew for base %s", record.key, self._base.fingerprint)
+            compiled = found.record(record.compiled.digest, self._base.fingerprint)
+            await self._threads.run(self._store.programs.replace, staged, compiled)
+        log.info("%s was recompiled for base %s", record.key, self._base.fingerprint)
 
     def _stage(self, record: VersionRecord, staged: Path) -> None:
-        kept = self._store.programs.kept_upload(record)
+        kept = self._store.programs.checked_upload(record)
         for name in IDENTITY_FILES:
             shutil.copy(kept / name, staged / name)
 
     def _ended(self, digest: str, task: asyncio.Task[None]) -> None:
         self._running.pop(digest, None)
         if not task.cancelled():
-            task.exception()  # whoever wanted it has heard of it, or has gone
+            task.exception()  # its callers have raised it, or were cancelled
 
 
 def _not_compiled(record: VersionRecord, error: DeltamuxError) -> FailedPreconditionError:

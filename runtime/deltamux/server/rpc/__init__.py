@@ -1,1 +1,1 @@
-"""The gRPC services, and how their messages become calls."""
+"""The gRPC services, and the translation of their messages."""

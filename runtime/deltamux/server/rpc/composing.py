@@ -1,4 +1,4 @@
-"""Composes stored versions into the files of a new one; no plugin's code runs here."""
+"""Composition of stored versions into the files of a new one; no plugin's code is involved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deltamux.v1 import adapters_pb2 as pb
 
 
 class NamedPart(NamedTuple):
-    """A part as a request names it."""
+    """A part as it is named in a request."""
 
     name: str
     key: AdapterKey | VersionKey
@@ -25,12 +25,14 @@ class NamedPart(NamedTuple):
 def mode_of(mode: pb.CompositionMode.ValueType) -> CompositionMode:
     modes = {pb.COMPOSITION_MODE_STACK: CompositionMode.STACK, pb.COMPOSITION_MODE_SUM: CompositionMode.SUM}
     if mode not in modes:
-        raise InvalidArgumentError("say whether the parts are stacked or added up", metadata={"field": "mode"})
+        raise InvalidArgumentError(
+            "set mode: STACK applies the parts one after the other, SUM adds them", metadata={"field": "mode"}
+        )
     return modes[mode]
 
 
 def stage_composition(store: AdapterStore, parts: Sequence[NamedPart], mode: CompositionMode, staged: Path) -> None:
-    """Writes the files of a composition into an empty directory; the parts cannot go meanwhile.
+    """Writes the files of a composition into an empty directory; the parts are leased meanwhile.
 
     Raises:
         NotFoundError: there is no such adapter or version.
@@ -41,5 +43,5 @@ def stage_composition(store: AdapterStore, parts: Sequence[NamedPart], mode: Com
         read: list[Component] = []
         for part in parts:
             record = leases.enter_context(store.lease(part.key))
-            read.append(Component(str(record.key), Checkpoint.read(store.programs.kept_upload(record)), part.weight))
+            read.append(Component(str(record.key), Checkpoint.read(store.programs.checked_upload(record)), part.weight))
         compose(read, mode).write(staged)

@@ -1,4 +1,4 @@
-"""Standard gRPC health, kept in step with the engine."""
+"""The standard gRPC health service, set from the engine's health."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from deltamux.engine.supervisor import SupervisedEngine
 
 
 class HealthMonitor:
-    """Sets the serving status of the server and its services to what the engine's supervision finds.
+    """Sets the serving status of the server and its services from the engine's health.
 
     Args:
-        services: full names of the services; those that need the engine, which the whole server ("") does too.
-        servicer: the standard one, which says what it is set to.
+        services: full names of the services; the whole server ("") is set as well.
+        servicer: the standard one.
     """
 
     def __init__(self, engine: SupervisedEngine, services: Sequence[str], servicer: health.aio.HealthServicer) -> None:
@@ -23,14 +23,14 @@ class HealthMonitor:
         self._services = ("", *services)
 
     async def run(self) -> None:
-        """Watches until cancelled."""
+        """Follows the engine's health until cancelled."""
         while True:
             changed = self._engine.changed
-            await self.look()
+            await self.update()
             await changed.wait()
 
-    async def look(self) -> bool:
-        """Looks once and sets the statuses; tells whether the engine serves."""
+    async def update(self) -> bool:
+        """Sets the statuses once; returns whether the engine serves."""
         serving = self._engine.healthy
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for service in self._services:
@@ -38,5 +38,5 @@ class HealthMonitor:
         return serving
 
     async def stop_serving(self) -> None:
-        """Says NOT_SERVING from now on: the server is about to stop."""
+        """Sets NOT_SERVING for good, before the server stops."""
         await self._servicer.enter_graceful_shutdown()

@@ -1,4 +1,4 @@
-"""The Inference service: admit, resolve the adapter to a version, run, emit."""
+"""The Inference service: admit a request, resolve its adapter to a version, run it, emit responses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from deltamux.engine.base import Engine
 from deltamux.server.access.caller import Caller, current_caller
 from deltamux.server.access.concurrency import ConcurrencyLimit
 from deltamux.server.routing import Router
-from deltamux.server.rpc.translate import Responses, add_increment, prompt_of, sampling_of
+from deltamux.server.rpc.generation import Responses, add_increment, prompt_of, sampling_of
 from deltamux.server.transport.interceptors import Context
 from deltamux.v1 import inference_pb2 as pb
 from deltamux.v1 import inference_pb2_grpc as pb_grpc
 
 SMALL_GRAMMAR_BYTES = 1 << 14
-"""Of a grammar whose check takes three milliseconds at most; that of a larger one, up to ten, runs in a thread."""
+"""Largest grammar that is checked on the event loop (3 ms at most); larger ones are checked in a thread."""
 
 
 class InferenceService(pb_grpc.InferenceServicer):
@@ -46,7 +46,7 @@ class InferenceService(pb_grpc.InferenceServicer):
                 yield response
 
     async def _run(self, request: pb.GenerateRequest, *, stream: bool) -> AsyncGenerator[pb.GenerateResponse]:
-        """The life of a request. The version it gets here is the one it keeps, whatever is promoted or deleted."""
+        """The life of a request; its version is fixed here, whatever is promoted or deleted meanwhile."""
         prompt = prompt_of(request, self._engine.max_model_len)
         if request.sampling.structured_output.ByteSize() > SMALL_GRAMMAR_BYTES:
             sampling = await asyncio.to_thread(sampling_of, request.sampling)
@@ -71,5 +71,5 @@ class InferenceService(pb_grpc.InferenceServicer):
 
 
 def cache_salt(caller: Caller) -> str:
-    """Returns what keeps a tenant's cached prompts from all others; administrators share theirs among themselves."""
+    """Returns vLLM's cache salt of a caller: one per tenant, and one for all administrators."""
     return f"tenants/{caller.tenant}" if caller.tenant else "administrators"

@@ -1,4 +1,4 @@
-"""Resource names: ``tenants/{tenant}/adapters/{adapter}/versions/{version}`` and its beginnings."""
+"""Resource names: ``tenants/{tenant}/adapters/{adapter}/versions/{version}`` and its prefixes."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def is_id(value: str) -> bool:
 
 
 def check_id(value: str, field: str) -> str:
-    """Returns the id, or raises InvalidArgumentError naming the request's field."""
+    """Returns the id; raises InvalidArgumentError naming the request's field if it is not one."""
     if not is_id(value):
         raise InvalidArgumentError(
-            f"{field} {value[:80]!r} is no id: it takes {ID_RULE}", reason="INVALID_NAME", metadata={"field": field}
+            f"{field} {value[:80]!r} is not an id: an id is {ID_RULE}", reason="INVALID_NAME", metadata={"field": field}
         )
     return value
 
@@ -70,7 +70,7 @@ def _match(pattern: re.Pattern[str], name: str, field: str, form: str) -> re.Mat
     found = pattern.fullmatch(name)
     if found is None:
         raise InvalidArgumentError(
-            f"{field} {name[:200]!r} is no resource name of the form {form}, where an id takes {ID_RULE}",
+            f"{field} {name[:200]!r} is not a resource name of the form {form}, where an id is {ID_RULE}",
             reason="INVALID_NAME",
             metadata={"field": field},
         )

@@ -15,7 +15,7 @@ V1 = "grpc.reflection.v1.ServerReflection"
 
 
 def add_reflection(names: Sequence[str], services: Services) -> None:
-    """Adds both versions; what they say names the given services and themselves."""
+    """Adds both versions; they list the given services and themselves."""
     _describe_v1()
     versions = (V1, reflection.SERVICE_NAME)
     servicer: Any = reflection.aio.ReflectionServicer((*names, *versions))
@@ -31,7 +31,7 @@ def add_reflection(names: Sequence[str], services: Services) -> None:
 
 
 def _describe_v1() -> None:
-    """Makes the description of v1 known, which differs from v1alpha's in its package alone."""
+    """Adds the descriptor of v1 to the pool; it differs from v1alpha's in its package only."""
     pool = descriptor_pool.Default()
     try:
         pool.FindServiceByName(V1)

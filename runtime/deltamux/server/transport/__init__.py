@@ -1,1 +1,1 @@
-"""How calls come in: sockets, interceptors, bounds on messages, and the errors that callers get."""
+"""The transport of calls: sockets, interceptors, bounds on messages, and the mapping of errors to statuses."""

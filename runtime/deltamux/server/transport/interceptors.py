@@ -1,4 +1,4 @@
-"""What happens around every RPC, streams included: errors become statuses, and the caller becomes known."""
+"""Interceptors of every RPC, streams included: each runs it inside a context manager."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from grpc_status import rpc_status
 
 from deltamux.errors import DeltamuxError
 from deltamux.server.transport.status import status_of
-from deltamux.server.transport.unread import Unread
+from deltamux.server.transport.unread import UnreadStreams
 
 log = logging.getLogger("deltamux.server")
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Around = Callable[[str, Context], AbstractAsyncContextManager[None]]
-"""Given the RPC's full name and its context, what to enter before the RPC runs and to leave after its last response."""
+RpcContextManager = Callable[[str, Context], AbstractAsyncContextManager[None]]
+"""Returns the context manager of an RPC from its full name and context; it is left after the last response."""
 
 KINDS: dict[tuple[bool, bool], tuple[str, Any]] = {
     (False, False): ("unary_unary", grpc.unary_unary_rpc_method_handler),
@@ -32,17 +32,16 @@ KINDS: dict[tuple[bool, bool], tuple[str, Any]] = {
 """(request streaming, response streaming) to the handler's attribute and the function that makes such a handler."""
 
 
-class AroundInterceptor(grpc.aio.ServerInterceptor):
+class ContextManagerInterceptor(grpc.aio.ServerInterceptor):
     """Runs every RPC inside an async context manager.
 
-    A streaming RPC is inside for the whole of its iteration, and its generator is closed before the context manager is
-    left, whatever ends it: so a cancelled call frees what it held at once and not when it is collected. So does one
-    whose client does not read (see `Unread`).
+    A streaming RPC is inside it for its whole iteration, and its generator is closed before the manager is left: a
+    cancelled call, or one whose client does not read (see `UnreadStreams`), frees its resources at once.
     """
 
-    def __init__(self, around: Around) -> None:
+    def __init__(self, around: RpcContextManager) -> None:
         self._around = around
-        self._unread = Unread()
+        self._unread = UnreadStreams()
 
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         handler: grpc.RpcMethodHandler[Any, Any] | None = await continuation(handler_call_details)
@@ -61,7 +60,7 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
         return run
 
     def _streaming(self, name: str, inner: Callable[[Any, Context], Any]) -> Any:
-        # A coroutine that writes: gRPC would leave a generator open when a write is what gets cancelled.
+        # A coroutine that writes: gRPC would not close a generator when a write is cancelled.
         async def run(request: Any, context: Context) -> None:
             async with self._around(name, context):
                 result = inner(request, context)
@@ -74,11 +73,11 @@ class AroundInterceptor(grpc.aio.ServerInterceptor):
         return run
 
 
-def errors_become_statuses(delay: Callable[[DeltamuxError], float]) -> Around:
-    """Returns what ends an RPC with the status of what it raised; the unexpected becomes INTERNAL and tells no detail.
+def map_errors_to_statuses(delay: Callable[[DeltamuxError], float]) -> RpcContextManager:
+    """Returns a context manager that maps an RPC's error to its status, and unexpected exceptions to INTERNAL.
 
     Args:
-        delay: returns the seconds by which an error is to be answered late.
+        delay: returns the seconds by which the status of an error is delayed.
     """
 
     @asynccontextmanager
@@ -93,18 +92,18 @@ def errors_become_statuses(delay: Callable[[DeltamuxError], float]) -> Around:
             error = raised
         except Exception:
             error = _unexpected(method)
-        if late := delay(error):
-            await asyncio.sleep(late)
+        if seconds := delay(error):
+            await asyncio.sleep(seconds)
         await context.abort_with_status(rpc_status.to_status(status_of(error)))
 
     return around
 
 
 def _unexpected(method: str) -> DeltamuxError:
-    """Logs the exception that is being handled, and returns what the caller is told of it."""
+    """Logs the exception that is being handled, and returns an error without its details for the caller."""
     incident = secrets.token_hex(6)
     log.exception("%s: unexpected, incident %s", method, incident)
     return DeltamuxError(
-        f"the server failed unexpectedly; its log tells more under incident {incident}",
+        f"the server failed unexpectedly; see incident {incident} in its log",
         metadata={"incident": incident},
     )

@@ -1,8 +1,7 @@
 """The bound of every sized field of every request, and the check of a request against it.
 
-Sized is what can grow: text, bytes, a repeated field, a map. `LIMITS` holds one entry for each such field that a client
-can send; ``tests/server/test_limits.py`` fails where a field of the contract has none. The comments of the .proto files
-state the same bounds.
+Sized fields are text, bytes, repeated fields and maps. `LIMITS` has one entry for each such field of a request;
+``tests/server/test_limits.py`` fails for a field without one. The comments of the .proto files state the same bounds.
 """
 
 from __future__ import annotations
@@ -21,24 +20,23 @@ MAX_MESSAGE_BYTES = 8 * MIB
 """Largest message that the server receives or sends."""
 
 SMALL_MESSAGE_BYTES = 1 << 16
-"""Of a request that holds neither a prompt nor a piece of a file."""
+"""Largest request without a prompt or a chunk of a file."""
 
 BYTES_PER_TOKEN = 256
-"""Of a prompt: more than the longest tokens that vocabularies have."""
+"""For a prompt: more than the longest tokens of vocabularies."""
 
 MAX_LABEL_BYTES = 4096
-"""All labels of a version together, so that a whole page of versions fits into one message."""
+"""All labels of a version together, so that a page of versions fits into one message."""
 
 _TYPE_TEXT = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How large a field may be; None where the question does not arise.
+    """The bounds of a field; None for those that do not apply.
 
     Attributes:
-        size: characters of a text, bytes of a bytes field; of each entry where the field is repeated, of each value
-            where it is a map.
+        size: characters of a text, bytes of a bytes field; of each entry of a repeated field, of each value of a map.
         count: entries of a repeated field or map.
         key: characters of each key of a map.
         total: characters of all entries together; of a map, UTF-8 bytes of all keys and values.
@@ -58,7 +56,7 @@ LIMITS: Mapping[str, Limit] = {
     "GenerateRequest.adapter": NAME,
     # Also bounded by the context: a text that cannot fit is refused before it is tokenised.
     "GenerateRequest.text": Limit(size=MAX_MESSAGE_BYTES),
-    # Also bounded by the context, by their number alone.
+    # Also bounded by the context, by their number.
     "TokenIds.values": Limit(count=MIB),
     "Chat.messages": Limit(count=1024),
     "ChatMessage.role": Limit(size=64),
@@ -107,7 +105,7 @@ LIMITS: Mapping[str, Limit] = {
 
 
 def max_bytes(kind: str, max_model_len: int) -> int:
-    """Returns the most bytes of a request, by its message's name; a larger one is refused undecoded."""
+    """Returns the size limit of a request by its message's name; a larger one is refused before it is decoded."""
     if kind == "GenerateRequest":
         return min(MAX_MESSAGE_BYTES, MIB + BYTES_PER_TOKEN * max_model_len)
     return MIB + SMALL_MESSAGE_BYTES if kind == "UploadAdapterRequest" else SMALL_MESSAGE_BYTES
@@ -116,7 +114,7 @@ def max_bytes(kind: str, max_model_len: int) -> int:
 def check_limits(message: Message) -> None:
     """Raises InvalidArgumentError, reason LIMIT_EXCEEDED, naming the first field that is larger than its bound.
 
-    The number of entries is compared before any of them is looked at, so the cost is bounded by the bounds themselves.
+    The number of entries is compared before any entry is checked, which bounds the cost.
     """
     _check(message, "")
 
@@ -124,7 +122,7 @@ def check_limits(message: Message) -> None:
 def key_of(field: FieldDescriptor) -> str:
     """Returns a field's key in `LIMITS`."""
     owner = field.containing_type
-    assert owner is not None, "an extension is part of no message"
+    assert owner is not None, "an extension does not belong to a message"
     return f"{owner.name}.{field.name}"
 
 
@@ -149,35 +147,35 @@ def _check(message: Message, path: str) -> None:
 
 def _check_field(field: FieldDescriptor, value: Any, name: str, limit: Limit) -> None:
     if not field.is_repeated:
-        _at_most(len(value), limit.size, name, "bytes" if field.type == FieldDescriptor.TYPE_BYTES else "characters")
+        _check_size(len(value), limit.size, name, "bytes" if field.type == FieldDescriptor.TYPE_BYTES else "characters")
         return
-    _at_most(len(value), limit.count, name, "entries")
+    _check_size(len(value), limit.count, name, "entries")
     if is_map(field):
         _check_map(value, name, limit)
     elif limit.size is not None:
         sizes = [len(entry) for entry in value]
-        _at_most(max(sizes), limit.size, name, "characters in one entry")
-        _at_most(sum(sizes), limit.total, name, "characters in all entries together")
+        _check_size(max(sizes), limit.size, name, "characters in one entry")
+        _check_size(sum(sizes), limit.total, name, "characters in all entries together")
 
 
 def _check_map(value: Mapping[Any, Any], name: str, limit: Limit) -> None:
     if limit.key is not None:
-        _at_most(_longest(value), limit.key, name, "characters in one key")
+        _check_size(_longest(value), limit.key, name, "characters in one key")
     if limit.size is not None:
-        _at_most(_longest(value.values()), limit.size, name, "characters in one value")
+        _check_size(_longest(value.values()), limit.size, name, "characters in one value")
     if limit.total is not None:
         size = sum(len(key.encode()) + len(text.encode()) for key, text in value.items())
-        _at_most(size, limit.total, name, "bytes in all keys and values together")
+        _check_size(size, limit.total, name, "bytes in all keys and values together")
 
 
 def _longest(texts: Iterable[str]) -> int:
     return max(map(len, texts), default=0)
 
 
-def _at_most(size: int, bound: int | None, name: str, what: str) -> None:
+def _check_size(size: int, bound: int | None, name: str, what: str) -> None:
     if bound is not None and size > bound:
         raise InvalidArgumentError(
-            f"{name} has {size} {what}; at most {bound} are taken",
+            f"{name} has {size} {what}; at most {bound} are allowed",
             reason="LIMIT_EXCEEDED",
             metadata={"field": name, "size": str(size), "limit": str(bound)},
         )

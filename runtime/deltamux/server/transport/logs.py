@@ -1,4 +1,4 @@
-"""Bounds what one line of the server's log may hold, whatever a caller sent."""
+"""A bound on the length of log lines, which may quote a caller's text."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ MAX_LINE = 2000
 MAX_TRACEBACK = 16_000
 
 
-def bound_lines(logger: logging.Logger) -> None:
-    """Has a logger cut its messages to `MAX_LINE` characters and its tracebacks to `MAX_TRACEBACK`, line breaks
-    within a message escaped; calling it again changes nothing."""
-    if not any(isinstance(present, _Bounded) for present in logger.filters):
-        logger.addFilter(_Bounded())
+def limit_line_length(logger: logging.Logger) -> None:
+    """Truncates a logger's messages to `MAX_LINE` characters and its tracebacks to `MAX_TRACEBACK`, and escapes line
+    breaks within a message; a second call changes nothing."""
+    if not any(isinstance(present, _LineLengthLimit) for present in logger.filters):
+        logger.addFilter(_LineLengthLimit())
 
 
-class _Bounded(logging.Filter):
+class _LineLengthLimit(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        record.msg, record.args = clipped(text[: MAX_LINE + 1].replace("\n", "\\n"), MAX_LINE), None
+        record.msg, record.args = truncate(text[: MAX_LINE + 1].replace("\n", "\\n"), MAX_LINE), None
         if record.exc_info:
-            # Formatters use the text where it is there already.
-            record.exc_text = clipped(_FORMATTER.formatException(record.exc_info), MAX_TRACEBACK)
+            # Formatters use this text if it is set.
+            record.exc_text = truncate(_FORMATTER.formatException(record.exc_info), MAX_TRACEBACK)
         return True
 
 
-def clipped(text: str, limit: int) -> str:
-    """Returns a text of at most so many characters: of a longer one the beginning and the end."""
+def truncate(text: str, limit: int) -> str:
+    """Returns a text, or the beginning and end of one that is longer than the limit."""
     if len(text) <= limit:
         return text
     half = (limit - 1) // 2

@@ -1,4 +1,4 @@
-"""The services of a server that listens before they exist."""
+"""The services of a server that listens before its engine has started."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ RETRY_SECONDS = 5.0
 
 
 class Services(grpc.GenericRpcHandler):
-    """Hands calls to the services added so far; until `complete` is called, others are told that the server starts.
+    """A handler of the services added so far; calls to others are UNAVAILABLE until `complete`, then UNIMPLEMENTED.
 
-    It stands in for a gRPC server in the generated ``add_..._to_server`` functions, which a server itself takes no more
-    once it has started.
+    It takes the place of a gRPC server in the generated ``add_..._to_server`` functions, which do not work on a started
+    server.
 
     Attributes:
-        health: the standard health service, which answers from the beginning.
+        health: the standard health service, available from the beginning.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -33,18 +33,18 @@ class Services(grpc.GenericRpcHandler):
         self.add(health_pb2_grpc.add_HealthServicer_to_server, self.health)
 
     def add(self, add_to_server: Any, servicer: Any) -> None:
-        """Adds a servicer by the function that was generated for it."""
+        """Adds a servicer with its generated function."""
         add_to_server(servicer, self)
 
     async def start(self, server: grpc.aio.Server) -> None:
-        """Starts a server that hands its calls to these services; its health is NOT_SERVING."""
+        """Starts a server with these services; its health is NOT_SERVING."""
         for name in ("", *self._names):
             await self.health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         server.add_generic_rpc_handlers((self,))
         await server.start()
 
     def complete(self) -> None:
-        """From here on a method that is not known is unimplemented, and not about to come."""
+        """Marks all services as added."""
         self._complete = True
 
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[Any, Any] | None:
@@ -57,7 +57,7 @@ class Services(grpc.GenericRpcHandler):
         self._handlers.extend(handlers)
 
     def add_registered_method_handlers(self, service: str, handlers: Any) -> None:
-        """Adds nothing: the same handlers come as generic ones."""
+        """Adds nothing: the same handlers are added as generic ones."""
 
 
 async def _starting(request: bytes, context: Context) -> bytes:
@@ -69,4 +69,4 @@ async def _starting(request: bytes, context: Context) -> bytes:
 
 
 _STARTING: grpc.RpcMethodHandler[Any, Any] = grpc.unary_unary_rpc_method_handler(_starting)
-"""Fits calls of every kind: what is answered to the first message is an error."""
+"""For calls of every kind, as it answers the first message with an error."""

@@ -1,4 +1,4 @@
-"""From an error of deltamux to the `google.rpc.Status` that the caller receives."""
+"""Translation of errors to `google.rpc.Status`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ DOMAIN = "deltamux"
 MAX_MESSAGE_BYTES = 1200
 MAX_VALUE_BYTES = 200
 MAX_METADATA = 8
-"""A status travels in the trailers, which every client bounds to 8 KiB: a longer one would reach nobody."""
+"""A status is sent in the trailers, which clients bound to 8 KiB."""
 
 _PATHS = re.compile(r"""'/[^'\n]*'|"/[^"\n]*"|(?<![\w.#-])/+[^\s'"`<>:,;()\[\]{}|]+""")
 
 
 def status_of(error: DeltamuxError) -> status_pb2.Status:
-    """Returns the error as its status with ErrorInfo, and BadRequest or RetryInfo where it knows field or time."""
+    """Returns an error's status with ErrorInfo, and BadRequest or RetryInfo if it has a field or a retry time."""
     shown = {k: without_paths(v) for k, v in _first(error.metadata).items()}
     metadata = {_clip(k, MAX_VALUE_BYTES): _clip(v, MAX_VALUE_BYTES) for k, v in shown.items()}
     text = _clip(without_paths(error.message), MAX_MESSAGE_BYTES)
@@ -47,9 +47,9 @@ def status_of(error: DeltamuxError) -> status_pb2.Status:
 
 
 def without_paths(text: str) -> str:
-    """Returns a text in which paths of this machine have lost their directories: those are for the server's log.
+    """Returns a text without the directories of this machine's paths, which are for the server's log only.
 
-    A path is what begins at a directory of the root that exists here; one with spaces is seen where it is quoted.
+    A path begins with an existing directory of the root; one with spaces is recognised if it is quoted.
     """
     return _PATHS.sub(_shortened, text)
 
@@ -80,7 +80,7 @@ def _first(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _clip(text: str, max_bytes: int) -> str:
-    """Returns valid UTF-8 of at most so many bytes: names in an uploaded file may hold anything."""
+    """Returns valid UTF-8 of at most `max_bytes` bytes; names in an uploaded file may not be valid."""
     raw = text.encode("utf-8", "backslashreplace")
     if len(raw) <= max_bytes:
         return raw.decode()

@@ -1,4 +1,4 @@
-"""Streams whose client does not read: they are given up, so that they hold nothing that others need."""
+"""Streams whose client does not read them: they are cancelled, to free their permits and KV cache."""
 
 from __future__ import annotations
 
@@ -12,36 +12,35 @@ from deltamux.errors import DeadlineExceededError, ResourceExhaustedError
 from deltamux.server.access.caller import CURRENT
 
 UNREAD_SECONDS = 60.0
-"""A response that the client's window has no room for waits so long. gRPC takes some 64 KiB off the server's hands."""
+"""Longest wait of a response for the client's flow control window. gRPC buffers some 64 KiB before it waits."""
 
 MAX_UNREAD = 64
-"""Streams of one caller that are given up and not over: gRPC keeps what was sent until the client reads it or goes."""
+"""Cancelled streams of one caller that are still open: gRPC keeps their buffers until the client reads or leaves."""
 
 RETRY_SECONDS = 30.0
 
 
-class Unread:
-    """The streams that were given up, by caller."""
+class UnreadStreams:
+    """The cancelled streams that are still open, by caller."""
 
     def __init__(self) -> None:
-        self._given_up: Counter[Hashable] = Counter()
+        self._cancelled: Counter[Hashable] = Counter()
 
     def _check(self) -> None:
         """Raises ResourceExhaustedError if the caller has left too many streams unread to begin another."""
-        if self._given_up[CURRENT.get(None)] >= MAX_UNREAD:
+        if self._cancelled[CURRENT.get(None)] >= MAX_UNREAD:
             raise ResourceExhaustedError(
-                f"{MAX_UNREAD} streams of this caller are open that it does not read: read them to their end, or "
-                "cancel them",
+                f"this caller has {MAX_UNREAD} open streams that it does not read: read them to the end or cancel them",
                 reason="STREAM_NOT_READ",
                 metadata={"limit": str(MAX_UNREAD)},
                 retry_after=RETRY_SECONDS,
             )
 
     async def send(self, context: Any, responses: AsyncGenerator[Any, Any]) -> None:
-        """Sends all responses; closes their generator as soon as the client does not read.
+        """Sends all responses; closes their generator when the client does not read for `UNREAD_SECONDS`.
 
         Raises:
-            DeadlineExceededError: once the client reads again: what it did not read goes out before any status.
+            DeadlineExceededError: the stream was cancelled; raised once the client has read the buffered responses.
         """
         self._check()
         async for response in responses:
@@ -54,7 +53,7 @@ class Unread:
         closing: list[asyncio.Task[None]] = []
 
         def cancel() -> None:
-            self._given_up[caller] += 1
+            self._cancelled[caller] += 1
             closing.append(loop.create_task(responses.aclose()))
 
         timer = loop.call_later(UNREAD_SECONDS, cancel)
@@ -64,10 +63,10 @@ class Unread:
             timer.cancel()
             if closing:
                 await asyncio.wait(closing)
-                self._given_up[caller] -= 1
-                self._given_up = +self._given_up
+                self._cancelled[caller] -= 1
+                self._cancelled = +self._cancelled
         if closing:
             raise DeadlineExceededError(
-                f"the client had read nothing of the stream for {UNREAD_SECONDS:g} s, and it was given up; call again",
+                f"the client had not read from the stream for {UNREAD_SECONDS:g} s, and it was cancelled; call again",
                 reason="STREAM_NOT_READ",
             )

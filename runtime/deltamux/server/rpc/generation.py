@@ -1,4 +1,4 @@
-"""Between the messages of the contract and the runtime's own types: generation requests and what comes of them."""
+"""Translation of generation requests and their results between messages and the runtime's types."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ def _guided_of(message: pb.StructuredOutput) -> GuidedDecoding:
 
 
 class Responses:
-    """Turns one request's chunks into responses, and counts what they hold.
+    """Translation of one request's chunks to responses, with a count of their tokens.
 
     Args:
-        alternatives: whether the likeliest tokens of every position were asked for.
+        alternatives: whether the likeliest tokens of every position were requested.
         adapter_version: resource name of the version that serves the request; "" for the base.
     """
 
@@ -97,7 +97,7 @@ class Responses:
 
 
 def add_increment(whole: pb.GenerateResponse, increment: pb.GenerateResponse) -> None:
-    """Makes ``whole`` hold what it held and the increment: text and tokens grow, the rest is the newest."""
+    """Adds an increment to a response: text and tokens are appended, other fields are replaced."""
     # MergeFrom appends repeated fields and replaces set scalars; text alone is a scalar that must grow.
     text = whole.text + increment.text
     whole.MergeFrom(increment)
@@ -114,7 +114,7 @@ def _finish_reason(reason: str | None) -> pb.FinishReason.ValueType:
     if reason is None:
         return pb.FINISH_REASON_UNSPECIFIED
     if reason not in _FINISH_REASONS:
-        raise UnavailableError(f"the engine gave the generation up ({reason}); it may be sent again")
+        raise UnavailableError(f"the engine aborted the generation ({reason}); it may be sent again")
     return _FINISH_REASONS[reason]
 
 

@@ -1,4 +1,4 @@
-"""Tells watchers what changes, each within its own bounded queue."""
+"""Events of adapters: one bounded queue per watch."""
 
 from __future__ import annotations
 
@@ -11,55 +11,58 @@ from deltamux.errors import AbortedError, ResourceExhaustedError, UnavailableErr
 from deltamux.store import AdapterKey
 from deltamux.v1 import adapters_pb2 as pb
 
-MAX_WAITING = 256
+MAX_QUEUED = 256
+"""Events that one watch may be behind."""
 
 MAX_WATCHES = 256
-"""Of one tenant and its adapters at once: a change is sent to all of them before the event loop does anything else."""
+"""Open watches of one tenant and its adapters: the event loop sends a change to all of them at once."""
 
 
 @dataclass(eq=False)
 class Subscription:
-    """One watcher's view: events of a tenant, or of one of its adapters, from the moment it was made."""
+    """One watch: the events of a tenant, or of one of its adapters, since its creation."""
 
     tenant: str
     adapter: str | None
-    _waiting: asyncio.Queue[pb.AdapterEvent | None] = field(default_factory=lambda: asyncio.Queue(MAX_WAITING))
-    _ended_by: AbortedError | UnavailableError | None = None
+    _queue: asyncio.Queue[pb.AdapterEvent | None] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED))
+    _error: AbortedError | UnavailableError | None = None
 
     def matches(self, name: AdapterKey) -> bool:
         return self.tenant == name.tenant and self.adapter in (None, name.adapter)
 
     def put(self, event: pb.AdapterEvent) -> None:
         try:
-            self._waiting.put_nowait(event)
+            self._queue.put_nowait(event)
         except asyncio.QueueFull:
-            self.end(AbortedError("the watch fell too far behind: begin it anew", reason="WATCH_TOO_SLOW"))
+            self.end(
+                AbortedError("the client reads the watch's events too slowly: start it again", reason="WATCH_TOO_SLOW")
+            )
 
     def end(self, error: AbortedError | UnavailableError) -> None:
-        """Ends the watch at once; what still waits is of no use without what follows it."""
-        self._ended_by = error
-        while not self._waiting.empty():
-            self._waiting.get_nowait()
-        self._waiting.put_nowait(None)
+        """Ends the watch at once; queued events are dropped, as those after them are."""
+        self._error = error
+        while not self._queue.empty():
+            self._queue.get_nowait()
+        self._queue.put_nowait(None)
 
     async def events(self) -> AsyncGenerator[pb.AdapterEvent]:
-        """Yields events as they happen; raises what ended the watch."""
-        while (event := await self._waiting.get()) is not None:
+        """Yields events as they happen; raises the error that ended the watch."""
+        while (event := await self._queue.get()) is not None:
             yield event
-        assert self._ended_by is not None
-        raise self._ended_by
+        assert self._error is not None
+        raise self._error
 
 
 class EventHub:
-    """Hands every event to the subscriptions that match it. All methods run on the event loop.
+    """The open watches; an event is published to those that match it. All methods run on the event loop.
 
     Attributes:
-        order: held from the look at what changed until its event is published, so that events come in the order of the
-            changes, and the last one tells how things are.
+        lock: held while an adapter is read and its event is published, so that events are in the order of the
+            changes, and the last one has the present state.
     """
 
     def __init__(self) -> None:
-        self.order = asyncio.Lock()
+        self.lock = asyncio.Lock()
         self._subscriptions: set[Subscription] = set()
         self._closed = False
 
@@ -69,7 +72,7 @@ class EventHub:
             raise _shutting_down()
         if sum(subscription.tenant == tenant for subscription in self._subscriptions) >= MAX_WATCHES:
             raise ResourceExhaustedError(
-                f"tenants/{tenant} is watched {MAX_WATCHES} times already, which is the limit: end one, or share one",
+                f"tenants/{tenant} has {MAX_WATCHES} open watches, which is the limit: end one, or share one",
                 reason="SERVER_BUSY",
                 metadata={"limit": str(MAX_WATCHES)},
                 retry_after=10.0,
@@ -87,7 +90,7 @@ class EventHub:
                 subscription.put(event)
 
     def close(self) -> None:
-        """Ends all watches: the server is about to stop."""
+        """Ends all watches, before the server stops."""
         self._closed = True
         for subscription in list(self._subscriptions):
             subscription.end(_shutting_down())

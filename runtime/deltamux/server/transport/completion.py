@@ -1,4 +1,4 @@
-"""Work that goes on to its end when its caller goes away."""
+"""Work that a cancellation of its caller does not stop half way."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-async def finished(work: Coroutine[Any, Any, T]) -> T:
-    """Runs work that must not stop half way; a cancellation of the caller is raised once it has ended.
+async def run_to_completion(work: Coroutine[Any, Any, T]) -> T:
+    """Runs work to its end; a cancellation of the caller is raised after it.
 
-    A thread that changes the store is not ended by a cancellation: what goes with the change, such as telling watchers
-    of it, must not be either, nor may the files that it works on go before.
+    A cancellation does not stop a thread that changes the store; what belongs to the change, such as its event and the
+    files that it reads, must not stop before it either.
     """
     task = asyncio.ensure_future(work)
     try:
@@ -24,5 +24,5 @@ async def finished(work: Coroutine[Any, Any, T]) -> T:
             with suppress(asyncio.CancelledError):
                 await asyncio.wait([task])
         if not task.cancelled():
-            task.exception()  # nobody is left to hear of it
+            task.exception()  # the caller is cancelled
         raise

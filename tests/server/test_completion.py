@@ -13,8 +13,8 @@ import pytest
 
 from deltamux.client import AsyncClient
 from deltamux.errors import DeltamuxError
-from deltamux.server.app import Running
-from deltamux.server.transport.finishing import finished
+from deltamux.server.app import RunningServer
+from deltamux.server.transport.completion import run_to_completion
 from deltamux.store.inspection import inspect
 from deltamux.store.objects import ObjectStore
 from deltamux.store.store import AdapterStore
@@ -65,7 +65,7 @@ async def heard(events: list[tuple[str, int | None]]) -> None:
 
 
 async def test_an_upload_that_is_cancelled_while_it_is_stored_is_stored_whole(
-    served: Running, client: AsyncClient, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+    served: RunningServer, client: AsyncClient, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     events: list[tuple[str, int | None]] = []
@@ -115,7 +115,7 @@ async def test_work_that_is_cancelled_twice_ends_before_its_caller() -> None:
 
     async def call() -> None:
         try:
-            await finished(work())
+            await run_to_completion(work())
         finally:
             order.append("caller")
 

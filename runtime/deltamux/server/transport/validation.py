@@ -1,4 +1,4 @@
-"""Every request, before its RPC runs: one that cannot be decoded, or is larger than its bounds, is INVALID_ARGUMENT."""
+"""Validation of requests: one that cannot be decoded, or is larger than its bounds, is INVALID_ARGUMENT."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ REQUESTS: Mapping[str, str] = {
     for service in file.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }
-"""Name of the message that each method takes, by its path."""
+"""The name of each method's request message, by the method's path."""
 
 
-class Refused(NamedTuple):
-    """Stands where a request would; gRPC has no status for a deserialiser that raises."""
+class InvalidRequest(NamedTuple):
+    """The error of a request, in its place: gRPC has no status for a deserializer that raises."""
 
     error: DeltamuxError
 
 
-class CheckedRequests(grpc.aio.ServerInterceptor):
-    """Decodes and checks every request. It comes last, so that what it raises meets the interceptors before it.
+class RequestValidator(grpc.aio.ServerInterceptor):
+    """Decodes and checks every request; the innermost interceptor, so that the others see its errors.
 
     Attributes:
-        max_model_len: the context's length in tokens, which bounds what a prompt may have; known once an engine has
-            started.
+        max_model_len: the context's length in tokens, which bounds a prompt; set once the engine has started.
     """
 
     def __init__(self) -> None:
@@ -47,66 +46,66 @@ class CheckedRequests(grpc.aio.ServerInterceptor):
         wrap = _streaming if handler.request_streaming else _unary
         behaviour = wrap(getattr(handler, attribute))
         kind = REQUESTS.get(handler_call_details.method, "")
-        read = self._checked(kind, handler.request_deserializer)
+        read = self._deserializer(kind, handler.request_deserializer)
         return make(behaviour, read, handler.response_serializer)
 
-    def _checked(self, kind: str, deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-        if deserialise is None:
+    def _deserializer(self, kind: str, deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+        if deserialize is None:
             return None
 
         def read(raw: bytes) -> Any:
             request_bytes.set(request_bytes.get() + len(raw))
             if len(raw) > (limit := max_bytes(kind, self.max_model_len)):
-                return Refused(_too_large(len(raw), limit))
+                return InvalidRequest(_too_large(len(raw), limit))
             try:
-                message = deserialise(raw)
+                message = deserialize(raw)
                 check_limits(message)
             except InvalidArgumentError as error:
-                return Refused(error)
+                return InvalidRequest(error)
             except Exception as error:
-                return Refused(_undecodable(raw, error))
+                return InvalidRequest(_undecodable(raw, error))
             return message
 
         return read
 
 
 def _unary(inner: Callable[[Any, Context], Any]) -> Any:
-    # Not a coroutine: what a streaming method returns is an asynchronous generator, and passes through as it is.
+    # Not a coroutine: a streaming method returns an asynchronous generator, which is passed on.
     def run(request: Any, context: Context) -> Any:
-        return inner(_accepted(request), context)
+        return inner(_validated(request), context)
 
     return run
 
 
 def _streaming(inner: Callable[[Any, Context], Any]) -> Any:
     def run(requests: AsyncIterator[Any], context: Context) -> Any:
-        return inner(_Accepted(requests), context)
+        return inner(_ValidatedStream(requests), context)
 
     return run
 
 
-class _Accepted:
-    """The requests of a stream, each as `_accepted` returns it."""
+class _ValidatedStream:
+    """The requests of a stream, each as `_validated` returns it."""
 
     def __init__(self, requests: AsyncIterator[Any]) -> None:
         self._requests = aiter(requests)
 
-    def __aiter__(self) -> _Accepted:
+    def __aiter__(self) -> _ValidatedStream:
         return self
 
     async def __anext__(self) -> Any:
-        return _accepted(await anext(self._requests))
+        return _validated(await anext(self._requests))
 
 
-def _accepted(request: Any) -> Any:
-    if isinstance(request, Refused):
+def _validated(request: Any) -> Any:
+    if isinstance(request, InvalidRequest):
         raise request.error
     return request
 
 
 def _too_large(size: int, limit: int) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"the request has {size} bytes; this server takes at most {limit} of its kind",
+        f"the request has {size} bytes; this server allows at most {limit} for this RPC",
         reason="LIMIT_EXCEEDED",
         metadata={"field": "request", "size": str(size), "limit": str(limit)},
     )

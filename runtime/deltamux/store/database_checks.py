@@ -1,4 +1,4 @@
-"""Whether a database can be used for the objects that it lies beside; looking changes nothing."""
+"""Read-only checks of a database before it is used with a store's objects."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ DATABASE_FILE = "db.sqlite3"
 
 
 def check_present(root: Path, files: Identity | None, *, claimed: bool) -> None:
-    """Raises FailedPreconditionError where there should be a database and is none.
+    """Raises FailedPreconditionError if the database of an existing store is missing.
 
     Args:
-        files: the identity in the files beside it, if there is any.
-        claimed: whether anything else of a store is there.
+        files: the identity in the store's files, if there is any.
+        claimed: whether other parts of a store exist.
     """
     path = root / DATABASE_FILE
     if claimed and (not path.exists() or path.stat().st_size == 0):
         raise no_database(root, files, "empty" if path.exists() else "missing")
 
 
-def vet(
+def check_database(
     connection: sqlite3.Connection, root: Path, files: Identity | None, *, claimed: bool, adopt: bool = False
 ) -> int:
-    """Returns the version of a database's schema, 0 of an empty one.
+    """Returns the version of a database's schema; 0 for an empty one.
 
     Args:
         files, claimed: see `check_present`.
-        adopt: whether it may belong to something else.
+        adopt: whether it may belong to another store.
     Raises:
-        FailedPreconditionError: it is newer, empty, of something else, or older than the objects.
+        FailedPreconditionError: it is newer, empty, of another store or program, or older than the objects.
         sqlite3.DatabaseError: it is damaged.
     """
 
@@ -61,23 +61,23 @@ def vet(
     if version == schema.SCHEMA_VERSION:
         if lacking := schema.missing(connection):
             raise damage(root, f"it lacks {', '.join(lacking)}")
-        if foreign := schema.foreign(connection):
-            raise damage(root, f"it holds {', '.join(foreign)}, which this program does not make")
+        if unexpected := schema.unexpected(connection):
+            raise damage(root, f"it holds {', '.join(unexpected)}, which deltamux does not create")
         if not adopt:
             check_belongs(root, files, identity_in(connection))
     return version
 
 
 def identity_in(connection: sqlite3.Connection) -> Identity:
-    """Returns what a database says of itself; raises sqlite3.DatabaseError where that is not one row of its types."""
+    """Returns a database's identity; raises sqlite3.DatabaseError if it is not one valid row."""
     rows = connection.execute("SELECT store_id, generation, base_fingerprint FROM identity").fetchall()
     if [list(map(type, row)) for row in rows] != [[str, int, str]]:
-        raise _corrupt("its table `identity` does not hold one row of its types")
+        raise _corrupt("its table `identity` does not have one valid row")
     return Identity(*rows[0])
 
 
 def damage(root: Path, problem: str) -> sqlite3.DatabaseError:
-    """Returns what SQLite would raise if it had found a problem itself."""
+    """Returns the error that SQLite raises for a damaged database."""
     return _corrupt(f"{root / DATABASE_FILE}: {problem}")
 
 

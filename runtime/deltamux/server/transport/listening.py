@@ -1,4 +1,4 @@
-"""Where the server listens: loopback as it comes; anywhere else only with keys and TLS."""
+"""The server's port: loopback by default, other addresses only with keys and TLS."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from deltamux.errors import FailedPreconditionError
 from deltamux.server.options import ServeOptions, split_address
 from deltamux.server.transport.limits import MAX_MESSAGE_BYTES
 
-MAX_UNSEEN_CALLS = 1 << 16
+MAX_PENDING_CALLS = 1 << 16
 
 MAX_CALLS_PER_CONNECTION = 4096
-"""Calls that one connection may have under way; gRPC's clients hold further ones back.
+"""Concurrent calls (HTTP/2 streams) of one connection; gRPC's clients queue further ones.
 
-Calls that a client begins and resets at once, key or not, count until the server has seen them end, so that they cannot
-fill its queue. So do those that were just answered: a client at the limit may be refused (UNAVAILABLE), so the limit is
-more than one channel is used for.
+Calls that a client resets at once count until the server has handled their end, so that they cannot fill its queue. So
+do calls that were just answered: a client at the limit may be refused (UNAVAILABLE), so the limit is more than a
+channel normally uses.
 """
 
 SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
@@ -32,16 +32,15 @@ SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     # Two servers on one port would share its connections between them at random.
     ("grpc.so_reuseport", 0),
-    # A call beyond these, or one that is not looked at within that time, gRPC cancels without a word: so many wait that
-    # every call is answered, be it by the refusal of the server's own limits.
-    ("grpc.server.max_pending_requests", MAX_UNSEEN_CALLS),
-    ("grpc.server.max_pending_requests_hard_limit", MAX_UNSEEN_CALLS),
+    # gRPC cancels a call beyond these without a status: large enough that every call is answered, if only with the
+    # refusal of the server's own limits.
+    ("grpc.server.max_pending_requests", MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_PENDING_CALLS),
     ("grpc.server_max_unrequested_time_in_server", 600),
     ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
-    # A compressed message of 8 KiB can stand for 8 MiB, and gRPC unpacks it before a key is looked at. Bit 0: as it is.
+    # A compressed message of 8 KiB can expand to 8 MiB, before a key is checked. Bit 0: no compression.
     ("grpc.compression_enabled_algorithms_bitset", 1),
-    # Clients may ask as often as they like whether a silent connection lives; the server asks as well, so that what a
-    # vanished client holds is freed.
+    # Clients may send keepalive pings at any rate; the server sends its own, to free what a vanished client held.
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.keepalive_time_ms", 60_000),
@@ -50,11 +49,11 @@ SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
 
 
 MAX_DESCRIPTORS = 1 << 16
-"""Each connection takes one, an idle one too. Many systems give a process 1024, and let it ask for more."""
+"""Each connection takes one, idle or not. Many systems have a soft limit of 1024 per process."""
 
 
-def allow_descriptors() -> None:
-    """Raises this process's limit of open files as far as it may, up to MAX_DESCRIPTORS."""
+def raise_descriptor_limit() -> None:
+    """Raises this process's soft limit of open files, up to MAX_DESCRIPTORS."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -62,7 +61,7 @@ def allow_descriptors() -> None:
 
 
 def check_exposure(options: ServeOptions) -> None:
-    """Raises FailedPreconditionError if others could reach a server that has no keys or no TLS."""
+    """Raises FailedPreconditionError if other machines could reach a server without keys or TLS."""
     if options.insecure or is_loopback(options.listen):
         return
     lacking = [
@@ -76,14 +75,14 @@ def check_exposure(options: ServeOptions) -> None:
     if lacking:
         raise FailedPreconditionError(
             f"listening on {options.listen}, which other machines can reach, needs {' and '.join(lacking)}; "
-            "or say --insecure, if the network around is trusted",
+            "or --insecure, if the network is trusted",
             reason="INSECURE_LISTEN",
             metadata={"listen": options.listen},
         )
 
 
 def is_loopback(listen: str) -> bool:
-    """Tells whether only this machine reaches the address; a host name other than localhost may be anything."""
+    """Whether only this machine reaches the address; of host names, localhost only."""
     if listen.startswith("unix:"):
         return True
     host = split_address(listen)[0]
@@ -94,13 +93,13 @@ def is_loopback(listen: str) -> bool:
 
 
 def bind(server: grpc.aio.Server, options: ServeOptions) -> str:
-    """Takes the port and returns the address that clients use.
+    """Binds the port and returns the address for clients.
 
     Raises:
         FailedPreconditionError: the address is taken or not this machine's, or the TLS files cannot be used.
     """
     check_tls(options)
-    if _somebody_answers(options.listen):
+    if _has_listener(options.listen):
         raise _cannot_listen(options, "another process listens there")
     try:
         if options.tls_cert is None:
@@ -108,7 +107,7 @@ def bind(server: grpc.aio.Server, options: ServeOptions) -> str:
         else:
             port = server.add_secure_port(options.listen, _credentials(options))
     except RuntimeError as error:
-        raise _cannot_listen(options, _why_not(options.listen)) from error
+        raise _cannot_listen(options, _bind_problem(options.listen)) from error
     return options.listen if options.listen.startswith("unix:") else f"{options.listen.rpartition(':')[0]}:{port}"
 
 
@@ -120,8 +119,8 @@ def _cannot_listen(options: ServeOptions, why: str) -> FailedPreconditionError:
     )
 
 
-def _somebody_answers(listen: str) -> bool:
-    """Tells whether a Unix socket has a listener: gRPC removes its file, and the listener would serve nobody more."""
+def _has_listener(listen: str) -> bool:
+    """Whether a Unix socket has a listener: gRPC would remove its file, and so disconnect that listener."""
     if not listen.startswith("unix:"):
         return False
     with socket.socket(socket.AF_UNIX) as probe:
@@ -133,13 +132,13 @@ def _somebody_answers(listen: str) -> bool:
     return True
 
 
-def _why_not(listen: str) -> str:
-    """Returns what the system says of an address that gRPC could not take; gRPC has that in its log alone."""
+def _bind_problem(listen: str) -> str:
+    """Returns the system's error for an address that gRPC could not bind; gRPC only logs it."""
     try:
         if listen.startswith("unix:"):
             path = Path(listen.removeprefix("unix:"))
             os.stat(path.parent)
-            return "the socket's file cannot be made" if not path.exists() else "its file is not a socket"
+            return "the socket's file cannot be created" if not path.exists() else "its file is not a socket"
         host, port = split_address(listen)
         for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             with socket.socket(family, kind, protocol) as probe:
@@ -150,7 +149,7 @@ def _why_not(listen: str) -> str:
 
 
 def check_tls(options: ServeOptions) -> None:
-    """Raises FailedPreconditionError, reason TLS_FILES, that says what is wrong with the certificate or its key."""
+    """Raises FailedPreconditionError, reason TLS_FILES, for an unusable certificate or key."""
     if options.tls_cert is None or options.tls_key is None:
         return
     certificate, key = _pem(options.tls_cert), _pem(options.tls_key)
