@@ -152,7 +152,7 @@ def test_nobody_waits_for_a_change_that_waits_for_the_disk(store: AdapterStore) 
 
     def change() -> None:
         with store._database.transaction():
-            store._promote(KEY, 2)
+            store._adapter_rows.promote(KEY, 2)
             begun.set()
             ends.wait(10)  # as for a disk that takes long to make it durable
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from deltamux.errors import DeltamuxError
+from deltamux.store.adapter_rows import OF_VERSION
 from deltamux.store.database import Database
 from deltamux.store.leases import Leases
 from deltamux.store.objects import ObjectStore
@@ -96,7 +97,7 @@ class Removal:
         gone: list[VersionRecord] = []
         with self._database.transaction():
             for record in records:
-                found = execute("DELETE FROM versions WHERE tenant = ? AND adapter = ? AND number = ?", *record.key)
+                found = execute(f"DELETE FROM versions WHERE {OF_VERSION}", *record.key)
                 gone += [record] * found.rowcount
             for digest in {record.compiled.digest for record in gone}:
                 if not self._referenced(digest):

@@ -7,14 +7,13 @@ objects that this store has marked before.
 
 from __future__ import annotations
 
-import json
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
+from deltamux.store.adapter_rows import OF_ADAPTER, OF_TENANT, OF_VERSION, AdapterRows
 from deltamux.store.admission import Admission
 from deltamux.store.database import Database
 from deltamux.store.faults import store_faults
@@ -44,6 +43,7 @@ class AdapterStore:
         self._lock = lock
         self._objects = ObjectStore(root)
         self._database = Database(root, self._objects, adopt=adopt)
+        self._adapter_rows = AdapterRows(self._database)
         self.tenants = Tenants(self._database)
         self._leases = Leases()
         # Held while objects are moved, also during disk access; reads need the database's lock only.
@@ -124,53 +124,15 @@ class AdapterStore:
             try:
                 placed = self._admission.place(staged, compiled)
                 with self._database.transaction():
-                    number = self._existing_number(key, compiled, labels) or self._insert(key, compiled, labels or {})
-                    if promote or not self._serves(key):
-                        self._promote(key, number)
+                    number = self._adapter_rows.add_version(key, compiled, labels)
+                    if promote or not self._adapter_rows.serves(key):
+                        self._adapter_rows.promote(key, number)
                     self._admission.record(placed)
             except BaseException:
                 self._removal.discard(compiled.digest)
                 raise
             self._leases.invalidate()
         return self.version(VersionKey(*key, number))
-
-    def _serves(self, key: AdapterKey) -> bool:
-        return self._database.fetch_one("SELECT 1 FROM promotions WHERE tenant = ? AND adapter = ?", *key) is not None
-
-    def _existing_number(
-        self, key: AdapterKey, compiled: CompiledAdapter, labels: Mapping[str, str] | None
-    ) -> int | None:
-        row = self._database.fetch_one(
-            "SELECT number FROM versions WHERE tenant = ? AND adapter = ? AND digest = ? AND state <> ?",
-            *key, compiled.digest, VersionState.DRAINING,
-        )  # fmt: skip
-        if row and labels:
-            sql = "UPDATE versions SET labels = ? WHERE tenant = ? AND adapter = ? AND number = ?"
-            self._database.execute(sql, json.dumps(dict(labels)), *key, row["number"])
-        return row["number"] if row else None
-
-    def _insert(self, key: AdapterKey, compiled: CompiledAdapter, labels: Mapping[str, str]) -> int:
-        execute, now = self._database.execute, time.time()
-        execute("INSERT OR IGNORE INTO tenants VALUES (?, ?)", key.tenant, now)
-        execute(
-            "INSERT OR IGNORE INTO adapters (tenant, adapter, created, updated) VALUES (?, ?, ?, ?)", *key, now, now
-        )
-        execute(
-            "UPDATE adapters SET updated = ?, deleted = 0,"
-            " last_number = 1 + max(CAST(last_number AS INTEGER), (SELECT coalesce(max(CAST(number AS INTEGER)), 0)"
-            " FROM versions v WHERE v.tenant = adapters.tenant AND v.adapter = adapters.adapter)),"
-            " created = CASE deleted WHEN 1 THEN ? ELSE created END WHERE tenant = ? AND adapter = ?",
-            now, now, *key,
-        )  # fmt: skip
-        number: int = self._database.fetch_one(
-            "SELECT last_number FROM adapters WHERE tenant = ? AND adapter = ?", *key
-        )[0]
-        execute(
-            "INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            *key, number, VersionState.READY, compiled.digest, compiled.method, compiled.rank,
-            compiled.num_virtual_tokens, compiled.num_bytes, json.dumps(dict(labels)), now,
-        )  # fmt: skip
-        return number
 
     def collect_orphans(self) -> list[str]:
         """Removes the objects that no version refers to; returns their digests."""
@@ -181,7 +143,7 @@ class AdapterStore:
 
     def adapter(self, key: AdapterKey) -> AdapterRecord:
         """Returns an adapter; raises NotFoundError."""
-        found = self._database.adapters("tenant = ? AND adapter = ?", *key)
+        found = self._database.adapters(OF_ADAPTER, *key)
         if not found:
             raise _not_found(key)
         return found[0]
@@ -200,7 +162,7 @@ class AdapterStore:
     def versions(self, key: AdapterKey, *, after: int = 0, limit: int = 100) -> list[VersionRecord]:
         """Returns an adapter's versions, without draining ones, in order of number, beginning after `after`."""
         self.adapter(key)
-        condition = "tenant = ? AND adapter = ? AND number > ? AND state <> ? ORDER BY number LIMIT ?"
+        condition = f"{OF_ADAPTER} AND number > ? AND state <> ? ORDER BY number LIMIT ?"
         return self._database.versions(condition, *key, after, VersionState.DRAINING, limit)
 
     @contextmanager
@@ -241,7 +203,7 @@ class AdapterStore:
             return Route.of(self.adapter(key), lambda number: self._find_version(key, number))
 
     def _find_version(self, key: AdapterKey, number: int) -> VersionRecord | None:
-        found = self._database.versions("tenant = ? AND adapter = ? AND number = ?", *key, number)
+        found = self._database.versions(OF_VERSION, *key, number)
         return found[0] if found else None
 
     def _release(self, key: VersionKey) -> None:
@@ -260,9 +222,9 @@ class AdapterStore:
             self._active_version(VersionKey(*key, number))
             if canary_percent:
                 check_canary(adapter, number)
-                self._set_canary(key, number, canary_percent)
+                self._adapter_rows.set_canary(key, number, canary_percent)
             else:
-                self._promote(key, number)
+                self._adapter_rows.promote(key, number)
         return self.adapter(key)
 
     def rollback(self, key: AdapterKey) -> AdapterRecord:
@@ -273,7 +235,7 @@ class AdapterStore:
         """
         with self._updating(key) as adapter:
             if adapter.canary is not None:
-                self._set_canary(key, None, None)
+                self._adapter_rows.set_canary(key, None, None)
             elif adapter.previous is None:
                 raise FailedPreconditionError(
                     f"{key} has no earlier version to return to",
@@ -281,17 +243,13 @@ class AdapterStore:
                     metadata={"name": str(key)},
                 )
             else:
-                self._database.execute(
-                    "DELETE FROM promotions WHERE tenant = ?1 AND adapter = ?2 AND id >"
-                    " (SELECT max(id) FROM promotions WHERE tenant = ?1 AND adapter = ?2 AND number = ?3)",
-                    *key, adapter.previous,
-                )  # fmt: skip
+                self._adapter_rows.undo_promotions(key, adapter.previous)
         return self.adapter(key)
 
     def pin(self, key: AdapterKey, pinned: bool) -> AdapterRecord:
         """Marks an adapter as pinned, or as not pinned."""
         with self._updating(key):
-            self._database.execute("UPDATE adapters SET pinned = ? WHERE tenant = ? AND adapter = ?", pinned, *key)
+            self._adapter_rows.set_pinned(key, pinned)
         return self.adapter(key)
 
     def pinned(self) -> list[AdapterRecord]:
@@ -303,10 +261,10 @@ class AdapterStore:
 
         def hide() -> None:
             with self._updating(key):
-                self._hide("tenant = ? AND adapter = ?", *key)
+                self._adapter_rows.hide_adapters(OF_ADAPTER, *key)
 
         self._database.with_reserve(hide)
-        self._removal.remove_drained("tenant = ? AND adapter = ?", *key)
+        self._removal.remove_drained(OF_ADAPTER, *key)
 
     def delete_tenant(self, tenant: str, *, force: bool = False) -> list[AdapterRecord]:
         """Deletes a tenant and its keys, and with `force` its adapters; returns these.
@@ -320,25 +278,17 @@ class AdapterStore:
 
         def delete() -> list[AdapterRecord]:
             with self._database.transaction():
-                adapters = self._database.adapters("tenant = ?", tenant)
+                adapters = self._database.adapters(OF_TENANT, tenant)
                 self.tenants.delete(tenant, empty=force or not adapters)
-                self._hide("tenant = ?", tenant)
+                self._adapter_rows.hide_adapters(OF_TENANT, tenant)
             self._admission.tenant_deleted(tenant)
             self._leases.invalidate()
             return adapters
 
         with self._objects_lock:
             deleted = self._database.with_reserve(delete)
-        self._removal.remove_drained("tenant = ?", tenant)
+        self._removal.remove_drained(OF_TENANT, tenant)
         return deleted
-
-    def _hide(self, where: str, *values: object) -> None:
-        self._database.execute(f"DELETE FROM promotions WHERE {where}", *values)
-        self._database.execute(
-            "UPDATE adapters SET deleted = 1, pinned = 0, canary_number = NULL, canary_percent = NULL"
-            f" WHERE {where}", *values
-        )  # fmt: skip
-        self._database.execute(f"UPDATE versions SET state = ? WHERE {where}", VersionState.DRAINING, *values)
 
     def delete_version(self, key: VersionKey) -> None:
         """Hides a version at once, and removes it when its last lease ends.
@@ -350,12 +300,10 @@ class AdapterStore:
         def hide() -> None:
             with self._updating(key.parent) as adapter:
                 self._check_hideable(key, adapter)
-                where = "tenant = ? AND adapter = ? AND number = ?"
-                self._database.execute(f"DELETE FROM promotions WHERE {where}", *key)
-                self._database.execute(f"UPDATE versions SET state = ? WHERE {where}", VersionState.DRAINING, *key)
+                self._adapter_rows.hide_versions(OF_VERSION, *key)
 
         self._database.with_reserve(hide)
-        self._removal.remove_drained("tenant = ? AND adapter = ? AND number = ?", *key)
+        self._removal.remove_drained(OF_VERSION, *key)
 
     def _check_hideable(self, key: VersionKey, adapter: AdapterRecord) -> None:
         self._active_version(key)
@@ -372,9 +320,7 @@ class AdapterStore:
         try:
             with self._database.transaction():
                 yield self.adapter(key)
-                self._database.execute(
-                    "UPDATE adapters SET updated = ? WHERE tenant = ? AND adapter = ?", time.time(), *key
-                )  # fmt: skip
+                self._adapter_rows.touch(key)
         finally:
             self._leases.invalidate(key)
 
@@ -383,20 +329,6 @@ class AdapterStore:
         if record.state is VersionState.DRAINING:
             raise _not_found(key)
         return record
-
-    def _promote(self, key: AdapterKey, number: int) -> None:
-        self._set_canary(key, None, None)
-        serving = self._database.fetch_one(
-            "SELECT number FROM promotions WHERE tenant = ? AND adapter = ? ORDER BY id DESC LIMIT 1", *key
-        )
-        if serving is None or serving["number"] != number:
-            self._database.execute("INSERT INTO promotions (tenant, adapter, number) VALUES (?, ?, ?)", *key, number)
-
-    def _set_canary(self, key: AdapterKey, number: int | None, percent: int | None) -> None:
-        self._database.execute(
-            "UPDATE adapters SET canary_number = ?, canary_percent = ? WHERE tenant = ? AND adapter = ?",
-            number, percent, *key,
-        )  # fmt: skip
 
 
 def _not_found(key: AdapterKey | VersionKey) -> NotFoundError:

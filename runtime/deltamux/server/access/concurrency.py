@@ -175,7 +175,7 @@ class ConcurrencyLimit:
         self._forget_empty()
 
     def _next(self) -> str | None:
-        """Returns the waiting tenant of the next permit: the one with the fewest, of these the least recently served."""
+        """Returns the waiting tenant of the next permit: the one with the fewest, least recently served of these."""
         able = [tenant for tenant, queue in self._waiting.items() if queue and self._is_free_for(tenant)]
         if not able:
             return None
