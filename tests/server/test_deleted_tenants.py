@@ -35,7 +35,7 @@ async def test_an_upload_that_began_before_its_tenant_was_deleted_is_refused(
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call
     assert refused.value.code() is grpc.StatusCode.ABORTED
-    assert "was deleted while this upload was under way" in (refused.value.details() or "")
+    assert "was deleted during this upload" in (refused.value.details() or "")
     with pytest.raises(NotFoundError):
         await client.get_tenant("tenants/acme")
     assert list((served.store.root / "objects").glob("*/*")) == []

@@ -249,8 +249,8 @@ def test_ten_thousand_adapters_are_listed_page_by_page(store: AdapterStore) -> N
     record = upload(store, "one")
     with store._database.transaction():
         for number in range(10_000):
-            store._insert(AdapterKey("many", f"a{number:05}"), record.compiled, {})
-            store._promote(AdapterKey("many", f"a{number:05}"), 1)
+            store._adapter_rows.add_version(AdapterKey("many", f"a{number:05}"), record.compiled, {})
+            store._adapter_rows.promote(AdapterKey("many", f"a{number:05}"), 1)
     seen: list[str] = []
     while page := store.adapters("many", after=seen[-1] if seen else "", limit=1000):
         seen += [adapter.key.adapter for adapter in page]
@@ -263,7 +263,7 @@ def test_uploads_of_others_come_between_those_versions_of_a_large_tenant_that_ar
     record = upload(store, "one")
     with store._database.transaction():
         for number in range(2000):
-            store._insert(AdapterKey("many", f"a{number:04}"), record.compiled, {})
+            store._adapter_rows.add_version(AdapterKey("many", f"a{number:04}"), record.compiled, {})
     begun = threading.Event()
     store.on_removed = lambda record, last: begun.set()
     with ThreadPoolExecutor(1) as threads:
