@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from deltamux.adapter_files import CONFIG_FILE
 from deltamux.deltas import BaseModel
 from deltamux.errors import FailedPreconditionError
 
@@ -36,7 +37,7 @@ def describe_base(model: str) -> BaseModel:
             output head other than the embedding that the config ties it to.
     """
     base = BaseModel.from_pretrained(model)
-    if (Path(model) / "adapter_config.json").is_file():
+    if (Path(model) / CONFIG_FILE).is_file():
         raise _with_adapter(model)
     with _quiet():
         try:
@@ -142,7 +143,7 @@ def _with_adapter(model: str) -> FailedPreconditionError:
         f"base model {model!r} holds an adapter_config.json beside its weights: transformers adds that adapter to them "
         "whenever it loads them, and the server does not. Move the adapter's files to a directory of their own",
         reason="BASE_HOLDS_ADAPTER",
-        metadata={"file": "adapter_config.json"},
+        metadata={"file": CONFIG_FILE},
     )
 
 

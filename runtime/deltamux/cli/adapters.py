@@ -1,4 +1,4 @@
-"""`deltamux adapter …`."""
+"""`deltamux adapter`: upload, list, promote and delete."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSION_COLUMNS = ("version", "method", "state", "rank", "num_virtual_tokens", "
 
 
 def add_commands(commands: Any) -> None:
-    parser = commands.add_parser("adapter", help="upload, look at, promote and delete adapters")
+    parser = commands.add_parser("adapter", help="upload, list, promote and delete adapters")
     group = parser.add_subparsers(metavar="COMMAND", required=True)
     upload = _command(group, "upload", _upload, "upload a directory as a new version")
     upload.add_argument("path", type=Path, help="directory with adapter_config.json and adapter_model.safetensors")
@@ -35,13 +35,13 @@ def add_commands(commands: Any) -> None:
     compose.add_argument("parts", nargs="+", metavar="PART[=WEIGHT]", help="adapters or versions, in order")
     compose.add_argument("--mode", choices=("stack", "sum"), default="stack", help="default: %(default)s")
     compose.add_argument("--promote", action="store_true", default=None, help="serve the new version at once")
-    promote = _command(group, "promote", _promote, "make the name mean a version")
+    promote = _command(group, "promote", _promote, "route the adapter's name to a version")
     promote.add_argument("version", type=int, help="number of the version")
     promote.add_argument("--canary-percent", type=int, default=0, help="a share of the traffic instead of all of it")
-    _command(group, "rollback", _rollback, "end a canary, or return to the version before")
+    _command(group, "rollback", _rollback, "end a canary, or return to the previous version")
     _command(group, "delete", _delete, "delete an adapter, or one version")
     _command(group, "pin", _pin, "keep an adapter in the engine's memory")
-    _command(group, "unpin", _unpin, "no longer keep it there")
+    _command(group, "unpin", _unpin, "let an adapter be evicted from the engine's memory again")
 
 
 Run = Callable[[argparse.Namespace], None]

@@ -35,7 +35,7 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "methods", help="list the installed methods", description="List the installed methods."
     )
-    parser.add_argument("--model", metavar="BASE", help="say how many parameters each method trains on this base")
+    parser.add_argument("--model", metavar="BASE", help="show how many parameters each method trains on this base")
     add_json(parser)
     parser.set_defaults(run=_methods, extra="methods")
 

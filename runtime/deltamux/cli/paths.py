@@ -17,5 +17,5 @@ def path(text: str) -> Path:
     try:
         Path(text).exists()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be looked at: {error.strerror}") from None
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} cannot be a path: {error.strerror}") from None
     return Path(text)

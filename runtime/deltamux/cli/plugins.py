@@ -1,4 +1,4 @@
-"""`deltamux plugin`: begin a method of your own, and check one."""
+"""`deltamux plugin`: write the beginning of a method of your own, and check methods."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def _new(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> int:
     from deltamux.conformance.package import check_package
 
-    kept = broken = 0
+    passed = failed = 0
     for package in arguments.packages:
         for outcome in check_package(package, serve=not arguments.no_engine):
-            kept, broken = kept + (not outcome.problem), broken + bool(outcome.problem)
+            passed, failed = passed + (not outcome.problem), failed + bool(outcome.problem)
             verdict = "FAILED" if outcome.problem else "ok    "
             print(f"{verdict} {outcome.subject}: {outcome.check.replace('_', ' ')}", flush=True)
             if outcome.problem:
                 print(f"       {outcome.problem}", flush=True)
-    print(f"{kept} promises kept, {broken} broken")
-    return 1 if broken else 0
+    print(f"{passed} checks passed, {failed} failed")
+    return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""`deltamux tenant …`."""
+"""`deltamux tenant`: tenants and their API keys."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deltamux.adapter_files import CONFIG_FILE
 from deltamux.deltas import Checkpoint, Dense
 from deltamux.deltas.ops.sign_dense import pack_signs, unpack_signs
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
@@ -55,7 +56,7 @@ def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta",
     """
     if form not in FORMS or rank < 1:
         raise InvalidArgumentError(f"form is one of {', '.join(FORMS)} and rank positive, not {form!r} and {rank}")
-    if (output / "adapter_config.json").exists():
+    if (output / CONFIG_FILE).exists():
         raise FailedPreconditionError(
             f"{output} holds an adapter already: choose another output", reason="OUTPUT_EXISTS"
         )

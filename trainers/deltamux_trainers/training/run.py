@@ -19,6 +19,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments, se
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from deltamux.adapter_files import CONFIG_FILE, TENSORS_FILE
 from deltamux.deltas import BaseModel, Checkpoint
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.registry import Method, Registry
@@ -297,9 +298,9 @@ def _check_output(options: TrainOptions) -> None:
 
 def _check_empty_place(output: Path) -> None:
     """Refuses an output whose files the adapter's would replace, or stand beside as if they were of one model."""
-    weights, report = output / "adapter_model.safetensors", output / REPORT_FILE
+    weights, report = output / TENSORS_FILE, output / REPORT_FILE
     # Weights beside a report are what a run leaves that was killed before it had written the config.
-    if (output / "adapter_config.json").exists() or (weights.exists() and not report.exists()):
+    if (output / CONFIG_FILE).exists() or (weights.exists() and not report.exists()):
         raise FailedPreconditionError(
             f"{output} holds an adapter already: choose another output, or remove it", reason="OUTPUT_EXISTS"
         )
@@ -331,7 +332,7 @@ def _write(checkpoint: Checkpoint, options: TrainOptions, result: TrainResult) -
     checkpoint.write(staging)
     report = {**asdict(result), "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}}
     (staging / REPORT_FILE).write_text(json.dumps(report, indent=2, default=str) + "\n")
-    for name in (REPORT_FILE, "adapter_model.safetensors", "adapter_config.json"):
+    for name in (REPORT_FILE, TENSORS_FILE, CONFIG_FILE):
         checkpoints.sync(staging / name)
         (staging / name).rename(options.output / name)
     staging.rmdir()

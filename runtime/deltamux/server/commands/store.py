@@ -1,4 +1,4 @@
-"""`deltamux store …`: check, repair, clean, back up and restore the directory that a server keeps adapters in."""
+"""`deltamux store`: check, repair, clean, back up and restore the directory of a server's adapters."""
 
 from __future__ import annotations
 
@@ -54,33 +54,33 @@ def _check(arguments: argparse.Namespace) -> int:
     from deltamux.store import AdapterStore
     from deltamux.store.inspection import inspect
 
-    said: list[str] = []
+    done: list[str] = []
     if arguments.adopt:
         AdapterStore.open(arguments.store, adopt=True).close()
-        said.append("the database is accepted as it is; `deltamux store gc` removes the objects that it does not know")
+        done.append("the database is accepted as it is; `deltamux store gc` removes the objects that are not in it")
     if arguments.repair is not None:
         store = AdapterStore.open(arguments.store)
         try:
-            said += _repair(store, arguments.repair, arguments.model)
+            done += _repair(store, arguments.repair, arguments.model)
         finally:
             store.close()
     with _progress("checked") as advance:
         report = inspect(arguments.store, advance)
-    return _tell(report, said, as_json=arguments.json)
+    return _print_report(report, done, as_json=arguments.json)
 
 
 def _repair(store: Any, uploads: Sequence[Path], model: str | None) -> list[str]:
-    said = [f"the row of {fault.name} {fault.problem}: repaired" for fault in store.rows.repair()]
+    done = [f"the row of {fault.name} {fault.problem}: repaired" for fault in store.rows.repair()]
     for directory in uploads:
         with store.staging() as staged:
             records = store.programs.repair_upload(directory, staged)
         names = ", ".join(str(record.key) for record in records)
-        said.append(f"{directory}: the files of {names}" if names else f"{directory}: no version has these files")
+        done.append(f"{directory}: the files of {names}" if names else f"{directory}: no version has these files")
     if model is None:
         if store.programs.damaged():
-            said.append("damaged programs are recompiled with `--model BASE`, or by `deltamux serve --recompile`")
-        return said
-    return said + _recompile(store, model)
+            done.append("damaged programs are recompiled with `--model BASE`, or by `deltamux serve --recompile`")
+        return done
+    return done + _recompile(store, model)
 
 
 def _recompile(store: Any, model: str) -> list[str]:
@@ -102,16 +102,16 @@ def _gc(arguments: argparse.Namespace) -> int:
 
     if not arguments.yes:
         orphans = [finding.digest for finding in inspect(arguments.store).of_kind(Kind.ORPHAN)]
-        return _tell_orphans(orphans, "no version refers to; `--yes` removes them", as_json=arguments.json)
+        return _print_orphans(orphans, "no version refers to; `--yes` removes them", as_json=arguments.json)
     store = AdapterStore.open(arguments.store)
     try:
         removed = store.collect_orphans()
     finally:
         store.close()
-    return _tell_orphans(removed, "no version referred to: removed", as_json=arguments.json)
+    return _print_orphans(removed, "no version referred to: removed", as_json=arguments.json)
 
 
-def _tell_orphans(digests: Sequence[str], what: str, *, as_json: bool) -> int:
+def _print_orphans(digests: Sequence[str], what: str, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps(list(digests), indent=2))
         return 0
@@ -126,20 +126,20 @@ def _backup(arguments: argparse.Namespace) -> int:
 
     with _progress("copied") as advance:
         report = backup(arguments.store, arguments.target, advance)
-    return _tell(report, [f"{arguments.store} was copied to {arguments.target}"], as_json=arguments.json)
+    return _print_report(report, [f"{arguments.store} was copied to {arguments.target}"], as_json=arguments.json)
 
 
 def _restore(arguments: argparse.Namespace) -> int:
     from deltamux.store.backup import restore
 
     restored = restore(arguments.backup, arguments.store)
-    said = [f"{arguments.store} is what {arguments.backup} holds"]
+    done = [f"{arguments.store} is what {arguments.backup} holds"]
     if restored.replaced is not None:
-        said.append(f"the former store is in {restored.replaced}; delete it when it is not needed")
-    return _tell(restored.report, said, as_json=arguments.json)
+        done.append(f"the former store is in {restored.replaced}; delete it when it is not needed")
+    return _print_report(restored.report, done, as_json=arguments.json)
 
 
-def _tell(report: Any, said: Sequence[str], *, as_json: bool) -> int:
+def _print_report(report: Any, done: Sequence[str], *, as_json: bool) -> int:
     """Prints what was done and found; returns the exit status: 1 where something is wrong."""
     if as_json:
         findings = [
@@ -151,12 +151,12 @@ def _tell(report: Any, said: Sequence[str], *, as_json: bool) -> int:
             "base_fingerprint": report.identity.base_fingerprint,
             "versions": report.versions,
             "contents": report.contents,
-            "done": list(said),
+            "done": list(done),
             "findings": findings,
         }
         print(json.dumps(document, indent=2))
         return 1 if findings else 0
-    for line in said:
+    for line in done:
         print(line)
     for finding in report.findings:
         print(f"{finding.kind}: {', '.join(finding.versions) or finding.digest}")
@@ -171,7 +171,7 @@ def _tell(report: Any, said: Sequence[str], *, as_json: bool) -> int:
 def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
     """Yields what shows how far a command is: a bar on a terminal, else a line for every thousand contents."""
     if not sys.stderr.isatty():
-        yield lambda done, total: _tell_thousands(verb, done, total)
+        yield lambda done, total: _print_thousands(verb, done, total)
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -181,7 +181,7 @@ def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _tell_thousands(verb: str, done: int, total: int) -> None:
+def _print_thousands(verb: str, done: int, total: int) -> None:
     if done and done % 1000 == 0:
         print(f"{verb} {done} of {total}", file=sys.stderr)
 
