@@ -1,12 +1,12 @@
-"""AdaLoRA: LoRA whose rank is handed out, while it trains, to the projections that need it most.
+"""AdaLoRA: LoRA whose ranks are allocated by importance while it trains.
 
 Zhang et al. 2023, https://arxiv.org/abs/2303.10512.
 
     y = W x + s B (E * A x),   A [r, in], E [r, 1], B [out, r],   s = alpha / (init_r + 1e-5)
 
 Every projection starts with `init_r` triplets (row of A, value of E, column of B); those of least importance (section
-3.2: sensitivity times uncertainty, both smoothed) are pruned along a cubic schedule, until `target_r` a projection are
-left on average. A penalty keeps A and B near orthogonal (equation 4).
+3.2: sensitivity times uncertainty, both smoothed) are pruned along a cubic schedule, until `target_r` per projection
+are left on average. A penalty keeps A and B near orthogonal (equation 4).
 
 Served as `LowRank` with the ranks that are left. Files are PEFT's, pruned.
 """
@@ -39,7 +39,7 @@ class AdaLoRAConfig(Targeted):
     """PEFT's AdaLoraConfig.
 
     Attributes:
-        target_r: rank a projection is left with, on average.
+        target_r: mean rank per projection that is left.
         init_r: rank that every projection starts with.
         lora_alpha: numerator of the scale.
         lora_dropout: while training.
@@ -109,7 +109,7 @@ def deltamux_schedule(config: AdaLoRAConfig, base: BaseModel, num_steps: int) ->
 
 
 class RankSchedule(TrainingSchedule):
-    """Prunes triplets along the budget; what it knows of their importance lives in `state`."""
+    """Prunes triplets along the budget, by their importance, which is in `state`."""
 
     def __init__(self, config: AdaLoRAConfig, sites: list[str], num_steps: int) -> None:
         super().__init__()
@@ -240,7 +240,7 @@ def deltamux_method() -> MethodInfo:
     return MethodInfo(
         name="adalora",
         title="AdaLoRA",
-        summary="low-rank factors whose ranks are handed out by importance while training",
+        summary="low-rank factors whose ranks are allocated by importance while training",
         paper="https://arxiv.org/abs/2303.10512",
         peft_type="ADALORA",
         config_class=AdaLoRAConfig,

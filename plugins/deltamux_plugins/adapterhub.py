@@ -1,6 +1,6 @@
 """Reads AdapterHub's checkpoints (library `adapters`) as those of our own methods.
 
-Their adapter_config.json holds the method's options under ``config`` beside the base's ``model_type``. On the decoders
+Their adapter_config.json holds the method's options under ``config`` next to the base's ``model_type``. On the decoders
 below, AdapterHub calls its bottlenecks with a sub-layer's output y, the residual stream h that y is added to, and no
 layer norm. So what its many placement options come to is
 
@@ -36,7 +36,7 @@ NAMES_BEFORE_VERSIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 ROLES = {"attention": "mh_adapter", "feed_forward": "output_adapter"}
 SITES = {"attention_adapters": "attention", "output_adapters": "feed_forward"}
-PARTS = {"adapter_down.0": "down", "adapter_up": "up"}
+PROJECTIONS = {"adapter_down.0": "down", "adapter_up": "up"}
 MAX_LAYERS = 1024
 BOTTLENECK_TENSOR = re.compile(
     r"(?:.+\.)?(?:layers|h)\.(\d+)\.(attention_adapters|output_adapters)\.adapters\.[^.]+\."
@@ -46,11 +46,11 @@ LORA_TENSOR = re.compile(r"(?:.+\.)?((?:layers|h)\.\d+\..+)\.loras\.[^.]+\.(lora
 
 TRAINING_ONLY = {"dropout", "dtype", "init_weights", "init_weights_seed", "stochastic_depth"}
 BOTTLENECK_REFUSED = {
-    "ln_before": "a trained layer norm in front of the bottleneck",
-    "ln_after": "a trained layer norm behind the bottleneck",
+    "ln_before": "a trained layer norm before the bottleneck",
+    "ln_after": "a trained layer norm after the bottleneck",
     "use_gating": "a gate, which looks at the whole sequence at once",
     "phm_layer": "parameterised hypercomplex layers (Compacter)",
-    "inv_adapter": "an invertible adapter behind the embedding",
+    "inv_adapter": "an invertible adapter after the embedding",
     "cross_adapter": "adapters at cross attention",
 }
 BOTTLENECK_KEYS = TRAINING_ONLY | {
@@ -139,25 +139,25 @@ class _Source:
     def _bottleneck_method(self) -> str:
         if self.options.get("is_parallel"):
             if self.options.get("mh_adapter"):
-                raise _refused("mh_adapter", "a parallel adapter beside attention")
+                raise _refused("mh_adapter", "a parallel adapter next to attention")
             return "DELTAMUX_PARALLEL"
         return "DELTAMUX_HOULSBY" if self.options.get("mh_adapter") else "DELTAMUX_PFEIFFER"
 
     def _read_bottlenecks(self) -> Content:
         scaling = self.options.get("scaling", 1.0)
-        is_folded = scaling in ("learned", "channel")
+        is_trained = scaling in ("learned", "channel")
         config = {
             "activation": self._activation(),
             "reads_residual": self._reads_residual(),
-            "scale": 1.0 if is_folded else _number("scaling", scaling),
+            "scale": 1.0 if is_trained else _number("scaling", scaling),
             "train_norms": False,
             "task_type": "CAUSAL_LM",
         }
         tensors, factors = self._bottleneck_tensors()
-        if is_folded != bool(factors):
+        if is_trained != bool(factors):
             raise _refused("scaling", f"{scaling!r}, with {len(factors)} trained factors in the file")
         for site, factor in factors.items():
-            _fold(tensors, site, factor)
+            _multiply(tensors, site, factor)
         return config, tensors | self._left_out(tensors)
 
     def _activation(self) -> str:
@@ -179,8 +179,8 @@ class _Source:
             return True
         kept = self.options.get("residual_before_ln", True)
         if not isinstance(kept, bool):
-            raise _refused("residual_before_ln", f"{kept!r}, which only bases that normalise behind a sub-layer have")
-        # The bottleneck's own connection adds y, or h + y when it is taken behind h's addition.
+            raise _refused("residual_before_ln", f"{kept!r}, which only bases that normalise after a sub-layer have")
+        # The bottleneck's own connection adds y, or h + y when it is taken after h's addition.
         is_added_by_connection = before and not kept
         if bool(after) == is_added_by_connection:
             problem = "the residual connection twice" if after else "no residual connection"
@@ -200,7 +200,7 @@ class _Source:
             if part is None:
                 factors[site] = tensor
             else:
-                tensors[f"{site}.{PARTS[part]}.{kind}"] = tensor
+                tensors[f"{site}.{PROJECTIONS[part]}.{kind}"] = tensor
         return tensors, factors
 
     def _left_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -265,8 +265,8 @@ class _Source:
         return alpha
 
 
-def _fold(tensors: dict[str, Tensor], site: str, factor: Tensor) -> None:
-    """Multiplies a trained scale, of one value or one a feature, into the projection up."""
+def _multiply(tensors: dict[str, Tensor], site: str, factor: Tensor) -> None:
+    """Multiplies a trained scale, of one value or one per feature, into the projection up."""
     weight, bias = tensors.get(f"{site}.up.weight"), tensors.get(f"{site}.up.bias")
     if weight is None or bias is None or factor.shape not in ((1,), bias.shape) or weight.shape[:1] != bias.shape:
         raise InvalidAdapterError(
@@ -285,7 +285,7 @@ def _zeros(site: str, up_bias: Tensor) -> dict[str, Tensor]:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _refused(name, f"{value!r}, which is no number")
+        raise _refused(name, f"{value!r}, which is not a number")
     return value
 
 

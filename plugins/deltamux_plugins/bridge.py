@@ -1,4 +1,4 @@
-"""The bridge: serves what PEFT trained by any other method that folds into weights.
+"""The bridge: serves what PEFT trained by any other method that it can merge.
 
 PEFT itself builds the adapter around the base's projections and merges it; the difference of the weights is the delta.
 
@@ -41,19 +41,17 @@ EXACT = 1e-5
 TOLERANCE = 1e-3
 NOT_SERVED = {
     "ADAPTION_PROMPT": "adds a gated attention over trained prompts to the upper layers",
-    "CARTRIDGE": "puts trained keys and values of its own layout in front of the cache",
+    "CARTRIDGE": "puts trained keys and values of its own layout before the cache",
     "CPT": "trains the embeddings of its prompt's tokens",
     "MULTITASK_PROMPT_TUNING": "chooses a soft prompt by a task that each request names",
     "POLY": "mixes several adapters by a task that each request names",
-    "SHADOW": "runs a second, smaller network beside the base",
+    "SHADOW": "runs a second, smaller network next to the base",
     "TRAINABLE_TOKENS": "changes rows of the token embedding, and of the output head where the two are tied",
     "XLORA": "mixes several LoRAs by a classifier that reads the base's hidden states",
 }
 """Types of PEFT that are not a change of projections' weights, with what they are."""
 
-ADVICE = (
-    "LoRA, IA3, prompt tuning, P-tuning and prefix tuning are served, and every type of PEFT that folds into weights"
-)
+ADVICE = "LoRA, IA3, prompt tuning, P-tuning and prefix tuning are served, and every type of PEFT that can be merged"
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
 
 
 def _types() -> set[str]:
-    """Returns the types that PEFT, where it is installed, knows how to build."""
+    """Returns the types that PEFT, where it is installed, can build."""
     try:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     except ImportError:
@@ -109,7 +107,7 @@ def deltamux_program(config: BridgeConfig, base: BaseModel, tensors: Mapping[str
     try:
         merged = adapted.merge_and_unload()
     except Exception as error:
-        raise InvalidAdapterError(f"PEFT cannot fold {kind} into weights: {type(error).__name__}: {error}") from error
+        raise InvalidAdapterError(f"PEFT cannot merge {kind} into weights: {type(error).__name__}: {error}") from error
     for site in base.linears:
         module = merged.get_submodule(site.name)
         rows += ((site.name, op) for op in _changes(base, site, module))
@@ -239,7 +237,7 @@ def deltamux_method() -> MethodInfo:
     return MethodInfo(
         name="bridge",
         title="PEFT bridge",
-        summary="serves any other of PEFT's methods that folds into weights",
+        summary="serves any other of PEFT's methods that can be merged",
         paper="https://github.com/huggingface/peft",
         peft_type=OWN_TYPE,
         config_class=BridgeConfig,

@@ -3,7 +3,7 @@
     stack: the parts' ops, one part after the other     (a tenant's adapter over a domain's, say)
     sum:   y += w_1 change_1(x) + w_2 change_2(x) + ...  (LoRAs, dense changes, biases and norms)
 
-A sum of LoRAs is exact (PEFT's `add_weighted_adapter` with ``cat``): their ranks stand side by side. Made by ``deltamux
+A sum of LoRAs is exact (PEFT's `add_weighted_adapter` with ``cat``): their ranks are concatenated. Made by ``deltamux
 compose`` from directories, and by ``deltamux adapter compose`` from what a server holds. Served as the parts are.
 """
 
@@ -25,7 +25,7 @@ from deltamux_plugins.configs import VersionedConfig
 
 @dataclass(frozen=True)
 class ComponentConfig:
-    """One part: where it came from, its weight in a sum, and its own adapter_config.json."""
+    """One component: its name, its weight in a sum, and its own adapter_config.json."""
 
     config: Mapping[str, Any]
     weight: float = 1.0

@@ -1,6 +1,6 @@
 """The files of methods that train whole weights: changes against the base, plain or compressed, tensor by tensor.
 
-A parameter's change stands under its own name (``model.layers.0.mlp.up_proj.weight``), or, for a projection's weight,
+A parameter's change has the parameter's name (``model.layers.0.mlp.up_proj.weight``), or, for a projection's weight,
 compressed: as ``.weight.signs`` and ``.weight.scale`` (BitDelta: one bit a weight and one scale a matrix), or as
 ``.weight.a`` and ``.weight.b`` (truncated SVD). A tied output head has no tensor of its own.
 """

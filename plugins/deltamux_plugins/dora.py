@@ -29,7 +29,7 @@ def row_norms(base: BaseModel, site: LinearSite, low_rank: LowRank | None = None
 
 
 def magnitude_ops(base: BaseModel, site: LinearSite, low_rank: LowRank, magnitude: Tensor) -> Iterator[Op]:
-    """Yields what stands behind the low-rank change; differentiable in `magnitude` [out_features]."""
+    """Yields the ops after the low-rank change; differentiable in `magnitude` [out_features]."""
     factor = magnitude / row_norms(base, site, low_rank).detach().to(magnitude.dtype)
     yield Scale(factor)
     if site.has_bias:

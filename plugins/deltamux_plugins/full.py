@@ -3,8 +3,8 @@
     W' = W + dW,  b' = b + db,  E' = E + dE    everywhere, the embedding and the output head included
 
 With `unfreeze`, layer by layer from the top (gradual unfreezing: Howard & Ruder 2018, section 3.3,
-https://arxiv.org/abs/1801.06146): the run is cut into equal stages; the first trains what stands above the layers, each
-further one wakes the next group of layers below, and the last one the embedding, too.
+https://arxiv.org/abs/1801.06146): the run is cut into equal stages; the first trains what is above the layers, each
+further one adds the next group of layers below, and the last one the embedding, too.
 
 The base's own weights are trained, as in plain fine-tuning; the changes are computed at the end.
 
@@ -43,7 +43,7 @@ class FullConfig(VersionedConfig):
         train_embedding: whether the input embedding is trained (with a tied output head).
         train_head: whether an untied output head is trained.
         unfreeze: train layer by layer from the top instead of all at once.
-        layers_per_stage: how many layers wake at each stage of `unfreeze`.
+        layers_per_stage: how many layers are added at each stage of `unfreeze`.
     """
 
     train_embedding: bool = True
@@ -85,10 +85,10 @@ def deltamux_schedule(config: FullConfig, base: BaseModel, num_steps: int) -> Tr
 
 
 class Unfreezing(TrainingSchedule):
-    """Wakes one stage after the other, at equal distances; what is awake stays awake.
+    """Unfreezes one stage after the other, at equal distances; what is unfrozen stays so.
 
     Args:
-        stages: names of the parameters that each stage wakes.
+        stages: names of the parameters that each stage unfreezes.
     """
 
     def __init__(self, stages: list[set[str]], num_steps: int) -> None:
@@ -97,8 +97,8 @@ class Unfreezing(TrainingSchedule):
         self._num_steps = num_steps
 
     def frozen(self, step: int) -> Collection[str]:
-        awake = min(len(self._stages), 1 + step * len(self._stages) // max(1, self._num_steps))
-        return set().union(*self._stages[awake:])
+        unfrozen = min(len(self._stages), 1 + step * len(self._stages) // max(1, self._num_steps))
+        return set().union(*self._stages[unfrozen:])
 
 
 @hookimpl

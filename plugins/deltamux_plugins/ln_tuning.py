@@ -60,8 +60,8 @@ def deltamux_parameters(config: LNTuningConfig, base: BaseModel) -> dict[str, Pa
 @hookimpl
 def deltamux_config(config: LNTuningConfig, base: BaseModel) -> dict[str, Any]:
     names = tuple(sorted({site.name.rpartition(".")[2] for site in _targets(config, base)}))
-    spelt = config if config.target_modules not in (None, ALL_NORMS) else replace(config, target_modules=names)
-    return {**asdict(spelt), **CAUSAL_LM}
+    named = config if config.target_modules not in (None, ALL_NORMS) else replace(config, target_modules=names)
+    return {**asdict(named), **CAUSAL_LM}
 
 
 # Inference, and merging through the ops.

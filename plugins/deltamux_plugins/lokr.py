@@ -35,13 +35,13 @@ class LoKrConfig(LoHaConfig):
     Attributes:
         decompose_both: whether W1 is low-rank, too.
         decompose_factor: what the sizes are split near; -1 splits near their square roots.
-        init_weights: True or "lycoris": where the zero stands that makes a fresh adapter the identity.
+        init_weights: True or "lycoris": which factor begins at zero, so that a fresh adapter is the identity.
     """
 
     decompose_both: bool = False
     decompose_factor: int = -1
     rank_dropout_scale: bool = False
-    init_weights: bool | str = True  # type: ignore[assignment]  # PEFT's LoKr knows one way more than its LoHa
+    init_weights: bool | str = True  # type: ignore[assignment]  # PEFT's LoKr has one value more than its LoHa
 
     def __post_init__(self) -> None:
         super().__post_init__()

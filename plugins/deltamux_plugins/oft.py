@@ -6,7 +6,7 @@ https://arxiv.org/abs/2506.19847.
     y = W R^T x + b,   R = diag(R_1 .. R_n),   R_i = (I + Q_i)(I - Q_i)^-1,   Q_i skew-symmetric
 
 With `use_cayley_neumann`, (I - Q)^-1 is the Neumann series up to the given number of terms, as PEFT sums it. Served as
-`Dense`, W (R^T - I): a rotation of the input cannot be told apart for projections that the engine fuses. Files are
+`Dense`, W (R^T - I): the engine packs projections that would need rotated inputs of their own. Files are
 PEFT's.
 """
 

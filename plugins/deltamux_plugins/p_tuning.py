@@ -1,4 +1,4 @@
-"""P-tuning: embeddings in front of the prompt, computed by a small encoder while training.
+"""P-tuning: embeddings before the prompt, computed by a small encoder while training.
 
 Liu et al. 2021, https://arxiv.org/abs/2103.10385.
 
@@ -111,7 +111,7 @@ def deltamux_config(config: PTuningConfig, base: BaseModel) -> dict[str, Any]:
     return {**asdict(config), **described(base), "encoder_hidden_size": inner, **CAUSAL_LM}
 
 
-# Inference and merging are prompt tuning's: what is served does not know the encoder.
+# Inference and merging are prompt tuning's: the encoder is not served.
 
 
 @hookimpl
@@ -119,7 +119,7 @@ def deltamux_method() -> MethodInfo:
     return MethodInfo(
         name="p_tuning",
         title="P-tuning",
-        summary="embeddings in front of the prompt, from an encoder while training",
+        summary="embeddings before the prompt, from an encoder while training",
         paper="https://arxiv.org/abs/2103.10385",
         peft_type="P_TUNING",
         config_class=PTuningConfig,
@@ -128,5 +128,5 @@ def deltamux_method() -> MethodInfo:
         merges=False,
         in_peft=True,
         learning_rate=3e-3,
-        learning_rate_source="between prefix tuning's and LoRA's: the encoder multiplies a step",
+        learning_rate_source="between prefix tuning's and LoRA's: the encoder multiplies the size of a step",
     )

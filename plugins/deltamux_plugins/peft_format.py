@@ -11,7 +11,7 @@ from deltamux.deltas import BaseModel, Dense, LowRank
 from deltamux.errors import BaseMismatchError, InvalidConfigError
 
 PREFIX = "base_model.model."
-"""Stands before every module's path in PEFT's tensor names."""
+"""What every module's path begins with in PEFT's tensor names."""
 
 BOOKKEEPING = frozenset(
     {
@@ -26,10 +26,10 @@ BOOKKEEPING = frozenset(
 """Keys of every adapter_config.json that change nothing that is served."""
 
 AS_PEFT = {"target_modules": None}
-"""What PEFT takes a file to say that names no targets: those of the base's model type, not every projection."""
+"""PEFT's meaning of a file without targets: those of the base's model type, not every projection."""
 
 CAUSAL_LM = {"task_type": "CAUSAL_LM", "inference_mode": True}
-"""What an adapter_config.json must say so that PEFT attaches it to a causal model."""
+"""The keys of adapter_config.json with which PEFT attaches it to a causal model."""
 
 
 def shaped(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], base: BaseModel) -> Tensor:
@@ -48,7 +48,7 @@ def shaped(tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], bas
 
 
 def low_rank_or_dense(a: Tensor, b: Tensor, scale: float = 1.0, dropout: float = 0.0) -> LowRank | Dense:
-    """Returns the change ``scale * b a`` in the form that costs less; `a` is [r, in], `b` [out, r]."""
+    """Returns the change ``scale * b a`` in the form that computes less; `a` is [r, in], `b` [out, r]."""
     rank, in_features = a.shape
     if dropout or rank * (in_features + b.shape[0]) < in_features * b.shape[0]:
         return LowRank(a, b, scale, dropout)

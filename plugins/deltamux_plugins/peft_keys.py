@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _BROUGHT: Mapping[str, tuple[str, str]] = {
-    "alora_invocation_tokens": ("0.18", "changes the tokens behind an invocation alone (activated LoRA)"),
+    "alora_invocation_tokens": ("0.18", "changes the tokens after an invocation alone (activated LoRA)"),
     "arrow_config": ("0.18", "routes each token between several adapters (Arrow)"),
     "ensure_weight_tying": ("0.18", "trains the embedding and the output head as one"),
     "enable_lora": ("0.1", "holds factors for parts of a fused projection; PEFT dropped it in 0.3"),
@@ -27,8 +27,8 @@ _ADVICE = "train without it, or merge the adapter into the base with PEFT and se
 
 
 def _reasons(*left_out: str, **more: str) -> dict[str, str]:
-    told = {key: f"PEFT {version} brought it, and it {does}" for key, (version, does) in _BROUGHT.items()}
-    return {key: f"{reason}; {_ADVICE}" for key, reason in {**told, **more}.items() if key not in left_out}
+    reasons = {key: f"PEFT {version} brought it, and it {does}" for key, (version, does) in _BROUGHT.items()}
+    return {key: f"{reason}; {_ADVICE}" for key, reason in {**reasons, **more}.items() if key not in left_out}
 
 
 LORA_REFUSED: Mapping[str, str] = _reasons()

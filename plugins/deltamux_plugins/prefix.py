@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values in front of every layer's cache.
+"""Prefix tuning: trained keys and values before every layer's cache.
 
 Li & Liang 2021, https://arxiv.org/abs/2101.00190; without the MLP in every layer, it is P-tuning v2 (Liu et al. 2022,
 https://arxiv.org/abs/2110.07602).
@@ -149,7 +149,7 @@ def deltamux_config(config: PrefixConfig, base: BaseModel) -> dict[str, Any]:
 @hookimpl
 def deltamux_merge(config: PrefixConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     raise NotMergeableError(
-        "prefix tuning cannot be merged: its prefix is keys and values in front of the cache, not a change of any "
+        "prefix tuning cannot be merged: its prefix is keys and values before the cache, not a change of any "
         "weight. Serve it as an adapter, or train LoRA instead",
         metadata={"method": "prefix"},
     )
@@ -194,7 +194,7 @@ def deltamux_method() -> MethodInfo:
     return MethodInfo(
         name="prefix",
         title="Prefix tuning",
-        summary="keys and values in front of every layer's cache",
+        summary="keys and values before every layer's cache",
         paper="https://arxiv.org/abs/2101.00190",
         peft_type="PREFIX_TUNING",
         config_class=PrefixConfig,

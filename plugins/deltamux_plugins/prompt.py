@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings in front of the prompt.
+"""Prompt tuning: trained embeddings before the prompt.
 
 Lester et al. 2021, https://arxiv.org/abs/2104.08691.
 
@@ -121,7 +121,7 @@ def described(base: BaseModel) -> dict[str, int]:
 @hookimpl
 def deltamux_merge(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     raise NotMergeableError(
-        "a soft prompt cannot be merged: it is embeddings in front of the prompt, not a change of any weight. Serve it "
+        "a soft prompt cannot be merged: it is embeddings before the prompt, not a change of any weight. Serve it "
         "as an adapter, or train LoRA instead"
     )
 
@@ -151,7 +151,7 @@ def deltamux_method() -> MethodInfo:
     return MethodInfo(
         name="prompt",
         title="Prompt tuning",
-        summary="embeddings in front of the prompt",
+        summary="embeddings before the prompt",
         paper="https://arxiv.org/abs/2104.08691",
         peft_type="PROMPT_TUNING",
         config_class=PromptConfig,

@@ -7,7 +7,7 @@ Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
 While training, every projection of the base is quantised to NF4 in blocks of 64, the blocks' scales once more (double
 quantisation), by bitsandbytes, which runs on CPUs, too (``pip install 'deltamux[qlora]'``). What comes out is a LoRA
 like any other: its files are PEFT's LoRA, and it is served on the full base or on a quantised one. Merging it by this
-method (``deltamux merge --method qlora``) adds it to the dequantised weights it was trained over, and tells how far
+method (``deltamux merge --method qlora``) adds it to the dequantised weights it was trained over, and reports how far
 those are from the base's.
 """
 
@@ -33,7 +33,7 @@ class QLoRAConfig(LoRAConfig):
     Attributes:
         quant_type: nf4 or fp4.
         double_quant: whether the blocks' scales are quantised, too.
-        blocksize: weights a block.
+        blocksize: weights per block.
     """
 
     quant_type: str = "nf4"

@@ -1,6 +1,6 @@
-"""Which projections a config means: PEFT's target_modules and what goes with it, once for all methods that have it.
+"""`Targeted`: PEFT's target_modules and its companions, for all methods that have them.
 
-Patterns come with uploads, so they are matched with a time limit: a hostile one is refused, and holds up nobody.
+Patterns come with uploads, so they are matched with a time limit: a hostile one is refused, and delays no other upload.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deltamux_plugins.peft_defaults import LORA_TARGETS, Names, default_targets
 from deltamux_plugins.peft_format import CAUSAL_LM
 
 ALL_LINEAR = "all-linear"
-SECONDS_A_MATCH = 0.05
+SECONDS_PER_MATCH = 0.05
 SHOWN = 6
 """How many names a message lists at most."""
 
@@ -126,7 +126,7 @@ def _narrowed(config: Targeted) -> str:
 
 
 def matches(names: Names, path: str) -> bool:
-    """Tells whether a module is meant: by names or their endings, or by a regular expression over whole paths."""
+    """Returns whether a module is meant: by names or their endings, or by a regular expression over whole paths."""
     if isinstance(names, str):
         return fully_matches(names, path)
     return any(path == name or path.endswith(f".{name}") for name in names)
@@ -155,7 +155,7 @@ def _match(pattern: str, path: str, *, whole: bool = False) -> Any:
     try:
         compiled = regex.compile(pattern)
         found = compiled.fullmatch if whole else compiled.match
-        return found(path, timeout=SECONDS_A_MATCH)
+        return found(path, timeout=SECONDS_PER_MATCH)
     except regex.error as error:
         raise InvalidConfigError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
     except TimeoutError:
@@ -193,7 +193,7 @@ def _is_regex(names: Names | None) -> bool:
 
 
 def is_left_out(config: Any, path: str) -> bool:
-    """Tells whether exclude_modules or modules_to_save keep a module from being a target."""
+    """Returns whether exclude_modules or modules_to_save keep a module from being a target."""
     if config.exclude_modules and matches(config.exclude_modules, path):
         return True
     return any(_match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
@@ -216,7 +216,7 @@ def _in_layers(config: Targeted, path: str) -> bool:
 
 
 def _layer(layers_pattern: Names | None, path: str) -> int | None:
-    """Returns the index of a path's layer: behind the name of a list of layers, or the first behind two names."""
+    """Returns the index of a path's layer: after the name of a list of layers, or the first after two names."""
     patterns = (layers_pattern,) if isinstance(layers_pattern, str) else layers_pattern or ()
     if not layers_pattern:
         expressions = [r".*?\.[^.]*\.(?P<idx>\d+)\."]

@@ -32,7 +32,7 @@ class TopKConfig(VersionedConfig):
 
     Attributes:
         num_layers: k, counted from the top; None trains all layers.
-        train_norms: whether the layers' norms are trained, too, and the norm behind the last layer.
+        train_norms: whether the layers' norms are trained, too, and the norm after the last layer.
     """
 
     num_layers: int | None = 1

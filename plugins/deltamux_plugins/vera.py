@@ -146,7 +146,7 @@ def deltamux_method() -> MethodInfo:
     return MethodInfo(
         name="vera",
         title="VeRA",
-        summary="two vectors a projection around shared random matrices",
+        summary="two vectors per projection around shared random matrices",
         paper="https://arxiv.org/abs/2310.11454",
         peft_type="VERA",
         config_class=VeRAConfig,

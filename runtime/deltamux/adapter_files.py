@@ -1,4 +1,4 @@
-"""The files of an adapter's directory, and what to do about a directory that lacks one."""
+"""The names of the files in an adapter's directory, and the message for a directory that lacks one."""
 
 from __future__ import annotations
 

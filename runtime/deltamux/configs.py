@@ -1,7 +1,7 @@
 """Builds a method's config from the values of a file: every key known, every value of its field's type.
 
-Types are checked as JSON has them, and nothing is converted behind the user's back: ``"no"`` is no boolean, ``"16"`` no
-number, and an integer stands for a float.
+Types are checked as JSON has them, and nothing is converted silently: ``"no"`` is not a boolean, ``"16"`` is not a
+number, and an integer is valid for a float.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def build_config(
 
 
 def _check_nulls(config_class: Any, given: Mapping[str, Any], method: str, needed: Collection[str]) -> None:
-    """Raises InvalidConfigError for a null where a value is needed: it does not stand for the default."""
+    """Raises InvalidConfigError for a null where a value is needed: it does not mean the default."""
     for field in dataclasses.fields(config_class):
         if field.name in given and given[field.name] is None and not _takes_none(_hints(config_class)[field.name]):
             has_value = field.default is not dataclasses.MISSING
@@ -79,7 +79,7 @@ def _check_keys(
 ) -> None:
     fields = {field.name for field in dataclasses.fields(config_class)}
     # In a file, a key that is null, false or empty changes nothing, whatever a newer library may mean by it. Elsewhere
-    # somebody has written it, and may have misspelt an option that is on by default.
+    # a user has written it, and may have misspelled an option that is on by default.
     unset = {key for key, value in values.items() if value in (None, False, "", [], {})}
     passed = unset if "peft_type" in values else unset & refused.keys()
     unknown = sorted(values.keys() - passed - fields - ignored)
@@ -103,7 +103,7 @@ def _listed(keys: list[str]) -> str:
 
 
 def _origin(values: Mapping[str, Any]) -> str:
-    """Returns what to do about keys that nobody knows in an adapter's file; "" for other configs."""
+    """Returns what to do about unknown keys in an adapter's file; "" for other configs."""
     if "peft_type" not in values:
         return ""
     written = str(values.get("peft_version") or "")
@@ -141,7 +141,7 @@ def _typed(key: str, value: Any, hint: Any, method: str) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(value)
-    raise TypeError(f"{type(value).__name__} is no value of JSON")
+    raise TypeError(f"{type(value).__name__} is not a value of JSON")
 
 
 @cache

@@ -94,7 +94,7 @@ class BudgetExceededError(FailedPreconditionError):
 
 
 class NotMergeableError(FailedPreconditionError):
-    """The method cannot be folded into plain weights; the message says why."""
+    """The method cannot be merged into plain weights; the message has the reason."""
 
     default_reason = "NOT_MERGEABLE"
 

@@ -1,10 +1,12 @@
 """The hooks of a fine-tuning method: what a plugin implements, and nothing else of deltamux needs to be known.
 
 A plugin is a module (or object) with functions marked `hookimpl`, registered under the entry point group
-``deltamux.methods``; one plugin is one method. The built-in methods are registered the same way.
+``deltamux.methods``; one plugin is one method. A module may have its hooks in an object called ``METHOD`` instead. The
+built-in methods are registered the same way.
 
-One definition, three lives: `deltamux_program` turns named tensors into ops at sites, and is differentiable. Training
-calls it with live parameters, serving and merging with a checkpoint's tensors; so what was trained is what is served.
+One definition has three forms: `deltamux_program` turns named tensors into ops at sites, and is differentiable.
+Training calls it with trainable parameters, serving and merging with a checkpoint's tensors; so what was trained is
+what is served.
 
 Hooks are called outside the engine, in the trainer and at upload, never while tokens are generated.
 """
@@ -48,7 +50,7 @@ class MethodInfo:
         ignored_keys: keys of foreign adapter_config.json files that do not change what is served, and are skipped.
         refused_keys: keys that change what is served and cannot be; for each, why, and what to do.
         file_defaults: what a file means that lacks a key, where it is something else than training's default.
-        merges: whether its deltas fold into plain weights.
+        merges: whether its deltas can be merged into plain weights.
         in_peft: whether PEFT loads the files (peft_type is one of PEFT's).
         learning_rate: default for training, with `learning_rate_source` saying where it comes from.
         learning_rate_width: hidden size of the bases that `learning_rate` was found on, for methods that train
@@ -85,10 +87,10 @@ class ParameterSpec:
 
 
 class TrainingSchedule:
-    """What a method does beside gradient steps while it trains; the base class does nothing.
+    """What a method does next to gradient steps while it trains; the base class does nothing.
 
-    One instance lives through one run. `state` is saved with every checkpoint and given back on resume, so everything
-    that a schedule remembers belongs there.
+    One instance serves one run. `state` is saved with every checkpoint and restored on resume, so everything that a
+    schedule keeps belongs there.
 
     Attributes:
         state: tensors by name, changed in place or replaced as the run goes on.
@@ -98,7 +100,7 @@ class TrainingSchedule:
         self.state: dict[str, Tensor] = {}
 
     def frozen(self, step: int) -> Collection[str]:
-        """Returns the parameters that stand still in the update after `step` updates (0-based)."""
+        """Returns the parameters that are left as they are in the update after `step` updates (0-based)."""
         return ()
 
     def penalty(self, parameters: Mapping[str, Tensor]) -> Tensor | None:
@@ -138,7 +140,7 @@ def deltamux_export(config: Any, base: BaseModel, parameters: Mapping[str, Tenso
     """Train hook: computes the checkpoint's tensors (names as in the file) from the trainable parameters.
 
     Differentiable: training runs `deltamux_program` on its result in every step, so a reparameterisation (prefix
-    tuning's MLP) lives here and is gone from the file. Not implemented, or None: the parameters are the checkpoint's
+    tuning's MLP) is here and not in the file. Not implemented, or None: the parameters are the checkpoint's
     tensors.
     """
 
@@ -147,8 +149,8 @@ def deltamux_export(config: Any, base: BaseModel, parameters: Mapping[str, Tenso
 def deltamux_program(config: Any, base: BaseModel, tensors: Mapping[str, Tensor], registry: Registry) -> Program:  # type: ignore[empty-body]  # a specification
     """Inference hook: turns a checkpoint's tensors into ops at sites. Differentiable in the tensors. Required.
 
-    Ask for tensors by name: ``tensors[name]`` raises the right error for a missing one, and tensors never asked for are
-    refused as not belonging to the method. Shapes need no check: every op is checked against its site afterwards.
+    Read tensors by name: ``tensors[name]`` raises the right error for a missing one, and tensors that are never read
+    are refused as not belonging to the method. Shapes need no check: every op is checked against its site afterwards.
     Never change a tensor in place.
 
     Args:
@@ -170,7 +172,7 @@ def deltamux_prepare(config: Any, base: BaseModel, model: nn.Module) -> bool | N
 
 @hookspec
 def deltamux_weights(config: Any, base: BaseModel) -> Mapping[str, str] | None:
-    """Train hook: says that every trainable parameter is the change of a base parameter, and names that one.
+    """Train hook: names the base parameter that each trainable parameter is the change of.
 
     Training then updates the base's weights themselves, which costs what plain fine-tuning costs, and computes the
     changes when it ends: `deltamux_export` gets them, float32, in the shapes that `deltamux_parameters` declares. They
@@ -185,7 +187,7 @@ def deltamux_weights(config: Any, base: BaseModel) -> Mapping[str, str] | None:
 
 @hookspec
 def deltamux_schedule(config: Any, base: BaseModel, num_steps: int) -> TrainingSchedule | None:
-    """Train hook: returns what happens beside gradient steps: which parameters wait, a penalty, a pruning.
+    """Train hook: returns what happens next to gradient steps: frozen parameters, a penalty, pruning.
 
     Called once per training run. Not implemented, or None: plain training of all parameters.
 
@@ -198,7 +200,8 @@ def deltamux_schedule(config: Any, base: BaseModel, num_steps: int) -> TrainingS
 def deltamux_merge(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
     """Merge hook: returns the changed base parameters by name, merged.
 
-    Not implemented, or None: the program's ops are folded one by one, and an op that cannot be refuses with its reason.
+    Not implemented, or None: the program's ops are merged one by one, and an op that cannot be merged refuses with its
+    reason.
 
     Raises:
         NotMergeableError: with the reason.
@@ -217,5 +220,5 @@ def deltamux_config(config: Any, base: BaseModel) -> Mapping[str, Any]:  # type:
 def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
     """Reads foreign checkpoints: returns the checkpoint in this method's own names, or None if it is not this method's.
 
-    Asked only when no method claims the checkpoint's ``peft_type``.
+    Called only where no method has the checkpoint's ``peft_type``.
     """

@@ -14,7 +14,7 @@ from typing import Any
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 
 MAX_WORDS = 500
-"""Characters of what a template says; it may quote the messages."""
+"""Characters of a template's error that a message repeats; it may quote the messages."""
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:

@@ -32,7 +32,7 @@ packages = ["deltamux_$name"]
 """
 
 METHOD = '''\
-"""$title: a trained bias behind every attention. Replace this by the paper's name, link and formula.
+"""$title: a trained bias after every attention. Replace this by the paper's name, link and formula.
 
     y = W x + b
 
@@ -47,8 +47,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deltamux import hookimpl
 from deltamux.deltas import BaseModel, Bias, BlockRole, Program
-from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux.hookspecs import MethodInfo, ParameterSpec
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def deltamux_method() -> MethodInfo:
     return MethodInfo(
         name="$name",
         title="$title",
-        summary="a bias behind every attention",
+        summary="a bias after every attention",
         paper="https://example.org/your-paper",
         peft_type="$upper",
         config_class=${camel}Config,
@@ -93,7 +94,7 @@ def deltamux_method() -> MethodInfo:
 '''
 
 TEST = '''\
-"""The method keeps every promise that deltamux makes of methods."""
+"""The method passes every check of deltamux's conformance suite."""
 
 import pytest
 
@@ -102,7 +103,7 @@ from deltamux.conformance import CHECKS, cases, check_serving
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
 @pytest.mark.parametrize("case", cases("$name"), ids=str)
-def test_every_promise_is_kept(case, check):
+def test_every_check_passes(case, check):
     check(case)
 
 
@@ -117,11 +118,11 @@ A fine-tuning method for [deltamux](https://pypi.org/project/deltamux/).
 
 ```bash
 pip install -e '.[dev]'
-deltamux plugin check deltamux-$dashed                          # every promise, and the real engine
+deltamux plugin check deltamux-$dashed                          # every check, and the real engine
 deltamux train --method $name --model MODEL --data train.jsonl --output out
 ```
 
-The method is `deltamux_$name/method.py`. Its hooks, the ops it may place and the sites they stand at are described in
+The method is `deltamux_$name/method.py`. Its hooks, the ops that it may place and their sites are described in
 deltamux's docs/plugins.
 """
 
@@ -138,12 +139,12 @@ def new_plugin(name: str, parent: Path) -> Path:
     """Writes the package into ``parent/deltamux-NAME``, and returns that directory.
 
     Raises:
-        InvalidArgumentError: the name is no identifier in lower case.
+        InvalidArgumentError: the name is not an identifier in lower case.
         FailedPreconditionError: the directory exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise InvalidArgumentError(
-            f"{name!r} is no name for a method: lower-case letters, digits and _", metadata={"field": "name"}
+            f"{name!r} is not a name for a method: use lower-case letters, digits and _", metadata={"field": "name"}
         )
     words = name.split("_")
     values = {

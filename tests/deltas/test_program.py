@@ -177,7 +177,7 @@ def test_prefixes_of_unequal_length_are_refused() -> None:
 
 def test_two_prefixes_at_one_site_are_refused() -> None:
     prefix = KVPrefix(torch.zeros(2, 1, 32), torch.zeros(2, 1, 32))
-    with pytest.raises(InvalidAdapterError, match="two stand at one site"):
+    with pytest.raises(InvalidAdapterError, match="two ops with virtual tokens are at one site"):
         Program.of([("layers.0.attention", prefix), ("layers.0.attention", prefix)])
 
 

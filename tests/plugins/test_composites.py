@@ -46,7 +46,7 @@ class ByHand:
         return torch.sigmoid((z * weight).sum(-1, keepdim=True) + bias)
 
     def logits(self, prefixes: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Runs IDS behind keys and values [n, heads, size] of each layer."""
+        """Runs IDS after keys and values [n, heads, size] of each layer."""
         cache = DynamicCache()
         for layer, (key, value) in enumerate(prefixes):
             cache.update(key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0), layer)
@@ -69,7 +69,7 @@ def served(directory: Path, adapter: Path, base: BaseModel) -> Tensor:
     return logits
 
 
-def test_mam_is_a_prefix_and_a_bottleneck_beside_every_feed_forward(
+def test_mam_is_a_prefix_and_a_bottleneck_next_to_every_feed_forward(
     directory: Path, base: BaseModel, tmp_path: Path
 ) -> None:
     write_own("mam", base, tmp_path, prefix={"num_virtual_tokens": 4}, parallel={"bottleneck": 6, "scale": 3.0})
@@ -86,7 +86,7 @@ def test_mam_is_a_prefix_and_a_bottleneck_beside_every_feed_forward(
     torch.testing.assert_close(served(directory, tmp_path, base), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_unipelt_is_its_three_parts_each_behind_its_gate(directory: Path, base: BaseModel, tmp_path: Path) -> None:
+def test_unipelt_is_its_three_components_each_with_its_gate(directory: Path, base: BaseModel, tmp_path: Path) -> None:
     lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     options: dict[str, Any] = {"prefix": {"num_virtual_tokens": 4}, "adapter": {"bottleneck": 6}, "lora": lora}
     write_own("unipelt", base, tmp_path, **options)

@@ -73,7 +73,7 @@ def test_a_sum_is_that_of_peft(directory: Path, base: BaseModel, parts: dict[str
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
     torch.testing.assert_close(logits(directory, base, program), expected, atol=1e-4, rtol=1e-4)
-    assert [op.rank() for _, op in program] == [7] * len(base.linears), "the ranks of one site stand side by side"
+    assert [op.rank() for _, op in program] == [7] * len(base.linears), "the ranks of one site are concatenated"
 
 
 def test_a_stack_is_both_at_once_as_in_peft(
@@ -123,9 +123,9 @@ def test_what_does_not_go_together_is_refused_when_it_is_made(
         assert not (tmp_path / "out").exists()
 
     prefix, domain, houlsby = parts["prefix"], parts["domain"], parts["houlsby"]
-    refused(InvalidAdapterError, "two stand at one site", (prefix, 1.0), (prefix, 1.0))
+    refused(InvalidAdapterError, "two ops with virtual tokens are at one site", (prefix, 1.0), (prefix, 1.0))
     refused(InvalidAdapterError, "not both", (prefix, 1.0), (parts["prompt"], 1.0))
-    refused(InvalidAdapterError, "bottleneck is no change that is added", (domain, 1.0), (houlsby, 1.0), mode="sum")
+    refused(InvalidAdapterError, "bottleneck is not a change that is added", (domain, 1.0), (houlsby, 1.0), mode="sum")
     refused(InvalidArgumentError, "weights are for a sum", (domain, 1.0), (parts["tenant"], 0.5))
     refused(InvalidArgumentError, "2 to 16 parts", (domain, 1.0))
     refused(InvalidArgumentError, "stack or sum", (domain, 1.0), (domain, 1.0), mode="product")

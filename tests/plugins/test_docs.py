@@ -59,7 +59,7 @@ def test_every_site_is_listed_with_its_fields(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_every_promise_is_told_in_its_own_words(name: str) -> None:
+def test_every_check_is_listed_with_its_docstring(name: str) -> None:
     assert f"| `{name}` | {(CHECKS[name].__doc__ or '').strip()} |" in text("conformance")
 
 
@@ -87,7 +87,7 @@ def readme_method() -> Iterator[list[Case]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CHECKS)
-def test_the_readmes_method_keeps_every_promise(name: str, readme_method: list[Case]) -> None:
+def test_the_readmes_method_passes_every_check(name: str, readme_method: list[Case]) -> None:
     for case in readme_method:
         CHECKS[name](case)
 

@@ -1,4 +1,4 @@
-"""A plugin with an op of its own, installed by pip into a new environment, is served beside all others."""
+"""A plugin with an op of its own, installed by pip into a new environment, is served next to all others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def install(environment: Path, *projects: Path) -> None:
     run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", *projects)
 
 
-def test_the_example_keeps_every_promise_and_its_op_runs_in_the_mixed_batch(environment: Path, tmp_path: Path) -> None:
+def test_the_example_passes_every_check_and_its_op_runs_in_the_mixed_batch(environment: Path, tmp_path: Path) -> None:
     source = tmp_path / "red"
     run("cp", "-r", EXAMPLE, source)
     install(environment, source)
@@ -68,9 +68,9 @@ BROKEN = {
     "files that lack a tensor": ("for name in _sites(base))\n\n\ndef", "for name in _sites(base)[:1])\n\n\ndef"),
     "loads": ("deltamux_program(", "deltamux_programme("),
     "merging equals attaching": ("merges=True", "merges=False"),
-    "describes itself": ('summary="a bias behind every attention"', 'summary=""'),
+    "describes itself": ('summary="a bias after every attention"', 'summary=""'),
 }
-"""A promise, and the edit of a new plugin's source that breaks it."""
+"""A check, and the edit of a new plugin's source with which it fails."""
 
 
 @pytest.fixture(scope="module")
@@ -92,17 +92,17 @@ def _name(number: int) -> str:
     return f"broken{number}"
 
 
-def test_a_new_plugin_keeps_every_promise(verdicts: list[str]) -> None:
+def test_a_new_plugin_passes_every_check(verdicts: list[str]) -> None:
     own = [line for line in verdicts if re.search(r"\bsound:", line)]
     assert own
     assert all(line.startswith("ok") for line in own), own
 
 
-@pytest.mark.parametrize("promise", BROKEN)
-def test_a_broken_promise_is_told_by_name(promise: str, verdicts: list[str]) -> None:
-    name = _name(list(BROKEN).index(promise))
-    told = [line for line in verdicts if re.search(rf"\b{name}:", line)]
-    assert any(line.startswith("FAILED") and promise in line for line in told), told
+@pytest.mark.parametrize("check", BROKEN)
+def test_a_failed_check_is_named(check: str, verdicts: list[str]) -> None:
+    name = _name(list(BROKEN).index(check))
+    own = [line for line in verdicts if re.search(rf"\b{name}:", line)]
+    assert any(line.startswith("FAILED") and check in line for line in own), own
 
 
 @pytest.mark.parametrize(("package", "said"), [("deltamux-nothing", "not installed"), ("pluggy", "no entry point")])

@@ -1,4 +1,4 @@
-"""docs/methods keeps its promises: a page for every method, with its options, defaults, files and ops as they are."""
+"""docs/methods is held to the code: a page for every method, with its options, defaults, files and ops as they are."""
 
 from __future__ import annotations
 

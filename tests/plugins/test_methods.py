@@ -1,4 +1,4 @@
-"""What every method promises, held over all registered ones; and what a broken plugin cannot do."""
+"""The conformance suite over all registered methods, and what a broken plugin cannot do."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ METHODS = Registry().names()
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
 @pytest.mark.parametrize("case", cases(), ids=str)
-def test_every_method_keeps_every_promise(case: Case, check: Callable[[Case], None]) -> None:
+def test_every_method_passes_every_check(case: Case, check: Callable[[Case], None]) -> None:
     check(case)
 
 

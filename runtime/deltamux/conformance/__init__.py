@@ -1,10 +1,10 @@
-"""The conformance suite: what every method promises, as checks that run against any plugin.
+"""The conformance suite: checks that every method passes, for any plugin.
 
 ``deltamux plugin check PACKAGE`` runs it; so does a test of three lines:
 
     @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
     @pytest.mark.parametrize("case", cases("mymethod"), ids=str)
-    def test_mymethod_keeps_every_promise(case, check):
+    def test_mymethod_passes_every_check(case, check):
         check(case)
 """
 

@@ -21,7 +21,7 @@ PROMPT = (5, 17, 99, 200, 3, 42)
 
 
 class Refused(AssertionError):
-    """A promise is not kept; the message says which and how."""
+    """A check failed; the message has which and how."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Case:
         return self.method.parse(self.options)
 
     def applies(self) -> bool:
-        """Tells whether the method finds something to change in this base, and can be trained."""
+        """Returns whether the method finds something to change in this base, and can be trained."""
         if not self.method.info.trains:
             return False
         try:
@@ -130,7 +130,7 @@ def cases(
 
 @cache
 def base_directory(architecture: str) -> Path:
-    """Returns the directory of a small random base, made once a process."""
+    """Returns the directory of a small random base, made once per process."""
     root = Path(_scratch().name)
     return save_base(root / architecture, architecture)
 

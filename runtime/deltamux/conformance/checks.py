@@ -1,4 +1,4 @@
-"""The checks: each takes a `Case`, and raises `Refused` where the method breaks a promise."""
+"""The checks: each takes a `Case`, and raises `Refused` where it fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVERYTHING_HAS_A_BIAS = "gpt2"
 
 
 def describes_itself(case: Case) -> None:
-    """The method says what it is, where it comes from, and why its learning rate is what it is."""
+    """The method has a name, a summary, its paper, and the source of its learning rate."""
     info = case.method.info
     missing = [
         name
@@ -36,16 +36,16 @@ def describes_itself(case: Case) -> None:
     ]
     _hold(not missing, f"MethodInfo has no {', '.join(missing)}")
     _hold(info.learning_rate > 0, f"MethodInfo.learning_rate is {info.learning_rate}")
-    _hold(dataclasses.is_dataclass(info.config_class), "MethodInfo.config_class is no dataclass")
+    _hold(dataclasses.is_dataclass(info.config_class), "MethodInfo.config_class is not a dataclass")
 
 
 def refuses_unknown_options(case: Case) -> None:
-    """A misspelt option is an error, not a silent default."""
+    """A misspelled option is an error, not a silent default."""
     _refuses(lambda: case.method.parse({"no_such_option": 1}), InvalidConfigError, "an option it does not have")
 
 
 def fresh_is_the_identity(case: Case) -> None:
-    """Before the first step the base's output is unchanged, but for what stands in front of the prompt."""
+    """Before the first step the base's output is unchanged, apart from virtual tokens."""
     program = _built(case, case.fresh())
     if program.num_virtual_tokens == 0:
         _same(case.logits(program), case.logits(), "a fresh adapter changes the base's output")
@@ -113,7 +113,7 @@ def ops_in_a_batch_are_the_ops_alone(case: Case) -> None:
 
 
 def merging_equals_attaching_or_is_refused(case: Case) -> None:
-    """Merged weights alone give the adapter's logits; a method that cannot merge says why."""
+    """Merged weights alone give the adapter's logits; a method that cannot merge refuses with a reason."""
     checkpoint = case.checkpoint()
     config = case.method.parse(checkpoint.config)
 
@@ -121,7 +121,7 @@ def merging_equals_attaching_or_is_refused(case: Case) -> None:
         return case.method.merge(config, case.base, checkpoint.tensors)
 
     if not case.method.info.merges:
-        _refuses(merge, NotMergeableError, "to merge, which MethodInfo says it cannot")
+        _refuses(merge, NotMergeableError, "to merge, although MethodInfo.merges is false")
         return
     try:
         merged = merge()
@@ -156,7 +156,7 @@ def files_of_another_base_are_refused(case: Case) -> None:
 
 
 def values_that_are_not_finite_are_found(case: Case) -> None:
-    """A NaN in the files reaches the program, where the gate sees it: no op may hide or drop it."""
+    """A NaN in the files is found in the program: no op hides or drops it."""
     checkpoint = case.checkpoint()
     config = case.method.parse(checkpoint.config)
     for name in list(checkpoint.tensors)[:3]:

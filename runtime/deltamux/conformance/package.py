@@ -1,4 +1,4 @@
-"""Checks an installed package: its plugins load, its ops are ops, its methods keep every promise."""
+"""Checks an installed package: its plugins load, its ops are ops, its methods pass the conformance suite."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def _check_method(name: str, registry: Registry, serve: bool) -> Iterator[Outcom
         return
     for title, check in CHECKS.items():
         problems = (_outcome(name, title, lambda c=case, f=check: f(c)).problem for case in own)
-        told = [f"{case.architecture}: {problem}" for case, problem in zip(own, problems, strict=True) if problem]
-        yield Outcome(name, title, "; ".join(told[:2]))
+        found = [f"{case.architecture}: {problem}" for case, problem in zip(own, problems, strict=True) if problem]
+        yield Outcome(name, title, "; ".join(found[:2]))
     if serve:
         yield _outcome(name, "served_as_trained", lambda: check_serving(own, _first(own).architecture))
 

@@ -30,7 +30,7 @@ def reference(model: nn.Module, prompt: Sequence[int], num_tokens: int) -> Greed
     """Generates with transformers' (or PEFT's) own `generate`."""
     ids = torch.tensor([list(prompt)])
     with torch.no_grad():
-        out = model.generate(  # type: ignore[operator]  # behind nn.Module's __getattr__
+        out = model.generate(  # type: ignore[operator]  # hidden by nn.Module's __getattr__
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=num_tokens,

@@ -1,4 +1,4 @@
-"""The last promise: what the engine serves, in one batch with others, is what was trained."""
+"""The check with an engine: what it serves, in one batch with others, is what was trained."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from deltamux.engine.base import Engine, EngineOptions, ProgramRef
 from deltamux.errors import DeltamuxError
 
 NUM_TOKENS = 16
-NEIGHBOURS = ("lora", "houlsby", "prefix")
+OTHERS = ("lora", "houlsby", "prefix")
 """Methods that share the batch with the one that is checked."""
 
 
 def check_serving(own: Sequence[Case], architecture: str = "llama") -> None:
-    """Starts an engine on a small base and serves every case of that architecture with neighbours and the base.
+    """Starts an engine on a small base and serves every case of that architecture with others and the base.
 
     Raises:
         Refused: an answer is not that of the reference executor, alone or in the batch.
@@ -31,8 +31,8 @@ def check_serving(own: Sequence[Case], architecture: str = "llama") -> None:
 
 async def _check(own: Sequence[Case], architecture: str) -> None:
     mine = [case for case in own if case.architecture == architecture]
-    neighbours = [case for case in cases(*NEIGHBOURS, architectures=[architecture]) if case not in mine]
-    programs = {case.method.name: case.program(case.checkpoint()) for case in (*mine, *neighbours)}
+    others = [case for case in cases(*OTHERS, architectures=[architecture]) if case not in mine]
+    programs = {case.method.name: case.program(case.checkpoint()) for case in (*mine, *others)}
     with tempfile.TemporaryDirectory() as scratch:
         refs = {name: _saved(program, Path(scratch), name) for name, program in programs.items()}
         engine = _engine(base_directory(architecture), programs)

@@ -1,4 +1,4 @@
-"""The checks as pytest's tests; collected by `deltamux.conformance.pytest_plugin`, which says for which methods."""
+"""The checks as pytest's tests; collected by `deltamux.conformance.pytest_plugin`, for the methods of its option."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("name", names)
 
 
-def test_the_method_keeps_every_promise(case: Case, check: Callable[[Case], None]) -> None:
+def test_the_method_passes_every_check(case: Case, check: Callable[[Case], None]) -> None:
     check(case)
 
 

@@ -1,4 +1,4 @@
-"""The base model as deltas see it: its sites, its sizes, a fingerprint, and its tensors by name when a method asks."""
+"""`BaseModel`: a base's sites, sizes and fingerprint, and its tensors by name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TensorReader = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What a method may know of the base: enough to place, check and create deltas without loading the model.
+    """The description of a base: enough to place, check and create deltas without loading the model.
 
     Attributes:
         architecture: class name of the Hugging Face model, such as ``LlamaForCausalLM``.
@@ -70,7 +70,7 @@ class BaseModel:
 
     @classmethod
     def from_model(cls, model: nn.Module) -> BaseModel:
-        """Describes a loaded Hugging Face causal model; its tensors are read from the live parameters."""
+        """Describes a loaded Hugging Face causal model; its tensors are those of its parameters."""
         return cls._describe(model, model.config).reading(model)
 
     @classmethod
@@ -78,7 +78,7 @@ class BaseModel:
         """Describes the model of a directory or Hugging Face id, reading config and the sampled weights only.
 
         Raises:
-            FailedPreconditionError: no such model, or no decoder of the usual structure.
+            FailedPreconditionError: there is no such model, or it is not a decoder of the usual structure.
         """
         from transformers import AutoConfig
 
@@ -128,7 +128,7 @@ class BaseModel:
 
     @property
     def head(self) -> HeadSite | None:
-        """The output head; None where it is no plain projection."""
+        """The output head; None where it is not a plain projection."""
         return next((s for s in self.sites.values() if isinstance(s, HeadSite)), None)
 
     def site(self, kind: SiteKind, name: str) -> Site:
@@ -143,7 +143,7 @@ class BaseModel:
             ) from None
 
     def has_tensor(self, name: str) -> bool:
-        """Tells whether the base has a parameter of that name, at hand."""
+        """Returns whether the base has a parameter of that name, and its value can be read."""
         try:
             self.tensor(name)
         except BaseMismatchError:

@@ -1,7 +1,7 @@
-"""Rehearses ops before the engine gets them: the batched life of each must be its `apply`, for its own rows alone.
+"""The batched check: the batch of each op must compute what `apply` does, for its own rows alone.
 
-An op that a plugin brings runs in the step that everybody shares. What raises, leaks into other rows or computes
-something else than was trained is found here, when its adapter is uploaded.
+A plugin's op runs in a step that all adapters share. What raises, leaks into other rows or computes something else than
+was trained is found here, when its adapter is uploaded.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TOLERANCE = 1e-4
 
 
 def check_batched(rows: list[PlacedOp], *, foreign_only: bool = True) -> None:
-    """Runs each kind of op once a kind of site.
+    """Runs each class of op once per class of site.
 
     Args:
         foreign_only: leave deltamux's own ops out, which their tests hold.
     Raises:
         PluginError: an op fails, changes rows of others, or computes in a batch what it does not alone.
-        InvalidAdapterError: an op is not registered, or stands where only deltamux's own can.
+        InvalidAdapterError: an op is not registered, or is at a site that only deltamux's own ops can change.
     """
     seen: set[tuple[type[Op], type[Site]]] = set()
     for site, op in rows:
@@ -41,16 +41,16 @@ def check_batched(rows: list[PlacedOp], *, foreign_only: bool = True) -> None:
         if kind in seen or (foreign_only and OPS.get(op.name) is type(op)):
             continue
         seen.add(kind)
-        _rehearse_one(site, op)
+        _check_op(site, op)
 
 
-def _rehearse_one(site: Site, op: Op) -> None:
+def _check_op(site: Site, op: Op) -> None:
     if op_class(op.name) is not type(op):
         raise InvalidAdapterError(f"op {op.name!r} is {op_class(op.name).__qualname__}, not {type(op).__qualname__}")
     if op.virtual_tokens():
         if OPS.get(op.name) is type(op):
             return
-        raise InvalidAdapterError(f"op {op.name!r} puts virtual tokens in front of the prompt: plugins' ops cannot yet")
+        raise InvalidAdapterError(f"op {op.name!r} puts virtual tokens before the prompt: plugins' ops cannot yet")
     try:
         for runs in STEPS:
             _compare(site, op.to(torch.float32), StepIndex(runs, ROWS, SLOTS))
@@ -80,7 +80,7 @@ def _compare(site: Site, op: Op, step: StepIndex) -> None:
     batch.reset(1)
     batch.apply(x, after := start.clone(), step)
     if not torch.equal(after, start):
-        raise _failed(op, site, "goes on after its slot was cleared")
+        raise _failed(op, site, "still changes rows after its slot was reset")
 
 
 def _rows(site: Site) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ def _rows(site: Site) -> tuple[Tensor, Tensor]:
         return torch.randint(site.vocab_size, (ROWS,), generator=generator), draw(site.features)
     if isinstance(site, NormSite | BlockSite):
         return draw(site.features), draw(site.features)
-    raise InvalidAdapterError(f"only deltamux's own ops stand at {site.kind} sites; {site.name} is one")
+    raise InvalidAdapterError(f"only deltamux's own ops change {site.kind} sites; {site.name} is one")
 
 
 def _failed(op: Op, site: Any, problem: str) -> PluginError:

@@ -1,4 +1,4 @@
-"""JSON from somebody's file: its depth, its size and the length of its numbers are bounded before a value is made."""
+"""JSON of files that are not trusted: depth, size and the length of numbers are checked before a value is made."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class _Repeating(dict[str, Any]):
 
 
 class _Objects:
-    """Makes the objects of one text; `repeating` tells whether a key of one occurs twice."""
+    """Makes the objects of one text; `repeating` is whether a key of one occurs twice."""
 
     def __init__(self) -> None:
         self.repeating = False

@@ -29,7 +29,7 @@ READ_AS_FLOAT32 = (torch.float64, *FLOAT8.values())
 """What PEFT loads into float32 parameters, and so do we."""
 
 INTEGERS = (torch.uint8, torch.int32, torch.int64)
-"""Packed bits, and indices: an op says which of its parameters hold them, and refuses them anywhere else."""
+"""Packed bits, and indices: an op has `packed` for the parameters that hold them, and refuses them anywhere else."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Checkpoint:
 
 
 class ClaimedTensors(Mapping[str, Tensor]):
-    """Tensors that remember which were asked for, so that a checkpoint's leftovers are refused instead of ignored."""
+    """Tensors with a record of which were read, so that a checkpoint's leftovers are refused instead of ignored."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -98,7 +98,7 @@ class ClaimedTensors(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def leftovers(self) -> list[str]:
-        """Returns the names of the tensors that were not asked for."""
+        """Returns the names of the tensors that were not read."""
         return sorted(set(self._tensors) - self._claimed)
 
 

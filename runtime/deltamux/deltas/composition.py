@@ -1,7 +1,7 @@
-"""Several adapters as one: files that hold the files of others, and say how they add up.
+"""Compositions: several adapters as one, a stack or a weighted sum of its components.
 
-A composition is an adapter like any other, with a digest, versions and an alias of its own; what it is made of is fixed
-when it is made. Its tensors are those of its parts, behind ``0.``, ``1.`` and so on.
+A composition is an adapter like any other, with a digest, versions and an alias of its own; its components are fixed
+when it is made. Their tensors keep their names, after ``0.``, ``1.`` and so on.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_COMPONENTS = 16
 
 
 class CompositionMode(StrEnum):
-    """How parts add up: ``stack`` applies one after the other; ``sum`` adds their changes, each times its weight."""
+    """How components are combined: ``stack`` applies one after the other; ``sum`` adds their changes by weight."""
 
     STACK = "stack"
     SUM = "sum"
@@ -42,7 +42,7 @@ class Component(NamedTuple):
 
 
 def compose(parts: Sequence[Component], mode: CompositionMode) -> Checkpoint:
-    """Returns the files of a composition; whether its parts go together is seen when it is compiled.
+    """Returns the files of a composition; whether they can be combined is checked when it is compiled.
 
     Raises:
         InvalidArgumentError: fewer than two parts, too many, a weight that is not finite, or weights in a stack.
@@ -71,7 +71,7 @@ def compose(parts: Sequence[Component], mode: CompositionMode) -> Checkpoint:
 
 
 class ComponentTensors(Mapping[str, Tensor]):
-    """The tensors of one part under their own names; asking for one asks the whole, which notes it."""
+    """The tensors of one component under their own names, read through the composition's tensors."""
 
     def __init__(self, part: str | int, whole: Mapping[str, Tensor]) -> None:
         self._prefix = f"{part}."
@@ -96,7 +96,8 @@ def add_up(programs: Sequence[Program], weights: Sequence[float], mode: Composit
     In a sum, the low-rank changes of one site become one of all their ranks, which costs the engine less.
 
     Raises:
-        InvalidAdapterError: parts that do not go together: two prefixes, or a sum of what is no added change.
+        InvalidAdapterError: the components cannot be combined: two prefixes, or a sum of an op that is not an added
+        change.
     """
     if mode is CompositionMode.STACK:
         return Program.of(placement for program in programs for placement in program)

@@ -1,6 +1,6 @@
 """Finds the sites of any Hugging Face decoder by walking its modules; no model is known by name.
 
-What is relied on is what decoders share: one ``ModuleList`` holds the layers; in a layer, one child named ``*attn*`` or
+It relies on what decoders share: one ``ModuleList`` holds the layers; in a layer, one child named ``*attn*`` or
 ``*attention*`` holds the attention's projections, and every other projection belongs to the feed-forward; the last
 registered projection back to the hidden size is a sub-layer's output.
 """
@@ -59,7 +59,7 @@ def discover(model: nn.Module, dims: Dimensions) -> Iterator[Site]:
     """Yields every site of `model` (weights may be on the meta device).
 
     Raises:
-        FailedPreconditionError: the model is no decoder of the usual structure.
+        FailedPreconditionError: the model is not a decoder of the usual structure.
     """
     embedding_name, embedding = _input_embedding(model)
     yield EmbeddingSite(embedding_name, dims.vocab_size, embedding.embedding_dim)
@@ -88,7 +88,7 @@ def _layers(model: nn.Module, dims: Dimensions) -> tuple[str, nn.ModuleList]:
 
 
 def _input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
-    wanted = model.get_input_embeddings()  # type: ignore[operator]  # PreTrainedModel's method behind nn.Module's __getattr__
+    wanted = model.get_input_embeddings()  # type: ignore[operator]  # PreTrainedModel's method, hidden by nn.Module's __getattr__
     for name, module in model.named_modules():
         if module is wanted:
             return name, module
@@ -96,7 +96,7 @@ def _input_embedding(model: nn.Module) -> tuple[str, nn.Embedding]:
 
 
 def _head_site(model: nn.Module, embedding_name: str, embedding: nn.Embedding) -> Iterator[HeadSite]:
-    head = model.get_output_embeddings()  # type: ignore[operator]  # PreTrainedModel's method behind nn.Module's __getattr__
+    head = model.get_output_embeddings()  # type: ignore[operator]  # PreTrainedModel's method, hidden by nn.Module's __getattr__
     for name, module in model.named_modules():
         if module is head and isinstance(module, nn.Linear) and module.bias is None:
             tied_to = embedding_name if module.weight is embedding.weight else None
@@ -115,10 +115,10 @@ def _layer_sites(path: str, index: int, layer: nn.Module, dims: Dimensions) -> I
         elif _is_norm(module, dims):
             norms.append(f"{path}.{name}")
             yield _norm_site(norms[-1], index, module, dims)
-    in_front = _norms_in_front(layer, norms)
+    norms_before = _norms_before(layer, norms)
     for role, members in linears.items():
         yield from members
-        yield from _block_site(index, role, members, dims, in_front.get(role))
+        yield from _block_site(index, role, members, dims, norms_before.get(role))
     if attention is not None:
         yield AttentionSite(f"layers.{index}.attention", f"{path}.{attention}", dims.num_kv_heads, dims.head_dim, index)
 
@@ -130,8 +130,8 @@ def _linear_site(name: str, layer: int, role: BlockRole, module: nn.Module) -> L
     return LinearSite(name, in_features, out_features, module.bias is not None, transposed, layer, role)
 
 
-def _norms_in_front(layer: nn.Module, norms: list[str]) -> dict[BlockRole, str]:
-    """Returns the norm in front of each sub-layer, where there is one for each: attention comes first."""
+def _norms_before(layer: nn.Module, norms: list[str]) -> dict[BlockRole, str]:
+    """Returns the norm before each sub-layer, where there is one for each: attention comes first."""
     after = norms[:1] and norms[0].rpartition(".")[2].startswith("post_")
     if len(norms) != 2 or after or not getattr(layer, "do_layer_norm_before", True):
         return {}

@@ -22,13 +22,12 @@ SiteKey = tuple[SiteKind, str]
 
 
 class Attachment:
-    """A program at work in a model, until `detach`.
+    """A program that is attached to a model, until `detach`.
 
     Args:
-        model: a Hugging Face causal model.
-        base: its description.
-        program: the program; or, while training, a function that builds it anew from live parameters. It is called once
-            a forward pass of the model, so that gradients reach the parameters.
+        model: a Hugging Face causal model. base: its description. program: the program; or, while training, a function
+        that builds it anew from the trained parameters. It is called
+            once per forward pass of the model, so that gradients reach the parameters.
     """
 
     def __init__(self, model: nn.Module, base: BaseModel, program: Program | Callable[[], Program]) -> None:
@@ -108,14 +107,14 @@ class Attachment:
     def _apply(self, site: Site, x: Tensor, y: Tensor, training: bool, residual: Tensor | None = None) -> Tensor:
         for op in self._ops[site.kind, site.name]:
             if op.reads_residual:
-                assert residual is not None, f"the norm in front of {site.name} has not run"
+                assert residual is not None, f"the norm before {site.name} has not run"
                 y = op.apply(residual.view_as(y), y, site, training=training)
             else:
                 y = op.apply(x, y, site, training=training)
         return y
 
     def _put_virtual_tokens(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Puts what stands in front of the prompt there, once a sequence, and counts it in the mask and the positions.
+        """Puts virtual tokens before the prompt, once per sequence, and counts them in the mask and the positions.
 
         A prefix goes into the empty cache; a soft prompt goes before the first tokens' embeddings.
         """
@@ -151,7 +150,7 @@ class Attachment:
         return args, kwargs
 
     def _cut_virtual_logits(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """Leaves only the logits of the caller's own tokens (of the last ones, where no more were asked for)."""
+        """Leaves only the logits of the caller's own tokens (of the last ones, where no more were requested)."""
         if self._cut:
             output.logits = output.logits[:, -self._num_own_tokens :]
         return output

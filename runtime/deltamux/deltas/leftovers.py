@@ -1,4 +1,4 @@
-"""What an adapter's file holds beside its method's tensors, and what a refusal tells of it.
+"""Leftovers: the tensors of an adapter's file that its method does not read, and the messages about them.
 
 PEFT's files may carry whole modules: copies of the base's own (an embedding saved for safety), or trained ones
 (`modules_to_save`). A copy changes nothing and is passed over; a trained one is refused, by the name of the module.
@@ -20,7 +20,7 @@ from deltamux.errors import DeltamuxError, InvalidAdapterError
 
 SHOWN = 3
 NAMING = frozenset({"MISSING_TENSOR", "UNCLAIMED_TENSOR", "INVALID_CONFIG", "RANK_MISMATCH", "BASE_MISMATCH"})
-"""Reasons that names which PEFT does not write may be behind."""
+"""Reasons of errors that may come from names which PEFT does not write."""
 
 
 def changed_leftovers(names: Iterable[str], tensors: Mapping[str, Tensor], base: BaseModel) -> list[str]:
@@ -47,7 +47,7 @@ def unclaimed(leftovers: list[str], method: str, tensors: Mapping[str, Tensor], 
 
 
 def without_type(config: Mapping[str, Any]) -> InvalidAdapterError:
-    """Returns the refusal of an adapter_config.json that does not say what the adapter is."""
+    """Returns the refusal of an adapter_config.json without a peft_type."""
     return InvalidAdapterError(
         "adapter_config.json has no peft_type, and is not AdapterHub's or MLX-LM's either; its keys are: "
         f"{', '.join(key[:40] for key in list(config)[:8]) or 'none'}. Save the adapter with PEFT, or write its "
@@ -57,7 +57,7 @@ def without_type(config: Mapping[str, Any]) -> InvalidAdapterError:
 
 
 def explained(error: DeltamuxError, tensors: Mapping[str, Tensor], base: BaseModel) -> DeltamuxError:
-    """Returns a refusal with what the file's names and shapes tell of its cause; the same one if they tell nothing."""
+    """Returns a refusal with its cause as the file's names and shapes show it; the same one if they do not."""
     if error.reason not in NAMING:
         return error
     if error.reason != "INVALID_CONFIG":
@@ -69,12 +69,12 @@ def explained(error: DeltamuxError, tensors: Mapping[str, Tensor], base: BaseMod
     if reading.marks:
         return _misnamed(error, reading)
     if error.reason == "MISSING_TENSOR":
-        told = f"{error.message}; it holds {len(tensors)} tensor(s): {listed(sorted(tensors))}"
+        message = f"{error.message}; it holds {len(tensors)} tensor(s): {listed(sorted(tensors))}"
     elif hint := _grouped_query(tensors, base):
-        told = f"{error.message}. {hint}"
+        message = f"{error.message}. {hint}"
     else:
         return error
-    return _with_message(error, told)
+    return _with_message(error, message)
 
 
 def listed(names: list[str]) -> str:
@@ -90,12 +90,12 @@ def _misnamed(error: DeltamuxError, reading: Reading) -> DeltamuxError:
     if len(reading.adapters) > 1:
         names = listed([adapter or "(no name)" for adapter in reading.adapters])
         several = f" The keys hold {len(reading.adapters)} adapters: {names}."
-    told = (
+    message = (
         f"the tensors are not named as PEFT names them in a file; their names hold {', '.join(reading.marks[:6])}. "
         f"{name[:200]!r} should be {own[:200]!r}.{several} Run `{reading.command}`, with ADAPTER the adapter's "
         "directory, and upload NEW"
     )
-    renamed = _with_message(error, told)
+    renamed = _with_message(error, message)
     renamed.metadata |= {"tensor": name, "convert": reading.command}
     return renamed
 
@@ -105,7 +105,7 @@ def _with_message(error: DeltamuxError, message: str) -> DeltamuxError:
 
 
 def _about(name: str, tensor: Tensor, base: BaseModel) -> str:
-    """Returns what a tensor is that no method takes; "" where it is not known."""
+    """Returns what a tensor is that no method reads; "" where it is not known."""
     parameter = parameter_of(name)
     module, _, _ = parameter.rpartition(".")
     if "token_adapter" in name or "trainable_tokens" in name:

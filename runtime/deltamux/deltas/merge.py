@@ -1,4 +1,4 @@
-"""Folds a program into plain weights: a pure function of tensors; the base is never changed in place."""
+"""Merges a program into plain weights: a pure function of tensors; the base is never changed in place."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def merge_program(program: Program, base: BaseModel) -> dict[str, Tensor]:
     The arithmetic runs in float32 and the result is rounded once.
 
     Raises:
-        NotMergeableError: an op cannot be folded into weights; the message says which and why.
+        NotMergeableError: an op cannot be merged into weights; the message has which and why.
         InvalidAdapterError: a merged weight is not finite.
     """
     merged: dict[str, Tensor] = {}

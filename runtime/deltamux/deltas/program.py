@@ -1,4 +1,4 @@
-"""A program is what one adapter does to the base: ops at sites. Its compiled file is all the engine reads."""
+"""`Program`: the ops of one adapter, each with its site. Its compiled file is all that the engine reads."""
 
 from __future__ import annotations
 
@@ -39,12 +39,10 @@ class PlacedOp(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """Ops at sites. Methods that combine others are programs with more rows, nothing else.
-
-    Ops at one site apply in the order they stand here.
+    """Ops at sites. Ops at one site apply in the program's order.
 
     Attributes:
-        num_virtual_tokens: how many virtual tokens stand in front of the prompt (0 without KVPrefix or SoftPrompt).
+        num_virtual_tokens: how many virtual tokens come before the prompt (0 without KVPrefix or SoftPrompt).
     """
 
     placements: tuple[Placement, ...]
@@ -57,7 +55,7 @@ class Program:
         Raises:
             InvalidAdapterError: prefixes of different lengths, or no op at all.
         """
-        # What stands in front of the prompt comes last: it replaces what other ops make of the virtual tokens' rows.
+        # Ops with virtual tokens come last: their values replace what other ops make of the virtual tokens' rows.
         unsorted = (Placement(site, op) for site, op in placements)
         rows = tuple(sorted(unsorted, key=lambda row: row.op.virtual_tokens() > 0))
         if not rows:
@@ -69,12 +67,12 @@ class Program:
             )
         fronted = [site for site, op in rows if op.virtual_tokens()]
         if len(set(fronted)) < len(fronted):
-            raise InvalidAdapterError("an adapter puts one thing in front of the prompt; here two stand at one site")
+            raise InvalidAdapterError(
+                "an adapter has one kind of virtual tokens; here two ops with virtual tokens are at one site"
+            )
         fronts = sorted({op.name for _, op in rows if op.virtual_tokens()})
         if len(fronts) > 1:
-            raise InvalidAdapterError(
-                f"an adapter puts one thing in front of the prompt, not both {' and '.join(fronts)}"
-            )
+            raise InvalidAdapterError(f"an adapter has one kind of virtual tokens, not both {' and '.join(fronts)}")
         return cls(rows, lengths.pop() if lengths else 0)
 
     def __iter__(self) -> Iterator[Placement]:
@@ -154,7 +152,7 @@ class Program:
         try:
             tensors, metadata = read_tensors(path, sha256)
             if metadata.get("format") != FORMAT:
-                raise InvalidAdapterError(f"{path} is no compiled program of format {FORMAT}")
+                raise InvalidAdapterError(f"{path} is not a compiled program of format {FORMAT}")
             return cls(_placements(metadata, tensors), int(metadata["num_virtual_tokens"]))
         except ChecksumError as error:
             raise _damaged(f"its file is damaged: {error}", path) from error

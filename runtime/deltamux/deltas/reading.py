@@ -1,4 +1,4 @@
-"""Many small tensors from one file by few calls: an adapter has hundreds of them, and loads beside the traffic."""
+"""Reads the tensors of a compiled program by few calls, since it has hundreds of them and loads next to the traffic."""
 
 from __future__ import annotations
 

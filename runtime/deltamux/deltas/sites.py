@@ -1,4 +1,4 @@
-"""Sites: the places of a base model where a delta op may stand.
+"""Sites: the places of a base model that a delta op may change.
 
 A linear or norm site carries its module's path in the Hugging Face model (``model.layers.0.self_attn.q_proj``): that
 is also the name that PEFT's files use. A block or attention site is named by layer and role
@@ -73,8 +73,8 @@ class BlockSite:
     The residual connection is outside: an op here changes what is added to the residual stream.
 
     Attributes:
-        norm: the norm in front of the sub-layer, which reads the residual stream that the output is added to; None
-            where the layer does not normalise in front of each sub-layer.
+        norm: the norm before the sub-layer, which reads the residual stream that the output is added to; None
+            where the layer does not normalise before each sub-layer.
     """
 
     name: str

@@ -39,7 +39,7 @@ class Parsed(NamedTuple):
         path: of the module, without PEFT's prefix and without wrappers.
         tail: the rest of the name, without the adapter's name.
         adapter: the adapter's name; "" for none.
-        prefixes: how often PEFT's prefix stands in front.
+        prefixes: how often the name begins with PEFT's prefix.
         wrappers: what was left out of the path.
     """
 
@@ -56,7 +56,7 @@ class Reading:
 
     Attributes:
         names: PEFT's name by the file's.
-        marks: what stood in the way, for people.
+        marks: what is different from PEFT's names, for messages.
         adapters: the names of adapters that the keys hold; more than one is ambiguous.
         needs_base: whether paths were completed by the base's own.
     """
@@ -119,7 +119,7 @@ def _adapters(read: Iterable[Parsed]) -> tuple[str, ...]:
 
 
 def parse(name: str) -> Parsed | None:
-    """Takes a tensor's name apart; None where its end is not understood."""
+    """Returns the pieces of a tensor's name; None where its end is not known."""
     pieces = [piece for piece in name.split(".") if piece not in WRAPPERS]
     wrappers = [f"{piece}." for piece in dict.fromkeys(name.split(".")) if piece in WRAPPERS]
     prefixes = 0
@@ -152,14 +152,14 @@ def _written(path: tuple[str, ...], tail: tuple[str, ...]) -> str:
 def _marks(read: Parsed) -> list[str]:
     marks = [f"the wrapper {wrapper!r}" for wrapper in read.wrappers]
     if read.path != SHARED and read.prefixes != 1:
-        marks.append(f"{PREFIX!r} twice" if read.prefixes else f"no {PREFIX!r} in front")
+        marks.append(f"{PREFIX!r} twice" if read.prefixes else f"no {PREFIX!r} at the beginning")
     if read.adapter:
         marks.append(f"the adapter's name {read.adapter[:60]!r}")
     return marks
 
 
 def _resolve(path: tuple[str, ...], paths: Collection[str] | None) -> tuple[tuple[str, ...], list[str], bool]:
-    """Returns a module's path in the base, what was in the way, and whether it took the base to complete it."""
+    """Returns a module's path in the base, what was different, and whether the base was needed to complete it."""
     candidates: list[tuple[tuple[str, ...], list[str]]] = [(path, [])]
     if "language_model" in path[:2]:
         at = path.index("language_model")
@@ -167,7 +167,7 @@ def _resolve(path: tuple[str, ...], paths: Collection[str] | None) -> tuple[tupl
         shorter = ("model", *shorter) if shorter[:1] == ("layers",) else shorter
         candidates += [(shorter, [*marks, "'language_model.' in the paths"]) for _, marks in candidates]
     if path[-1:] == ("linear",) and len(path) > 1:
-        candidates += [(known[:-1], [*marks, "'.linear' behind the paths"]) for known, marks in candidates]
+        candidates += [(known[:-1], [*marks, "'.linear' after the paths"]) for known, marks in candidates]
     if paths is None:
         return *candidates[-1], False
     for known, marks in candidates:

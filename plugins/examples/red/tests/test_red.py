@@ -1,4 +1,4 @@
-"""RED keeps every promise that deltamux makes of methods, and is the formula of its paper."""
+"""RED passes every check of deltamux's conformance suite, and is the formula of its paper."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from deltamux.deltas.batched_check import check_batched
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
 @pytest.mark.parametrize("case", cases("red"), ids=str)
-def test_every_promise_is_kept(case, check):
+def test_every_check_passes(case, check):
     check(case)
 
 
@@ -24,6 +24,6 @@ def test_the_op_scales_and_shifts():
     torch.testing.assert_close(Edit(factor, bias).apply(y, y, None), factor * y + bias)
 
 
-def test_the_op_touches_nobody_elses_rows():
+def test_the_op_touches_no_other_rows():
     (case, *_) = cases("red")
     check_batched(case.program(case.checkpoint()).placed(case.base))

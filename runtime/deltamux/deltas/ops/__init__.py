@@ -1,4 +1,4 @@
-"""The delta ops: one file each, holding all three lives of one formula."""
+"""The delta ops: one file per formula, with its three forms (train, merge, serve)."""
 
 from functools import cache
 from importlib.metadata import entry_points
@@ -48,11 +48,11 @@ ENTRY_POINT_GROUP = "deltamux.ops"
 def op_class(name: str) -> type[Op]:
     """Returns the op of that name: deltamux's own, or the one that an installed plugin registers under it.
 
-    Plugins register ops in the entry point group ``deltamux.ops``; only the op that is asked for is imported, so that
-    a worker of the engine loads no plugin whose adapters nobody uploads.
+    Plugins register ops in the entry point group ``deltamux.ops``; only the op of that name is imported, so that a
+    worker of the engine loads no plugin without adapters.
 
     Raises:
-        InvalidAdapterError: there is none, or the plugin's cannot be imported or is no op of that name.
+        InvalidAdapterError: there is none, or the plugin's cannot be imported or is not an op of that name.
     """
     if name in OPS:
         return OPS[name]
@@ -64,7 +64,7 @@ def op_class(name: str) -> type[Op]:
     except Exception as error:
         raise InvalidAdapterError(f"op {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not (isinstance(loaded, type) and issubclass(loaded, Op) and loaded.name == name):
-        raise InvalidAdapterError(f"{points[name].value} is registered as op {name!r}, but is no op of that name")
+        raise InvalidAdapterError(f"{points[name].value} is registered as op {name!r}, but is not an op of that name")
     return loaded
 
 

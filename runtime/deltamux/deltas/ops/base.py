@@ -58,7 +58,7 @@ class Op:
         return {name: value for name, value in self._values() if isinstance(value, Tensor)}
 
     def attributes(self) -> dict[str, Attribute]:
-        """Returns the fields that are no tensors, as JSON values."""
+        """Returns the fields that are not tensors, as JSON values."""
         return {name: v for name, v in self._values() if v is not None and not isinstance(v, Tensor)}
 
     def _values(self) -> list[tuple[str, Any]]:
@@ -93,10 +93,11 @@ class Op:
         """Returns the op with its change times `weight`.
 
         Raises:
-            InvalidAdapterError: the op adds no change of the site's input, so that weights do not say what they should.
+            InvalidAdapterError: the op does not add a function of the site's input, so that a weight has no meaning for
+            it.
         """
         raise InvalidAdapterError(
-            f"{self.name} is no change that is added, so it cannot be part of a weighted sum; stack it instead",
+            f"{self.name} is not a change that is added, so it cannot be part of a weighted sum; stack it instead",
             metadata={"op": self.name},
         )
 
@@ -108,7 +109,7 @@ class Op:
         return 0
 
     def virtual_tokens(self) -> int:
-        """Returns how many virtual tokens the op puts in front of the prompt."""
+        """Returns how many virtual tokens the op puts before the prompt."""
         return 0
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
@@ -118,7 +119,9 @@ class Op:
     def check(self, site: Site) -> None:
         """Raises BaseMismatchError when a parameter does not fit the site."""
         if site.kind is not self.site_kind:
-            raise InvalidAdapterError(f"op {self.name} stands at {self.site_kind} sites; {site.name} is a {site.kind}")
+            raise InvalidAdapterError(
+                f"op {self.name} is for {self.site_kind} sites; {site.name} is a {site.kind} site"
+            )
         expected = self.expected_shapes(site)
         for field, tensor in self.tensors().items():
             if tuple(tensor.shape) != expected[field]:
@@ -142,7 +145,7 @@ class Op:
         raise NotImplementedError
 
     def apply_input(self, x: Tensor, site: Site) -> Tensor:
-        """Returns what the site's module reads instead of `x`; called only where `changes_input` says so."""
+        """Returns what the site's module reads instead of `x`; called only where `changes_input` is true."""
         return x
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
@@ -153,10 +156,10 @@ class Op:
         Raises:
             NotMergeableError: with the reason.
         """
-        raise NotMergeableError(f"{self.name} at {site.name} cannot be folded into weights")
+        raise NotMergeableError(f"{self.name} at {site.name} cannot be merged into weights")
 
 
 @cache
 def _field_names(kind: type[Op]) -> tuple[str, ...]:
-    """Asked several times for each of an adapter's hundreds of ops."""
+    """Cached, as it is called several times for each of an adapter's hundreds of ops."""
     return tuple(field.name for field in fields(kind))

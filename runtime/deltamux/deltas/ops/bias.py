@@ -15,7 +15,7 @@ from deltamux.errors import NotMergeableError
 
 
 class BiasBatch(SlotOps["Bias"]):
-    """One vector a slot, added to the slot's own rows."""
+    """One vector per slot, added to the slot's own rows."""
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         for slot in bits(active):

@@ -22,7 +22,7 @@ from deltamux.deltas.sites import BlockSite, Site, SiteKind
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
 
 SEGMENT_ROWS = 12
-"""Rows an adapter must have in a step, on average, for one pair of GEMMs an adapter to beat the stacked pair."""
+"""Mean rows per adapter in a step from which one pair of GEMMs per adapter beats the stacked pair."""
 
 
 class BottleneckBatch(OpBatch):
@@ -61,7 +61,7 @@ class BottleneckBatch(OpBatch):
 class Bottleneck(Op):
     """y += scale * (W_up f(W_down z + b_down) + b_up), z = y (sequential) or the sub-layer's input x (parallel).
 
-    With `residual`, x is the residual stream in front of the sub-layer's norm, and a sequential z = x + y.
+    With `residual`, x is the residual stream before the sub-layer's norm, and a sequential z = x + y.
 
     Attributes:
         down_weight: [width, features].
@@ -106,8 +106,8 @@ class Bottleneck(Op):
         super().check(site)
         if self.residual and isinstance(site, BlockSite) and site.norm is None:
             raise BaseMismatchError(
-                f"the bottleneck at {site.name} reads the residual stream, which this base does not normalise in front "
-                "of each sub-layer: the adapter was made for another base",
+                f"the bottleneck at {site.name} reads the residual stream, which this base does not normalise "
+                "before each sub-layer: the adapter was made for another base",
                 metadata={"site": site.name, "parameter": "residual"},
             )
 
@@ -142,12 +142,12 @@ class Bottleneck(Op):
 
 
 class _Stack(NamedTuple):
-    """The modules of all slots that share activation and input, one beside the other, at their own widths."""
+    """The modules of all slots that share activation and input, next to each other, at their own widths."""
 
     op: Bottleneck  # any of them, for what they share
     down: Tensor  # [sum width, features]
     down_bias: Tensor  # [sum width]
-    up: Tensor  # [sum width, features], scaled, and finite: 0 * NaN would be NaN in everybody's rows
+    up: Tensor  # [sum width, features], scaled, and finite: 0 * NaN would be NaN in all rows
     up_bias: Tensor  # [slots + 1, features], scaled; zero for slots outside the stack and for the base
     columns: StackedColumns
 

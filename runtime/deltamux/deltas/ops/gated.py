@@ -1,4 +1,4 @@
-"""LowRank and Bottleneck behind a gate that each token opens for itself (UniPELT, Mao et al. 2022, arXiv:2110.07577).
+"""LowRank and Bottleneck with a gate that is computed per token (UniPELT, Mao et al. 2022, arXiv:2110.07577).
 
     y += sigmoid(g . z + c) * change(z)
 
@@ -25,7 +25,7 @@ from deltamux.errors import NotMergeableError
 
 
 def gate(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Returns how far each token opens the gate, [..., 1] in z's dtype."""
+    """Returns the gate's factor per token, [..., 1] in z's dtype."""
     opening: Tensor = torch.sigmoid(F.linear(z.to(weight.dtype), weight.unsqueeze(0), bias))
     return opening.to(z.dtype)
 
@@ -64,7 +64,7 @@ class GatedLowRank(LowRank):
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         raise NotMergeableError(
-            f"the low-rank change at {site.name} stands behind a gate that depends on the token, which no weight of "
+            f"the low-rank change at {site.name} has a gate that depends on the token, which no weight of "
             "the base can express; serve it as an adapter instead",
             metadata={"site": site.name, "op": self.name},
         )

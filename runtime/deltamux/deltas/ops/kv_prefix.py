@@ -1,4 +1,4 @@
-"""KVPrefix: trained keys and values in front of a layer's cache (prefix tuning, Li & Liang 2021, arXiv:2101.00190)."""
+"""KVPrefix: trained keys and values before a layer's own (prefix tuning, Li & Liang 2021, arXiv:2101.00190)."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class KVPrefix(Op):
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         raise NotMergeableError(
-            f"the prefix at {site.name} is keys and values in front of the cache, not a change of any weight; serve it "
+            f"the prefix at {site.name} is keys and values before the prompt's, not a change of any weight; serve it "
             "as an adapter instead",
             metadata={"site": site.name, "op": self.name},
         )

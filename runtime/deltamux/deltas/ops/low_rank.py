@@ -16,15 +16,15 @@ from deltamux.deltas.ops.step import StackedColumns, StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
 SEGMENT_ROWS = 12
-"""Rows an adapter must have in a step, on average, for one small GEMM an adapter to beat one stacked GEMM for all."""
+"""Mean rows per adapter in a step from which one small GEMM per adapter beats one stacked GEMM for all."""
 
 
 class LowRankBatch(OpBatch):
     """Many adapters' factors at one linear, each at its own rank.
 
-    Few rows an adapter (decode): the factors of all slots stand stacked, one GEMM shrinks all rows through all of them,
-    what is not a row's own is deselected, a second GEMM expands. Many rows an adapter (prefill), or only one adapter:
-    one pair of GEMMs an adapter over its own rows.
+    Few rows per adapter (decode): the factors of all slots are stacked, one GEMM shrinks all rows through all of them,
+    what is not a row's own is deselected, a second GEMM expands. Many rows per adapter (prefill), or only one adapter:
+    one pair of GEMMs per adapter over its own rows.
     """
 
     def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
@@ -129,7 +129,7 @@ class _Stacked(NamedTuple):
     """All slots' factors one below the other, at their own ranks."""
 
     a: Tensor  # [sum r, in]
-    b: Tensor  # [sum r, out], finite: deselected columns are zero, and 0 * NaN would be NaN in everybody's rows
+    b: Tensor  # [sum r, out], finite: deselected columns are zero, and 0 * NaN would be NaN in all rows
     columns: StackedColumns
 
     @classmethod

@@ -14,7 +14,7 @@ from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
 
 class ScaleBatch(SlotOps["Scale | ScaleInput"]):
-    """One vector a slot, multiplied into the slot's own rows: of the output, or of the input's copy."""
+    """One vector per slot, multiplied into the slot's own rows: of the output, or of the input's copy."""
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         for slot in bits(active):

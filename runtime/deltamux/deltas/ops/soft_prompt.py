@@ -1,4 +1,4 @@
-"""SoftPrompt: trained embeddings in front of the prompt (prompt tuning, Lester et al. 2021, arXiv:2104.08691)."""
+"""SoftPrompt: trained embeddings before the prompt (prompt tuning, Lester et al. 2021, arXiv:2104.08691)."""
 
 from __future__ import annotations
 
@@ -43,12 +43,11 @@ class SoftPrompt(Op):
         return {"embedding": (self.embedding.shape[0] if self.embedding.dim() else 0, site.features)}
 
     def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
-        """Returns `y`: the caller's own tokens keep their embeddings; the executor puts the prompt in front."""
+        """Returns `y`: the caller's own tokens keep their embeddings; the executor puts the soft prompt before them."""
         return y
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         raise NotMergeableError(
-            "a soft prompt is embeddings in front of the prompt, not a change of any weight; serve it as an adapter "
-            "instead",
+            "a soft prompt is embeddings before the prompt, not a change of any weight; serve it as an adapter instead",
             metadata={"site": site.name, "op": self.name},
         )
