@@ -1,8 +1,8 @@
-"""Every error deltamux raises on purpose: one tree, and each class owns its gRPC status.
+"""The errors that deltamux raises: one tree of classes, each with its gRPC status.
 
-``status`` is the name of a `grpc.StatusCode` member, so that this module needs no gRPC; one interceptor of the server
-turns an error into a `google.rpc.Status` and the client turns that back into a `DeltamuxError`.
-``reason`` is a stable upper-case word that programs may compare; the message is for people and says what to do.
+``status`` is the name of a `grpc.StatusCode` member, so that this module does not import gRPC; an interceptor of the
+server maps an error to a `google.rpc.Status`, and the client maps that to a `DeltamuxError` again. ``reason`` is a
+stable upper-case word for programs; the message is for people and has the remedy.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class DeltamuxError(Exception):
-    """Base of the family.
+    """The base class.
 
     Args:
         message: what was wrong, where, and what to do about it.
-        reason: overrides the class's stable word where one status has several reasons.
-        metadata: the offending names and values (tensor, field, limit ...), as strings.
+        reason: overrides the class's `default_reason`.
+        metadata: names and values that the error concerns (tensor, field, limit ...), as strings.
         retry_after: seconds after which the request may be sent again; a RetryInfo detail in the status.
     """
 
@@ -50,14 +50,14 @@ class DeltamuxError(Exception):
 
 
 class InvalidArgumentError(DeltamuxError):
-    """The request is wrong whatever the state of the server."""
+    """The request is invalid in every state of the server."""
 
     status = "INVALID_ARGUMENT"
     default_reason = "INVALID_ARGUMENT"
 
 
 class InvalidAdapterError(InvalidArgumentError):
-    """An adapter's files are broken: the metadata name the file, tensor or field."""
+    """An adapter's files are invalid; the metadata name the file, tensor or field."""
 
     default_reason = "INVALID_ADAPTER"
 
@@ -69,13 +69,13 @@ class InvalidConfigError(InvalidArgumentError):
 
 
 class UnknownMethodError(InvalidArgumentError):
-    """No installed plugin provides the method; the message lists those that are known."""
+    """No installed plugin provides the method; the message lists the installed ones."""
 
     default_reason = "UNKNOWN_METHOD"
 
 
 class FailedPreconditionError(DeltamuxError):
-    """The request is well-formed but does not fit the present base model or state."""
+    """The request is valid, but not for the present base model or state."""
 
     status = "FAILED_PRECONDITION"
     default_reason = "FAILED_PRECONDITION"
@@ -88,7 +88,7 @@ class BaseMismatchError(FailedPreconditionError):
 
 
 class BudgetExceededError(FailedPreconditionError):
-    """The adapter needs more (rank, virtual tokens, bytes) than the server was started with."""
+    """The adapter exceeds the server's limits (rank, virtual tokens, bytes)."""
 
     default_reason = "BUDGET_EXCEEDED"
 
@@ -100,25 +100,25 @@ class NotMergeableError(FailedPreconditionError):
 
 
 class PluginError(FailedPreconditionError):
-    """A plugin broke its contract: the message names the plugin, the hook and what it returned."""
+    """A plugin violated its contract; the message names the plugin, the hook and the problem."""
 
     default_reason = "PLUGIN_ERROR"
 
 
 class PluginTimeoutError(PluginError):
-    """A plugin took longer over an adapter than it may; what it was doing was ended."""
+    """A plugin exceeded its time for an adapter, and its process was killed."""
 
     default_reason = "PLUGIN_TIMEOUT"
 
 
 class PluginCrashedError(PluginError):
-    """A plugin took the process along that compiled an adapter with it; the server serves on."""
+    """A plugin crashed the compiler process; the server is not affected."""
 
     default_reason = "PLUGIN_CRASHED"
 
 
 class NotFoundError(DeltamuxError):
-    """Unknown to the caller: it does not exist, or belongs to another tenant."""
+    """The resource does not exist, or belongs to another tenant."""
 
     status = "NOT_FOUND"
     default_reason = "NOT_FOUND"
@@ -147,21 +147,21 @@ class ResourceExhaustedError(DeltamuxError):
 
 
 class UnavailableError(DeltamuxError):
-    """The engine or the server is not able to serve now."""
+    """The engine or the server cannot serve at the moment."""
 
     status = "UNAVAILABLE"
     default_reason = "ENGINE_UNAVAILABLE"
 
 
 class DataLossError(DeltamuxError):
-    """Stored data is missing or is not what was stored; the message names it and says how to repair it."""
+    """Stored data is missing or damaged; the message names it and the repair."""
 
     status = "DATA_LOSS"
     default_reason = "DATA_LOSS"
 
 
 class AbortedError(DeltamuxError):
-    """A concurrent change won; read the present state and try again."""
+    """The call conflicts with a concurrent change; read the present state and try again."""
 
     status = "ABORTED"
     default_reason = "CONFLICT"

@@ -115,10 +115,10 @@ def attempts(retries: int = 4, timeout: float | None = None, **kind: bool) -> At
 def test_what_may_have_been_done_is_not_sent_again() -> None:
     later = ResourceExhaustedError("busy", retry_after=1.0)
     assert attempts().pause(later) is None
-    assert attempts(resend=True).pause(later) is not None
+    assert attempts(retry_refused=True).pause(later) is not None
     assert attempts(idempotent=True).pause(later) is not None
     lost = UnavailableError("not reached")
-    assert attempts(resend=True).pause(lost) is None
+    assert attempts(retry_refused=True).pause(lost) is None
     assert attempts(idempotent=True).pause(lost) is not None
     for final in (ResourceExhaustedError("quota"), NotFoundError("none"), DeadlineExceededError("late")):
         assert attempts(idempotent=True).pause(final) is None

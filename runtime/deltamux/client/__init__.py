@@ -1,4 +1,4 @@
-"""The Python client: `Client` for threads, `AsyncClient` for asyncio. Needs gRPC only, neither torch nor vLLM."""
+"""The Python client: `Client` for threads, `AsyncClient` for asyncio; it requires gRPC only."""
 
 from deltamux.client.aio import AsyncClient
 from deltamux.client.results import Adapter, AdapterEvent, AdapterVersion, ApiKey, Generation, Tenant, Usage

@@ -1,58 +1,35 @@
-"""The client for asyncio; its surface is the one of `deltamux.client.sync`, awaited."""
+"""The client for asyncio, with the methods of `deltamux.client.sync`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import grpc
 
 from deltamux.client import calls
+from deltamux.client.base import BaseClient
 from deltamux.client.calls import Call, Page, Prompt
-from deltamux.client.channel import OPTIONS, Connection, error_of
+from deltamux.client.channel import error_of
 from deltamux.client.results import Adapter, AdapterEvent, AdapterVersion, ApiKey, Generation, Tenant
-from deltamux.client.retrying import RETRIES, Attempts
-from deltamux.client.uploads import Progress, upload_messages
-from deltamux.v1.adapters_pb2_grpc import AdaptersStub
-from deltamux.v1.inference_pb2_grpc import InferenceStub
-from deltamux.v1.tenants_pb2_grpc import TenantsStub
+from deltamux.client.uploads import Progress, upload_call
 
 T = TypeVar("T")
 
 
-class AsyncClient:
+class AsyncClient(BaseClient):
     """A connection to a deltamux server for one event loop. Close it, or use it as an async context manager.
 
     Arguments, methods and errors are those of `deltamux.client.Client`.
     """
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        api_key: str | None = None,
-        tls: bool | bytes = False,
-        timeout: float | None = None,
-        retries: int = RETRIES,
-    ) -> None:
-        self._connection = Connection(address, api_key, tls, timeout, retries)
-        credentials = self._connection.credentials()
-        self._channel = (
-            grpc.aio.insecure_channel(address, options=OPTIONS)
-            if credentials is None
-            else grpc.aio.secure_channel(address, credentials, options=OPTIONS)
-        )
-        self._stubs: dict[str, Any] = {
-            "Inference": InferenceStub(self._channel),
-            "Adapters": AdaptersStub(self._channel),
-            "Tenants": TenantsStub(self._channel),
-        }
+    _grpc: ClassVar[Any] = grpc.aio
 
     async def close(self) -> None:
-        """Ends the connection; calls under way are cancelled."""
+        """Closes the connection and cancels running calls."""
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -66,14 +43,7 @@ class AsyncClient:
     async def generate(
         self, prompt: Prompt, *, adapter: str | None = None, timeout: float | None = None, **sampling: Any
     ) -> Generation:
-        """Generates to the end and returns the whole.
-
-        Args:
-            prompt: text, token ids, or chat messages (mappings with role and content).
-            adapter: resource name of an adapter or of one of its versions; None for the base.
-            sampling: max_tokens, temperature, top_p, top_k, min_p, stop, seed, logprobs, json_schema, regex, choice and
-                the others of `SamplingParameters` in inference.proto.
-        """
+        """Generates to the end and returns the whole text."""
         return await self._unary(calls.generate(prompt, adapter, sampling, stream=False), timeout)
 
     def generate_stream(
@@ -93,19 +63,8 @@ class AsyncClient:
         progress: Progress | None = None,
         timeout: float | None = None,
     ) -> AdapterVersion:
-        """Uploads an adapter's directory as a new version; the same content again is the same version.
-
-        Args:
-            name: ``tenants/{tenant}/adapters/{adapter}``.
-            path: directory with adapter_config.json and adapter_model.safetensors.
-            promote: True serves the version at once; None does so for an adapter's first version only.
-            progress: told bytes sent and bytes in all.
-        """
-
-        def messages() -> Iterator[Any]:
-            return upload_messages(name, path, method=method, promote=promote, labels=labels, progress=progress)
-
-        call = Call("Adapters.UploadAdapter", messages(), calls.read_version, again=messages, resend=True)
+        """Uploads an adapter's directory as a new version; the same content again is the same version."""
+        call = upload_call(name, path, method=method, promote=promote, labels=labels, progress=progress)
         return await self._unary(call, timeout)
 
     async def get_adapter(self, name: str) -> Adapter:
@@ -130,24 +89,19 @@ class AsyncClient:
         promote: bool | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> AdapterVersion:
-        """Makes a new version of several others, as they are now.
-
-        Args:
-            parts: names of adapters or versions, in the order in which they apply; for a sum, with their weights.
-            mode: ``stack`` applies one after the other, ``sum`` adds their changes.
-        """
+        """Composes several versions to a new one."""
         return await self._unary(calls.compose(name, parts, mode, promote, labels or {}))
 
     async def promote(self, name: str, *, version: int, canary_percent: int = 0) -> Adapter:
-        """Makes the adapter's name mean a version; or hands the version a share of the traffic, in percent."""
+        """Makes a version the serving one, or the canary with a share of the traffic in percent."""
         return await self._unary(calls.promote(name, version, canary_percent))
 
     async def rollback(self, name: str) -> Adapter:
-        """Ends a canary; or, without one, returns to the version that served before."""
+        """Ends a canary; without one, returns to the version that served before."""
         return await self._unary(calls.rollback(name))
 
     async def delete_adapter(self, name: str) -> None:
-        """Deletes an adapter, or one version that does not serve; requests under way end as they would have."""
+        """Deletes an adapter, or one version that does not serve; running requests are not affected."""
         return await self._unary(calls.delete_adapter(name))
 
     async def pin_adapter(self, name: str) -> Adapter:
@@ -171,11 +125,11 @@ class AsyncClient:
         return await self._all(calls.list_tenants)
 
     async def delete_tenant(self, name: str, *, force: bool = False) -> None:
-        """Deletes a tenant and its keys; with `force` its adapters, too."""
+        """Deletes a tenant and its keys; with `force` also its adapters."""
         return await self._unary(calls.delete_tenant(name, force))
 
     async def create_api_key(self, tenant: str) -> ApiKey:
-        """Makes a key for ``tenants/{tenant}``; its secret is in this answer only."""
+        """Creates a key for ``tenants/{tenant}``; its secret is in this result only."""
         return await self._unary(calls.create_api_key(tenant))
 
     async def list_api_keys(self, tenant: str) -> list[ApiKey]:
@@ -222,12 +176,3 @@ class AsyncClient:
             found += answer.items
             if not (token := answer.next_token):
                 return found
-
-    def _attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
-        return Attempts(call, self._connection.retries, timeout if timeout is not None else self._connection.timeout)
-
-    def _start(self, call: Call[Any], attempts: Attempts) -> Any:
-        service, _, method = call.method.partition(".")
-        return getattr(self._stubs[service], method)(
-            attempts.request(), timeout=attempts.timeout(), metadata=self._connection.metadata()
-        )

@@ -1,4 +1,4 @@
-"""Every call of the API, once: which RPC, what is sent, and how the answer is read. Both clients run these."""
+"""The calls of the API, for both clients: the RPC, its request, and the conversion of its response."""
 
 from __future__ import annotations
 
@@ -27,78 +27,78 @@ class Call(Generic[T]):
 
     Attributes:
         method: ``Service.Method``.
-        idempotent: whether it may be sent again when nobody knows whether it was done.
-        again: makes the request anew, where it is a stream that is used up; None sends the same.
-        resend: whether it may be sent again when the server says that it was not done, though it is not idempotent.
+        idempotent: whether it may be sent again if the outcome of an attempt is unknown.
+        new_request: returns the request of another attempt, if it is a stream; None: the same request.
+        retry_refused: whether it may be sent again if it was refused with RetryInfo, though it is not idempotent.
     """
 
     method: str
     request: Any
     read: Callable[[Any], T]
     idempotent: bool = False
-    again: Callable[[], Any] | None = None
-    resend: bool = False
+    new_request: Callable[[], Any] | None = None
+    retry_refused: bool = False
 
     @property
-    def repeatable(self) -> bool:
-        return self.idempotent or self.resend
+    def retryable(self) -> bool:
+        return self.idempotent or self.retry_refused
 
 
 @dataclass(frozen=True)
 class Page(Generic[T]):
-    """One page of a listing, and the token of the next ("" after the last)."""
+    """One page of a list, and the token of the next one ("" after the last)."""
 
     items: list[T]
     next_token: str
 
 
 @contextmanager
-def sent_values() -> Iterator[None]:
-    """Around the making of a message: a value that no message can hold is an InvalidArgumentError."""
+def checked_values() -> Iterator[None]:
+    """Raises InvalidArgumentError for a value that a message of the block cannot hold."""
     try:
         yield
-    except ValueError as error:  # of a UnicodeEncodeError too: text with a lone surrogate
+    except ValueError as error:  # including UnicodeEncodeError, for a lone surrogate
         raise InvalidArgumentError(
             f"a value cannot be sent: {str(error)[:200]}; text must be valid Unicode (no lone surrogates), "
             "and numbers within the field's range"
         ) from error
 
 
-def sendable(build: Callable[P, T]) -> Callable[P, T]:
-    """Makes a function that builds a call raise as `sent_values` does."""
-    return sent_values()(build)
+def checks_values(build: Callable[P, T]) -> Callable[P, T]:
+    """Runs a function that builds a call inside `checked_values`."""
+    return checked_values()(build)
 
 
-@sendable
+@checks_values
 def generate(prompt: Prompt, adapter: str | None, sampling: Mapping[str, Any], *, stream: bool) -> Call[Generation]:
     method = "Inference.GenerateStream" if stream else "Inference.Generate"
     request = inference_pb2.GenerateRequest(adapter=adapter or "", sampling=_sampling(sampling), **_prompt(prompt))
-    return Call(method, request, _generation, resend=True)
+    return Call(method, request, _generation, retry_refused=True)
 
 
-@sendable
+@checks_values
 def get_adapter(name: str) -> Call[Adapter]:
     return Call("Adapters.GetAdapter", adapters_pb2.GetAdapterRequest(name=name), _adapter, True)
 
 
-@sendable
+@checks_values
 def get_adapter_version(name: str) -> Call[AdapterVersion]:
     return Call("Adapters.GetAdapterVersion", adapters_pb2.GetAdapterVersionRequest(name=name), read_version, True)
 
 
-@sendable
+@checks_values
 def list_adapters(parent: str, token: str) -> Call[Page[Adapter]]:
     request = adapters_pb2.ListAdaptersRequest(parent=parent, page_token=token)
     return Call("Adapters.ListAdapters", request, _page("adapters", _adapter), True)
 
 
-@sendable
+@checks_values
 def list_adapter_versions(parent: str, token: str) -> Call[Page[AdapterVersion]]:
     request = adapters_pb2.ListAdapterVersionsRequest(parent=parent, page_token=token)
     return Call("Adapters.ListAdapterVersions", request, _page("versions", read_version), True)
 
 
-@sendable
+@checks_values
 def compose(
     name: str, parts: Mapping[str, float] | Sequence[str], mode: str, promote: bool | None, labels: Mapping[str, str]
 ) -> Call[AdapterVersion]:
@@ -110,21 +110,21 @@ def compose(
         promote=promote,
         labels=labels,
     )
-    return Call("Adapters.ComposeAdapter", request, read_version, resend=True)
+    return Call("Adapters.ComposeAdapter", request, read_version, retry_refused=True)
 
 
-@sendable
+@checks_values
 def promote(name: str, version: int, canary_percent: int) -> Call[Adapter]:
     request = adapters_pb2.PromoteAdapterRequest(name=name, version=version, canary_percent=canary_percent)
     return Call("Adapters.PromoteAdapter", request, _adapter, True)
 
 
-@sendable
+@checks_values
 def rollback(name: str) -> Call[Adapter]:
     return Call("Adapters.RollbackAdapter", adapters_pb2.RollbackAdapterRequest(name=name), _adapter)
 
 
-@sendable
+@checks_values
 def delete_adapter(name: str) -> Call[None]:
     if "/versions/" in name:
         request = adapters_pb2.DeleteAdapterVersionRequest(name=name)
@@ -132,60 +132,60 @@ def delete_adapter(name: str) -> Call[None]:
     return Call("Adapters.DeleteAdapter", adapters_pb2.DeleteAdapterRequest(name=name), _nothing)
 
 
-@sendable
+@checks_values
 def pin_adapter(name: str) -> Call[Adapter]:
     return Call("Adapters.PinAdapter", adapters_pb2.PinAdapterRequest(name=name), _adapter, True)
 
 
-@sendable
+@checks_values
 def unpin_adapter(name: str) -> Call[Adapter]:
     return Call("Adapters.UnpinAdapter", adapters_pb2.UnpinAdapterRequest(name=name), _adapter, True)
 
 
-@sendable
+@checks_values
 def watch_adapters(parent: str) -> Call[AdapterEvent]:
     return Call("Adapters.WatchAdapters", adapters_pb2.WatchAdaptersRequest(parent=parent), _event, True)
 
 
-@sendable
+@checks_values
 def create_tenant(tenant: str) -> Call[Tenant]:
     return Call("Tenants.CreateTenant", tenants_pb2.CreateTenantRequest(tenant_id=tenant), _tenant)
 
 
-@sendable
+@checks_values
 def get_tenant(name: str) -> Call[Tenant]:
     return Call("Tenants.GetTenant", tenants_pb2.GetTenantRequest(name=name), _tenant, True)
 
 
-@sendable
+@checks_values
 def list_tenants(token: str) -> Call[Page[Tenant]]:
     return Call(
         "Tenants.ListTenants", tenants_pb2.ListTenantsRequest(page_token=token), _page("tenants", _tenant), True
     )
 
 
-@sendable
+@checks_values
 def delete_tenant(name: str, force: bool) -> Call[None]:
     return Call("Tenants.DeleteTenant", tenants_pb2.DeleteTenantRequest(name=name, force=force), _nothing)
 
 
-@sendable
+@checks_values
 def create_api_key(tenant: str) -> Call[ApiKey]:
     return Call("Tenants.CreateApiKey", tenants_pb2.CreateApiKeyRequest(parent=tenant), _api_key)
 
 
-@sendable
+@checks_values
 def list_api_keys(tenant: str, token: str) -> Call[Page[ApiKey]]:
     request = tenants_pb2.ListApiKeysRequest(parent=tenant, page_token=token)
     return Call("Tenants.ListApiKeys", request, _page("api_keys", _api_key), True)
 
 
-@sendable
+@checks_values
 def delete_api_key(name: str) -> Call[None]:
     return Call("Tenants.DeleteApiKey", tenants_pb2.DeleteApiKeyRequest(name=name), _nothing)
 
 
-# What is sent.
+# Requests.
 
 
 def _prompt(prompt: Prompt) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _prompt(prompt: Prompt) -> dict[str, Any]:
     if all(isinstance(item, int) for item in prompt):
         return {"token_ids": inference_pb2.TokenIds(values=prompt)}  # type: ignore[arg-type]  # all are int
     try:
-        given: Any = prompt  # what it holds shows here
+        given: Any = prompt  # its items are checked here
         messages = [inference_pb2.ChatMessage(role=m["role"], content=m["content"]) for m in given]
     except (TypeError, KeyError):
         raise InvalidArgumentError(
@@ -221,7 +221,7 @@ def _sampling(options: Mapping[str, Any]) -> inference_pb2.SamplingParameters:
         raise InvalidArgumentError(f"sampling options: {error}", metadata={"field": "sampling"}) from error
 
 
-# What comes back.
+# Responses.
 
 
 def _generation(message: inference_pb2.GenerateResponse) -> Generation:

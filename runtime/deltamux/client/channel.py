@@ -1,4 +1,4 @@
-"""What both clients share around gRPC: addresses, keys, and errors rebuilt from rich statuses."""
+"""Connections of both clients: addresses, keys, and errors from `google.rpc.Status`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPTIONS: Sequence[tuple[str, Any]] = (
 
 
 TLS_FAILED = "TLS_FAILED"
-"""Reason of an error that another attempt does not mend."""
+"""Reason of an error that is not retried."""
 
 _TLS_HINTS = {
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by an authority that this client trusts; pass the "
@@ -33,18 +33,18 @@ _TLS_HINTS = {
     "Failed to create security handshaker": "the authority's certificate (tls=..., --tls-ca) is not valid PEM. ",
     "Socket closed": "it closed the connection, as one with TLS does to a client without (tls=True, --tls). ",
 }
-"""What stands in gRPC's words over a failed connection, and what it means."""
+"""Parts of gRPC's messages for failed connections, and what they mean."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """Where and as whom to connect.
+    """The settings of a connection.
 
     Attributes:
         address: ``host:port`` or ``unix:path``.
-        api_key: sent with every call; None where the server asks for none.
-        tls: True for the system's root certificates, or PEM bytes of the authority to trust; False connects in plain.
-        timeout: seconds that a call may take, its retries included; None waits for ever.
+        api_key: sent with every call; None if the server requires none.
+        tls: True for the system's root certificates, or PEM bytes of the authority to trust; False for no TLS.
+        timeout: deadline of a call in seconds, retries included; None for none.
         retries: attempts after the first, see `deltamux.client.retrying`.
     """
 
@@ -62,17 +62,19 @@ class Connection:
         if self.retries < 0:
             raise InvalidArgumentError(f"retries must be 0 or more, not {self.retries}", metadata={"field": "retries"})
 
-    def credentials(self) -> grpc.ChannelCredentials | None:
+    def channel(self, module: Any) -> Any:
+        """Returns a channel of a module, which is `grpc` or `grpc.aio`."""
         if self.tls is False:
-            return None
-        return grpc.ssl_channel_credentials(self.tls if isinstance(self.tls, bytes) else None)
+            return module.insecure_channel(self.address, options=OPTIONS)
+        credentials = grpc.ssl_channel_credentials(self.tls if isinstance(self.tls, bytes) else None)
+        return module.secure_channel(self.address, credentials, options=OPTIONS)
 
     def metadata(self) -> list[tuple[str, str]]:
         return [("authorization", f"Bearer {self.api_key}")] if self.api_key else []
 
 
 def error_of(raised: grpc.RpcError) -> DeltamuxError:
-    """Returns the family's error that a status stands for: same class, message, reason, metadata and time as there."""
+    """Returns the `DeltamuxError` of a status, with its class, message, reason, metadata and retry time."""
     code: grpc.StatusCode = raised.code()
     message: str = raised.details() or code.name
     reason, metadata = code.name, dict[str, str]()
@@ -97,7 +99,7 @@ def _class_of(status: str, reason: str) -> type[DeltamuxError]:
 
 
 def _descendants(root: type[DeltamuxError]) -> Iterator[type[DeltamuxError]]:
-    """Yields the tree's classes, parents before children."""
+    """Yields a class's descendants, parents before children."""
     for child in root.__subclasses__():
         yield child
         yield from _descendants(child)

@@ -1,4 +1,4 @@
-"""What the client returns: frozen dataclasses, no protos."""
+"""The results of the clients: frozen dataclasses, no protos."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from datetime import datetime
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of a request; virtual tokens of the adapter are not among them.
+    """The token counts of a request, without virtual tokens of the adapter.
 
     Attributes:
-        cached_tokens: of the prompt's tokens, how many the server had in its prefix cache.
+        cached_tokens: the prompt's tokens from the prefix cache.
     """
 
     prompt_tokens: int = 0
@@ -22,13 +22,13 @@ class Usage:
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated; in a stream, what was generated since the chunk before.
+    """A generation; in a stream, the increment since the last one.
 
     Attributes:
-        logprobs: one natural logarithm a generated token; empty unless asked for.
-        top_logprobs: the likeliest (token id, log-probability) of each position; empty unless asked for.
-        finish_reason: ``stop`` or ``length`` once the generation is at its end, else None.
-        stop_reason: the stop string or stop token that ended it, if one did.
+        logprobs: natural logarithms, one per generated token; empty unless requested.
+        top_logprobs: the likeliest (token id, log-probability) of each position; empty unless requested.
+        finish_reason: ``stop`` or ``length`` at the end of the generation, else None.
+        stop_reason: the stop string or stop token that ended it, if any.
         adapter_version: resource name of the version that served; None for the base.
     """
 
@@ -49,7 +49,7 @@ class AdapterVersion:
 
     Attributes:
         name: ``tenants/{tenant}/adapters/{adapter}/versions/{version}``.
-        digest: identity of its content, sha256 in hex.
+        digest: sha256 of its content, in hex.
         state: ``READY``, ``DRAINING`` or ``DAMAGED``.
     """
 
@@ -67,12 +67,13 @@ class AdapterVersion:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: a name that serves one of its versions.
+    """An adapter: a name that is routed to one of its versions.
 
     Attributes:
-        serving_version: the version that the name means; previous_version: what a rollback returns to, None if nothing.
-        canary_version, canary_percent: the version that gets a share of the traffic, if one does.
-        problem: why it is pinned and yet not in the engine's memory; "" where nothing is wrong.
+        serving_version: the version that the name is routed to.
+        previous_version: the version that a rollback returns to, if any.
+        canary_version, canary_percent: the version with a share of the traffic, if any.
+        problem: why it is pinned but not in the engine's memory; "" if it is.
     """
 
     name: str
@@ -91,8 +92,8 @@ class AdapterEvent:
     """A change, as `watch_adapters` reports it.
 
     Attributes:
-        type: STATE (as it is when the watch begins), VERSION_CREATED, UPDATED, VERSION_DELETED or DELETED.
-        version: the number of the version concerned, None where it concerns none.
+        type: STATE (at the start of the watch), VERSION_CREATED, UPDATED, VERSION_DELETED or DELETED.
+        version: the number of the version, for events of versions.
     """
 
     type: str
@@ -108,7 +109,7 @@ class Tenant:
 
 @dataclass(frozen=True)
 class ApiKey:
-    """An API key; `secret` is there in the answer to its creation only."""
+    """An API key; `secret` is set in the result of its creation only."""
 
     name: str
     created: datetime

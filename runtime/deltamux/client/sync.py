@@ -11,57 +11,32 @@ from typing import Any, Literal, Self, TypeVar
 import grpc
 
 from deltamux.client import calls
+from deltamux.client.base import BaseClient
 from deltamux.client.calls import Call, Page, Prompt
-from deltamux.client.channel import OPTIONS, Connection, error_of
+from deltamux.client.channel import error_of
 from deltamux.client.results import Adapter, AdapterEvent, AdapterVersion, ApiKey, Generation, Tenant
-from deltamux.client.retrying import RETRIES, Attempts
-from deltamux.client.uploads import Progress, upload_messages
-from deltamux.v1.adapters_pb2_grpc import AdaptersStub
-from deltamux.v1.inference_pb2_grpc import InferenceStub
-from deltamux.v1.tenants_pb2_grpc import TenantsStub
+from deltamux.client.uploads import Progress, upload_call
 
 T = TypeVar("T")
 
 
-class Client:
+class Client(BaseClient):
     """A connection to a deltamux server; safe to share between threads. Close it, or use it as a context manager.
 
     Args:
         address: ``host:port`` or ``unix:path``.
-        api_key: where the server asks for one.
+        api_key: sent with every call, if the server requires one.
         tls: True for the system's root certificates, or PEM bytes of the authority to trust.
-        timeout: seconds that a call may take, as its deadline, retries included; None waits for ever.
-        retries: how often a call is sent again that the server refused for now (its status carries RetryInfo), after
-            the time that the server says: reads, uploads, and generations of which no token has come. 0 for never.
+        timeout: deadline of a call in seconds, retries included; None for none.
+        retries: most attempts after the first, of reads, uploads, and generations of which no token was received, that
+            were refused with RetryInfo, after the time in it. 0 for none.
 
-    Every method raises the family of `deltamux.errors`; each error has ``.code`` (a grpc.StatusCode), ``.reason`` and
+    Every method raises `deltamux.errors.DeltamuxError`; each error has ``.code`` (a grpc.StatusCode), ``.reason`` and
     ``.metadata``.
     """
 
-    def __init__(
-        self,
-        address: str,
-        *,
-        api_key: str | None = None,
-        tls: bool | bytes = False,
-        timeout: float | None = None,
-        retries: int = RETRIES,
-    ) -> None:
-        self._connection = Connection(address, api_key, tls, timeout, retries)
-        credentials = self._connection.credentials()
-        self._channel = (
-            grpc.insecure_channel(address, options=OPTIONS)
-            if credentials is None
-            else grpc.secure_channel(address, credentials, options=OPTIONS)
-        )
-        self._stubs: dict[str, Any] = {
-            "Inference": InferenceStub(self._channel),
-            "Adapters": AdaptersStub(self._channel),
-            "Tenants": TenantsStub(self._channel),
-        }
-
     def close(self) -> None:
-        """Ends the connection; calls under way are cancelled."""
+        """Closes the connection and cancels running calls."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -75,7 +50,7 @@ class Client:
     def generate(
         self, prompt: Prompt, *, adapter: str | None = None, timeout: float | None = None, **sampling: Any
     ) -> Generation:
-        """Generates to the end and returns the whole.
+        """Generates to the end and returns the whole text.
 
         Args:
             prompt: text, token ids, or chat messages (mappings with role and content).
@@ -108,13 +83,9 @@ class Client:
             name: ``tenants/{tenant}/adapters/{adapter}``.
             path: directory with adapter_config.json and adapter_model.safetensors.
             promote: True serves the version at once; None does so for an adapter's first version only.
-            progress: told bytes sent and bytes in all.
+            progress: called with the bytes sent and all bytes.
         """
-
-        def messages() -> Iterator[Any]:
-            return upload_messages(name, path, method=method, promote=promote, labels=labels, progress=progress)
-
-        call = Call("Adapters.UploadAdapter", messages(), calls.read_version, again=messages, resend=True)
+        call = upload_call(name, path, method=method, promote=promote, labels=labels, progress=progress)
         return self._unary(call, timeout)
 
     def get_adapter(self, name: str) -> Adapter:
@@ -139,7 +110,7 @@ class Client:
         promote: bool | None = None,
         labels: Mapping[str, str] | None = None,
     ) -> AdapterVersion:
-        """Makes a new version of several others, as they are now.
+        """Composes several versions to a new one.
 
         Args:
             parts: names of adapters or versions, in the order in which they apply; for a sum, with their weights.
@@ -148,15 +119,15 @@ class Client:
         return self._unary(calls.compose(name, parts, mode, promote, labels or {}))
 
     def promote(self, name: str, *, version: int, canary_percent: int = 0) -> Adapter:
-        """Makes the adapter's name mean a version; or hands the version a share of the traffic, in percent."""
+        """Makes a version the serving one, or the canary with a share of the traffic in percent."""
         return self._unary(calls.promote(name, version, canary_percent))
 
     def rollback(self, name: str) -> Adapter:
-        """Ends a canary; or, without one, returns to the version that served before."""
+        """Ends a canary; without one, returns to the version that served before."""
         return self._unary(calls.rollback(name))
 
     def delete_adapter(self, name: str) -> None:
-        """Deletes an adapter, or one version that does not serve; requests under way end as they would have."""
+        """Deletes an adapter, or one version that does not serve; running requests are not affected."""
         return self._unary(calls.delete_adapter(name))
 
     def pin_adapter(self, name: str) -> Adapter:
@@ -180,11 +151,11 @@ class Client:
         return self._all(calls.list_tenants)
 
     def delete_tenant(self, name: str, *, force: bool = False) -> None:
-        """Deletes a tenant and its keys; with `force` its adapters, too."""
+        """Deletes a tenant and its keys; with `force` also its adapters."""
         return self._unary(calls.delete_tenant(name, force))
 
     def create_api_key(self, tenant: str) -> ApiKey:
-        """Makes a key for ``tenants/{tenant}``; its secret is in this answer only."""
+        """Creates a key for ``tenants/{tenant}``; its secret is in this result only."""
         return self._unary(calls.create_api_key(tenant))
 
     def list_api_keys(self, tenant: str) -> list[ApiKey]:
@@ -231,12 +202,3 @@ class Client:
             found += answer.items
             if not (token := answer.next_token):
                 return found
-
-    def _attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
-        return Attempts(call, self._connection.retries, timeout if timeout is not None else self._connection.timeout)
-
-    def _start(self, call: Call[Any], attempts: Attempts) -> Any:
-        service, _, method = call.method.partition(".")
-        return getattr(self._stubs[service], method)(
-            attempts.request(), timeout=attempts.timeout(), metadata=self._connection.metadata()
-        )

@@ -1,14 +1,17 @@
-"""An adapter's directory as the messages of an upload."""
+"""The upload of an adapter's directory."""
 
 from __future__ import annotations
 
 import hashlib
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from deltamux.adapter_files import REQUIRED_FILES, missing
-from deltamux.client.calls import sent_values
+from deltamux.client.calls import Call, checked_values, read_version
+from deltamux.client.results import AdapterVersion
 from deltamux.errors import InvalidAdapterError
 from deltamux.v1 import adapters_pb2 as pb
 
@@ -16,7 +19,13 @@ OPTIONAL_FILES = ("README.md",)
 CHUNK_BYTES = 512 * 1024
 
 Progress = Callable[[int, int], None]
-"""Told how many bytes were sent, of how many in all."""
+"""Called with the bytes sent and all bytes."""
+
+
+def upload_call(name: str, path: str | Path, **header: Any) -> Call[AdapterVersion]:
+    """Returns the call of an upload; arguments and errors are those of `upload_messages`."""
+    messages = partial(upload_messages, name, path, **header)
+    return Call("Adapters.UploadAdapter", messages(), read_version, new_request=messages, retry_refused=True)
 
 
 def upload_messages(
@@ -28,14 +37,14 @@ def upload_messages(
     labels: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> Iterator[pb.UploadAdapterRequest]:
-    """Yields the header and then the files, piece by piece; at most one piece is in memory.
+    """Yields the header and the files in chunks, of which one is in memory at a time.
 
     Raises:
-        InvalidAdapterError: the directory is no adapter; raised before anything is sent.
+        InvalidAdapterError: the directory is not an adapter; raised before anything is sent.
         InvalidArgumentError: a name or label cannot be sent.
     """
     files = [_file(Path(directory) / name) for name in _present(Path(directory))]
-    with sent_values():
+    with checked_values():
         header = pb.UploadHeader(adapter=adapter, method=method, labels=labels or {}, promote=promote)
     header.files.extend(_info(file) for file in files)
     return _messages(header, files, progress or (lambda sent, total: None))
@@ -54,7 +63,7 @@ def _messages(header: pb.UploadHeader, files: list[Path], progress: Progress) ->
 
 def _present(directory: Path) -> list[str]:
     if not directory.is_dir():
-        raise InvalidAdapterError(f"{directory} is not a directory; give the one that holds {REQUIRED_FILES[0]}")
+        raise InvalidAdapterError(f"{directory} is not a directory; give the one with {REQUIRED_FILES[0]}")
     return [*REQUIRED_FILES, *(name for name in OPTIONAL_FILES if (directory / name).is_file())]
 
 

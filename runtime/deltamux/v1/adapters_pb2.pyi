@@ -28,24 +28,24 @@ class _AdapterVersionStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_A
     DESCRIPTOR: _descriptor.EnumDescriptor
     ADAPTER_VERSION_STATE_UNSPECIFIED: _AdapterVersionState.ValueType  # 0
     ADAPTER_VERSION_STATE_READY: _AdapterVersionState.ValueType  # 1
-    """Checked and stored; requests may name it."""
+    """Checked and stored; serves requests."""
     ADAPTER_VERSION_STATE_DRAINING: _AdapterVersionState.ValueType  # 2
-    """Deleted; requests under way still use it."""
+    """Deleted; serves running requests only."""
     ADAPTER_VERSION_STATE_DAMAGED: _AdapterVersionState.ValueType  # 3
-    """Its compiled program is missing or damaged: requests that name it are DATA_LOSS until the same files are uploaded
-    again, by whoever it may be.
+    """Its compiled program is missing or damaged: requests for it are DATA_LOSS until the same files are uploaded
+    again, to any adapter.
     """
 
 class AdapterVersionState(_AdapterVersionState, metaclass=_AdapterVersionStateEnumTypeWrapper): ...
 
 ADAPTER_VERSION_STATE_UNSPECIFIED: AdapterVersionState.ValueType  # 0
 ADAPTER_VERSION_STATE_READY: AdapterVersionState.ValueType  # 1
-"""Checked and stored; requests may name it."""
+"""Checked and stored; serves requests."""
 ADAPTER_VERSION_STATE_DRAINING: AdapterVersionState.ValueType  # 2
-"""Deleted; requests under way still use it."""
+"""Deleted; serves running requests only."""
 ADAPTER_VERSION_STATE_DAMAGED: AdapterVersionState.ValueType  # 3
-"""Its compiled program is missing or damaged: requests that name it are DATA_LOSS until the same files are uploaded
-again, by whoever it may be.
+"""Its compiled program is missing or damaged: requests for it are DATA_LOSS until the same files are uploaded
+again, to any adapter.
 """
 Global___AdapterVersionState: _TypeAlias = AdapterVersionState  # noqa: Y015
 
@@ -57,17 +57,17 @@ class _CompositionModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Compo
     DESCRIPTOR: _descriptor.EnumDescriptor
     COMPOSITION_MODE_UNSPECIFIED: _CompositionMode.ValueType  # 0
     COMPOSITION_MODE_STACK: _CompositionMode.ValueType  # 1
-    """One after the other, as they are."""
+    """One applied after the other."""
     COMPOSITION_MODE_SUM: _CompositionMode.ValueType  # 2
-    """The sum of their changes, each times its weight."""
+    """The weighted sum of their deltas."""
 
 class CompositionMode(_CompositionMode, metaclass=_CompositionModeEnumTypeWrapper): ...
 
 COMPOSITION_MODE_UNSPECIFIED: CompositionMode.ValueType  # 0
 COMPOSITION_MODE_STACK: CompositionMode.ValueType  # 1
-"""One after the other, as they are."""
+"""One applied after the other."""
 COMPOSITION_MODE_SUM: CompositionMode.ValueType  # 2
-"""The sum of their changes, each times its weight."""
+"""The weighted sum of their deltas."""
 Global___CompositionMode: _TypeAlias = CompositionMode  # noqa: Y015
 
 @_typing.final
@@ -85,15 +85,15 @@ class Adapter(_message.Message):
     name: _builtins.str
     """`tenants/{tenant}/adapters/{adapter}`"""
     serving_version: _builtins.int
-    """Number of the version that the name serves; 0 while none was promoted."""
+    """Number of the version that the name is routed to; 0 while none was promoted."""
     previous_version: _builtins.int
-    """Number of the version served before; 0 if none. RollbackAdapter goes back to it."""
+    """Number of the version that served before; 0 if none. RollbackAdapter returns to it."""
     pinned: _builtins.bool
     problem: _builtins.str
-    """Why the adapter is pinned and yet not in the engine's memory; empty where nothing is wrong."""
+    """Why the adapter is pinned but not in the engine's memory; empty if it is."""
     @_builtins.property
     def canary(self) -> Global___Canary:
-        """Unset where all traffic goes to the serving version."""
+        """Unset if all traffic goes to the serving version."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
@@ -121,7 +121,7 @@ Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class Canary(_message.Message):
-    """A share of the traffic goes to another version than the serving one."""
+    """A version, other than the serving one, with a share of the traffic."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -146,7 +146,7 @@ Global___Canary: _TypeAlias = Canary  # noqa: Y015
 
 @_typing.final
 class AdapterVersion(_message.Message):
-    """Immutable."""
+    """An immutable version of an adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -183,9 +183,9 @@ class AdapterVersion(_message.Message):
     name: _builtins.str
     """`tenants/{tenant}/adapters/{adapter}/versions/{version}`"""
     version: _builtins.int
-    """Counts from 1 within the adapter; numbers of deleted versions do not come back."""
+    """Counts from 1 within the adapter; numbers of deleted versions are not used again."""
     digest: _builtins.str
-    """Content digest: equal digests are equal deltas."""
+    """Content digest, sha256 in hex: equal digests are equal deltas."""
     method: _builtins.str
     """Name of the fine-tuning method, such as "lora"."""
     state: Global___AdapterVersionState.ValueType
@@ -227,7 +227,7 @@ class UploadAdapterRequest(_message.Message):
     CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def header(self) -> Global___UploadHeader:
-        """The first message, and no other."""
+        """In the first message only."""
 
     @_builtins.property
     def chunk(self) -> Global___FileChunk: ...
@@ -278,21 +278,21 @@ class UploadHeader(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     EXPECTED_DIGEST_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """`tenants/{tenant}/adapters/{adapter}`; both come into being where they do not exist and the server allows it."""
+    """`tenants/{tenant}/adapters/{adapter}`; both are created if they do not exist."""
     method: _builtins.str
-    """Name of the method; empty recognises it by the files. At most 128 characters."""
+    """Name of the method; empty: recognised by the files. At most 128 characters."""
     promote: _builtins.bool
-    """Whether the name serves the new version at once. Unset: if it serves none yet."""
+    """Whether the new version serves at once. Unset: if no version serves yet."""
     expected_digest: _builtins.str
-    """If set, an upload whose content has another digest is refused. At most 128 characters."""
+    """If set, the digest that the content must have. At most 128 characters."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___FileInfo]:
-        """What follows, in any order; each file exactly once and whole. At most 64."""
+        """The files that follow, in any order, each once and complete. At most 64."""
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """At most 32, keys of at most 63 and values of at most 255 characters, all together at most 4096 bytes. Where the same
-        files are a version of the adapter already, labels replace its own; none leave them.
+        """At most 32, keys of at most 63 and values of at most 255 characters, all together at most 4096 bytes. If the same
+        files are a version of the adapter already, labels replace its former ones, unless there are none.
         """
 
     def __init__(
@@ -326,7 +326,7 @@ class FileInfo(_message.Message):
     """A plain file name, such as "adapter_model.safetensors". At most 255 characters."""
     size_bytes: _builtins.int
     sha256: _builtins.str
-    """Hex; empty is not checked."""
+    """Hex; empty: not checked."""
     def __init__(
         self,
         *,
@@ -344,7 +344,7 @@ Global___FileInfo: _TypeAlias = FileInfo  # noqa: Y015
 
 @_typing.final
 class FileChunk(_message.Message):
-    """A piece of a file; the pieces of one file come in order, from its beginning."""
+    """A chunk of a file; the chunks of one file are in order."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -435,9 +435,9 @@ class CompositionPart(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """An adapter (the version that it serves now) or one of its versions."""
+    """An adapter (its serving version) or one of its versions."""
     weight: _builtins.float
-    """Of a sum; unset is 1."""
+    """For a sum; unset: 1."""
     def __init__(
         self,
         *,
@@ -483,9 +483,9 @@ class ListAdaptersRequest(_message.Message):
     parent: _builtins.str
     """`tenants/{tenant}`"""
     page_size: _builtins.int
-    """At most this many; 0 lets the server choose. Never more than 1000."""
+    """At most this many; 0 for the server's default. At most 1000."""
     page_token: _builtins.str
-    """`next_page_token` of the page before; INVALID_ARGUMENT with reason INVALID_PAGE_TOKEN for any other."""
+    """`next_page_token` of the last page; INVALID_ARGUMENT with reason INVALID_PAGE_TOKEN for any other."""
     def __init__(
         self,
         *,
@@ -606,8 +606,8 @@ class PromoteAdapterRequest(_message.Message):
     """`tenants/{tenant}/adapters/{adapter}`"""
     version: _builtins.int
     canary_percent: _builtins.int
-    """1 to 99: the version gets this share of the traffic as a canary; FAILED_PRECONDITION with reason ALREADY_SERVING for
-    the one that serves. 0 or 100: all of it.
+    """1 to 99: the version is the canary with this share of the traffic; FAILED_PRECONDITION with reason ALREADY_SERVING
+    for the serving one. 0 or 100: it serves all traffic.
     """
     def __init__(
         self,
@@ -752,20 +752,20 @@ class AdapterEvent(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         TYPE_UNSPECIFIED: AdapterEvent._Type.ValueType  # 0
         STATE: AdapterEvent._Type.ValueType  # 1
-        """Not a change: the adapter as it was when the watch began."""
+        """The adapter at the start of the watch."""
         VERSION_CREATED: AdapterEvent._Type.ValueType  # 2
         UPDATED: AdapterEvent._Type.ValueType  # 3
-        """Another version serves, a canary began or ended, or the pin changed."""
+        """The serving version, the canary or the pin has changed."""
         VERSION_DELETED: AdapterEvent._Type.ValueType  # 4
         DELETED: AdapterEvent._Type.ValueType  # 5
 
     class Type(_Type, metaclass=_TypeEnumTypeWrapper): ...
     TYPE_UNSPECIFIED: AdapterEvent.Type.ValueType  # 0
     STATE: AdapterEvent.Type.ValueType  # 1
-    """Not a change: the adapter as it was when the watch began."""
+    """The adapter at the start of the watch."""
     VERSION_CREATED: AdapterEvent.Type.ValueType  # 2
     UPDATED: AdapterEvent.Type.ValueType  # 3
-    """Another version serves, a canary began or ended, or the pin changed."""
+    """The serving version, the canary or the pin has changed."""
     VERSION_DELETED: AdapterEvent.Type.ValueType  # 4
     DELETED: AdapterEvent.Type.ValueType  # 5
 
@@ -774,10 +774,10 @@ class AdapterEvent(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     type: Global___AdapterEvent.Type.ValueType
     version: _builtins.int
-    """Of VERSION_CREATED and VERSION_DELETED: the version's number."""
+    """The version's number, for VERSION_CREATED and VERSION_DELETED."""
     @_builtins.property
     def adapter(self) -> Global___Adapter:
-        """The adapter after the change; before it, for DELETED."""
+        """The adapter after the change; for DELETED, before it."""
 
     def __init__(
         self,

@@ -27,12 +27,12 @@ if _version_not_supported:
 
 
 class AdaptersStub:
-    """The life of adapters: immutable versions, and a name that serves one of them.
+    """Adapters: immutable versions, and a name that is routed to one of them.
 
-    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
-    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
+    A name has at most 256 characters, a page token at most 512; each other field's bound is in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the metadata name it.
 
-    An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
+    An adapter of another tenant is NOT_FOUND, like one that does not exist.
     """
 
     def __init__(self, channel):
@@ -109,28 +109,27 @@ class AdaptersStub:
 
 
 class AdaptersServicer:
-    """The life of adapters: immutable versions, and a name that serves one of them.
+    """Adapters: immutable versions, and a name that is routed to one of them.
 
-    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
-    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
+    A name has at most 256 characters, a page token at most 512; each other field's bound is in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the metadata name it.
 
-    An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
+    An adapter of another tenant is NOT_FOUND, like one that does not exist.
     """
 
     def UploadAdapter(self, request_iterator, context):
-        """Checks, compiles and stores a new version. The first message is the header, the others are pieces of files.
-        A version whose content is stored already is returned as it is: uploading twice is uploading once. What of it was
-        damaged is repaired.
-        INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
-        FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
+        """Checks, compiles and stores a new version. The first message is the header, the others are chunks of files.
+        A second upload of the same content returns the same version, and repairs it if it is damaged.
+        INVALID_ARGUMENT: the files are invalid; the metadata name the file, tensor or field.
+        FAILED_PRECONDITION: they do not fit the base model, or exceed the server's limits.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ComposeAdapter(self, request, context):
-        """Makes a new version of several others, as they are now: one applied after the other, or a weighted sum.
-        Changes of its parts' names later do not change it. Errors are those of UploadAdapter, naming the part.
+        """Composes several versions to a new one: one applied after the other, or a weighted sum.
+        Later changes of its parts do not affect it. Errors are those of UploadAdapter, and name the part.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,36 +160,36 @@ class AdaptersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PromoteAdapter(self, request, context):
-        """Makes a version the one that the adapter's name serves, or hands it a share of the traffic.
-        Requests under way keep the version they began with.
+        """Makes a version the serving one, or the canary with a share of the traffic.
+        Running requests keep their version.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RollbackAdapter(self, request, context):
-        """Goes back to the version served before the present one, or takes the canary's traffic away if there is one.
+        """Ends the canary; without one, returns to the version that served before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapter(self, request, context):
-        """Deletes an adapter and its versions. New requests find nothing; those under way end as they would have.
+        """Deletes an adapter and its versions, for new requests; running ones are not affected.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAdapterVersion(self, request, context):
-        """Deletes one version. FAILED_PRECONDITION while the adapter serves it.
+        """Deletes one version. FAILED_PRECONDITION while it serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PinAdapter(self, request, context):
-        """Keeps the served version in the engine's memory whatever else is used, until it is unpinned.
+        """Keeps the serving version in the engine's memory until it is unpinned.
         RESOURCE_EXHAUSTED, PIN_BUDGET: the tenant, or all tenants together, have pinned as many as the server allows.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -204,7 +203,7 @@ class AdaptersServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchAdapters(self, request, context):
-        """Sends every matching adapter as it is now (type STATE), and then every change as it happens.
+        """Sends every matching adapter (type STATE), and then every change.
         RESOURCE_EXHAUSTED with RetryInfo: 256 watches of the tenant and its adapters are open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -288,12 +287,12 @@ def add_AdaptersServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Adapters:
-    """The life of adapters: immutable versions, and a name that serves one of them.
+    """Adapters: immutable versions, and a name that is routed to one of them.
 
-    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
-    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
+    A name has at most 256 characters, a page token at most 512; each other field's bound is in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the metadata name it.
 
-    An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
+    An adapter of another tenant is NOT_FOUND, like one that does not exist.
     """
 
     @staticmethod

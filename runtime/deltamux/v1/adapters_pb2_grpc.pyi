@@ -28,12 +28,12 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AdaptersStub:
-    """The life of adapters: immutable versions, and a name that serves one of them.
+    """Adapters: immutable versions, and a name that is routed to one of them.
 
-    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
-    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
+    A name has at most 256 characters, a page token at most 512; each other field's bound is in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the metadata name it.
 
-    An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
+    An adapter of another tenant is NOT_FOUND, like one that does not exist.
     """
 
     @_typing.overload
@@ -41,93 +41,91 @@ class AdaptersStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdaptersAsyncStub: ...
     UploadAdapter: _grpc.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.AdapterVersion]
-    """Checks, compiles and stores a new version. The first message is the header, the others are pieces of files.
-    A version whose content is stored already is returned as it is: uploading twice is uploading once. What of it was
-    damaged is repaired.
-    INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
-    FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
+    """Checks, compiles and stores a new version. The first message is the header, the others are chunks of files.
+    A second upload of the same content returns the same version, and repairs it if it is damaged.
+    INVALID_ARGUMENT: the files are invalid; the metadata name the file, tensor or field.
+    FAILED_PRECONDITION: they do not fit the base model, or exceed the server's limits.
     """
     ComposeAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ComposeAdapterRequest, _adapters_pb2.AdapterVersion]
-    """Makes a new version of several others, as they are now: one applied after the other, or a weighted sum.
-    Changes of its parts' names later do not change it. Errors are those of UploadAdapter, naming the part.
+    """Composes several versions to a new one: one applied after the other, or a weighted sum.
+    Later changes of its parts do not affect it. Errors are those of UploadAdapter, and name the part.
     """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.Adapter]
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
     GetAdapterVersion: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterVersionRequest, _adapters_pb2.AdapterVersion]
     ListAdapterVersions: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdapterVersionsRequest, _adapters_pb2.ListAdapterVersionsResponse]
     PromoteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PromoteAdapterRequest, _adapters_pb2.Adapter]
-    """Makes a version the one that the adapter's name serves, or hands it a share of the traffic.
-    Requests under way keep the version they began with.
+    """Makes a version the serving one, or the canary with a share of the traffic.
+    Running requests keep their version.
     """
     RollbackAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.Adapter]
-    """Goes back to the version served before the present one, or takes the canary's traffic away if there is one."""
+    """Ends the canary; without one, returns to the version that served before."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _empty_pb2.Empty]
-    """Deletes an adapter and its versions. New requests find nothing; those under way end as they would have."""
+    """Deletes an adapter and its versions, for new requests; running ones are not affected."""
     DeleteAdapterVersion: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterVersionRequest, _empty_pb2.Empty]
-    """Deletes one version. FAILED_PRECONDITION while the adapter serves it."""
+    """Deletes one version. FAILED_PRECONDITION while it serves."""
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.Adapter]
-    """Keeps the served version in the engine's memory whatever else is used, until it is unpinned.
+    """Keeps the serving version in the engine's memory until it is unpinned.
     RESOURCE_EXHAUSTED, PIN_BUDGET: the tenant, or all tenants together, have pinned as many as the server allows.
     """
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.Adapter]
     WatchAdapters: _grpc.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.AdapterEvent]
-    """Sends every matching adapter as it is now (type STATE), and then every change as it happens.
+    """Sends every matching adapter (type STATE), and then every change.
     RESOURCE_EXHAUSTED with RetryInfo: 256 watches of the tenant and its adapters are open.
     """
 
 @_typing.type_check_only
 class AdaptersAsyncStub(AdaptersStub):
-    """The life of adapters: immutable versions, and a name that serves one of them.
+    """Adapters: immutable versions, and a name that is routed to one of them.
 
-    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
-    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
+    A name has at most 256 characters, a page token at most 512; each other field's bound is in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the metadata name it.
 
-    An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
+    An adapter of another tenant is NOT_FOUND, like one that does not exist.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadAdapter: _aio.StreamUnaryMultiCallable[_adapters_pb2.UploadAdapterRequest, _adapters_pb2.AdapterVersion]  # type: ignore[assignment]
-    """Checks, compiles and stores a new version. The first message is the header, the others are pieces of files.
-    A version whose content is stored already is returned as it is: uploading twice is uploading once. What of it was
-    damaged is repaired.
-    INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
-    FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
+    """Checks, compiles and stores a new version. The first message is the header, the others are chunks of files.
+    A second upload of the same content returns the same version, and repairs it if it is damaged.
+    INVALID_ARGUMENT: the files are invalid; the metadata name the file, tensor or field.
+    FAILED_PRECONDITION: they do not fit the base model, or exceed the server's limits.
     """
     ComposeAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ComposeAdapterRequest, _adapters_pb2.AdapterVersion]  # type: ignore[assignment]
-    """Makes a new version of several others, as they are now: one applied after the other, or a weighted sum.
-    Changes of its parts' names later do not change it. Errors are those of UploadAdapter, naming the part.
+    """Composes several versions to a new one: one applied after the other, or a weighted sum.
+    Later changes of its parts do not affect it. Errors are those of UploadAdapter, and name the part.
     """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.Adapter]  # type: ignore[assignment]
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
     GetAdapterVersion: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterVersionRequest, _adapters_pb2.AdapterVersion]  # type: ignore[assignment]
     ListAdapterVersions: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdapterVersionsRequest, _adapters_pb2.ListAdapterVersionsResponse]  # type: ignore[assignment]
     PromoteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PromoteAdapterRequest, _adapters_pb2.Adapter]  # type: ignore[assignment]
-    """Makes a version the one that the adapter's name serves, or hands it a share of the traffic.
-    Requests under way keep the version they began with.
+    """Makes a version the serving one, or the canary with a share of the traffic.
+    Running requests keep their version.
     """
     RollbackAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.RollbackAdapterRequest, _adapters_pb2.Adapter]  # type: ignore[assignment]
-    """Goes back to the version served before the present one, or takes the canary's traffic away if there is one."""
+    """Ends the canary; without one, returns to the version that served before."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes an adapter and its versions. New requests find nothing; those under way end as they would have."""
+    """Deletes an adapter and its versions, for new requests; running ones are not affected."""
     DeleteAdapterVersion: _aio.UnaryUnaryMultiCallable[_adapters_pb2.DeleteAdapterVersionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes one version. FAILED_PRECONDITION while the adapter serves it."""
+    """Deletes one version. FAILED_PRECONDITION while it serves."""
     PinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.Adapter]  # type: ignore[assignment]
-    """Keeps the served version in the engine's memory whatever else is used, until it is unpinned.
+    """Keeps the serving version in the engine's memory until it is unpinned.
     RESOURCE_EXHAUSTED, PIN_BUDGET: the tenant, or all tenants together, have pinned as many as the server allows.
     """
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.Adapter]  # type: ignore[assignment]
     WatchAdapters: _aio.UnaryStreamMultiCallable[_adapters_pb2.WatchAdaptersRequest, _adapters_pb2.AdapterEvent]  # type: ignore[assignment]
-    """Sends every matching adapter as it is now (type STATE), and then every change as it happens.
+    """Sends every matching adapter (type STATE), and then every change.
     RESOURCE_EXHAUSTED with RetryInfo: 256 watches of the tenant and its adapters are open.
     """
 
 class AdaptersServicer(metaclass=_abc_1.ABCMeta):
-    """The life of adapters: immutable versions, and a name that serves one of them.
+    """Adapters: immutable versions, and a name that is routed to one of them.
 
-    A name has at most 256 characters, a page token at most 512; each other field's bound stands in its comment. A field
-    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and names the field.
+    A name has at most 256 characters, a page token at most 512; each other field's bound is in its comment. A field
+    beyond its bound is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the metadata name it.
 
-    An adapter of another tenant is NOT_FOUND, exactly like one that does not exist.
+    An adapter of another tenant is NOT_FOUND, like one that does not exist.
     """
 
     @_abc_1.abstractmethod
@@ -136,11 +134,10 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_adapters_pb2.UploadAdapterRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.AdapterVersion, _abc.Awaitable[_adapters_pb2.AdapterVersion]]:
-        """Checks, compiles and stores a new version. The first message is the header, the others are pieces of files.
-        A version whose content is stored already is returned as it is: uploading twice is uploading once. What of it was
-        damaged is repaired.
-        INVALID_ARGUMENT: the files are broken; the metadata name the file, tensor or field.
-        FAILED_PRECONDITION: they do not fit the base model, or exceed the rank or size that the server allows.
+        """Checks, compiles and stores a new version. The first message is the header, the others are chunks of files.
+        A second upload of the same content returns the same version, and repairs it if it is damaged.
+        INVALID_ARGUMENT: the files are invalid; the metadata name the file, tensor or field.
+        FAILED_PRECONDITION: they do not fit the base model, or exceed the server's limits.
         """
 
     @_abc_1.abstractmethod
@@ -149,8 +146,8 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.ComposeAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.AdapterVersion, _abc.Awaitable[_adapters_pb2.AdapterVersion]]:
-        """Makes a new version of several others, as they are now: one applied after the other, or a weighted sum.
-        Changes of its parts' names later do not change it. Errors are those of UploadAdapter, naming the part.
+        """Composes several versions to a new one: one applied after the other, or a weighted sum.
+        Later changes of its parts do not affect it. Errors are those of UploadAdapter, and name the part.
         """
 
     @_abc_1.abstractmethod
@@ -187,8 +184,8 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.PromoteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.Adapter, _abc.Awaitable[_adapters_pb2.Adapter]]:
-        """Makes a version the one that the adapter's name serves, or hands it a share of the traffic.
-        Requests under way keep the version they began with.
+        """Makes a version the serving one, or the canary with a share of the traffic.
+        Running requests keep their version.
         """
 
     @_abc_1.abstractmethod
@@ -197,7 +194,7 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.RollbackAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.Adapter, _abc.Awaitable[_adapters_pb2.Adapter]]:
-        """Goes back to the version served before the present one, or takes the canary's traffic away if there is one."""
+        """Ends the canary; without one, returns to the version that served before."""
 
     @_abc_1.abstractmethod
     def DeleteAdapter(
@@ -205,7 +202,7 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.DeleteAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes an adapter and its versions. New requests find nothing; those under way end as they would have."""
+        """Deletes an adapter and its versions, for new requests; running ones are not affected."""
 
     @_abc_1.abstractmethod
     def DeleteAdapterVersion(
@@ -213,7 +210,7 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.DeleteAdapterVersionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes one version. FAILED_PRECONDITION while the adapter serves it."""
+        """Deletes one version. FAILED_PRECONDITION while it serves."""
 
     @_abc_1.abstractmethod
     def PinAdapter(
@@ -221,7 +218,7 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.PinAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.Adapter, _abc.Awaitable[_adapters_pb2.Adapter]]:
-        """Keeps the served version in the engine's memory whatever else is used, until it is unpinned.
+        """Keeps the serving version in the engine's memory until it is unpinned.
         RESOURCE_EXHAUSTED, PIN_BUDGET: the tenant, or all tenants together, have pinned as many as the server allows.
         """
 
@@ -238,7 +235,7 @@ class AdaptersServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.WatchAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_adapters_pb2.AdapterEvent], _abc.AsyncIterator[_adapters_pb2.AdapterEvent]]:
-        """Sends every matching adapter as it is now (type STATE), and then every change as it happens.
+        """Sends every matching adapter (type STATE), and then every change.
         RESOURCE_EXHAUSTED with RetryInfo: 256 watches of the tenant and its adapters are open.
         """
 

@@ -27,17 +27,17 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     DESCRIPTOR: _descriptor.EnumDescriptor
     FINISH_REASON_UNSPECIFIED: _FinishReason.ValueType  # 0
     FINISH_REASON_STOP: _FinishReason.ValueType  # 1
-    """The model ended its text, or a stop string or token came."""
+    """End of text, a stop string or a stop token."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
-    """max_tokens or the end of the context was reached."""
+    """max_tokens or the end of the context."""
 
 class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper): ...
 
 FINISH_REASON_UNSPECIFIED: FinishReason.ValueType  # 0
 FINISH_REASON_STOP: FinishReason.ValueType  # 1
-"""The model ended its text, or a stop string or token came."""
+"""End of text, a stop string or a stop token."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
-"""max_tokens or the end of the context was reached."""
+"""max_tokens or the end of the context."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
@@ -50,20 +50,20 @@ class GenerateRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """`tenants/{tenant}/adapters/{adapter}`: the version that the alias serves when the request is admitted.
-    `tenants/{tenant}/adapters/{adapter}/versions/{version}`: that version. Empty: the base model alone.
+    """`tenants/{tenant}/adapters/{adapter}`: its serving version when the request is admitted.
+    `tenants/{tenant}/adapters/{adapter}/versions/{version}`: that version. Empty: the base model.
     At most 256 characters.
     """
     text: _builtins.str
     """At most as many characters as the context has tokens, times those of the vocabulary's longest token; a text is
-    refused by its beginning where that alone has more tokens than the context.
+    refused as soon as its beginning has more tokens than the context.
     """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds: ...
     @_builtins.property
     def chat(self) -> Global___Chat:
-        """Laid out by the base model's chat template; INVALID_ARGUMENT with reason INVALID_CHAT, in the template's
-        own words, where that refuses them. Content and layout are each bounded as `text`.
+        """Rendered with the base model's chat template; INVALID_ARGUMENT with reason INVALID_CHAT and the template's
+        message if it refuses them. Content and rendered text are each bounded as `text`.
         """
 
     @_builtins.property
@@ -94,7 +94,7 @@ class TokenIds(_message.Message):
     VALUES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def values(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """At most as many as the context holds, and 1,048,576."""
+        """At most as many as the context has tokens, and 1,048,576."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """"system", "user", "assistant", or what else the chat template knows. At most 64 characters."""
+    """"system", "user", "assistant", or another role of the chat template. At most 64 characters."""
     content: _builtins.str
     def __init__(
         self,
@@ -156,7 +156,7 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class SamplingParameters(_message.Message):
-    """Names, defaults and meanings are those of vLLM's SamplingParams. An unset optional field takes its default."""
+    """Names, defaults and meanings are those of vLLM's SamplingParams. An unset optional field has its default."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -200,32 +200,32 @@ class SamplingParameters(_message.Message):
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """At most so many tokens are generated. Default 16; at least 1."""
+    """Most tokens to generate. Default 16; at least 1."""
     fill_context: _builtins.bool
-    """Generates until a stop or the end of the context. Excludes max_tokens."""
+    """Generates until a stop or the end of the context. Not together with max_tokens."""
     min_tokens: _builtins.int
-    """No stop string, stop token or end of text before so many tokens. Default 0; at most what the context leaves behind
-    the prompt.
+    """Fewest tokens before a stop string, stop token or end of text. Default 0; at most what the context leaves after the
+    prompt.
     """
     temperature: _builtins.float
     """0 is greedy. In [0, 2]. Default 1."""
     top_p: _builtins.float
     """In (0, 1]. Default 1."""
     top_k: _builtins.int
-    """0 considers all tokens. Default 0."""
+    """0: all tokens. Default 0."""
     min_p: _builtins.float
-    """Tokens less likely than this share of the likeliest are not considered. In [0, 1]. Default 0."""
+    """Least probability of a token, relative to the likeliest one. In [0, 1]. Default 0."""
     presence_penalty: _builtins.float
     """In [-2, 2]. Default 0."""
     frequency_penalty: _builtins.float
     """In [-2, 2]. Default 0."""
     repetition_penalty: _builtins.float
-    """Above 1 discourages what prompt and output hold already. Default 1."""
+    """Above 1: penalises tokens of the prompt and the output. Default 1."""
     include_stop_str_in_output: _builtins.bool
     ignore_eos: _builtins.bool
-    """Generates on past the end-of-text token."""
+    """Generation continues after the end-of-text token."""
     seed: _builtins.int
-    """The same seed, prompt and parameters draw the same tokens."""
+    """The same seed, prompt and parameters give the same tokens."""
     logprobs: _builtins.int
     """Unset: none. 0: the generated tokens' log-probabilities. n: also those of the n likeliest tokens. At most 20."""
     skip_special_tokens: _builtins.bool
@@ -242,7 +242,7 @@ class SamplingParameters(_message.Message):
 
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
-        """Token id to what is added to its logit, in [-100, 100]. At most 1024, each id in the vocabulary."""
+        """Token id to the bias that is added to its logit, in [-100, 100]. At most 1024, each id in the vocabulary."""
 
     @_builtins.property
     def structured_output(self) -> Global___StructuredOutput:
@@ -308,14 +308,14 @@ Global___SamplingParameters: _TypeAlias = SamplingParameters  # noqa: Y015
 
 @_typing.final
 class StructuredOutput(_message.Message):
-    """Only tokens that keep to the format are generated, and none after its end, min_tokens or not: what ends with
-    FINISH_REASON_STOP and no stop string satisfies it. max_tokens and stop strings may cut it short. Beside a format,
-    ignore_eos is INVALID_ARGUMENT, and stop_token_ids may hold special tokens alone.
+    """The format of the output. Only tokens that match it are generated, and none after its end, whatever min_tokens is: an
+    output that ends with FINISH_REASON_STOP and no stop string matches it; max_tokens and stop strings may truncate it.
+    With a format, ignore_eos is INVALID_ARGUMENT, and stop_token_ids may have special tokens only.
 
-    A format is compiled to a grammar before the request runs, within a budget of CPU time (2 s, unless the operator set
-    another), 512 MiB while it is compiled, 32 MiB after, and 5 ms for the mask of a token. INVALID_ARGUMENT names the
-    field, with reason GRAMMAR_TOO_COMPLEX beyond the budget and INVALID_GRAMMAR where the format is not supported, matches
-    nothing, or never ends. RESOURCE_EXHAUSTED with RetryInfo: 32 formats of the caller wait already.
+    A format is compiled to a grammar before the request runs, within a budget of CPU time (2 s by
+    default), 512 MiB while it is compiled, 32 MiB after, and 5 ms per token mask. INVALID_ARGUMENT names the
+    field, with reason GRAMMAR_TOO_COMPLEX beyond the budget and INVALID_GRAMMAR if the format is not supported, matches
+    nothing, or never ends. RESOURCE_EXHAUSTED with RetryInfo: 32 formats of the caller are waiting.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -325,12 +325,12 @@ class StructuredOutput(_message.Message):
     CHOICE_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
     """The text of a JSON schema. At most 65,536 characters, 32 levels, 8192 values, 256 properties of an object, 1024
-    values of an enum, 64 alternatives; counts and lengths (minItems, maxLength, ...) at most 1000. References stay
-    within the schema, and a cycle of them must be able to end. What the output could not be held to is INVALID_GRAMMAR,
-    naming the keyword: docs/requests.md lists it.
+    values of an enum, 64 alternatives; counts and lengths (minItems, maxLength, ...) at most 1000. References are
+    within the schema, and a cycle of them must be able to end. A keyword that cannot be enforced is INVALID_GRAMMAR,
+    and named: docs/requests.md lists them.
     """
     regex: _builtins.str
-    """The whole text matches it. `.` is any character, line breaks too; \\d, \\w and \\s are ASCII. No look-around,
+    """The whole text matches it. `.` is any character, including line breaks; \\d, \\w and \\s are ASCII. No look-around,
     back-references, flags or word boundaries. At most 4096 characters; {n,m} at most 1000.
     """
     @_builtins.property
@@ -396,20 +396,20 @@ class GenerateResponse(_message.Message):
     adapter_version: _builtins.str
     """`tenants/{tenant}/adapters/{adapter}/versions/{version}` that served the request; empty for the base model."""
     request_id: _builtins.str
-    """The server's name of this request in its log."""
+    """The request's id in the server's log."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Natural logarithms, one a token of token_ids, where they were asked for."""
+        """Natural logarithms, one per token of token_ids, if requested."""
 
     @_builtins.property
     def top_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprobs]:
-        """One a token of token_ids, where alternatives were asked for."""
+        """One per token of token_ids, if alternatives are requested."""
 
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """Of a stream: so far."""
+        """In a stream: so far."""
 
     def __init__(
         self,
@@ -447,7 +447,7 @@ class TopLogprobs(_message.Message):
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """One a token of token_ids."""
+        """One per token of token_ids."""
 
     def __init__(
         self,
@@ -465,7 +465,7 @@ Global___TopLogprobs: _TypeAlias = TopLogprobs  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
-    """Virtual tokens of an adapter are counted nowhere."""
+    """Token counts, without virtual tokens of an adapter."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -475,7 +475,7 @@ class Usage(_message.Message):
     prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     cached_tokens: _builtins.int
-    """Of prompt_tokens: those that came from the prefix cache. Tenants do not share it unless the operator says so."""
+    """Those of prompt_tokens that were in the prefix cache. It is not shared between tenants by default."""
     def __init__(
         self,
         *,

@@ -26,13 +26,13 @@ if _version_not_supported:
 
 
 class InferenceStub:
-    """Generates text with the base model, alone or with one tenant's adapter.
+    """Generation of text with the base model, or with an adapter.
 
-    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
+    Every field's bound is in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the
+    metadata name it. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
-    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
+    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation aborts the generation.
     """
 
     def __init__(self, channel):
@@ -54,13 +54,13 @@ class InferenceStub:
 
 
 class InferenceServicer:
-    """Generates text with the base model, alone or with one tenant's adapter.
+    """Generation of text with the base model, or with an adapter.
 
-    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
+    Every field's bound is in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the
+    metadata name it. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
-    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
+    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation aborts the generation.
     """
 
     def Generate(self, request, context):
@@ -71,8 +71,8 @@ class InferenceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Returns the completion in increments: each response holds what is new since the last one. Increments merge when the
-        reader is slower than the engine. The last one has a finish_reason.
+        """Returns the completion in increments, which are merged if the client reads more slowly than the engine generates.
+        The last one has a finish_reason.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,13 +100,13 @@ def add_InferenceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Inference:
-    """Generates text with the base model, alone or with one tenant's adapter.
+    """Generation of text with the base model, or with an adapter.
 
-    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
+    Every field's bound is in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the
+    metadata name it. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
-    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
+    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation aborts the generation.
     """
 
     @staticmethod

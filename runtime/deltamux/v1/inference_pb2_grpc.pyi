@@ -27,13 +27,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceStub:
-    """Generates text with the base model, alone or with one tenant's adapter.
+    """Generation of text with the base model, or with an adapter.
 
-    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
+    Every field's bound is in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the
+    metadata name it. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
-    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
+    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation aborts the generation.
     """
 
     @_typing.overload
@@ -43,37 +43,37 @@ class InferenceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Returns the whole completion."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
-    """Returns the completion in increments: each response holds what is new since the last one. Increments merge when the
-    reader is slower than the engine. The last one has a finish_reason.
+    """Returns the completion in increments, which are merged if the client reads more slowly than the engine generates.
+    The last one has a finish_reason.
     """
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
-    """Generates text with the base model, alone or with one tenant's adapter.
+    """Generation of text with the base model, or with an adapter.
 
-    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
+    Every field's bound is in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the
+    metadata name it. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
-    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
+    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation aborts the generation.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Returns the whole completion."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Returns the completion in increments: each response holds what is new since the last one. Increments merge when the
-    reader is slower than the engine. The last one has a finish_reason.
+    """Returns the completion in increments, which are merged if the client reads more slowly than the engine generates.
+    The last one has a finish_reason.
     """
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
-    """Generates text with the base model, alone or with one tenant's adapter.
+    """Generation of text with the base model, or with an adapter.
 
-    Every field's bound stands in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, names the
-    field, and costs the server nothing else. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
+    Every field's bound is in its comment; a field beyond it is INVALID_ARGUMENT with reason LIMIT_EXCEEDED, and the
+    metadata name it. A request has at most 1 MiB and 256 bytes per token of the context, and 8 MiB.
 
     Errors carry google.rpc.ErrorInfo (domain "deltamux", a stable upper-case reason, metadata); invalid fields also
-    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation ends the generation.
+    google.rpc.BadRequest, exhausted quotas google.rpc.RetryInfo. A deadline or a cancellation aborts the generation.
     """
 
     @_abc_1.abstractmethod
@@ -90,8 +90,8 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateResponse], _abc.AsyncIterator[_inference_pb2.GenerateResponse]]:
-        """Returns the completion in increments: each response holds what is new since the last one. Increments merge when the
-        reader is slower than the engine. The last one has a finish_reason.
+        """Returns the completion in increments, which are merged if the client reads more slowly than the engine generates.
+        The last one has a finish_reason.
         """
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

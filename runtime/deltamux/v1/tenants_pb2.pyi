@@ -89,9 +89,9 @@ class ListTenantsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
-    """At most this many; 0 lets the server choose. Never more than 1000."""
+    """At most this many; 0 for the server's default. At most 1000."""
     page_token: _builtins.str
-    """`next_page_token` of the page before."""
+    """`next_page_token` of the last page."""
     def __init__(
         self,
         *,
@@ -138,7 +138,7 @@ class DeleteTenantRequest(_message.Message):
     FORCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     force: _builtins.bool
-    """Deletes the tenant's adapters too."""
+    """Also deletes the tenant's adapters."""
     def __init__(
         self,
         *,
@@ -163,7 +163,7 @@ class ApiKey(_message.Message):
     name: _builtins.str
     """`tenants/{tenant}/keys/{key}`"""
     secret: _builtins.str
-    """What a caller sends as `authorization: Bearer {secret}`; only in the answer of CreateApiKey."""
+    """What a caller sends as `authorization: Bearer {secret}`; only in the response of CreateApiKey."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(

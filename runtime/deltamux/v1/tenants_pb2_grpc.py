@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class TenantsStub:
-    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    """Tenants and their API keys. On a server with keys, all methods require the administrator's.
     A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
     """
 
@@ -75,7 +75,7 @@ class TenantsStub:
 
 
 class TenantsServicer:
-    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    """Tenants and their API keys. On a server with keys, all methods require the administrator's.
     A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
     """
 
@@ -99,15 +99,15 @@ class TenantsServicer:
 
     def DeleteTenant(self, request, context):
         """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
-        An upload to the tenant that is under way ends with ABORTED. Watches of the tenant or of its adapters see DELETED for
-        each adapter, and go on: a tenant of the same name may be created later.
+        A running upload to the tenant ends with ABORTED. Watches of the tenant or of its adapters receive DELETED for each
+        adapter, and stay open: a tenant of the same name may be created later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateApiKey(self, request, context):
-        """Makes a key that acts for the tenant. Its secret is in this answer and nowhere else.
+        """Creates a key of the tenant. Its secret is in this response only.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,7 +120,7 @@ class TenantsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteApiKey(self, request, context):
-        """Revokes a key; it is refused from the next call on.
+        """Revokes a key, for all later calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,7 +173,7 @@ def add_TenantsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Tenants:
-    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    """Tenants and their API keys. On a server with keys, all methods require the administrator's.
     A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
     """
 

@@ -28,7 +28,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TenantsStub:
-    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    """Tenants and their API keys. On a server with keys, all methods require the administrator's.
     A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
     """
 
@@ -41,18 +41,18 @@ class TenantsStub:
     ListTenants: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.ListTenantsRequest, _tenants_pb2.ListTenantsResponse]
     DeleteTenant: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.DeleteTenantRequest, _empty_pb2.Empty]
     """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
-    An upload to the tenant that is under way ends with ABORTED. Watches of the tenant or of its adapters see DELETED for
-    each adapter, and go on: a tenant of the same name may be created later.
+    A running upload to the tenant ends with ABORTED. Watches of the tenant or of its adapters receive DELETED for each
+    adapter, and stay open: a tenant of the same name may be created later.
     """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.CreateApiKeyRequest, _tenants_pb2.ApiKey]
-    """Makes a key that acts for the tenant. Its secret is in this answer and nowhere else."""
+    """Creates a key of the tenant. Its secret is in this response only."""
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.ListApiKeysRequest, _tenants_pb2.ListApiKeysResponse]
     DeleteApiKey: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.DeleteApiKeyRequest, _empty_pb2.Empty]
-    """Revokes a key; it is refused from the next call on."""
+    """Revokes a key, for all later calls."""
 
 @_typing.type_check_only
 class TenantsAsyncStub(TenantsStub):
-    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    """Tenants and their API keys. On a server with keys, all methods require the administrator's.
     A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
     """
 
@@ -62,17 +62,17 @@ class TenantsAsyncStub(TenantsStub):
     ListTenants: _aio.UnaryUnaryMultiCallable[_tenants_pb2.ListTenantsRequest, _tenants_pb2.ListTenantsResponse]  # type: ignore[assignment]
     DeleteTenant: _aio.UnaryUnaryMultiCallable[_tenants_pb2.DeleteTenantRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
-    An upload to the tenant that is under way ends with ABORTED. Watches of the tenant or of its adapters see DELETED for
-    each adapter, and go on: a tenant of the same name may be created later.
+    A running upload to the tenant ends with ABORTED. Watches of the tenant or of its adapters receive DELETED for each
+    adapter, and stay open: a tenant of the same name may be created later.
     """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_tenants_pb2.CreateApiKeyRequest, _tenants_pb2.ApiKey]  # type: ignore[assignment]
-    """Makes a key that acts for the tenant. Its secret is in this answer and nowhere else."""
+    """Creates a key of the tenant. Its secret is in this response only."""
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_tenants_pb2.ListApiKeysRequest, _tenants_pb2.ListApiKeysResponse]  # type: ignore[assignment]
     DeleteApiKey: _aio.UnaryUnaryMultiCallable[_tenants_pb2.DeleteApiKeyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Revokes a key; it is refused from the next call on."""
+    """Revokes a key, for all later calls."""
 
 class TenantsServicer(metaclass=_abc_1.ABCMeta):
-    """Tenants and their API keys. Where the server asks for keys, all of this needs the administrator's.
+    """Tenants and their API keys. On a server with keys, all methods require the administrator's.
     A name has at most 256 characters, a page token at most 512; beyond, INVALID_ARGUMENT with reason LIMIT_EXCEEDED.
     """
 
@@ -104,8 +104,8 @@ class TenantsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
-        An upload to the tenant that is under way ends with ABORTED. Watches of the tenant or of its adapters see DELETED for
-        each adapter, and go on: a tenant of the same name may be created later.
+        A running upload to the tenant ends with ABORTED. Watches of the tenant or of its adapters receive DELETED for each
+        adapter, and stay open: a tenant of the same name may be created later.
         """
 
     @_abc_1.abstractmethod
@@ -114,7 +114,7 @@ class TenantsServicer(metaclass=_abc_1.ABCMeta):
         request: _tenants_pb2.CreateApiKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenants_pb2.ApiKey, _abc.Awaitable[_tenants_pb2.ApiKey]]:
-        """Makes a key that acts for the tenant. Its secret is in this answer and nowhere else."""
+        """Creates a key of the tenant. Its secret is in this response only."""
 
     @_abc_1.abstractmethod
     def ListApiKeys(
@@ -129,6 +129,6 @@ class TenantsServicer(metaclass=_abc_1.ABCMeta):
         request: _tenants_pb2.DeleteApiKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Revokes a key; it is refused from the next call on."""
+        """Revokes a key, for all later calls."""
 
 def add_TenantsServicer_to_server(servicer: TenantsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
