@@ -68,7 +68,7 @@ def test_the_chat_template_puts_each_message_between_its_role_and_the_end(tokeni
 
 def test_only_replies_are_learnt_from_dialogues(tokenizer: PreTrainedTokenizerFast) -> None:
     for tokens, labels in islice(base.dialogue_rows(TINY, tokenizer), 20):
-        learnt = str(tokenizer.decode([label for label in labels if label != base.IGNORED]))
+        learnt = str(tokenizer.decode([label for label in labels if label != base.IGNORE_INDEX]))
         replies = [part.split("<|assistant|>")[1] for part in str(tokenizer.decode(tokens)).split("<|user|>")[1:]]
         assert learnt.split(END)[:-1] == [reply.split(END)[0] for reply in replies]
 
@@ -76,7 +76,7 @@ def test_only_replies_are_learnt_from_dialogues(tokenizer: PreTrainedTokenizerFa
 def test_batches_have_the_recipes_shape(tokenizer: PreTrainedTokenizerFast) -> None:
     tokens, labels = next(base.batches(TINY, tokenizer))
     assert tokens.shape == labels.shape == (TINY.batch_size, TINY.length)
-    assert bool((labels != base.IGNORED).any(dim=1).all()), "every row teaches something"
+    assert bool((labels != base.IGNORE_INDEX).any(dim=1).all()), "every row teaches something"
 
 
 @pytest.mark.slow

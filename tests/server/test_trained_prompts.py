@@ -17,8 +17,8 @@ from deltamux_testing.chat_templates import SHAPES
 from deltamux_testing.reference_engine import ReferenceEngine
 from deltamux_testing.servers import options
 from deltamux_testing.tiny_base import write_base
-from deltamux_trainers.data.files import IGNORED, Encoder
 from deltamux_trainers.data.rows import read_rows
+from deltamux_trainers.data.tokenization import IGNORE_INDEX, RowTokenizer
 
 TURNS = [
     ("system", "be brief"),
@@ -60,9 +60,9 @@ async def test_generate_sends_every_turn_the_context_that_it_was_trained_with(
             engine.use(shape.tokenizer)
             messages = [{"role": role, "content": content} for role, content in TURNS[not shape.system :]]
             (file := tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
-            made = Encoder(shape.tokenizer, shape.ends, turns="last")(read_rows(file)[0])
-            (row,) = made.kept
-            context = [t for t, label in zip(row.input_ids, row.labels, strict=True) if label == IGNORED]
+            made = RowTokenizer(shape.tokenizer, shape.ends, turns="last")(read_rows(file)[0])
+            (row,) = made.sequences
+            context = [t for t, label in zip(row.input_ids, row.labels, strict=True) if label == IGNORE_INDEX]
             out = await client.generate(messages[:-1], max_tokens=1)
             assert engine.seen == context, name
             assert out.usage.prompt_tokens == len(context), name

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from deltamux.errors import InvalidArgumentError
 from deltamux.prompts import encode_rendered, render_chat, render_chat_within
 from deltamux_testing.chat_templates import CHATML, SHAPES, Shape, decoded
-from deltamux_trainers.data.files import IGNORED, Encoded, Encoder
 from deltamux_trainers.data.rows import read_rows
+from deltamux_trainers.data.tokenization import IGNORE_INDEX, RowTokenizer, TokenizedSequence
 
 Message = dict[str, Any]
 LONG = 1 << 20
@@ -31,8 +31,8 @@ def row_of(tmp_path: Path, messages: Sequence[Message], **beside: Any) -> Any:
 
 def encoded(
     shape: Shape, tmp_path: Path, messages: Sequence[Message], turns: str = "all", **beside: Any
-) -> list[Encoded]:
-    return list(Encoder(shape.tokenizer, shape.ends, LONG, turns)(row_of(tmp_path, messages, **beside)).kept)
+) -> list[TokenizedSequence]:
+    return list(RowTokenizer(shape.tokenizer, shape.ends, LONG, turns)(row_of(tmp_path, messages, **beside)).sequences)
 
 
 def served(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -40,15 +40,15 @@ def served(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return encode_rendered(tokenizer, render_chat_within(tokenizer, messages, max_chars=1 << 20, max_seconds=60))
 
 
-def learnt(row: Encoded) -> Iterator[tuple[list[int], list[int]]]:
+def learnt(row: TokenizedSequence) -> Iterator[tuple[list[int], list[int]]]:
     """Yields each stretch of learnt tokens with all that stands before it."""
     ids, labels = list(row.input_ids), list(row.labels)
     start = 0
     while start < len(ids):
-        if labels[start] == IGNORED:
+        if labels[start] == IGNORE_INDEX:
             start += 1
             continue
-        end = next((at for at in range(start, len(ids)) if labels[at] == IGNORED), len(ids))
+        end = next((at for at in range(start, len(ids)) if labels[at] == IGNORE_INDEX), len(ids))
         assert labels[start:end] == ids[start:end]
         yield ids[:start], ids[start:end]
         start = end
@@ -220,7 +220,7 @@ def test_arguments_as_text_are_learnt_as_the_object_that_they_are(
 ) -> None:
     """OpenAI's form has them as JSON text, which a template that writes JSON would quote once more."""
 
-    def turn(given: Any) -> list[Encoded]:
+    def turn(given: Any) -> list[TokenizedSequence]:
         call = {"type": "function", "function": {"name": "look", "arguments": given}}
         return encoded(shape, tmp_path, [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}])
 
@@ -331,9 +331,9 @@ def test_keys_that_no_template_reads_are_ignored(tmp_path: Path) -> None:
 def test_a_template_that_closes_no_turn_is_learnt_whole_and_told(tmp_path: Path) -> None:
     opening = "{% if add_generation_prompt %}<assistant>{% endif %}"
     shape = Shape("{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}" + opening, "</s>", ())
-    made = Encoder(shape.tokenizer, shape.ends, LONG)(row_of(tmp_path, [ASKED, YES]))
-    assert [decoded(shape.tokenizer, ids) for row in made.kept for _, ids in learnt(row)] == ["yes;"]
-    assert not made.ended
+    made = RowTokenizer(shape.tokenizer, shape.ends, LONG)(row_of(tmp_path, [ASKED, YES]))
+    assert [decoded(shape.tokenizer, ids) for row in made.sequences for _, ids in learnt(row)] == ["yes;"]
+    assert not made.ends_with_eos
 
 
 @pytest.mark.parametrize(("closing", "said"), [(";\n", "yes;"), ("\n", "yes\n"), ("<|im_end|>\n", "yes<|im_end|>")])
@@ -344,15 +344,16 @@ def test_text_that_closes_the_turn_is_learnt_without_the_space_behind_it(
     shape = Shape(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}" + closing + "{% endfor %}" + opening, "</s>", ()
     )
-    (row,) = Encoder(shape.tokenizer, shape.ends, LONG)(row_of(tmp_path, [ASKED, YES])).kept
+    (row,) = RowTokenizer(shape.tokenizer, shape.ends, LONG)(row_of(tmp_path, [ASKED, YES])).sequences
     assert [decoded(shape.tokenizer, ids) for _, ids in learnt(row)] == [said]
 
 
 def test_a_token_that_closes_the_turn_but_does_not_stop_the_server_is_learnt_and_told(tmp_path: Path) -> None:
     shape = SHAPES["gemma"]
-    made = Encoder(shape.tokenizer, frozenset([shape.tokenizer.eos_token_id]), LONG)(row_of(tmp_path, [ASKED, YES]))
-    assert [decoded(shape.tokenizer, ids) for row in made.kept for _, ids in learnt(row)] == ["yes<end_of_turn>"]
-    assert not made.ended
+    tokenize = RowTokenizer(shape.tokenizer, frozenset([shape.tokenizer.eos_token_id]), LONG)
+    made = tokenize(row_of(tmp_path, [ASKED, YES]))
+    assert [decoded(shape.tokenizer, ids) for row in made.sequences for _, ids in learnt(row)] == ["yes<end_of_turn>"]
+    assert not made.ends_with_eos
 
 
 def test_a_conversation_needs_a_chat_template(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from deltamux.errors import InvalidArgumentError, InvalidConfigError
 from deltamux.prompts import encode_text
 from deltamux_testing.chat_templates import SHAPES, byte_level, decoded, metaspace
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, train
-from deltamux_trainers.data.completions import end_tokens
-from deltamux_trainers.data.files import IGNORED, Encoded, Encoder, load_data
+from deltamux_trainers.data.completions import eos_token_ids
+from deltamux_trainers.data.dataset import load_dataset
 from deltamux_trainers.data.rows import MAX_LINE_BYTES, PromptRow, TextRow, read_rows
+from deltamux_trainers.data.tokenization import IGNORE_INDEX, RowTokenizer, TokenizedSequence
 
 BYTES = byte_level(["</s>"], eos="</s>", bos=None, chat_template=None)
 WITH_BOS = byte_level(["<s>", "</s>"], eos="</s>", bos="<s>", chat_template=None)
@@ -39,8 +40,8 @@ TOKENIZERS = {
 }
 
 
-def encoder(tokenizer: Any, max_length: int = 1 << 20) -> Encoder:
-    return Encoder(tokenizer, frozenset([tokenizer.eos_token_id]), max_length)
+def encoder(tokenizer: Any, max_length: int = 1 << 20) -> RowTokenizer:
+    return RowTokenizer(tokenizer, frozenset([tokenizer.eos_token_id]), max_length)
 
 
 def written(tmp_path: Path, *rows: object) -> Path:
@@ -49,8 +50,8 @@ def written(tmp_path: Path, *rows: object) -> Path:
     return file
 
 
-def labels_of(row: Encoded) -> list[int]:
-    return [label for label in row.labels if label != IGNORED]
+def labels_of(row: TokenizedSequence) -> list[int]:
+    return [label for label in row.labels if label != IGNORE_INDEX]
 
 
 # Where a prompt ends.
@@ -66,10 +67,10 @@ def test_a_completion_is_learnt_behind_the_prompt_that_the_server_sends(
     name: str, prompt: str, completion: str
 ) -> None:
     tokenizer = TOKENIZERS[name]
-    (row,) = encoder(tokenizer)(PromptRow("f:1", 1, prompt, completion)).kept
+    (row,) = encoder(tokenizer)(PromptRow("f:1", 1, prompt, completion)).sequences
     sent = encode_text(tokenizer, prompt)
     assert list(row.input_ids[: len(sent)]) == sent
-    assert row.labels == (*[IGNORED] * len(sent), *row.input_ids[len(sent) :])
+    assert row.labels == (*[IGNORE_INDEX] * len(sent), *row.input_ids[len(sent) :])
     assert row.input_ids[-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in row.input_ids[len(sent) : -1]
     # A decoder of ▁ makes a space of every one, and drops the first.
@@ -87,7 +88,7 @@ def test_no_space_is_learnt_that_the_completion_does_not_have(
     name: str, prompt: str, completion: str, learnt: str
 ) -> None:
     tokenizer = TOKENIZERS[name]
-    (row,) = encoder(tokenizer)(PromptRow("f:1", 1, prompt, completion)).kept
+    (row,) = encoder(tokenizer)(PromptRow("f:1", 1, prompt, completion)).sequences
     pieces = tokenizer.convert_ids_to_tokens(labels_of(row))
     assert "".join(pieces).replace("▁", " ").replace("Ġ", " ") == learnt
 
@@ -96,14 +97,14 @@ def test_a_tokenizer_that_closes_every_prompt_is_followed_as_the_server_does() -
     closing = byte_level(["</s>"], eos="</s>", bos=None, chat_template=None)
     processor = processors.TemplateProcessing("$A </s>", None, [("</s>", closing.get_vocab()["</s>"])])
     closing.backend_tokenizer.post_processor = processor
-    (row,) = encoder(closing)(PromptRow("f:1", 1, "answer:", " yes")).kept
+    (row,) = encoder(closing)(PromptRow("f:1", 1, "answer:", " yes")).sequences
     assert decoded(closing, row.input_ids) == "answer:</s> yes</s>"
     assert decoded(closing, labels_of(row)) == " yes</s>"
 
 
 @pytest.mark.parametrize("completion", ["yes", "yes</s>", "yes</s>\n"])
 def test_the_end_token_is_learnt_once_behind_a_completion(completion: str) -> None:
-    (row,) = encoder(BYTES)(PromptRow("f:1", 1, "answer: ", completion)).kept
+    (row,) = encoder(BYTES)(PromptRow("f:1", 1, "answer: ", completion)).sequences
     assert decoded(BYTES, labels_of(row)) == "yes</s>"
 
 
@@ -116,19 +117,19 @@ def test_a_completion_that_goes_on_behind_an_end_token_is_refused(completion: st
 
 @pytest.mark.parametrize(("text", "ends"), [("what is it", "it</s>"), ("it</s>", "it</s>"), ("it</s>\n", "it</s>\n")])
 def test_the_end_token_is_learnt_once_behind_a_text(text: str, ends: str) -> None:
-    (row,) = encoder(BYTES)(TextRow("f:1", 1, text)).kept
+    (row,) = encoder(BYTES)(TextRow("f:1", 1, text)).sequences
     assert decoded(BYTES, row.input_ids).endswith(ends)
     assert row.input_ids.count(BYTES.eos_token_id) == 1
-    assert row.labels == (IGNORED, *row.input_ids[1:])
+    assert row.labels == (IGNORE_INDEX, *row.input_ids[1:])
 
 
 def test_the_end_tokens_are_the_tokenizers_and_those_of_the_generation_config(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8]}')
-    assert end_tokens(str(tmp_path), BYTES) == {7, 8, BYTES.eos_token_id}
+    assert eos_token_ids(str(tmp_path), BYTES) == {7, 8, BYTES.eos_token_id}
     (tmp_path / "generation_config.json").unlink()
     config = json.loads((directory / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": 9}))
-    assert end_tokens(str(tmp_path), BYTES) == {9, BYTES.eos_token_id}
+    assert eos_token_ids(str(tmp_path), BYTES) == {9, BYTES.eos_token_id}
 
 
 # Files.
@@ -223,7 +224,7 @@ def test_rows_that_teach_nothing_are_left_out_and_told_with_their_lines(
 ) -> None:
     file = written(tmp_path, LONG, SHORT, LONG, {"text": ""}, {"prompt": "", "completion": ""})
     with caplog.at_level(logging.WARNING):
-        data = load_data(file, encoder(BYTES, 16))
+        data = load_dataset(file, encoder(BYTES, 16))
     assert [row.line for row in data.rows] == [2]
     assert data.untaught == (1, 3, 4, 5)
     assert "without a token to learn, and left out, their prompts fill a sequence of 16 tokens" in caplog.text
@@ -233,10 +234,10 @@ def test_rows_that_teach_nothing_are_left_out_and_told_with_their_lines(
 def test_rows_that_are_cut_are_told_with_their_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = written(tmp_path, SHORT, {"prompt": "it: ", "completion": "yes and no " * 20})
     with caplog.at_level(logging.WARNING):
-        data = load_data(file, encoder(BYTES, 16))
+        data = load_dataset(file, encoder(BYTES, 16))
     assert data.truncated == (2,)
-    assert len(data.encoded[1].input_ids) == 16
-    assert BYTES.eos_token_id not in data.encoded[1].labels, "what is cut has no end"
+    assert len(data.sequences[1].input_ids) == 16
+    assert BYTES.eos_token_id not in data.sequences[1].labels, "what is cut has no end"
     assert "cut to 16 tokens: 1 row (line 2)" in caplog.text
 
 
@@ -250,7 +251,7 @@ def test_rows_that_are_cut_are_told_with_their_lines(tmp_path: Path, caplog: pyt
 )
 def test_a_file_whose_rows_all_teach_nothing_is_refused(rows: list[object], problem: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=problem):
-        load_data(written(tmp_path, *rows), encoder(BYTES, 16))
+        load_dataset(written(tmp_path, *rows), encoder(BYTES, 16))
 
 
 def test_turns_beyond_the_longest_sequence_are_left_out(tmp_path: Path) -> None:
@@ -258,9 +259,9 @@ def test_turns_beyond_the_longest_sequence_are_left_out(tmp_path: Path) -> None:
     file = written(tmp_path, {"messages": [{"role": role, "content": content} for role, content in turns]})
     for name in ("chatml", "qwen3"):
         shape = SHAPES[name]
-        data = load_data(file, Encoder(shape.tokenizer, shape.ends, 80))
+        data = load_dataset(file, RowTokenizer(shape.tokenizer, shape.ends, 80))
         assert data.truncated == (1,)
-        assert [decoded(shape.tokenizer, labels_of(row)) for row in data.encoded] == [
+        assert [decoded(shape.tokenizer, labels_of(row)) for row in data.sequences] == [
             shape.answer.format("yes<|im_end|>")
         ]
 
@@ -270,7 +271,7 @@ def test_a_share_to_hold_out_takes_rows_whole(tmp_path: Path) -> None:
     turns = [("user", "what?"), ("assistant", "yes"), ("user", "again?"), ("assistant", "no")]
     rows = [[("user", f"row {n}"), *turns[1:]] for n in range(8)]
     file = written(tmp_path, *({"messages": [{"role": r, "content": c} for r, c in row]} for row in rows))
-    kept, held_out = load_data(file, Encoder(shape.tokenizer, shape.ends)).split(0.25, seed=0)
+    kept, held_out = load_dataset(file, RowTokenizer(shape.tokenizer, shape.ends)).split(0.25, seed=0)
     numbers = [{decoded(shape.tokenizer, e.input_ids).split("row ")[1][0] for e in side} for side in (kept, held_out)]
     assert [len(side) for side in (kept, held_out)] == [12, 4]
     assert not numbers[0] & numbers[1]
@@ -278,7 +279,7 @@ def test_a_share_to_hold_out_takes_rows_whole(tmp_path: Path) -> None:
 
 def test_a_token_that_the_base_does_not_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r":1 has the token \d+, and the base model has 100"):
-        load_data(written(tmp_path, SHORT), replace(encoder(BYTES), vocab_size=100))
+        load_dataset(written(tmp_path, SHORT), replace(encoder(BYTES), vocab_size=100))
 
 
 def test_training_on_rows_that_teach_nothing_is_refused(directory: Path, tmp_path: Path) -> None:
@@ -336,7 +337,7 @@ def test_the_commands_refuse_data_in_a_sentence_before_the_weights_are_loaded(
         raise AssertionError("the base is loaded")
 
     monkeypatch.setattr(
-        f"deltamux_trainers.{'training.run' if command == 'train' else 'tools.evaluate'}.load_model", must_not_run
+        f"deltamux_trainers.{'training.train' if command == 'train' else 'tools.evaluate'}.load_model", must_not_run
     )
     (file := tmp_path / "rows.jsonl").write_bytes(content)
     words = ["--method", "lora", "--output", str(tmp_path / "out")] if command == "train" else []

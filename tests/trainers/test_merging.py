@@ -22,8 +22,8 @@ from deltamux.errors import FailedPreconditionError, InvalidAdapterError, Invali
 from deltamux_testing.adapters import read_program, write_own
 from deltamux_trainers import convert, merge
 from deltamux_trainers.commands import ended_by_sigterm
+from deltamux_trainers.output_dir import atomic_output
 from deltamux_trainers.tools.merge import PROBE_LENGTH, PROBE_ROWS
-from deltamux_trainers.writing import replacing
 
 QUANTISED = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -180,7 +180,7 @@ def test_a_tied_head_that_is_stored_twice_stays_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt(), RuntimeError("x")], ids=repr)
 def test_whatever_fails_leaves_nothing_behind(failure: BaseException, tmp_path: Path) -> None:
     def write() -> None:
-        with replacing(tmp_path / "out") as place:
+        with atomic_output(tmp_path / "out") as place:
             (place / "part").write_text("half")
             raise failure
 
@@ -191,7 +191,7 @@ def test_whatever_fails_leaves_nothing_behind(failure: BaseException, tmp_path: 
 
 def test_sigterm_leaves_nothing_behind_either(tmp_path: Path) -> None:
     def write() -> None:
-        with ended_by_sigterm(), replacing(tmp_path / "out") as place:
+        with ended_by_sigterm(), atomic_output(tmp_path / "out") as place:
             (place / "part").write_text("half")
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -81,7 +81,7 @@ def test_a_bad_option_is_a_sentence_before_the_base_is_loaded(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("deltamux_trainers.training.run.load_model", _must_not_run, raising=True)
+    monkeypatch.setattr("deltamux_trainers.training.train.load_model", _must_not_run, raising=True)
     (tmp_path / "broken.yaml").write_text("r: 4\nlora_alpha: 1: 2\nbias: none\n")
     (tmp_path / "list.yaml").write_text("- r\n")
     (tmp_path / "unknown.yaml").write_text("rank: 4\n")

@@ -20,9 +20,9 @@ from transformers import TrainerCallback
 from deltamux.conformance.bases import save_base
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux_trainers import TrainOptions, train
-from deltamux_trainers.training.run import TrainResult
-from deltamux_trainers.training.stopping import TrainingInterrupted
-from deltamux_trainers.writing import told
+from deltamux_trainers.output_dir import write_errors
+from deltamux_trainers.training.callbacks import TrainingInterrupted
+from deltamux_trainers.training.train import TrainResult
 
 STEPS = 12
 
@@ -328,7 +328,7 @@ def test_an_output_that_nothing_was_written_to_does_not_stay(directory: Path, da
 
 
 def test_an_output_that_is_removed_meanwhile_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FailedPreconditionError, match="its directory is gone") as refused, told(tmp_path):
+    with pytest.raises(FailedPreconditionError, match="its directory is gone") as refused, write_errors(tmp_path):
         torch.save({}, tmp_path / "removed" / "optimizer.pt")
     assert refused.value.reason == "OUTPUT_NOT_WRITABLE"
 

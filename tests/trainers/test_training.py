@@ -21,8 +21,10 @@ from deltamux.errors import FailedPreconditionError, InvalidConfigError, NotMerg
 from deltamux.registry import Registry
 from deltamux_testing.adapters import read_program
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, read_config, train
-from deltamux_trainers.data.files import Encoder, collate, load_data
-from deltamux_trainers.model import token_loss
+from deltamux_trainers.data.collator import DataCollator
+from deltamux_trainers.data.dataset import load_dataset
+from deltamux_trainers.data.tokenization import RowTokenizer
+from deltamux_trainers.model import causal_lm_loss
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 METHODS: dict[str, dict[str, Any]] = {
@@ -147,14 +149,14 @@ def test_an_output_that_holds_an_adapter_is_not_overwritten(directory: Path, dat
 
 def test_the_loss_is_the_mean_over_the_completion(directory: Path, data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    row = load_data(data, Encoder.of(BaseModel.from_pretrained(directory), tokenizer)).encoded[0]
+    row = load_dataset(data, RowTokenizer.for_base(BaseModel.from_pretrained(directory), tokenizer)).sequences[0]
     prompt = len(tokenizer.encode("0: "))
-    batch = collate([row], 0)
+    batch = DataCollator(0)([row])
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():
         logits = model(input_ids=batch["input_ids"]).logits
     chosen = [-torch.log_softmax(logits[0, i - 1], -1)[row.input_ids[i]] for i in range(prompt, len(row.input_ids))]
-    torch.testing.assert_close(token_loss(logits, batch["labels"]), torch.stack(chosen).mean())
+    torch.testing.assert_close(causal_lm_loss(logits, batch["labels"]), torch.stack(chosen).mean())
 
 
 def test_options_come_from_a_file_and_from_overrides_and_unknown_ones_are_refused(

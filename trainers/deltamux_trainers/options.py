@@ -66,7 +66,7 @@ class TrainOptions:
     """Options of `train`; the command line has the same.
 
     Attributes:
-        data: JSONL to train on; see `deltamux_trainers.data.files`.
+        data: JSONL to train on; see `deltamux_trainers.data.rows`.
         output: checkpoints go to ``checkpoints`` within it.
         config: the method's options, as in adapter_config.json.
         learning_rate: None takes the method's own default for the base; see `default_rate`.

@@ -1,1 +1,1 @@
-"""Data files, and the rows of token ids that they become."""
+"""Training data: JSONL rows, their tokens and labels, and batches of them."""

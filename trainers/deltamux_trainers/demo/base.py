@@ -27,7 +27,7 @@ from deltamux_trainers.demo.tokenizer import train_tokenizer
 
 ASSETS = files("deltamux_trainers.demo") / "assets"
 BASE_MODEL = ASSETS / "base"
-IGNORED = -100  # the label that the loss leaves out
+IGNORE_INDEX = -100  # the label that the loss leaves out
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def dialogue_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterato
             yield row, labels
             row, labels = [], []
         row = row + tokens
-        labels = labels + [t if learnt else IGNORED for t, learnt in zip(tokens, mask, strict=True)]
+        labels = labels + [t if learnt else IGNORE_INDEX for t, learnt in zip(tokens, mask, strict=True)]
 
 
 def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[Tensor, Tensor]]:
@@ -109,7 +109,7 @@ def batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[tupl
         rows = [*islice(texts, of_text), *islice(dialogues, recipe.batch_size - of_text)]
         yield (
             torch.tensor([padded(tokens, recipe.length, tokenizer.pad_token_id) for tokens, _ in rows]),
-            torch.tensor([padded(labels, recipe.length, IGNORED) for _, labels in rows]),
+            torch.tensor([padded(labels, recipe.length, IGNORE_INDEX) for _, labels in rows]),
         )
 
 

@@ -1,1 +1,1 @@
-"""Tools beside training: merge, convert, compose, compress, evaluate, check data."""
+"""What is done with trained adapters and with data: merge, convert, compose, compress, evaluate, check data."""

@@ -11,7 +11,7 @@ from deltamux.deltas.composition import Component, CompositionMode, compose
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 from deltamux.registry import Registry
 from deltamux_trainers.loading import describe_base
-from deltamux_trainers.writing import replacing
+from deltamux_trainers.output_dir import atomic_output
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,6 @@ def compose_directories(
     read = [Component(str(directory), Checkpoint.read(directory), weight) for directory, weight in parts]
     composed = compose(read, CompositionMode(mode))
     program = Registry().load(composed, describe_base(model)).program
-    with replacing(output) as staging:
+    with atomic_output(output) as staging:
         composed.write(staging)
     return ComposeResult(output, mode, len(read), program.rank(), program.num_virtual_tokens, program.num_bytes())

@@ -16,7 +16,7 @@ from deltamux.deltas.ops.sign_dense import pack_signs, unpack_signs
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
 from deltamux.registry import Registry
 from deltamux_trainers.loading import describe_base
-from deltamux_trainers.writing import check_output, replacing
+from deltamux_trainers.output_dir import atomic_output, check_output
 
 FORMS = ("bitdelta", "svd")
 REPORT_FILE = "compress_report.json"
@@ -75,7 +75,7 @@ def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta",
         parts, approximation = _signs(change) if form == "bitdelta" else _svd(change, rank)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
         lost[name] = (float((change - approximation).norm()), float(change.norm()))
-    with replacing(output) as staging:
+    with atomic_output(output) as staging:
         Checkpoint(checkpoint.config, tensors, checkpoint.metadata).write(staging)
         return _report(output, staging, form, lost, checkpoint.tensors, tensors)
 

@@ -29,7 +29,7 @@ from deltamux.deltas.tensor_names import PREFIX, SHARED, parse, read_names
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError
 from deltamux.registry import Registry
 from deltamux_plugins.targets import by_pattern, matches
-from deltamux_trainers.writing import replacing
+from deltamux_trainers.output_dir import atomic_output
 
 SAFE_FILES = (TENSORS_FILE, "adapter.safetensors", "adapters.safetensors")
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
@@ -74,7 +74,7 @@ def convert(
     if method.info.in_peft:
         _check_floats(checkpoint.tensors)
         checkpoint = renamed(checkpoint, adapter_name, _paths(model), note)
-    with replacing(destination) as staging:
+    with atomic_output(destination) as staging:
         checkpoint.write(staging)
     return method.name
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,12 @@ from deltamux.deltas import BaseModel, Program, attached
 from deltamux.errors import FailedPreconditionError
 from deltamux.prompts import encode_text
 from deltamux.registry import Registry
-from deltamux_trainers.data.files import IGNORED, Encoded, Encoder, collate, load_data
+from deltamux_trainers.data.collator import DataCollator
+from deltamux_trainers.data.dataset import load_dataset
 from deltamux_trainers.data.rows import PromptRow, Row
+from deltamux_trainers.data.tokenization import IGNORE_INDEX, RowTokenizer
 from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
-from deltamux_trainers.model import token_loss
+from deltamux_trainers.model import causal_lm_loss
 from deltamux_trainers.options import EvaluateOptions
 
 T = TypeVar("T")
@@ -60,18 +62,20 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
     base, tokenizer = describe_base(options.model), load_tokenizer(options.model)
     program = read_program(options.adapter, base)
     virtual = program.num_virtual_tokens if program else 0
-    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns, virtual)
-    data = load_data(options.data, encoder, options.limit)
+    tokenize = RowTokenizer.for_base(base, tokenizer, options.max_length, options.turns, virtual)
+    dataset = load_dataset(options.data, tokenize, options.limit)
     if options.generate:
-        _check_prompts(data.rows)
+        _check_prompts(dataset.rows)
     model = load_model(options.model, options.dtype, options.device).eval()
     with attached(model, base, program) if program else nullcontext():
+        collate = DataCollator(tokenizer.pad_token_id or 0)
         total, right, count = 0.0, 0, 0
-        for batch in _batches(data.encoded, options.batch_size):
-            loss, hits, tokens = _score(model, batch, tokenizer.pad_token_id or 0)
+        for batch in _batches(dataset.sequences, options.batch_size):
+            loss, hits, tokens = _score(model, collate(batch))
             total, right, count = total + loss, right + hits, count + tokens
-        answers = Answers(model, tokenizer, encoder.ends, options.max_new_tokens, base.dims.max_position - virtual)
-        matches = _exact_matches(answers, data.rows, options.batch_size) if options.generate else None
+        context = base.dims.max_position - virtual
+        answers = Answers(model, tokenizer, tokenize.eos_token_ids, options.max_new_tokens, context)
+        matches = _exact_matches(answers, dataset.rows, options.batch_size) if options.generate else None
     loss = total / count
     if not math.isfinite(loss):
         raise FailedPreconditionError(
@@ -79,8 +83,8 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
             "use --dtype float32",
             reason="NOT_FINITE",
         )
-    untaught, cut = len(data.untaught), len(data.truncated)
-    return EvalResult(len(data.rows), count, loss, math.exp(min(loss, 80.0)), right / count, matches, untaught, cut)
+    untaught, cut = len(dataset.untaught), len(dataset.truncated)
+    return EvalResult(len(dataset.rows), count, loss, math.exp(min(loss, 80.0)), right / count, matches, untaught, cut)
 
 
 def read_program(adapter: Path | None, base: BaseModel) -> Program | None:
@@ -122,15 +126,15 @@ class Answers(NamedTuple):
         return [self.tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
 
 
-def _score(model: nn.Module, batch: Sequence[Encoded], pad: int) -> tuple[float, int, int]:
+def _score(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, int, int]:
     device = next(model.parameters()).device
-    inputs = {name: tensor.to(device) for name, tensor in collate(batch, pad).items()}
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     labels = inputs.pop("labels")
     logits = model(**inputs).logits
     targets = labels[:, 1:]
-    learnt = targets != IGNORED
+    learnt = targets != IGNORE_INDEX
     hits = (logits[:, :-1].argmax(-1) == targets) & learnt
-    return float(token_loss(logits, labels, 1)), int(hits.sum()), int(learnt.sum())
+    return float(causal_lm_loss(logits, labels, 1)), int(hits.sum()), int(learnt.sum())
 
 
 def _exact_matches(answers: Answers, rows: Sequence[Row], batch_size: int) -> float:
@@ -145,7 +149,7 @@ def _exact_matches(answers: Answers, rows: Sequence[Row], batch_size: int) -> fl
 def _check_prompts(rows: Sequence[Row]) -> None:
     for row in rows:
         if not isinstance(row, PromptRow):
-            raise row.refused("has no prompt and completion, which exact matches need")
+            raise row.error("has no prompt and completion, which exact matches need")
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

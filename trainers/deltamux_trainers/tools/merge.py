@@ -25,8 +25,8 @@ from deltamux.errors import BaseMismatchError, InvalidArgumentError, NotMergeabl
 from deltamux.options import DTYPES
 from deltamux.registry import LoadedAdapter, Method, Registry
 from deltamux_trainers.loading import describe_base, load_model
+from deltamux_trainers.output_dir import atomic_output, check_output
 from deltamux_trainers.tools.model_files import ModelFiles
-from deltamux_trainers.writing import check_output, replacing
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
 """Random tokens that the logits of the merged model are compared on."""
@@ -90,7 +90,7 @@ def merge(
     exact = replace(base, _read=lambda name: files.weights.read(name).float())
     merging = _Merging(_load(adapter, method_name, exact), exact, files.weights)
     _check_embedding(files.directory, base, merging.program)
-    with replacing(output) as staging:
+    with atomic_output(output) as staging:
         files.copy_others(staging)
         files.write_weights(staging, merging.changes, merging.kept, None if dtype == "auto" else getattr(torch, dtype))
         logit_error = _logit_error(str(files.directory), base, merging.program, staging) if verify else None

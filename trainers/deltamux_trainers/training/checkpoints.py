@@ -1,7 +1,7 @@
-"""Checkpoints on disk: whole or not there, found damaged by their manifest, and bound to the run that wrote them.
+"""Checkpoints of a run: directories ``checkpoint-STEP``, each with a manifest of its files.
 
-A checkpoint is a directory ``checkpoint-STEP``. Its files are written beside it and renamed in; its manifest holds the
-size and SHA-256 of each. The newest `KEPT` stay, and the best of those that were evaluated.
+A checkpoint is written to a staging directory and renamed. The manifest holds size and SHA-256 of every file. Kept are
+the newest `SAVE_TOTAL_LIMIT`, and the best of the evaluated ones.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from deltamux.errors import FailedPreconditionError
-from deltamux_trainers.training import ranks
+from deltamux_trainers.training import distributed
 
-KEPT = 2
+SAVE_TOTAL_LIMIT = 2
 MANIFEST_FILE = "manifest.json"
 RUN_FILE = "run.json"
-STAGING = ".writing"
+STAGING_DIR = ".writing"
 
 _log = logging.getLogger(__name__)
 
 
-def directory(root: Path, step: int) -> Path:
+def checkpoint_dir(root: Path, step: int) -> Path:
     return root / f"checkpoint-{step}"
 
 
-def seal(staging: Path, final: Path) -> None:
-    """Gives a directory its manifest, brings it to the disk, and puts it in its place."""
+def commit(staging: Path, final: Path) -> None:
+    """Writes the manifest of a staging directory, synchronises its files to the disk, and renames it."""
     files = sorted(path for path in staging.rglob("*") if path.is_file())
     manifest = {str(path.relative_to(staging)): _summary(path) for path in files}
     (staging / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -43,17 +43,17 @@ def seal(staging: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def newest_whole(root: Path) -> Path:
-    """Returns the newest checkpoint that is whole, and logs a warning for each newer one that is not.
+def latest_checkpoint(root: Path) -> Path:
+    """Returns the newest intact checkpoint; logs a warning for each newer one that is damaged.
 
     Raises:
         FailedPreconditionError: there is none.
     """
     problems: list[str] = []
     for path in _newest_first(root):
-        problem = damage(path)
+        problem = find_damage(path)
         if problem is None:
-            if problems and ranks.is_first():
+            if problems and distributed.is_main_process():
                 _log.warning("%s: going on from %s, the one before", "; ".join(problems), path.name)
             return path
         problems.append(f"{path.name} is damaged ({problem})")
@@ -65,8 +65,8 @@ def newest_whole(root: Path) -> Path:
     raise FailedPreconditionError(f"{root.parent} has no checkpoint to resume from", reason="NO_CHECKPOINT")
 
 
-def damage(checkpoint: Path) -> str | None:
-    """Tells what is wrong with a checkpoint's files; None where they are as they were written."""
+def find_damage(checkpoint: Path) -> str | None:
+    """Returns the damage of a checkpoint's files; None where they are as they were written."""
     try:
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
         for name, summary in manifest.items():
@@ -79,34 +79,34 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def remove_old(root: Path, best: int | None) -> None:
-    """Removes all checkpoints but the newest and the best, given by its step."""
-    kept = {path.name for path in _newest_first(root)[:KEPT]} | {f"checkpoint-{best}"}
+def rotate_checkpoints(root: Path, best: int | None) -> None:
+    """Removes all checkpoints but the newest ones and the best, given by its step."""
+    kept = {path.name for path in _newest_first(root)[:SAVE_TOTAL_LIMIT]} | {f"checkpoint-{best}"}
     for path in _newest_first(root):
         if path.name not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_all(root: Path) -> None:
-    """Removes all checkpoints and, where nothing else is left in it, the directory that they are in."""
-    for path in (root / STAGING, *_newest_first(root)):
+def remove_checkpoints(root: Path) -> None:
+    """Removes all checkpoints and, if it is empty then, their directory."""
+    for path in (root / STAGING_DIR, *_newest_first(root)):
         shutil.rmtree(path, ignore_errors=True)
-    with suppress(OSError):  # it holds other files
+    with suppress(OSError):  # not empty
         root.rmdir()
 
 
 def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], changeable: str) -> None:
-    """Raises FailedPreconditionError where a run would go on with other options than it began with.
+    """Raises FailedPreconditionError where the settings of a resumed run differ from those of its checkpoint.
 
     Args:
-        saved, given: what determines a run, by name, as JSON values.
-        changeable: what may differ, in words.
+        saved: the checkpoint's settings, by name, as JSON values; given: the run's.
+        changeable: options that may differ, in words.
     """
     differing = sorted(name for name in saved.keys() | given.keys() if saved.get(name) != given.get(name))
     if differing:
         rows = [f"  {name}: saved {saved.get(name)!r}, given {given.get(name)!r}" for name in differing]
         raise FailedPreconditionError(
-            "a run goes on with what it began with, but these differ:\n"
+            "a run resumes with the settings that it began with, but these differ:\n"
             + "\n".join(rows)
             + f"\nGive what was saved, or choose another output. Only {changeable} may change",
             reason="RESUME_MISMATCH",
@@ -131,7 +131,7 @@ def _summary(path: Path) -> list[int | str]:
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or the names in a directory, to the disk."""
+    """Synchronises a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

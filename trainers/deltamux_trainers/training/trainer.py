@@ -1,4 +1,4 @@
-"""transformers' Trainer around a `DeltaModel`: what its checkpoints hold, and how the method's schedule takes part."""
+"""transformers' Trainer for a `DeltaModel`, with checkpoints of the method's parameters."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy
 
 from deltamux.errors import FailedPreconditionError
 from deltamux_trainers.model import DeltaModel
-from deltamux_trainers.training import checkpoints, ranks
-from deltamux_trainers.training.checkpoints import RUN_FILE, STAGING
-from deltamux_trainers.writing import told
+from deltamux_trainers.output_dir import write_errors
+from deltamux_trainers.training import checkpoints, distributed
+from deltamux_trainers.training.checkpoints import RUN_FILE, STAGING_DIR
 
 PARAMETERS_FILE = "parameters.safetensors"
 SCHEDULE_FILE = "schedule.safetensors"
 
 
 class DeltaTrainer(Trainer):
-    """Trains a `DeltaModel`; checkpoints hold the method's parameters, never the base.
+    """A Trainer whose checkpoints hold the method's parameters, and none of the base.
 
     Attributes:
-        determined_by: what determines the run, by name, as JSON values; a checkpoint of another run is not resumed.
-        loss_sum: of the losses of all steps, also of those before a resume.
+        settings: all that determines the run's losses, by name, as JSON values; saved in every checkpoint.
+        loss_sum: of all steps, those before a resume included.
     """
 
-    def __init__(self, determined_by: Mapping[str, Any], **given: Any) -> None:
-        super().__init__(**given)
-        self.determined_by = dict(determined_by)
+    def __init__(self, settings: Mapping[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.settings = dict(settings)
         self.loss_sum = torch.zeros((), device=self.args.device)
 
     @property
@@ -44,27 +43,27 @@ class DeltaTrainer(Trainer):
         return self.model
 
     def mean_loss(self) -> float:
-        """Returns the mean loss of a step, over all processes; all call this."""
-        return ranks.mean(float(self.loss_sum), self.args.device) / max(1, self.state.global_step)
+        """Returns the mean loss per step, over all processes; all call this."""
+        return distributed.mean(float(self.loss_sum), self.args.device) / max(1, self.state.global_step)
 
     def load_best(self) -> None:
-        """Gives the model the parameters of the best evaluation.
+        """Loads the parameters of the best evaluation into the model.
 
         Raises:
-            FailedPreconditionError: their checkpoint was damaged meanwhile.
+            FailedPreconditionError: their checkpoint is damaged.
         """
         step = self.state.best_global_step
         if not step:
             return
-        best = checkpoints.directory(Path(str(self.args.output_dir)), step)
-        if problem := checkpoints.damage(best):
+        best = checkpoints.checkpoint_dir(Path(str(self.args.output_dir)), step)
+        if problem := checkpoints.find_damage(best):
             raise FailedPreconditionError(
                 f"the best checkpoint, {best}, is damaged: {problem}", reason="CHECKPOINT_DAMAGED"
             )
         self._load_parameters(best)
 
-    def release(self) -> None:
-        """Lets go of the optimizer's state and the gradients, which writing the adapter does not need."""
+    def free_memory(self) -> None:
+        """Frees the optimizer's state and the gradients, which are not needed to write the adapter."""
         self.optimizer = self.lr_scheduler = None
         self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.accelerator.free_memory()
@@ -76,38 +75,38 @@ class DeltaTrainer(Trainer):
         return loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Runs a pass over the data; none for a run that goes on from its last step, as transformers would."""
+        """Runs an epoch; none for a run that resumes from its last step, where transformers would run one."""
         if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes a checkpoint whole, by the first process; each brings the state of its own random numbers."""
+        """Writes a checkpoint in the main process; every process writes the state of its own random numbers."""
         root = Path(str(self.args.output_dir))
-        staging, final = root / STAGING, checkpoints.directory(root, self.state.global_step)
-        if ranks.is_first():
+        staging, final = root / STAGING_DIR, checkpoints.checkpoint_dir(root, self.state.global_step)
+        if distributed.is_main_process():
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
-        ranks.wait_for_all()
+        distributed.barrier()
         mean_loss = self.mean_loss()
-        with told(final):
+        with write_errors(final):
             self._save_optimizer_and_scheduler(str(staging))
             self._save_scaler(str(staging))
             self._save_rng_state(str(staging))
-            if ranks.is_first():
+            if distributed.is_main_process():
                 self._save_run(staging, mean_loss)
-        ranks.wait_for_all()
-        if ranks.is_first():
-            with told(final):
-                checkpoints.seal(staging, final)
-            checkpoints.remove_old(root, self.state.best_global_step)
+        distributed.barrier()
+        if distributed.is_main_process():
+            with write_errors(final):
+                checkpoints.commit(staging, final)
+            checkpoints.rotate_checkpoints(root, self.state.best_global_step)
 
     def _save_run(self, staging: Path, mean_loss: float) -> None:
-        save_tensors(self.delta_model.parameters_by_name(), staging / PARAMETERS_FILE)
-        save_tensors(self.delta_model.schedule.state, staging / SCHEDULE_FILE)
+        _save_tensors(self.delta_model.parameters_by_name(), staging / PARAMETERS_FILE)
+        _save_tensors(self.delta_model.schedule.state, staging / SCHEDULE_FILE)
         self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
-        run = {"determined_by": self.determined_by, "loss_sum": mean_loss * self.state.global_step}
+        run = {"determined_by": self.settings, "loss_sum": mean_loss * self.state.global_step}
         (staging / RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -120,48 +119,10 @@ class DeltaTrainer(Trainer):
         self.delta_model.schedule.state = load_file(directory / SCHEDULE_FILE)
 
 
-class Scheduled(TrainerCallback):
-    """Lets the method's schedule take part in every update."""
-
-    def __init__(self, trainer: DeltaTrainer) -> None:
-        self._model = trainer.delta_model
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        kept = self._model.schedule.state
-        self._model.begin(state.max_steps)
-        self._model.schedule.state = {**self._model.schedule.state, **kept}
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        frozen = self._model.schedule.frozen(state.global_step)
-        for name, parameter in self._model.parameters_by_name().items():
-            parameter.requires_grad_(name not in frozen)
-
-    @torch.no_grad()
-    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._model.schedule.after_update(state.global_step + 1, self._model.parameters_by_name())
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: _unshared(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}, path)
 
 
-class Saving(TrainerCallback):
-    """Saves every so many steps, whatever is evaluated when.
-
-    Where a pass ends with an evaluation, it saves behind that: from a checkpoint before it, a run would go on without.
-    """
-
-    def __init__(self, steps: int) -> None:
-        self._steps = steps
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        evaluates_next = args.eval_strategy == IntervalStrategy.EPOCH and (
-            state.global_step >= state.max_steps or not (state.epoch or 0.0) % 1
-        )
-        if state.global_step % self._steps == 0 and not evaluates_next:
-            control.should_save = True
-
-
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: _alone(tensor.detach().cpu().contiguous()) for name, tensor in tensors.items()}, path)
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """Returns a tensor that shares its memory with no other; itself where it holds all of its storage."""
+def _unshared(tensor: Tensor) -> Tensor:
+    """Returns a tensor that shares its storage with no other; itself where it fills all of its storage."""
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -18,7 +18,9 @@ from deltamux.deltas import BaseModel, attached
 from deltamux.errors import NotMergeableError
 from deltamux_testing.adapters import read_program
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
-from deltamux_trainers.data.files import Encoder, collate, load_data
+from deltamux_trainers.data.collator import DataCollator
+from deltamux_trainers.data.dataset import load_dataset
+from deltamux_trainers.data.tokenization import RowTokenizer
 
 STEPS, RATE = 5, 1e-3
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
@@ -42,9 +44,10 @@ def options(method: str, directory: Path, data: Path, output: Path, **given: Any
 
 def plainly_tuned(directory: Path, data: Path, trained: set[str]) -> Any:
     """The base after as many steps of plain fine-tuning, all rows in each batch."""
-    encoder = Encoder.of(BaseModel.from_pretrained(directory), AutoTokenizer.from_pretrained(directory), 1024)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenize = RowTokenizer.for_base(BaseModel.from_pretrained(directory), tokenizer)
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
-    batch = collate(load_data(data, encoder).encoded, 0)
+    batch = DataCollator(0)(load_dataset(data, tokenize).sequences)
     labels = batch.pop("labels")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained)

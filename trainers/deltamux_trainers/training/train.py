@@ -1,4 +1,4 @@
-"""The one training loop: a run's options in, an adapter's files out, for any method."""
+"""A training run, for any method: from its options to the adapter's files."""
 
 from __future__ import annotations
 
@@ -23,15 +23,23 @@ from deltamux.adapter_files import CONFIG_FILE, TENSORS_FILE
 from deltamux.deltas import BaseModel, Checkpoint
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.registry import Method, Registry
-from deltamux_trainers.data.files import Encoded, Encoder, collate, load_data
+from deltamux_trainers.data.collator import DataCollator
+from deltamux_trainers.data.dataset import load_dataset
+from deltamux_trainers.data.tokenization import RowTokenizer, TokenizedSequence
 from deltamux_trainers.loading import describe_base, load_model, load_tokenizer, pick_device
 from deltamux_trainers.model import DeltaModel
 from deltamux_trainers.options import CHANGEABLE, DETERMINING, MIN_LENGTH, OPTIMIZERS, TrainOptions
-from deltamux_trainers.training import checkpoints, ranks
-from deltamux_trainers.training.progress import Progress
-from deltamux_trainers.training.stopping import Interruption, Patience, TrainingInterrupted
-from deltamux_trainers.training.trainer import DeltaTrainer, Saving, Scheduled
-from deltamux_trainers.writing import held, told
+from deltamux_trainers.output_dir import locked, output_exists, write_errors
+from deltamux_trainers.training import checkpoints, distributed
+from deltamux_trainers.training.callbacks import (
+    EarlyStoppingCallback,
+    InterruptCallback,
+    ProgressCallback,
+    SaveStepsCallback,
+    ScheduleCallback,
+    TrainingInterrupted,
+)
+from deltamux_trainers.training.trainer import DeltaTrainer
 
 REPORT_FILE = "train_report.json"
 CHECKPOINTS = "checkpoints"
@@ -39,16 +47,16 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run did; also written to ``train_report.json`` beside the adapter.
+    """The result of a training run, also written to ``train_report.json`` next to the adapter.
 
     Attributes:
-        loss: mean loss over the training run, the part before a resume included.
-        eval_loss: of the parameters that were kept; None without evaluation data.
-        learning_rate: the highest of the run's schedule: the one asked for, or the method's default for this base.
+        loss: mean over the run, the part before a resume included.
+        eval_loss: of the adapter's parameters; None without evaluation data.
+        learning_rate: the highest of the schedule: that of the options, or the method's default for this base.
         share: trainable parameters divided by the base's.
         seconds: of the training loop, since the last resume.
-        untaught_rows: rows that had no token to learn and were left out; truncated_rows: those that were cut.
-        ranks: processes that took part; each step sees `batch_size` rows of each, times `gradient_accumulation`.
+        untaught_rows: rows without a token to learn, which were left out; truncated_rows: those that were cut.
+        ranks: processes; a step has `batch_size` times `gradient_accumulation` rows of each.
     """
 
     output: Path
@@ -68,23 +76,23 @@ class TrainResult:
 def train(options: TrainOptions, *callbacks: TrainerCallback) -> TrainResult:
     """Trains an adapter and writes it to `options.output`, whole or not at all.
 
-    Started by torchrun, every process calls it: each takes its share of the rows, the first writes, and all return the
-    same result.
+    Under torchrun every process calls it, with a share of the rows each; the main one writes, and all return the same
+    result.
 
     Args:
-        callbacks: transformers' callbacks, for those who want to watch.
+        callbacks: further callbacks of transformers.
     Raises:
         InvalidConfigError, InvalidArgumentError: an option or a row of the data is wrong.
-        FailedPreconditionError: the output holds an adapter already, or what is to be resumed is not there, damaged or
-            of another run; the base is not a decoder, or not whole; the device is not there; the loss is not finite;
-            the output cannot be written, or another run writes to it.
-        TrainingInterrupted: SIGINT or SIGTERM ended the run between two steps; `resume` goes on from there.
+        FailedPreconditionError: the output holds an adapter already, or the checkpoint to resume from is missing,
+            damaged or of another run; the base is not a decoder, or not whole; the device is missing; the loss is not
+            finite; the output cannot be written, or another run writes to it.
+        TrainingInterrupted: SIGINT or SIGTERM ended the run between two steps; `resume` continues it.
     """
     method = Registry().get(options.method)
-    config = _parsed(method, options.config)
+    config = _parse_config(method, options.config)
     _check_output(options)
     pick_device(options.device)
-    with held(options.output) if ranks.is_first() else nullcontext():
+    with locked(options.output) if distributed.is_main_process() else nullcontext():
         return _train(options, method, config, callbacks)
 
 
@@ -93,43 +101,48 @@ def _train(options: TrainOptions, method: Method, config: Any, callbacks: Sequen
     rows, eval_rows, counts = _datasets(options, config, base, tokenizer)
     rate = options.rate(method.info, base.dims.hidden_size)
     arguments = _arguments(options, rate, bool(eval_rows))
-    determined_by = _determined_by(options, config, base, rate, arguments)
-    resumed = _checkpoint_to_resume(options, determined_by)
+    settings = _settings(options, config, base, rate, arguments)
+    resumed = _checkpoint_to_resume(options, settings)
     set_seed(options.seed)
-    interruption, progress = Interruption(), Progress()
+    interrupt, progress = InterruptCallback(), ProgressCallback()
+    model = DeltaModel(load_model(options.model, options.dtype, options.device), base, method, config, options.seed)
     trainer = DeltaTrainer(
-        determined_by,
-        model=DeltaModel(load_model(options.model, options.dtype, options.device), base, method, config, options.seed),
+        settings,
+        model=model,
         args=arguments,
         train_dataset=rows,
         eval_dataset=eval_rows or None,
-        data_collator=lambda batch: collate(batch, tokenizer.pad_token_id or 0),
-        callbacks=[*_callbacks(options), *([] if options.quiet else [progress]), interruption, *callbacks],
+        data_collator=DataCollator(tokenizer.pad_token_id or 0),
+        callbacks=[
+            *_callbacks(options),
+            *([] if options.quiet else [progress]),
+            interrupt,
+            *callbacks,
+            ScheduleCallback(model),
+        ],
     )
-    trainer.add_callback(Scheduled(trainer))
     trainer.remove_callback(PrinterCallback)
-    with interruption.listening(), closing(progress):
+    with interrupt.handle_signals(), closing(progress):
         outcome = trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    if interruption.stopped:
+    if interrupt.stopped:
         raise TrainingInterrupted(options.output, trainer.state)
     result = _result(options, trainer, outcome, rate, counts)
-    if ranks.is_first():
-        trainer.release()
-        model = trainer.delta_model
+    if distributed.is_main_process():
+        trainer.free_memory()
         with torch.no_grad():
-            written, tensors = model.schedule.finish(config, model.exported())
-            with told(options.output):
-                _write(method.checkpoint(written, base, tensors), options, result)
-    ranks.wait_for_all()
+            final_config, tensors = model.schedule.finish(config, model.export())
+            with write_errors(options.output):
+                _write(method.checkpoint(final_config, base, tensors), options, result)
+    distributed.barrier()
     return result
 
 
-def _parsed(method: Method, values: Mapping[str, Any]) -> Any:
+def _parse_config(method: Method, values: Mapping[str, Any]) -> Any:
     declared, own = values.get("peft_type"), method.info.peft_type
     if declared not in (None, own):
         raise InvalidConfigError(
-            f"the config is of peft_type {declared!r}, and method {method.name!r} of {own!r}: train by the method that "
-            "it is for, or leave peft_type out",
+            f"the config is of peft_type {declared!r}, and method {method.name!r} of {own!r}: train by that "
+            "method, or leave peft_type out",
             metadata={"field": "peft_type", "method": method.name},
         )
     return method.parse(values)
@@ -138,7 +151,7 @@ def _parsed(method: Method, values: Mapping[str, Any]) -> Any:
 def _result(
     options: TrainOptions, trainer: DeltaTrainer, outcome: TrainOutput, rate: float, counts: Mapping[str, int]
 ) -> TrainResult:
-    """Takes the best parameters, where they were evaluated, and returns what the run did; every process calls it."""
+    """Loads the best parameters, if they were evaluated, and returns the run's result; every process calls it."""
     evaluates = trainer.eval_dataset is not None
     if evaluates:
         trainer.load_best()
@@ -149,17 +162,17 @@ def _result(
         steps=outcome.global_step,
         loss=trainer.mean_loss(),
         eval_loss=_eval_loss(trainer) if evaluates else None,
-        parameters=sum(p.numel() for p in model.parameters_by_name().values()),
-        share=model.share(),
+        parameters=model.num_trainable(),
+        share=model.trainable_share(),
         seconds=outcome.metrics["train_runtime"],
         learning_rate=rate,
-        ranks=ranks.count(),
+        ranks=distributed.world_size(),
         **counts,
     )
 
 
 def _eval_loss(trainer: DeltaTrainer) -> float:
-    """Returns the loss of the kept parameters: the best, or the last where the run was too short for an evaluation."""
+    """Returns the loss of the model's parameters: the best evaluation, or one now if the run was too short for any."""
     best = trainer.state.best_metric
     return trainer.evaluate()["eval_loss"] if best is None else best
 
@@ -180,7 +193,7 @@ def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> 
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         eval_strategy=strategy if evaluates else "no",
-        # The parameters of the best evaluation are read from its checkpoint.
+        # Every evaluation has a checkpoint: the best parameters are read from it.
         save_strategy=strategy if evaluates or options.save_steps is None else "no",
         eval_steps=options.eval_steps,
         save_steps=options.eval_steps or 500,
@@ -200,49 +213,49 @@ def _arguments(options: TrainOptions, learning_rate: float, evaluates: bool) -> 
 
 
 def _callbacks(options: TrainOptions) -> list[TrainerCallback]:
-    found: list[TrainerCallback] = []
+    callbacks: list[TrainerCallback] = []
     if options.save_steps is not None:
-        found.append(Saving(options.save_steps))
+        callbacks.append(SaveStepsCallback(options.save_steps))
     if options.patience is not None:
-        found.append(Patience(options.patience))
-    return found
+        callbacks.append(EarlyStoppingCallback(options.patience))
+    return callbacks
 
 
 def _datasets(
     options: TrainOptions, config: Any, base: BaseModel, tokenizer: Any
-) -> tuple[list[Encoded], list[Encoded], dict[str, int]]:
-    """Returns what is trained on, what is evaluated on, and the counts of the result."""
+) -> tuple[list[TokenizedSequence], list[TokenizedSequence], dict[str, int]]:
+    """Returns the sequences to train on, those to evaluate on, and the counts of the result."""
     virtual, context = _virtual_tokens(config), base.dims.max_position
     if virtual and context - virtual < MIN_LENGTH:
         raise InvalidConfigError(
             f"num_virtual_tokens {virtual} leaves no room for a sequence in the base's context of {context} tokens",
             metadata={"field": "num_virtual_tokens"},
         )
-    encoder = Encoder.of(base, tokenizer, options.max_length, options.turns, virtual)
-    data = load_data(options.data, encoder)
-    counts = {"untaught_rows": len(data.untaught), "truncated_rows": len(data.truncated)}
+    tokenize = RowTokenizer.for_base(base, tokenizer, options.max_length, options.turns, virtual)
+    dataset = load_dataset(options.data, tokenize)
+    counts = {"untaught_rows": len(dataset.untaught), "truncated_rows": len(dataset.truncated)}
     if options.eval_data is not None:
-        return data.encoded, load_data(options.eval_data, encoder).encoded, counts
-    fraction, size = options.eval_fraction, len(data.rows)
+        return dataset.sequences, load_dataset(options.eval_data, tokenize).sequences, counts
+    fraction, size = options.eval_fraction, len(dataset.rows)
     if fraction and not int(size * fraction):
         raise InvalidConfigError(
             f"eval_fraction {fraction} of {size} rows is less than one row: give more, or eval_data",
             metadata={"field": "eval_fraction"},
         )
-    return *data.split(fraction, options.seed), counts
+    return *dataset.split(fraction, options.seed), counts
 
 
 def _virtual_tokens(config: Any) -> int:
-    """Returns the virtual tokens of a method's options; a composite's parts have options of their own."""
-    parts = [getattr(config, each.name) for each in dataclasses.fields(config)]
-    of_parts = sum(_virtual_tokens(part) for part in parts if dataclasses.is_dataclass(part))
-    return of_parts + int(getattr(config, "num_virtual_tokens", 0))
+    """Returns the number of virtual tokens of a config; a composite's fields are configs, too."""
+    values = [getattr(config, each.name) for each in dataclasses.fields(config)]
+    nested = sum(_virtual_tokens(value) for value in values if dataclasses.is_dataclass(value))
+    return nested + int(getattr(config, "num_virtual_tokens", 0))
 
 
-def _determined_by(
+def _settings(
     options: TrainOptions, config: Any, base: BaseModel, rate: float, arguments: TrainingArguments
 ) -> dict[str, Any]:
-    """Returns what the run's losses follow from, by name, as JSON values."""
+    """Returns all that determines the run's losses, by name, as JSON values."""
     files = {"data": options.data, "eval_data": options.eval_data}
     values = {
         **{name: getattr(options, name) for name in DETERMINING},
@@ -261,12 +274,12 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _checkpoint_to_resume(options: TrainOptions, determined_by: Mapping[str, Any]) -> Path | None:
+def _checkpoint_to_resume(options: TrainOptions, settings: Mapping[str, Any]) -> Path | None:
     if not options.resume:
         return None
-    found = checkpoints.newest_whole(options.output / CHECKPOINTS)
+    found = checkpoints.latest_checkpoint(options.output / CHECKPOINTS)
     saved = json.loads((found / checkpoints.RUN_FILE).read_text())["determined_by"]
-    checkpoints.check_same_run(saved, determined_by, ", ".join(CHANGEABLE))
+    checkpoints.check_same_run(saved, settings, ", ".join(CHANGEABLE))
     state = json.loads((found / TRAINER_STATE_NAME).read_text())
     for name, asked, done in (
         ("max_steps", options.max_steps, state["global_step"]),
@@ -274,7 +287,7 @@ def _checkpoint_to_resume(options: TrainOptions, determined_by: Mapping[str, Any
     ):
         if asked is not None and asked < done:
             raise InvalidConfigError(
-                f"{name} {asked} is less than the {done:.4g} that the run to resume has behind it",
+                f"{name} {asked} is less than the {done:.4g} that the run to resume has done",
                 metadata={"field": name},
             )
     return found
@@ -297,28 +310,24 @@ def _check_output(options: TrainOptions) -> None:
 
 
 def _check_empty_place(output: Path) -> None:
-    """Refuses an output whose files the adapter's would replace, or stand beside as if they were of one model."""
+    """Refuses an output with an adapter or a model, whose files the new adapter would replace or be added to."""
     weights, report = output / TENSORS_FILE, output / REPORT_FILE
-    # Weights beside a report are what a run leaves that was killed before it had written the config.
+    # A run that was killed before it had written the config leaves weights and a report.
     if (output / CONFIG_FILE).exists() or (weights.exists() and not report.exists()):
-        raise FailedPreconditionError(
-            f"{output} holds an adapter already: choose another output, or remove it", reason="OUTPUT_EXISTS"
-        )
+        raise output_exists(f"{output} holds an adapter already: choose another output, or remove it")
     if (output / "config.json").exists():
-        raise FailedPreconditionError(
-            f"{output} holds a model, to which transformers would add an adapter beside it whenever it loads the "
-            "model: choose another output",
-            reason="OUTPUT_EXISTS",
+        raise output_exists(
+            f"{output} holds a model, to which transformers would add an adapter in its directory whenever it loads "
+            "the model: choose another output"
         )
     if (output / CHECKPOINTS).exists() and not (output / CHECKPOINTS).is_dir():
-        raise FailedPreconditionError(
-            f"{output / CHECKPOINTS} is a file, and checkpoints are written there: choose another output",
-            reason="OUTPUT_EXISTS",
+        raise output_exists(
+            f"{output / CHECKPOINTS} is a file, and checkpoints are written there: choose another output"
         )
 
 
 def _write(checkpoint: Checkpoint, options: TrainOptions, result: TrainResult) -> None:
-    """Writes the adapter's files beside and renames them in, the config last: an adapter is whole when it has one."""
+    """Writes the adapter's files to a staging directory and renames them, the config last: with it, they are whole."""
     losses = [result.loss, *([] if result.eval_loss is None else [result.eval_loss])]
     if not all(map(math.isfinite, losses)) or not all(t.isfinite().all() for t in checkpoint.tensors.values()):
         evaluated = "" if result.eval_loss is None else f" ({result.eval_loss:g} on the evaluation data)"
@@ -327,7 +336,7 @@ def _write(checkpoint: Checkpoint, options: TrainOptions, result: TrainResult) -
             f"learning rate ({result.learning_rate:g}), or use --dtype float32",
             reason="DIVERGED",
         )
-    staging = options.output / checkpoints.STAGING
+    staging = options.output / checkpoints.STAGING_DIR
     shutil.rmtree(staging, ignore_errors=True)
     checkpoint.write(staging)
     report = {**asdict(result), "options": {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}}
@@ -338,4 +347,4 @@ def _write(checkpoint: Checkpoint, options: TrainOptions, result: TrainResult) -
     staging.rmdir()
     checkpoints.sync(options.output)
     if not options.keep_checkpoints:
-        checkpoints.remove_all(options.output / CHECKPOINTS)
+        checkpoints.remove_checkpoints(options.output / CHECKPOINTS)
