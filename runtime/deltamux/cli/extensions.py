@@ -19,7 +19,7 @@ VLLM = "run `pip install 'deltamux[cuda]'` for an NVIDIA GPU; the README says ho
 def load() -> Iterator[Any]:
     """Yields the modules of commands."""
     from deltamux.server import commands as server
-    from deltamux_trainers import commands as trainers
+    import deltamux_trainers.commands as trainers  # "from" would look the name up in the package, which imports torch
 
     yield server
     yield trainers
