@@ -18,8 +18,8 @@ VLLM = "run `pip install 'deltamux[cuda]'` for an NVIDIA GPU; the README says ho
 
 def load() -> Iterator[Any]:
     """Yields the modules of commands."""
-    from deltamux.server import commands as server
     import deltamux_trainers.commands as trainers  # "from" would look the name up in the package, which imports torch
+    from deltamux.server import commands as server
 
     yield server
     yield trainers
