@@ -37,12 +37,14 @@ class RunningSystems:
 
     Attributes:
         max_model_len: longest prompt and generation of the run, virtual tokens included.
+        enforce_eager: no engine compiles its model.
     """
 
     inputs: Inputs
     sequences: int
     max_model_len: int
     say: Callable[[str], None]
+    enforce_eager: bool = False
     _alive: OrderedDict[str, Alive] = field(default_factory=OrderedDict)
     _resident: WeakKeyDictionary[Engine, frozenset[str]] = field(default_factory=WeakKeyDictionary)
 
@@ -111,6 +113,7 @@ class RunningSystems:
                 max_host_adapters=HOST_ADAPTERS,
                 kv_cache_gib=KV_CACHE_GIB,
                 fold_dominant=fold_dominant,
+                enforce_eager=self.enforce_eager,
             )
         )
         await engine.start()
@@ -124,6 +127,7 @@ class RunningSystems:
             "max_num_seqs": self.sequences,
             "kv_cache_memory_bytes": int(KV_CACHE_GIB * 1024**3),
             "disable_log_stats": True,
+            "enforce_eager": self.enforce_eager,
         }
         own = {name: self.inputs.directories[name] for name in self.inputs.loras(PEFT_LORAS)} if loras else {}
         if loras:
@@ -142,7 +146,7 @@ class RunningSystems:
         }
         options = [str(part) for pair in given.items() for part in pair]
         store = self.inputs.folder / "store"
-        process = await asyncio.to_thread(ServerProcess, self.inputs.model, store, *options, eager=False)
+        process = await asyncio.to_thread(ServerProcess, self.inputs.model, store, *options, eager=self.enforce_eager)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(asyncio.to_thread, process.stop)
             client = await stack.enter_async_context(AsyncClient(process.address, timeout=600))

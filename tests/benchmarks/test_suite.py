@@ -16,7 +16,7 @@ from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux_testing.adapters import write_own
 
-QUICK = ("--tokens", "2", "--sequences", "4", "--repeats", "1")
+QUICK = ("--tokens", "2", "--sequences", "4", "--repeats", "1", "--enforce-eager")
 
 
 @pytest.fixture(scope="module")

@@ -71,21 +71,13 @@ def test_a_path_that_can_be_none_is_wrong_usage(
     assert problem in capsys.readouterr().err
 
 
-def test_starting_needs_neither_torch_nor_grpc() -> None:
+def test_starting_and_help_load_no_package_but_the_projects_own() -> None:
     code = (
-        "import sys; import deltamux.cli as c; c.parser();"
-        "print([m for m in ('torch', 'vllm', 'grpc') if m in sys.modules])"
+        "import sys; before = set(sys.modules); import deltamux.cli as c; c.parser().format_help();"
+        "print(*{name.partition('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-def test_help_takes_well_under_half_a_second_of_cpu() -> None:
-    code = (
-        "import resource, deltamux.cli as c; c.parser().format_help();"
-        "print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)"
-    )
-    runs = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3))
-    assert min(float(run.stdout) for run in runs) < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) <= {"deltamux", "deltamux_trainers"}
 
 
 def test_people_read_four_digits_of_a_figure_and_programs_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:

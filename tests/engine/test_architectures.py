@@ -53,15 +53,19 @@ async def test_one_batch_serves_what_peft_and_the_reference_executor_generate(
     peft_models = {name: write_peft(name, architecture, directory, tmp_path / name) for name in names}
     programs = {**own, **{name: read_program(tmp_path / name, base) for name in names}}
 
-    answers = await serve(directory, {n: random_programs.saved(p, tmp_path, n) for n, p in programs.items()})
+    def references() -> dict[str | None, Greedy]:
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        made: dict[str | None, Greedy] = {None: reference(model, PROMPT, 16)}
+        for name, program in own.items():
+            with attached(model, base, program):
+                made[name] = reference(model, PROMPT, 16)
+        return made | {name: reference(peft_model, PROMPT, 16) for name, peft_model in peft_models.items()}
 
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    assert_same(reference(model, PROMPT, 16), answers[None])
-    for name, program in own.items():
-        with attached(model, base, program):
-            assert_same(reference(model, PROMPT, 16), answers[name])
-    for name, peft_model in peft_models.items():
-        assert_same(reference(peft_model, PROMPT, 16), answers[name])
+    refs = {name: random_programs.saved(program, tmp_path, name) for name, program in programs.items()}
+    answers, expected = await asyncio.gather(serve(directory, refs), asyncio.to_thread(references))
+    assert answers.keys() == expected.keys()
+    for name, answer in answers.items():
+        assert_same(expected[name], answer)
     for name in programs:
         assert answers[name].logprobs != answers[None].logprobs, f"{name} must be visible, or this test could not fail"
 

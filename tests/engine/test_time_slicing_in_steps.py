@@ -31,6 +31,7 @@ async def narrow(base_directory: Path, real_engine: None) -> AsyncIterator[VLLME
         str(base_directory),
         max_active_adapters=2,
         max_host_adapters=4,
+        enforce_eager=True,
         engine_arguments={"max_num_batched_tokens": 24, "block_size": 32, "num_gpu_blocks_override": 16},
         **OPTIONS,  # type: ignore[arg-type]  # a plain dict of the common ones
     )

@@ -16,7 +16,7 @@ COLUMNS = (
     "workload", "prompt_tokens", "tokens_per_second", "of_base",
     "first_token_p50", "first_token_p95", "first_token_p99", "gap_p50", "gap_p95", "gap_p99",
 )  # fmt: skip
-ENGINE_OPTIONS = ("dtype", "device", "kv_cache_gib")
+ENGINE_OPTIONS = ("dtype", "device", "kv_cache_gib", "enforce_eager")
 FLOORS = ("floor_bytes", "floor_operations")
 
 
