@@ -90,7 +90,7 @@ def no_json(directory: Path) -> None:
 BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "tensors of another base": (wrong_shapes, "FAILED_PRECONDITION", "BASE_MISMATCH"),
     "a missing tensor": (missing_tensor, "INVALID_ARGUMENT", "MISSING_TENSOR"),
-    "a tensor nobody knows": (unknown_tensor, "INVALID_ARGUMENT", "UNCLAIMED_TENSOR"),
+    "an unknown tensor": (unknown_tensor, "INVALID_ARGUMENT", "UNCLAIMED_TENSOR"),
     "a NaN": (not_finite, "INVALID_ARGUMENT", "NOT_FINITE"),
     "int8 factors": (integers, "INVALID_ARGUMENT", "INVALID_ADAPTER"),
     "a truncated file": (truncated, "INVALID_ARGUMENT", "TRUNCATED_FILE"),

@@ -1,4 +1,4 @@
-"""Other people's plugins hang at import and at upload, in a real server: streams and good uploads notice nothing."""
+"""Other people's plugins hang at import and at upload, in a real server: streams and good uploads are not affected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STREAM: dict[str, Any] = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": T
 def plagued(
     base_directory: Path, tmp_path_factory: pytest.TempPathFactory, real_engine: None
 ) -> Iterator[ServerProcess]:
-    """A server with bad plugins beside good ones."""
+    """A server with bad plugins and good ones."""
     root = tmp_path_factory.mktemp("plagued")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(install(root / "site", PLUGINS)))

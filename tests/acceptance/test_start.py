@@ -23,7 +23,7 @@ def test_sigterm_breaks_a_start_off_and_leaves_no_process(base_directory: Path, 
         server.terminate()
         output, _ = server.communicate(timeout=PATIENCE)
     assert (server.returncode, output) == (0, "stopped before it was ready\n")
-    # vLLM's tracker of shared memory ends once nobody shares any.
+    # vLLM's tracker of shared memory ends with the last process that shares any.
     await_none(begun)
 
 

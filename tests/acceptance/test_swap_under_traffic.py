@@ -1,4 +1,4 @@
-"""Adapters come, change and go while sixteen streams run; nobody notices."""
+"""Adapters are uploaded, promoted and deleted while sixteen streams run, which do not change."""
 
 from __future__ import annotations
 

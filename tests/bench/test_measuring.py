@@ -96,11 +96,11 @@ async def test_the_first_failure_ends_the_run_as_itself() -> None:
         await drive(Dying(), Workload(sequences=2), "1")
 
 
-def test_percentiles_lie_between_neighbours() -> None:
+def test_percentiles_are_interpolated() -> None:
     assert [percentile([4.0, 1.0, 3.0, 2.0], p) for p in (0, 50, 100)] == [1.0, 2.5, 4.0]
 
 
-async def test_contenders_take_turns_with_the_reference_and_the_first_round_does_not_count() -> None:
+async def test_candidates_alternate_with_the_reference_and_the_first_round_does_not_count() -> None:
     ran: list[str] = []
 
     def candidate(name: str, speeds: list[int]) -> Candidate:
@@ -129,7 +129,7 @@ def test_the_floor_counts_each_adapter_of_the_batch_once_a_step_and_each_row_wit
     assert (both.bytes, both.operations) == (900 / 1300, 900 / 1100)
 
 
-def test_virtual_tokens_cost_rows_in_front_of_the_prompt_and_no_parameters() -> None:
+def test_virtual_tokens_cost_rows_before_the_prompt_and_no_parameters() -> None:
     prefix = Program.of([("x", KVPrefix(torch.zeros(10, 2, 4), torch.zeros(10, 2, 4)))])
     assert Work.of_program(prefix) == Work(0, 10)
     low_rank = Program.of([("x", LowRank(torch.zeros(2, 6), torch.zeros(5, 2)))])

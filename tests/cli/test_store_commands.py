@@ -148,7 +148,7 @@ def test_what_is_not_a_file_is_damage_of_its_object_alone_and_repaired_by_the_sa
 
 
 @pytest.mark.parametrize("add", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path)])
-def test_what_is_not_a_file_beside_an_objects_files_is_left_out_of_a_backup(
+def test_what_is_not_a_file_among_an_objects_files_is_left_out_of_a_backup(
     add: Callable[[Path], None], root: Path, tmp_path: Path
 ) -> None:
     add(program(root, "one").parent / "README.md")

@@ -78,7 +78,7 @@ def metaspace(
 ) -> PreTrainedTokenizerFast:
     """A BPE over text whose spaces are ▁, with bytes for what it does not know.
 
-    One ▁ more is put in front of every text between special tokens, or (`first_alone`) of what begins with a text.
+    One ▁ more is put before every text between special tokens, or (`first_alone`) of what begins with a text.
     """
     pieces = ["<unk>", *(s for s in specials if s != "<unk>"), *(f"<0x{byte:02X}>" for byte in range(256))]
     bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))

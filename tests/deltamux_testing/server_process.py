@@ -111,7 +111,7 @@ def await_none(processes: list[psutil.Process]) -> None:
 
 
 def runs(process: psutil.Process) -> bool:
-    """Whether a process does, or could do, anything: one that nobody has waited for does not."""
+    """Whether a process does, or could do, anything: a zombie does not."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -1,4 +1,4 @@
-"""The batched life of every op: a mixed step equals each adapter alone, whatever stands in the other slots."""
+"""The batched form of every op: a mixed step equals each adapter alone, whatever the other slots hold."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_mixed_step_equals_each_adapter_alone(
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
 @pytest.mark.parametrize("rows", [1, 40], ids=["decode", "prefill"])
 def test_one_adapters_rows_never_reach_anothers(maker: Any, rows: int) -> None:
-    """Slot 2 computes nothing but NaN; its neighbours and the base must not notice."""
+    """Slot 2 computes nothing but NaN, which must not reach other slots or the base."""
     site, _ = maker(0)
     ops = {slot: maker(slot)[1] for slot in range(4)}
     clean, spoilt = (type(ops[0]).batch(site, SLOTS, torch.float32, "cpu") for _ in range(2))

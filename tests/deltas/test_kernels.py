@@ -127,7 +127,7 @@ def filled(op: Op, value: float) -> Op:
 @pytest.mark.parametrize(("parts", "make"), CASES.values(), ids=CASES.keys())
 @settings(max_examples=40, deadline=None)
 @given(step=steps, present=st.sets(st.tuples(st.integers(0, SLOTS - 1), st.integers(0, 2))), seed=st.integers(0, 999))
-def test_a_kernel_equals_its_twin_in_torch(
+def test_a_kernel_equals_its_torch_batch(
     parts: list[PackedSlice], make: Any, dtype: torch.dtype, step: list[tuple[int, int]], present: set[Any], seed: int
 ) -> None:
     kernel, twin = twins(parts, make(0, columns_of(parts[0])), dtype)
@@ -259,7 +259,7 @@ def test_an_op_derived_from_another_never_runs_the_others_kernel() -> None:
     assert isinstance(module_batch(Doubled, fused(), SLOTS, torch.float32, "cpu"), PerSliceBatch)
 
 
-def test_packing_puts_pairs_of_ranks_behind_each_other_and_zeros_where_nothing_is() -> None:
+def test_packing_puts_pairs_of_ranks_after_each_other_and_pads_with_zeros() -> None:
     up = draw(1, 21, 5).bfloat16()
     packed = pack(up)
     assert packed.shape == (2, 3, 16, 2)
@@ -301,7 +301,7 @@ def test_the_library_is_compiled_once_and_kept(tmp_path: Path) -> None:
     [({"DELTAMUX_KERNELS": "torch"}, ""), ({"CXX": "false"}, "delta ops run in torch")],
     ids=["switched off", "no working compiler"],
 )
-def test_without_kernels_the_ops_run_in_torch_and_it_is_said_once(
+def test_without_kernels_the_ops_run_in_torch_and_it_is_logged_once(
     environment: dict[str, str], words: str, tmp_path: Path
 ) -> None:
     code = (

@@ -1,7 +1,7 @@
 """The Triton kernels, in Triton's interpreter and compiled for GPUs; on a machine with a GPU, run there as well.
 
 Triton decides how kernels run when it is imported, so each way is a process of its own. What it runs are the cases of
-`triton_cases.py` and `triton_life.py`, and those of `test_batched.py` once more: whatever holds for the torch batches
+`triton_cases.py` and `triton_slots.py`, and those of `test_batched.py` once more: whatever holds for the torch batches
 holds for the kernels.
 """
 
@@ -27,7 +27,7 @@ WAYS = {
     **({"gpu": {"TRITON_INTERPRET": "0"}} if torch.cuda.is_available() else {}),
 }
 RUNS = {
-    **{f"{cases} by {way}": (f"triton_{cases}.py", (), way) for cases in ("cases", "life") for way in WAYS},
+    **{f"{cases} by {way}": (f"triton_{cases}.py", (), way) for cases in ("cases", "slots") for way in WAYS},
     "every case of the torch batches": ("test_batched.py", ("-p", "deltamux_testing.triton_batches"), "interpreter"),
     # Without a GPU: Triton's compiler and NVIDIA's assembler come with Triton.
     "compiled for GPUs": ("triton_compilation.py", (), "compiler"),

@@ -140,7 +140,7 @@ class Rig:
     def steps(self, runs: Sequence[RowRange], program_id: int = 600) -> None:
         for _ in range(program_id):
             self.step(runs)
-            time.sleep(1e-4)  # lets the merging thread have its turn
+            time.sleep(1e-4)  # lets the merging thread run
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ MIXED = [RowRange(FULL, 0, 2), RowRange(LORA, 3, 4), RowRange(FULL, 4, 6)]
 OTHERS = [2, 3, 6, 7]
 
 
-def test_a_program_with_all_the_traffic_is_folded_to_the_same_outputs(rig: Rig) -> None:
+def test_a_program_with_all_the_traffic_is_merged_to_the_same_outputs(rig: Rig) -> None:
     expected = rig.modules.run(ALL)
     rig.steps(ALL)
     assert rig.merger.merged == 7
@@ -176,7 +176,7 @@ def test_a_step_with_the_same_index_is_not_worked_out_again_and_one_with_another
     assert rig.merger.begin_step({7: ROWS}, index) is None
 
 
-def test_a_program_that_is_unloaded_is_unfolded_and_the_bases_weights_are_as_they_were(rig: Rig) -> None:
+def test_a_program_that_is_unloaded_is_unmerged_and_the_bases_weights_are_as_they_were(rig: Rig) -> None:
     expected = rig.modules.run([])
     rig.steps(ALL)
     rig.step(ALL)
@@ -188,7 +188,7 @@ def test_a_program_that_is_unloaded_is_unfolded_and_the_bases_weights_are_as_the
         assert torch.equal(before, after)
 
 
-def test_a_program_that_is_unloaded_while_it_is_merged_is_never_folded(rig: Rig) -> None:
+def test_a_program_that_is_unloaded_during_its_merge_is_never_used(rig: Rig) -> None:
     while not rig.merger._changes:  # a index of it is there already
         rig.step(ALL)
     rig.loader.drop(7)
@@ -197,7 +197,7 @@ def test_a_program_that_is_unloaded_while_it_is_merged_is_never_folded(rig: Rig)
     assert all(layer.base is None for layer in rig.modules.layers)
 
 
-def test_others_rows_never_meet_the_folded_weights_even_if_those_are_not_finite(
+def test_others_rows_never_use_the_merged_weights_even_if_those_are_not_finite(
     base: BaseModel, base_directory: Path
 ) -> None:
     modules = Modules.of(base, base_directory)
@@ -213,7 +213,7 @@ def test_others_rows_never_meet_the_folded_weights_even_if_those_are_not_finite(
         assert after[[0, 1, 4, 5]].isnan().all(), "the merged weights are those that ran"
 
 
-def test_nothing_is_folded_while_memory_is_short_and_the_log_says_so(
+def test_nothing_is_merged_while_memory_is_short_and_that_is_logged(
     base: BaseModel, base_directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     rig = Rig(Modules.of(base, base_directory), base_directory, 1 << 20, tmp_path)
@@ -223,7 +223,7 @@ def test_nothing_is_folded_while_memory_is_short_and_the_log_says_so(
     assert [r.getMessage() for r in caplog.records if "no room" in r.getMessage()]
 
 
-def test_nothing_is_folded_over_a_checkpoint_that_is_not_what_the_engine_has_loaded(
+def test_nothing_is_merged_over_a_checkpoint_that_is_not_what_the_engine_has_loaded(
     base: BaseModel, base_directory: Path, tmp_path: Path
 ) -> None:
     other = {name: weight + 0.02 for name, weight in load_file(base_directory / "model.safetensors").items()}
@@ -244,7 +244,7 @@ def test_a_change_that_rounding_would_lose_is_not_merged(base: BaseModel, base_d
         merge_change(faint, weights.__getitem__, torch.bfloat16)
 
 
-def test_ops_whose_order_folding_would_change_are_left_where_they_are(base: BaseModel, base_directory: Path) -> None:
+def test_ops_whose_order_a_merge_would_change_are_not_merged(base: BaseModel, base_directory: Path) -> None:
     modules = mergeable_modules(Modules.of(base, base_directory).layers)
     site = LAYER + "down_proj"
     change, scale = LowRank(torch.ones(1, 128), torch.ones(64, 1)), Scale(torch.ones(64))
@@ -304,7 +304,7 @@ def refs(base: BaseModel, tmp_path: Path) -> dict[str, ProgramRef]:
     return {name: random_programs.saved(program, tmp_path, name) for name, program in programs.items()}
 
 
-async def test_the_engine_folds_under_traffic_answers_all_alike_and_unfolds(
+async def test_the_engine_merges_under_traffic_answers_all_alike_and_unmerges(
     engine: VLLMEngine, refs: dict[str, ProgramRef]
 ) -> None:
     dominant, lora = refs["merge-full"], refs["merge-lora"]

@@ -1,4 +1,4 @@
-"""The prefix cache tells nobody what another has sent: requests reuse what requests of the same salt have left."""
+"""The prefix cache is shared by requests of the same salt alone, so that its hits reveal no other tenant's prompts."""
 
 from __future__ import annotations
 

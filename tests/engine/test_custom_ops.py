@@ -86,7 +86,7 @@ def model(request: pytest.FixtureRequest) -> Iterator[Model]:
 
 
 @pytest.mark.parametrize("way", ["eager", "compiled", "compiled, called directly"])
-def test_a_port_is_asked_in_steps_that_have_a_slot_of_its_own(model: Model, way: str) -> None:
+def test_a_layer_is_called_in_steps_that_have_a_slot_of_its_own(model: Model, way: str) -> None:
     custom_ops.bypass_dispatch(way.endswith("directly"))
     forward = model.eager if way == "eager" else model.compiled
     assert model.run(forward, OWN) == (10.0, [1, 2])
@@ -95,7 +95,7 @@ def test_a_port_is_asked_in_steps_that_have_a_slot_of_its_own(model: Model, way:
 
 
 @pytest.mark.parametrize("directly", [False, True])
-def test_a_port_that_ends_a_sub_layer_is_asked_for_the_sub_layers_slots_too(model: Model, directly: bool) -> None:
+def test_a_layer_that_ends_a_sub_layer_is_called_for_the_sub_layers_slots_too(model: Model, directly: bool) -> None:
     custom_ops.bypass_dispatch(directly)
     assert model.run(model.compiled, OF_SUB_LAYER) == (4.0, [0, 1])
 
@@ -111,7 +111,7 @@ def test_a_compiled_model_that_calls_directly_passes_torchs_dispatch_by(model: M
     assert dispatched == {False: 3, True: 0}
 
 
-def test_one_graph_serves_equal_modules_if_their_ports_are_told_by_name() -> None:
+def test_one_graph_serves_equal_modules_if_their_layers_are_looked_up_by_name() -> None:
     codes: list[str] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

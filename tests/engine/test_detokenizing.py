@@ -59,11 +59,11 @@ def test_a_prompt_that_ends_within_a_character_is_no_part_of_the_text(end: bytes
     assert pieces(made, [*b"answer"]) == "answer"
 
 
-def test_behind_such_a_prompt_a_word_keeps_the_space_that_it_begins_with() -> None:
+def test_after_such_a_prompt_a_word_keeps_the_space_that_it_begins_with() -> None:
     assert pieces(detokenizer(words(), [1, 5 + 0xC3]), [2, 3]) == " bes"
 
 
-def test_behind_another_prompt_the_text_is_what_decoding_both_adds() -> None:
+def test_after_another_prompt_the_text_is_what_decoding_both_adds() -> None:
     assert pieces(detokenizer(words(), [1] * 200), [2, 3]) == " bes"
     assert pieces(detokenizer(words(), []), [2, 3]) == "bes"
 

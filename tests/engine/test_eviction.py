@@ -74,7 +74,7 @@ def test_of_two_used_alike_the_one_that_costs_less_to_reload_goes() -> None:
     assert tier.next_eviction() == "cheap"
 
 
-def test_a_pinned_key_goes_only_when_told_so_and_a_spared_one_never() -> None:
+def test_a_pinned_key_is_evicted_only_by_name_and_a_spared_one_never() -> None:
     tier: EvictionPolicy[str] = EvictionPolicy(2)
     for key in ("pinned", "spared"):
         tier.use(key)

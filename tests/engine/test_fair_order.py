@@ -1,4 +1,4 @@
-"""The order in which the engine begins requests: tenants take turns, and nobody waits for ever."""
+"""The order in which the engine begins requests: tenants alternate, and no request waits for ever."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deltamux.engine.fair import FairOrder, Place
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
 
-def test_a_group_with_many_in_the_queue_lets_one_with_few_in_front() -> None:
+def test_a_group_with_few_in_the_queue_goes_before_one_with_many() -> None:
     order = FairOrder()
     with ExitStack() as stack:
         many = [stack.enter_context(order.place("acme")) for _ in range(100)]
@@ -71,7 +71,7 @@ def test_of_equal_groups_that_always_wait_each_gets_its_share(arrivals: list[tup
         assert abs(served["x"] - served["y"]) <= 1
 
 
-async def test_a_tenant_that_fills_the_queue_lets_another_in_front_of_what_waits(engine: VLLMEngine) -> None:
+async def test_another_tenant_goes_before_the_waiting_requests_of_one_that_fills_the_queue(engine: VLLMEngine) -> None:
     batch, queued = 16, 64
 
     async def run(group: str, number: int, max_tokens: int) -> None:

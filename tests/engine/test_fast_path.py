@@ -138,8 +138,8 @@ class Attention:
         for ops in self.ops.values():
             ops.reset(slot)
 
-    def run(self, x: Tensor, index: StepIndex, folded: MergedStep | None = None) -> Tensor:
-        self.step.begin(index, folded)
+    def run(self, x: Tensor, index: StepIndex, merged: MergedStep | None = None) -> Tensor:
+        self.step.begin(index, merged)
         with torch.inference_mode():
             hidden = self.read.module(self.norm.module(x))
             return torch.cat([hidden, self.end.module(hidden[:, :QUERY].contiguous())], 1)
@@ -174,7 +174,7 @@ def index_of(step: list[tuple[int, int]]) -> StepIndex:
     cleared=st.sets(st.sampled_from(PLACED)),
     step=st.lists(st.tuples(st.sampled_from((-1, *PLACED)), st.integers(1, 6)), min_size=1, max_size=6),
 )
-def test_a_door_does_bit_for_bit_what_its_port_does_fallbacks(
+def test_the_fast_path_computes_bit_for_bit_what_the_fallbacks_do(
     dtype: torch.dtype, programs: dict[int, list[str]], cleared: set[int], step: list[tuple[int, int]]
 ) -> None:
     quick, python = Attention(dtype), Attention(dtype, fast=False)
@@ -245,7 +245,7 @@ def test_what_no_kernel_can_read_is_refused_and_nothing_is_changed(change: objec
     assert torch.equal(y, before)
 
 
-def test_the_fast_path_wants_as_many_arguments_as_its_fallback() -> None:
+def test_the_fast_path_takes_as_many_arguments_as_its_fallback() -> None:
     compiled = custom_ops._compiled()
     assert compiled is not None
     with pytest.raises(TypeError, match="3 arguments, not 1"):
@@ -266,7 +266,7 @@ print([fast_path.install(()) for _ in range(2)], library.load() is not None)
 
 
 @pytest.mark.slow
-def test_without_pythons_headers_the_kernels_run_from_python_and_it_is_said_once(tmp_path: Path) -> None:
+def test_without_pythons_headers_the_kernels_run_from_python_and_it_is_logged_once(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", WITHOUT_HEADERS],
         env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},

@@ -75,7 +75,7 @@ async def on_gpu(
 
 @pytest.fixture(scope="module")
 def expected(base: BaseModel, base_directory: Path, programs: dict[str, ProgramRef]) -> dict[str | None, Greedy]:
-    """What the reference executor generates behind one prompt, by each adapter and by none."""
+    """What the reference executor generates after one prompt, by each adapter and by none."""
     model = AutoModelForCausalLM.from_pretrained(base_directory)
     made: dict[str | None, Greedy] = {None: reference(model, PROMPT, TOKENS)}
     for name in NAMES:
@@ -123,7 +123,7 @@ async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
             assert new == {"none"}, name
             continue
         assert {key.split()[-1] for key in new} == profiles, name
-        # Prompts run by pieces, what is generated behind them by whole graphs.
+        # Prompts run by pieces, and what is generated after them by whole graphs.
         assert profiles == {"none"} or any(key.startswith("FULL") for key in new), name
 
 

@@ -1,4 +1,4 @@
-"""Which CUDA graph vLLM's own dispatcher picks, asked by profile; what it captures needs a GPU."""
+"""Which CUDA graph vLLM's own dispatcher picks, by profile; what it captures needs a GPU."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_step_that_no_graph_serves_runs_without(dispatcher: ProfileDispatcher)
     assert dispatcher.dispatch(3, uniform_decode=True, valid_modes=none)[0] is CUDAGraphMode.NONE
 
 
-def test_vllms_runner_has_what_the_mixin_overrides_and_knows_a_step_before_it_chooses_its_graph() -> None:
+def test_vllms_runner_has_what_the_mixin_overrides_and_the_step_before_it_chooses_its_graph() -> None:
     chooses = inspect.signature(GPUModelRunner._determine_batch_execution_and_padding).parameters
     assert {"force_eager", "force_has_lora", "force_num_active_loras"} <= set(chooses)
     captures = list(inspect.signature(GPUModelRunner.maybe_dummy_run_with_lora).parameters)

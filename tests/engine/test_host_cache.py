@@ -45,7 +45,7 @@ async def test_more_adapters_than_slots_and_host_places_are_all_served(
     assert stats.device_programs <= stats.device_slots
 
 
-async def test_a_resident_program_needs_its_file_no_more(engine: Engine, base: BaseModel, tmp_path: Path) -> None:
+async def test_a_cached_program_needs_its_file_no_more(engine: Engine, base: BaseModel, tmp_path: Path) -> None:
     ref = random_programs.saved(random_programs.low_rank(base, 200), tmp_path, "file-gone")
     before = await served(engine, (9, 9, 4), ref, 6, "file-there")
     ref.path.unlink()

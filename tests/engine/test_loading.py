@@ -1,4 +1,4 @@
-"""Programs from a file into memory: complete, on its own, and beside the step loop."""
+"""Programs from a file into memory: complete, on its own, and while steps run."""
 
 from __future__ import annotations
 

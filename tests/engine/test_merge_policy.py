@@ -37,12 +37,12 @@ def actions(decisions: Iterable[Decision]) -> list[Decision]:
     return [decision for decision in decisions if decision.action is not Action.NOTHING]
 
 
-def test_a_dear_program_with_most_rows_is_measured_then_folded_and_stays_so() -> None:
+def test_a_costly_program_with_most_rows_is_measured_then_merged_and_stays_so() -> None:
     decisions = watch(MergePolicy(), {7: 29, 0: 3}, 5000)
     assert actions(decisions) == [Decision(Action.MEASURE, 7), Decision(Action.MERGE, 7)]
 
 
-def test_a_cheap_program_is_measured_once_and_never_folded() -> None:
+def test_a_cheap_program_is_measured_once_and_never_merged() -> None:
     decisions = watch(MergePolicy(), {7: 32}, 5000, CHEAP)
     assert actions(decisions) == [Decision(Action.MEASURE, 7)]
 
@@ -51,7 +51,7 @@ def test_a_program_without_most_of_the_rows_is_not_even_measured() -> None:
     assert not actions(watch(MergePolicy(), {7: 12, 8: 10, 0: 10}, 5000))
 
 
-def test_traffic_that_turns_to_others_unfolds_and_then_folds_the_next() -> None:
+def test_traffic_for_another_program_unmerges_and_then_merges_that_one() -> None:
     policy = MergePolicy()
     watch(policy, {7: 32}, 500)
     assert policy.merged == 7
@@ -59,13 +59,13 @@ def test_traffic_that_turns_to_others_unfolds_and_then_folds_the_next() -> None:
     assert turned == [Decision(Action.UNMERGE, 7), Decision(Action.MEASURE, 8), Decision(Action.MERGE, 8)]
 
 
-def test_the_bases_own_traffic_unfolds() -> None:
+def test_the_bases_own_traffic_unmerges() -> None:
     policy = MergePolicy()
     watch(policy, {7: 32}, 500)
     assert actions(watch(policy, {0: 32}, 2000)) == [Decision(Action.UNMERGE, 7)]
 
 
-def test_a_program_that_is_forgotten_is_measured_anew_and_one_that_is_refused_never_folds() -> None:
+def test_a_forgotten_program_is_measured_anew_and_a_refused_one_is_never_merged() -> None:
     policy = MergePolicy()
     watch(policy, {7: 32}, 500)
     policy.keep({8})
@@ -76,7 +76,7 @@ def test_a_program_that_is_forgotten_is_measured_anew_and_one_that_is_refused_ne
     assert not actions(watch(policy, {7: 32}, 5000))
 
 
-def test_a_folding_that_is_postponed_comes_back_after_a_rest() -> None:
+def test_a_postponed_merge_is_tried_again_later() -> None:
     policy = MergePolicy()
     watch(policy, {7: 32}, 500)
     policy.postpone()
@@ -88,15 +88,15 @@ def test_a_folding_that_is_postponed_comes_back_after_a_rest() -> None:
 def test_whatever_the_traffic_is_nothing_flips_to_and_fro(traffic: list[tuple[Step, int]]) -> None:
     policy = MergePolicy()
     decisions = [decision for step, times in traffic for decision in watch(policy, step, times)]
-    turns = [(at, d) for at, d in enumerate(decisions) if d.action in (Action.MERGE, Action.UNMERGE)]
-    assert [d.action for _, d in turns] == [(Action.MERGE, Action.UNMERGE)[i % 2] for i in range(len(turns))]
-    for (before, first), (after, then) in pairwise(turns):
+    changes = [(at, d) for at, d in enumerate(decisions) if d.action in (Action.MERGE, Action.UNMERGE)]
+    assert [d.action for _, d in changes] == [(Action.MERGE, Action.UNMERGE)[i % 2] for i in range(len(changes))]
+    for (before, first), (after, then) in pairwise(changes):
         assert after - before >= (LIMITS.patience if then.action is Action.UNMERGE else LIMITS.rest)
         assert then.action is Action.MERGE or then.program_id == first.program_id
 
 
 @given(traffic)
-def test_only_programs_that_were_measured_and_pay_are_folded(traffic: list[tuple[Step, int]]) -> None:
+def test_only_programs_that_were_measured_and_pay_are_merged(traffic: list[tuple[Step, int]]) -> None:
     policy = MergePolicy()
     decisions = [decision for step, times in traffic for decision in watch(policy, step, times, CHEAP)]
     assert not [d for d in decisions if d.action is Action.MERGE]
@@ -109,7 +109,7 @@ costs = st.builds(Costs, st.builds(Line, seconds, seconds), st.builds(Line, seco
 
 
 @given(costs, rows, rows)
-def test_a_step_runs_folded_when_it_is_all_the_programs_or_when_that_saves_time(
+def test_a_step_runs_merged_when_all_rows_are_the_programs_or_when_that_saves_time(
     costs: Costs, own: int, others: int
 ) -> None:
     merged = costs.base.at(own + others) + costs.base.at(others)

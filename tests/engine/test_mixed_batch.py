@@ -1,4 +1,4 @@
-"""What a request gets never depends on who else is in the batch."""
+"""A request's answer never depends on the other requests of its batch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def test_a_mixed_batch_gives_each_request_what_it_gets_alone(
         assert_same(await run(engine, programs, request), mixed)
 
 
-async def test_requests_that_join_and_leave_disturb_nobody(engine: Engine, programs: dict[str, ProgramRef]) -> None:
+async def test_requests_that_join_and_leave_change_no_other(engine: Engine, programs: dict[str, ProgramRef]) -> None:
     steady: list[Request] = [(name, (7, 8, 9, index), 40) for index, name in enumerate((None, *NAMES[:3]))]
     alone = [await run(engine, programs, request) for request in steady]
     running = [asyncio.create_task(run(engine, programs, request)) for request in steady]

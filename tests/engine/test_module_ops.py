@@ -1,4 +1,4 @@
-"""ModuleOps: whatever order adapters have their ops in, each keeps its own, beside any other."""
+"""ModuleOps: adapters that have their ops in different orders each keep their own in one step."""
 
 from __future__ import annotations
 

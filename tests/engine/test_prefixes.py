@@ -63,5 +63,5 @@ def test_a_program_whose_file_is_gone_has_its_prefix_computed(base: BaseModel, t
     assert known_tokens(ProgramRef("gone", tmp_path / "gone.safetensors", PREFIX), base) == 0
 
 
-def test_a_prefix_lies_in_the_cache_where_the_block_table_says() -> None:
+def test_a_prefix_is_in_the_cache_where_the_block_table_points() -> None:
     assert slot_mapping(np.array([7, 2, 9], dtype=np.int32), 4, 6).tolist() == [28, 29, 30, 31, 8, 9]

@@ -54,7 +54,7 @@ async def test_a_long_text_that_fits_is_tokenised_whole() -> None:
     assert len(await prompts(3 * LONG_TEXT).token_ids(text, 3 * LONG_TEXT, "")) == len(text)
 
 
-def test_hugging_faces_files_are_read_where_mistrals_own_stand_beside_them(tmp_path: Path) -> None:
+def test_hugging_faces_files_are_read_where_mistrals_own_exist_too(tmp_path: Path) -> None:
     """As the trainers do, so that what is trained is what is served."""
     from vllm.tokenizers.registry import resolve_tokenizer_args
     from vllm.transformers_utils.config import get_config

@@ -103,13 +103,13 @@ async def test_closing_a_gathered_stream_aborts_it_in_the_engine(engine: VLLMEng
     assert (await engine.stats()).running == 0
 
 
-async def test_a_request_that_nobody_streams_is_handed_over_whole(engine: VLLMEngine) -> None:
+async def test_a_request_that_is_not_streamed_is_answered_whole(engine: VLLMEngine) -> None:
     chunks = [chunk async for chunk in engine.generate(PROMPT, GREEDY, None, request_id="whole", stream=False)]
     assert [len(chunk.token_ids) for chunk in chunks] == [NEW_TOKENS]
     assert_same_content(await chunks_of(engine, "in parts"), chunks)
 
 
-async def test_alternatives_are_not_turned_into_texts_that_nobody_reads(
+async def test_alternatives_are_not_detokenized_where_no_text_is_returned(
     engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[object] = []

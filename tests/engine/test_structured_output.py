@@ -48,10 +48,10 @@ async def test_special_tokens_are_no_part_of_a_format_since_the_text_leaves_them
     pad = 0
     written = await text_of(engine, GuidedDecoding(regex='"[^"]{10}"'), "special", logit_bias={pad: 100.0})
     assert re.fullmatch('"[^"]{10}"', written)
-    assert await text_of(engine, GuidedDecoding(choice=("<pad>",)), "spelt") == "<pad>"
+    assert await text_of(engine, GuidedDecoding(choice=("<pad>",)), "special") == "<pad>"
 
 
-async def test_a_stop_token_of_text_beside_a_format_is_refused_and_a_special_one_is_taken(engine: VLLMEngine) -> None:
+async def test_with_a_format_a_stop_token_of_text_is_refused_and_a_special_one_is_accepted(engine: VLLMEngine) -> None:
     pad, letter = 0, 67
     with pytest.raises(InvalidArgumentError, match="stop_token_ids holds 67") as refused:
         await text_of(engine, GuidedDecoding(regex="[ab]{10}"), "letter", stop_token_ids=(pad, letter))

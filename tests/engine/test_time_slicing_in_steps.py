@@ -1,4 +1,4 @@
-"""More adapters than slots: requests take turns, and loads and failures of one adapter are nobody else's."""
+"""More adapters than slots: they share time slices, and loads and failures of one adapter affect no other."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ requests = st.lists(
 
 async def run(engine: VLLMEngine, programs: dict[str, ProgramRef], request: Request) -> Greedy:
     name, prompt, num_tokens = request
-    return await served(engine, prompt, programs[name] if name else None, num_tokens, f"turn-{next(serial)}")
+    return await served(engine, prompt, programs[name] if name else None, num_tokens, f"slice-{next(serial)}")
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(batch=requests)
-async def test_taking_turns_changes_no_request(
+async def test_time_slicing_changes_no_request(
     batch: list[Request], narrow: VLLMEngine, programs: dict[str, ProgramRef]
 ) -> None:
     alone = [await run(narrow, programs, request) for request in batch]
@@ -131,7 +131,7 @@ async def test_a_load_that_hangs_holds_up_no_other_adapter_and_fails_only_its_ow
     slow = SlowFile(tmp_path / "hangs.safetensors")
     doomed = [asyncio.create_task(served(narrow, (5, 6), slow.ref, 4, f"doomed-{i}")) for i in range(3)]
     await settled(narrow, 1)
-    cold = [served(narrow, (5, 6, 7), programs[name], 4, f"beside-{next(serial)}") for name in NAMES[:2]]
+    cold = [served(narrow, (5, 6, 7), programs[name], 4, f"cold-{next(serial)}") for name in NAMES[:2]]
     assert [len(answer.token_ids) for answer in await asyncio.gather(*cold)] == [4, 4]
     slow.end()
     for outcome in await asyncio.gather(*doomed, return_exceptions=True):

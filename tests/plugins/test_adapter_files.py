@@ -39,7 +39,7 @@ def good(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> Checkpoin
     return Checkpoint.read(write_own("lora", base, tmp_path_factory.mktemp("good"), r=4, use_dora=True))
 
 
-# What stands in the file.
+# What the file holds.
 
 MANGLED: dict[str, Callable[[str], str]] = {
     "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod.", 1),
@@ -228,7 +228,7 @@ def test_an_adapter_of_mlx_that_is_not_lora_is_refused(
 
 
 @pytest.mark.parametrize("config", [{"lora_rank": 32, "framework": "other"}, {}])
-def test_a_config_of_nobody_is_refused_with_its_keys(config: dict[str, Any], base: BaseModel) -> None:
+def test_a_config_of_no_method_is_refused_with_its_keys(config: dict[str, Any], base: BaseModel) -> None:
     error = refusal(config, base)
     assert ", ".join(config) in error.message
     assert "Save the adapter with PEFT" in error.message
@@ -311,7 +311,7 @@ def test_a_directory_without_an_adapter_is_told_by_what_it_holds(
     assert refused.value.reason == "MISSING_FILE"
 
 
-def test_a_checkpoint_of_a_trainer_is_an_adapter_with_files_beside_it(
+def test_a_checkpoint_of_a_trainer_is_an_adapter_with_further_files(
     good: Checkpoint, base: BaseModel, tmp_path: Path
 ) -> None:
     good.write(tmp_path / "store")

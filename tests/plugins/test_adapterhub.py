@@ -181,7 +181,7 @@ def test_a_bottleneck_on_the_residual_stream_is_refused_where_no_norm_reads_that
 
 
 @pytest.mark.parametrize("is_before", [True, False])
-def test_only_a_norm_in_front_of_a_sub_layer_counts_as_one(is_before: bool) -> None:
+def test_only_a_norm_before_a_sub_layer_counts_as_one(is_before: bool) -> None:
     config = OPTConfig(
         hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2, do_layer_norm_before=is_before
     )

@@ -69,7 +69,7 @@ def served(directory: Path, adapter: Path, base: BaseModel) -> Tensor:
     return logits
 
 
-def test_mam_is_a_prefix_and_a_bottleneck_next_to_every_feed_forward(
+def test_mam_is_a_prefix_and_a_bottleneck_parallel_to_every_feed_forward(
     directory: Path, base: BaseModel, tmp_path: Path
 ) -> None:
     write_own("mam", base, tmp_path, prefix={"num_virtual_tokens": 4}, parallel={"bottleneck": 6, "scale": 3.0})

@@ -102,7 +102,7 @@ def test_a_pattern_that_is_no_regular_expression_is_refused(pattern: str, base: 
         targets(Registry().get("lora").parse({"target_modules": pattern}), base)
 
 
-def test_a_hostile_regular_expression_is_refused_and_holds_up_nobody(base: BaseModel) -> None:
+def test_a_hostile_regular_expression_is_refused_within_a_time_limit(base: BaseModel) -> None:
     started = time.monotonic()
     for values in ({"target_modules": HOSTILE}, {"rank_pattern": {HOSTILE: 3}}):
         lora = Registry().get("lora")

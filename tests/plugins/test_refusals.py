@@ -110,7 +110,7 @@ def own_fields() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("method", "key"), own_fields())
-def test_null_stands_for_a_default_only_where_pefts_default_is_null(method: str, key: str) -> None:
+def test_null_means_a_default_only_where_pefts_default_is_null(method: str, key: str) -> None:
     with pytest.raises(InvalidConfigError, match=f"{key} is null.*, but needs a value") as refused:
         REGISTRY.get(method).parse({key: None})
     assert refused.value.metadata["field"] == key

@@ -18,7 +18,7 @@ NAMES = ("tenants/acme/adapters/one", "tenants/acme/adapters/two")
 
 
 def silent(text: str) -> None:
-    """Nobody watches."""
+    """Ignores progress."""
 
 
 async def test_a_running_server_is_measured_with_the_adapters_that_it_holds(

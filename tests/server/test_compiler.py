@@ -196,7 +196,7 @@ async def test_seconds_in_which_its_process_waits_for_a_core_are_not_a_plugins(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone bounds what a process allocates")
-async def test_an_adapter_that_takes_more_memory_than_one_may_is_refused_and_the_process_lives_on(
+async def test_an_adapter_that_takes_more_memory_than_one_may_is_refused_and_the_process_goes_on(
     compiler: Compiler, job: Any, tmp_path: Path
 ) -> None:
     await compiler.started()
@@ -253,7 +253,7 @@ async def test_an_error_of_the_files_is_no_error_of_a_plugin(
     assert (refused.value.reason, refused.value.metadata) == ("METHOD_MISMATCH", {"method": "lora"})
 
 
-async def test_a_job_given_up_costs_nobody_the_process(compiler: Compiler, job: Any, loras: list[Path]) -> None:
+async def test_a_cancelled_job_leaves_the_process_to_others(compiler: Compiler, job: Any, loras: list[Path]) -> None:
     await compiler.started()
     before = compiler.pid
     cancelled = asyncio.create_task(compiler.compile(job(loras[0])))

@@ -125,7 +125,7 @@ async def test_places_to_wait_are_left_for_a_tenant_of_which_none_waits() -> Non
     await asyncio.gather(*waiting)
 
 
-async def test_who_waits_gets_its_turn_and_tenants_take_turns() -> None:
+async def test_waiting_calls_are_admitted_and_tenants_alternate() -> None:
     limit = ConcurrencyLimit(1, "compilations", queue_size=100)
     order: list[str] = []
 

@@ -99,7 +99,7 @@ def harm_row(served: RunningServer, change: str) -> None:
 
 
 @pytest.mark.parametrize("number", [3, -1, "'x'"])
-async def test_a_row_that_says_other_virtual_tokens_than_its_program_is_refused_until_it_is_repaired(
+async def test_a_row_with_other_virtual_tokens_than_its_program_is_refused_until_it_is_repaired(
     number: object, served: RunningServer, client: AsyncClient, soft_prompt: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     version = await client.upload_adapter(NAME, soft_prompt)

@@ -277,7 +277,7 @@ async def test_what_vllm_would_refuse_later_is_refused_before_the_store_is_made(
 @pytest.mark.parametrize(
     "listen", ["::1:8470", "[::1:8470", "::1]:8470", "[]:8470", "[::1]", "[[::1]]:1", ":1", "a:b:1"]
 )
-def test_an_address_of_ipv6_stands_in_brackets(listen: str) -> None:
+def test_an_address_of_ipv6_is_written_in_brackets(listen: str) -> None:
     with pytest.raises(InvalidConfigError, match=r"such as 127.0.0.1:8470 or \[::1\]:8470"):
         made(listen=listen)
     assert made(listen="[::1]:8470").listen == "[::1]:8470"

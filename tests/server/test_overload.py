@@ -143,7 +143,7 @@ async def test_an_upload_waits_for_those_that_stall_to_be_given_up(
         assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"
 
 
-async def test_a_call_that_says_nothing_takes_no_slot(
+async def test_a_call_that_sends_nothing_takes_no_permit(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
 ) -> None:
     async with AsyncExitStack() as stack:

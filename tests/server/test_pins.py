@@ -1,4 +1,4 @@
-"""Pins: counted by adapter, bounded per tenant and in all; one that cannot be restored hinders nobody else."""
+"""Pins: counted by adapter, bounded per tenant and in all; one that cannot be restored affects no other."""
 
 from __future__ import annotations
 

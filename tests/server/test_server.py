@@ -211,9 +211,9 @@ async def test_a_tenant_sees_its_own_and_nothing_else(
             with pytest.raises(PermissionDeniedError):
                 await acme.list_tenants()
         for wrong in (None, "dmx_wrong"):
-            async with AsyncClient(server.address, api_key=wrong) as nobody:
+            async with AsyncClient(server.address, api_key=wrong) as stranger:
                 with pytest.raises(UnauthenticatedError):
-                    await nobody.generate("x")
+                    await stranger.generate("x")
 
 
 async def test_reflection_lists_the_services(served: RunningServer) -> None:
@@ -256,7 +256,7 @@ async def test_with_keys_and_tls_it_listens_to_everybody(
 
 
 @pytest.mark.parametrize("given", [{}, {"auth": "keys"}])
-async def test_nobody_listens_beyond_loopback_without_keys_and_tls(
+async def test_listening_beyond_loopback_needs_keys_and_tls(
     given: dict[str, Any], tiny_base: Path, tmp_path: Path
 ) -> None:
     from dataclasses import replace

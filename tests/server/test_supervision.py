@@ -27,7 +27,7 @@ SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.Health
 FAST = RestartPolicy(first_delay=0.02, check_interval=0.01, ping_interval=0.02, ping_timeout=0.1, hang_seconds=0.3)
 
 
-class Lives:
+class EngineFactory:
     """Makes one engine after the other, and keeps them all.
 
     Attributes:
@@ -49,28 +49,28 @@ class Lives:
 
 
 @pytest.fixture
-def lives(tiny_base: Path) -> Lives:
-    return Lives(tiny_base)
+def factory(tiny_base: Path) -> EngineFactory:
+    return EngineFactory(tiny_base)
 
 
 @pytest.fixture
 async def supervised(
-    lives: Lives, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
+    factory: EngineFactory, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> AsyncIterator[tuple[RunningServer, AsyncClient]]:
     given = options(tiny_base, tmp_path / "store", engine_restart_seconds=0.3)
     async with (
-        running(given, lives, shared_compiler) as server,
+        running(given, factory, shared_compiler) as server,
         AsyncClient(server.address, timeout=60, retries=0) as client,
     ):
         yield server, client
 
 
-async def test_a_call_that_fails_before_the_death_is_seen_says_that_the_engine_is_down(
-    supervised: tuple[RunningServer, AsyncClient], lives: Lives, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+async def test_a_call_that_fails_before_the_crash_is_noticed_is_answered_that_the_engine_is_down(
+    supervised: tuple[RunningServer, AsyncClient], factory: EngineFactory, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, client = supervised
     await client.upload_adapter(NAME, loras[0])
-    dying = lives.engines[0]
+    dying = factory.engines[0]
 
     async def fails(program: ProgramRef) -> None:
         asyncio.get_running_loop().call_later(0.3, dying.crash)
@@ -83,7 +83,7 @@ async def test_a_call_that_fails_before_the_death_is_seen_says_that_the_engine_i
 
 
 async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(
-    supervised: tuple[RunningServer, AsyncClient], lives: Lives, loras: list[Path]
+    supervised: tuple[RunningServer, AsyncClient], factory: EngineFactory, loras: list[Path]
 ) -> None:
     server, client = supervised
     version = await client.upload_adapter(NAME, loras[0])
@@ -94,9 +94,9 @@ async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(
     )
     async with watched(server) as status:
         assert await status() == SERVING
-        while not lives.engines[0].running:  # noqa: ASYNC110 - the tests' engine tells by a set
+        while not factory.engines[0].running:  # noqa: ASYNC110 - the tests' engine tells by a set
             await asyncio.sleep(0.01)
-        lives.engines[0].crash()
+        factory.engines[0].crash()
         with pytest.raises(UnavailableError) as ended:
             await under_way
         assert await status() == NOT_SERVING
@@ -104,62 +104,64 @@ async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(
     assert ended.value.retry_after is not None
     assert ended.value.retry_after >= 1.0
     assert (await client.generate("hello", adapter=NAME, **GREEDY)).token_ids == before.token_ids
-    assert len(lives.engines) == 2
-    await until(lambda: lives.engines[1].pinned == {version.digest})
+    assert len(factory.engines) == 2
+    await until(lambda: factory.engines[1].pinned == {version.digest})
 
 
 async def test_while_the_engine_is_down_the_rest_of_the_server_answers(
-    supervised: tuple[RunningServer, AsyncClient], lives: Lives, loras: list[Path]
+    supervised: tuple[RunningServer, AsyncClient], factory: EngineFactory, loras: list[Path]
 ) -> None:
     _, client = supervised
     await client.upload_adapter(NAME, loras[0])
-    lives.broken = 1
-    lives.engines[0].crash()
+    factory.broken = 1
+    factory.engines[0].crash()
     with pytest.raises(UnavailableError):
         await whole(client.generate_stream("hello", **GREEDY))
     assert (await client.get_adapter(NAME)).serving_version == 1
-    await until(lambda: len(lives.engines) == 3 and lives.engines[2].healthy)
+    await until(lambda: len(factory.engines) == 3 and factory.engines[2].healthy)
     assert len((await client.generate("hello", **GREEDY)).token_ids) == 4
 
 
-async def test_an_engine_that_hangs_is_ended_and_replaced_and_questions_to_it_end(lives: Lives) -> None:
-    engine = SupervisedEngine(lives(), lives, FAST)
+async def test_an_engine_that_hangs_is_ended_and_replaced_and_questions_to_it_end(factory: EngineFactory) -> None:
+    engine = SupervisedEngine(factory(), factory, FAST)
     await engine.start()
-    lives.engines[0].hang()
+    factory.engines[0].hang()
     asking = asyncio.create_task(engine.ping())
     await until(lambda: not engine.healthy)
-    assert lives.engines[0].healthy, "an engine that may be in a long step must not be ended at once"
+    assert factory.engines[0].healthy, "an engine that may be in a long step must not be ended at once"
     with pytest.raises(UnavailableError):
         await asking
-    await until(lambda: len(lives.engines) == 2 and engine.healthy)
-    assert not lives.engines[0].healthy, "the old engine must have been ended before the new one starts"
+    await until(lambda: len(factory.engines) == 2 and engine.healthy)
+    assert not factory.engines[0].healthy, "the old engine must have been ended before the new one starts"
     await engine.ping()
     await engine.stop()
 
 
-async def test_pauses_between_restarts_grow_and_deaths_beyond_the_limit_give_the_engine_up(lives: Lives) -> None:
+async def test_pauses_between_restarts_grow_and_crashes_beyond_the_limit_end_the_engine(
+    factory: EngineFactory,
+) -> None:
     policy = RestartPolicy(restarts=3, first_delay=0.1, check_interval=0.01)
-    engine = SupervisedEngine(lives(), lives, policy)
+    engine = SupervisedEngine(factory(), factory, policy)
     await engine.start()
-    lives.broken = 99
+    factory.broken = 99
     began = asyncio.get_running_loop().time()
-    lives.engines[0].crash()
+    factory.engines[0].crash()
     reason = await asyncio.wait_for(engine.lost(), 30)
     assert asyncio.get_running_loop().time() - began >= 0.1 + 0.2 + 0.4
-    assert len(lives.engines) == 4
+    assert len(factory.engines) == 4
     assert (reason.reason, "4 times" in reason.message) == ("ENGINE_LOST", True)
     with pytest.raises(UnavailableError):
         await engine.stats()
     await engine.stop()
 
 
-async def test_a_first_engine_that_does_not_start_ends_the_start(lives: Lives) -> None:
-    lives.broken = 1
-    engine = SupervisedEngine(lives(), lives, FAST)
+async def test_a_first_engine_that_does_not_start_ends_the_start(factory: EngineFactory) -> None:
+    factory.broken = 1
+    engine = SupervisedEngine(factory(), factory, FAST)
     with pytest.raises(FailedPreconditionError):
         await engine.start()
     await engine.stop()
-    assert len(lives.engines) == 1
+    assert len(factory.engines) == 1
 
 
 async def whole(stream: AsyncIterator[Any]) -> list[Any]:

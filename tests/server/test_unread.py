@@ -76,7 +76,7 @@ async def until(condition: Any) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_a_stream_that_nobody_reads_ends_while_its_client_stays(endless: tuple[str, Endless]) -> None:
+async def test_a_stream_that_is_not_read_ends_while_its_client_stays(endless: tuple[str, Endless]) -> None:
     address, streams = endless
     with RawConnection(address) as client:
         client.call(PATH)

@@ -162,7 +162,7 @@ def without_log(root: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [moved, removed, replaced, without_log])
-def test_no_change_is_acknowledged_that_nobody_would_find_again(harm: Callable[[Path], None], tmp_path: Path) -> None:
+def test_no_change_is_acknowledged_that_a_restart_would_lose(harm: Callable[[Path], None], tmp_path: Path) -> None:
     store = AdapterStore.open(tmp_path / "store")
     upload(store, "one")
     upload(store, "two")
@@ -183,7 +183,7 @@ def test_no_change_is_acknowledged_that_nobody_would_find_again(harm: Callable[[
     store.close()
 
 
-def test_who_waits_for_another_programs_lock_keeps_nobody_from_being_served(tmp_path: Path) -> None:
+def test_a_change_that_waits_for_another_programs_lock_delays_no_other_call(tmp_path: Path) -> None:
     store = AdapterStore.open(tmp_path / "store")
     upload(store, "one")
     upload(store, "two")

@@ -144,7 +144,7 @@ def test_a_rollback_returns_to_another_version_also_where_the_one_between_was_de
         assert held.key.number == returns_to
 
 
-def test_nobody_waits_for_a_change_that_waits_for_the_disk(store: AdapterStore) -> None:
+def test_no_call_waits_for_a_change_that_waits_for_the_disk(store: AdapterStore) -> None:
     upload(store, "one")
     upload(store, "two")
     _, secret = store.tenants.create_key("acme")

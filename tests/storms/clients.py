@@ -141,7 +141,7 @@ class StormClient(threading.Thread):
 
 
 def _change(account: Account, after: State, call: Callable[[], object]) -> None:
-    """Makes a change; from when it is sent to when it is answered, nobody knows whether it is made."""
+    """Makes a change; between sending and answer it is unknown whether it is made."""
     account.doubtful = after
     try:
         call()

@@ -62,7 +62,7 @@ def conversation(system: str | None, pairs: Sequence[tuple[str, str]]) -> list[M
 
 @pytest.mark.parametrize("name", SHAPES)
 @given(system=st.none() | CONTENTS, pairs=st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3))
-def test_every_turn_is_trained_behind_what_the_server_sends_for_it(
+def test_every_turn_is_trained_after_the_context_that_the_server_sends_for_it(
     name: str, tmp_path_factory: pytest.TempPathFactory, system: str | None, pairs: list[tuple[str, str]]
 ) -> None:
     shape = SHAPES[name]
@@ -114,7 +114,7 @@ def test_turns_share_a_row_while_each_prompt_continues_the_last_answer(tmp_path:
     }  # fmt: skip
 
 
-def test_the_last_turn_alone_is_learnt_where_that_is_asked_for(tmp_path: Path) -> None:
+def test_the_last_turn_alone_is_learnt_where_that_is_chosen(tmp_path: Path) -> None:
     messages = conversation(None, [("what?", "yes"), ("again?", "no")])
     shape = SHAPES["chatml"]
     ((context, completion),) = [t for row in encoded(shape, tmp_path, messages, turns="last") for t in learnt(row)]
@@ -156,7 +156,7 @@ def test_thinking_within_the_content_is_learnt(name: str, content: str, said: st
         ("deepseek-r1", "why\n</think>\n\nyes"),
     ],
 )
-def test_thinking_beside_the_content_is_learnt_where_the_template_has_a_place_for_it(
+def test_thinking_next_to_the_content_is_learnt_where_the_template_has_a_place_for_it(
     name: str, said: str, tmp_path: Path
 ) -> None:
     shape = SHAPES[name]
@@ -337,7 +337,7 @@ def test_a_template_that_closes_no_turn_is_learnt_whole_and_told(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("closing", "said"), [(";\n", "yes;"), ("\n", "yes\n"), ("<|im_end|>\n", "yes<|im_end|>")])
-def test_text_that_closes_the_turn_is_learnt_without_the_space_behind_it(
+def test_text_that_closes_the_turn_is_learnt_without_the_space_after_it(
     closing: str, said: str, tmp_path: Path
 ) -> None:
     opening = "{% if add_generation_prompt %}assistant: {% endif %}"

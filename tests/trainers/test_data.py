@@ -63,9 +63,7 @@ PIECES = st.sampled_from(["answer", "yes", "no", "(", ")", ": ", " ", "\n", "é"
 @given(
     prompt=st.lists(PIECES, min_size=1, max_size=5).map("".join), completion=st.lists(PIECES, max_size=4).map("".join)
 )
-def test_a_completion_is_learnt_behind_the_prompt_that_the_server_sends(
-    name: str, prompt: str, completion: str
-) -> None:
+def test_a_completion_is_learnt_after_the_prompt_that_the_server_sends(name: str, prompt: str, completion: str) -> None:
     tokenizer = TOKENIZERS[name]
     (row,) = encoder(tokenizer)(PromptRow("f:1", 1, prompt, completion)).sequences
     sent = encode_text(tokenizer, prompt)
@@ -103,20 +101,20 @@ def test_a_tokenizer_that_closes_every_prompt_is_followed_as_the_server_does() -
 
 
 @pytest.mark.parametrize("completion", ["yes", "yes</s>", "yes</s>\n"])
-def test_the_end_token_is_learnt_once_behind_a_completion(completion: str) -> None:
+def test_the_end_token_is_learnt_once_after_a_completion(completion: str) -> None:
     (row,) = encoder(BYTES)(PromptRow("f:1", 1, "answer: ", completion)).sequences
     assert decoded(BYTES, labels_of(row)) == "yes</s>"
 
 
 @pytest.mark.parametrize("completion", ["yes</s>no", "</s>yes", "yes</s> no</s>"])
-def test_a_completion_that_goes_on_behind_an_end_token_is_refused(completion: str) -> None:
+def test_a_completion_that_goes_on_after_an_end_token_is_refused(completion: str) -> None:
     with pytest.raises(InvalidArgumentError, match="f:1 has '</s>' within completion: the server stops") as refused:
         encoder(BYTES)(PromptRow("f:1", 1, "answer: ", completion))
     assert refused.value.metadata["field"] == "completion"
 
 
 @pytest.mark.parametrize(("text", "ends"), [("what is it", "it</s>"), ("it</s>", "it</s>"), ("it</s>\n", "it</s>\n")])
-def test_the_end_token_is_learnt_once_behind_a_text(text: str, ends: str) -> None:
+def test_the_end_token_is_learnt_once_after_a_text(text: str, ends: str) -> None:
     (row,) = encoder(BYTES)(TextRow("f:1", 1, text)).sequences
     assert decoded(BYTES, row.input_ids).endswith(ends)
     assert row.input_ids.count(BYTES.eos_token_id) == 1
@@ -302,7 +300,7 @@ def test_an_evaluation_counts_what_it_cuts_and_leaves_out(directory: Path, tmp_p
 
 
 @pytest.mark.parametrize(("method", "config"), [("lora", {}), ("prompt", {"num_virtual_tokens": 8})])
-def test_no_sequence_is_longer_than_the_bases_context_beside_virtual_tokens(
+def test_no_sequence_with_its_virtual_tokens_is_longer_than_the_bases_context(
     method: str, config: dict[str, Any], tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", "gpt2")  # 256 learnt positions: one more would be an error

@@ -1,4 +1,4 @@
-"""Where training writes: beside nobody's files, over nobody's files, and removing its own alone."""
+"""Where training writes: into no folder of other files, over none of them, and removing its own alone."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def test_what_a_killed_write_has_left_does_not_hinder_the_next(directory: Path, 
     }
 
 
-def test_a_base_with_an_adapter_beside_its_weights_is_refused(
+def test_a_base_with_an_adapter_next_to_its_weights_is_refused(
     directory: Path, data: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    """transformers would add it to the base, and the server, which folds adapters in itself, would not."""
+    """transformers would add it to the base, and the server, which adds adapters itself, would not."""
     model = shutil.copytree(directory, tmp_path / "base")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(adapter / file, model)

@@ -29,6 +29,6 @@ def test_rates_of_matrices_go_with_one_over_the_width_and_those_of_vectors_stay(
     assert default_rate(Registry().get(method).info, hidden_size) == pytest.approx(expected)
 
 
-def test_a_rate_that_is_asked_for_is_taken() -> None:
+def test_a_given_learning_rate_is_used() -> None:
     options = TrainOptions(method="lora", model="", data=Path(), output=Path(), learning_rate=0.5)
     assert options.rate(Registry().get("lora").info, 64) == 0.5

@@ -180,7 +180,7 @@ def test_checkpoints_come_every_so_many_steps_and_the_last_two_stay(straight: tu
     assert saved(straight[1].output) == ["checkpoint-12", "checkpoint-8"]
 
 
-def test_the_best_checkpoint_stays_besides(directory: Path, data: Path, tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_too(directory: Path, data: Path, tmp_path: Path) -> None:
     held_out = tmp_path / "held-out.jsonl"
     held_out.write_text('{"prompt": "0: ", "completion": "nothing like it"}\n')
     given: dict[str, Any] = {"eval_data": held_out, "eval_steps": 2, "save_steps": 3, "keep_checkpoints": True}

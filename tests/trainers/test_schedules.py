@@ -1,4 +1,4 @@
-"""What methods do beside gradient steps, in real training runs: pruning, waking, and going on after a stop."""
+"""What methods do besides gradient steps, in real training runs: pruning, waking, and going on after a stop."""
 
 from __future__ import annotations
 

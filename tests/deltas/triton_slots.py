@@ -1,4 +1,4 @@
-"""Cases of a device's life: steps by one table, adapters that come and go while it works, and graphs.
+"""Cases of the kernels over many steps: step records, slots that are set and reset while steps run, and graphs.
 
 `test_triton.py` runs them where it runs those of `triton_cases.py`.
 """
@@ -30,9 +30,7 @@ many_steps = st.lists(st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers
 
 @settings(max_examples=60, deadline=None)
 @given(many=many_steps.filter(lambda many: len(many) < 8), prefill_from=st.sampled_from([1, 60, 1000]))
-def test_a_table_says_of_every_step_who_owns_each_row_and_nothing_of_the_steps_before(
-    many: Any, prefill_from: int
-) -> None:
+def test_step_records_hold_the_slot_of_each_row_and_nothing_of_earlier_steps(many: Any, prefill_from: int) -> None:
     made = StepRecords(300, SLOTS, DEVICE, prefill_from=prefill_from)
     address = made.records.data_ptr()
     for step in many:
@@ -154,13 +152,13 @@ if DEVICE == "cuda":
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             deltas.apply(x, y, records)
-        for turn, step in enumerate(([(0, 20), (1, 20)], [(2, 1), (-1, 2), (1, 1)], [])):
+        for seed, step in enumerate(([(0, 20), (1, 20)], [(2, 1), (-1, 2), (1, 1)], [])):
             deltas.reset(1)
-            ops = [moved(op, torch.float32) for op in sequence(turn + 3, sites[0])]
+            ops = [moved(op, torch.float32) for op in sequence(seed + 3, sites[0])]
             assert all(deltas.set(1, 0, op) for op in ops)
             records.fill(*owners(step))
-            x.copy_(draw(turn, 64, 64))
-            before = draw(turn + 1, 64, sum(SIZES)).to(DEVICE)
+            x.copy_(draw(seed, 64, 64))
+            before = draw(seed + 1, 64, sum(SIZES)).to(DEVICE)
             y.copy_(before)
             graph.replay()
             row = 0
