@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+
+from deltamux.deltas import BaseModel
 
 settings.register_profile("deltamux", deadline=None)  # time decides no test
 settings.load_profile("deltamux")
@@ -17,6 +20,19 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the other process computes as well
         config.option.loadgroup = True  # ids of tests carry their group to the scheduler
+
+
+@pytest.fixture(scope="session")
+def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Llama."""
+    from deltamux.conformance.bases import save_base  # transformers is loaded where a test needs it
+
+    return save_base(tmp_path_factory.mktemp("base"), "llama")
+
+
+@pytest.fixture(scope="session")
+def base(base_directory: Path) -> BaseModel:
+    return BaseModel.from_pretrained(base_directory)
 
 
 @pytest.fixture(scope="session")

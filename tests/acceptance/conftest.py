@@ -8,21 +8,14 @@ from pathlib import Path
 import pytest
 
 from deltamux.client import Client
-from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux_testing.adapters import write_own
 from deltamux_testing.server_process import ServerProcess
 
 
 @pytest.fixture(scope="session")
-def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="session")
-def adapters(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directories of adapters: two of each method, different in content."""
-    base = BaseModel.from_pretrained(base_directory)
     root = tmp_path_factory.mktemp("adapters")
     options = {"lora": {"r": 4}, "houlsby": {"bottleneck": 8}, "prefix": {"num_virtual_tokens": 5}}
     return {

@@ -12,16 +12,10 @@ from benchmarks.__main__ import main as suite
 from benchmarks.parts import PARTS
 from benchmarks.results import BEYOND_WARM, RATE, TARGETS, Row, read_baseline, table, write_baseline
 from deltamux.cli import main as deltamux
-from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux_testing.adapters import write_own
 
 QUICK = ("--tokens", "2", "--sequences", "4", "--repeats", "1", "--enforce-eager")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("model"), "llama")
 
 
 def row(value: float, metric: str = RATE, target: float | None = None) -> Row:
@@ -29,10 +23,10 @@ def row(value: float, metric: str = RATE, target: float | None = None) -> Row:
 
 
 @pytest.mark.engine
-def test_a_run_yields_every_row_and_a_picture(model: Path, tmp_path: Path) -> None:
+def test_a_run_yields_every_row_and_a_picture(base_directory: Path, tmp_path: Path) -> None:
     output, picture = tmp_path / "rows.json", tmp_path / "rows.svg"
     parts = ("--only", "loras", "methods", "cold")
-    suite(["--model", str(model), *parts, *QUICK, "--output", str(output), "--plot", str(picture)])
+    suite(["--model", str(base_directory), *parts, *QUICK, "--output", str(output), "--plot", str(picture)])
     found: dict[str, Any] = json.loads(output.read_text())
     rows = {(r["part"], r["name"]): r for r in found["rows"]}
     names = {part: [name for p, name in rows if p == part] for part in ("loras", "methods", "cold")}
@@ -51,12 +45,13 @@ def test_a_run_yields_every_row_and_a_picture(model: Path, tmp_path: Path) -> No
 
 @pytest.mark.engine
 def test_a_users_own_base_and_adapters_are_measured(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base_directory: Path, base: BaseModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = BaseModel.from_pretrained(model)
     made = [write_own(method, base, tmp_path / method) for method in ("lora", "prefix")]
     adapters = [part for path in made for part in ("--adapter", str(path))]
-    assert deltamux(["bench", "--model", str(model), *adapters, *QUICK, "--kv-cache-gib", "0.25", "--json"]) == 0
+    assert (
+        deltamux(["bench", "--model", str(base_directory), *adapters, *QUICK, "--kv-cache-gib", "0.25", "--json"]) == 0
+    )
     rows = json.loads(capsys.readouterr().out)
     assert [r["workload"] for r in rows] == ["base", str(made[0]), str(made[1]), "all 2 mixed"]
     assert all(r["of_base"] > 0 and 0 < r["floor_bytes"] <= 1 for r in rows[1:])

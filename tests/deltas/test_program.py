@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from deltamux.conformance.bases import save_base
 from deltamux.deltas import (
     BaseModel,
     Bias,
@@ -31,16 +30,6 @@ from deltamux.deltas import (
 from deltamux.deltas.activations import ACTIVATIONS
 from deltamux.errors import BaseMismatchError, InvalidAdapterError
 from deltamux_testing import random_programs
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="module")
-def base(directory: Path) -> BaseModel:
-    return BaseModel.from_pretrained(directory)
 
 
 def test_a_compiled_file_holds_the_whole_program(base: BaseModel, tmp_path: Path) -> None:
@@ -101,9 +90,9 @@ def test_any_program_comes_back_from_its_compiled_file_bit_for_bit(
     rows: list[tuple[str, Op]], dtype: torch.dtype
 ) -> None:
     program = Program.of(rows).to(dtype)
-    with tempfile.TemporaryDirectory() as directory:
-        program.save(Path(directory) / "program")
-        loaded = Program.load(Path(directory) / "program")
+    with tempfile.TemporaryDirectory() as base_directory:
+        program.save(Path(base_directory) / "program")
+        loaded = Program.load(Path(base_directory) / "program")
     assert loaded.num_virtual_tokens == program.num_virtual_tokens
     assert [(site, type(op), op.attributes()) for site, op in loaded] == [
         (site, type(op), op.attributes()) for site, op in program
@@ -204,11 +193,11 @@ def test_a_scale_that_makes_finite_factors_overflow_is_found(scale: float) -> No
 
 
 def test_a_base_keeps_its_fingerprint_in_bfloat16_and_loses_it_with_other_weights(
-    directory: Path, base: BaseModel, tmp_path: Path
+    base_directory: Path, base: BaseModel, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(base_directory)
     model.bfloat16().save_pretrained(tmp_path / "bfloat16")
     assert BaseModel.from_pretrained(tmp_path / "bfloat16").fingerprint == base.fingerprint
     with torch.no_grad():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
@@ -16,16 +15,6 @@ from deltamux_testing.engines import OPTIONS
 
 SLOTS = 4
 """Fewer than the programs below, so that mixed batches make slots change hands."""
-
-
-@pytest.fixture(scope="session")
-def base_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="session")
-def base(base_directory: Path) -> BaseModel:
-    return BaseModel.from_pretrained(base_directory)
 
 
 @pytest.fixture(scope="session")

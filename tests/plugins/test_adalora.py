@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.errors import InvalidConfigError
 from deltamux.registry import Registry
@@ -20,19 +19,9 @@ OPTIONS: dict[str, Any] = {"init_r": 6, "target_r": 2, "tinit": 3, "tfinal": 5, 
 TARGETS = ["q_proj", "v_proj"]
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="module")
-def base(directory: Path) -> BaseModel:
-    return BaseModel.from_pretrained(directory)
-
-
-def test_the_same_gradients_prune_the_same_triplets_as_in_peft(base: BaseModel, directory: Path) -> None:
+def test_the_same_gradients_prune_the_same_triplets_as_in_peft(base: BaseModel, base_directory: Path) -> None:
     config = peft.AdaLoraConfig(target_modules=TARGETS, task_type="CAUSAL_LM", **OPTIONS)
-    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(directory), config)
+    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base_directory), config)
     theirs = {n: p for n, p in model.base_model.model.named_parameters() if ".lora_" in n}
     method = Registry().get("adalora")
     ours_config = method.parse({**OPTIONS, "target_modules": TARGETS})

@@ -25,11 +25,6 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return BaseModel.from_pretrained(base_directory("llama"))
-
-
-@pytest.fixture(scope="module")
 def grouped() -> BaseModel:
     return BaseModel.from_pretrained(base_directory("qwen2"))
 

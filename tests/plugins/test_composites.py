@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.registry import Registry
@@ -21,21 +20,11 @@ IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 LAYERS = range(2)
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="module")
-def base(directory: Path) -> BaseModel:
-    return BaseModel.from_pretrained(directory)
-
-
 class ByHand:
     """A Llama with the formulas of a paper written into it."""
 
-    def __init__(self, directory: Path, adapter: Path) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    def __init__(self, base_directory: Path, adapter: Path) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(base_directory)
         self.tensors = load_file(adapter / "adapter_model.safetensors")
 
     def hook(self, module: Any, change: Any) -> None:
@@ -62,18 +51,18 @@ def pairs(flat: Tensor, base: BaseModel) -> list[tuple[Tensor, Tensor]]:
     return [(shaped[:, 2 * layer], shaped[:, 2 * layer + 1]) for layer in LAYERS]
 
 
-def served(directory: Path, adapter: Path, base: BaseModel) -> Tensor:
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+def served(base_directory: Path, adapter: Path, base: BaseModel) -> Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(base_directory)
     with torch.no_grad(), attached(model, base, read_program(adapter, base)):
         logits: Tensor = model(IDS).logits
     return logits
 
 
 def test_mam_is_a_prefix_and_a_bottleneck_parallel_to_every_feed_forward(
-    directory: Path, base: BaseModel, tmp_path: Path
+    base_directory: Path, base: BaseModel, tmp_path: Path
 ) -> None:
     write_own("mam", base, tmp_path, prefix={"num_virtual_tokens": 4}, parallel={"bottleneck": 6, "scale": 3.0})
-    hand = ByHand(directory, tmp_path)
+    hand = ByHand(base_directory, tmp_path)
     for layer in LAYERS:
         part = {n.rpartition("feed_forward.")[2]: t for n, t in hand.tensors.items() if f"layers.{layer}.feed" in n}
 
@@ -83,14 +72,14 @@ def test_mam_is_a_prefix_and_a_bottleneck_parallel_to_every_feed_forward(
 
         hand.hook(hand.model.model.layers[layer].mlp, change)
     expected = hand.logits(pairs(hand.tensors["prefix.prompt_embeddings"], base))
-    torch.testing.assert_close(served(directory, tmp_path, base), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(served(base_directory, tmp_path, base), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_unipelt_is_its_three_components_each_with_its_gate(directory: Path, base: BaseModel, tmp_path: Path) -> None:
+def test_unipelt_is_its_three_components_each_with_its_gate(base_directory: Path, base: BaseModel, tmp_path: Path) -> None:
     lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     options: dict[str, Any] = {"prefix": {"num_virtual_tokens": 4}, "adapter": {"bottleneck": 6}, "lora": lora}
     write_own("unipelt", base, tmp_path, **options)
-    hand = ByHand(directory, tmp_path)
+    hand = ByHand(base_directory, tmp_path)
     prefixes = []
     for layer in LAYERS:
         block = hand.model.model.layers[layer]
@@ -113,12 +102,12 @@ def test_unipelt_is_its_three_components_each_with_its_gate(directory: Path, bas
         key, value = pairs(hand.tensors["prefix.prompt_embeddings"], base)[layer]
         opening = torch.sigmoid(hand.tensors[f"gates.layers.{layer}.attention"])
         prefixes.append((opening * key, opening * value))
-    torch.testing.assert_close(served(directory, tmp_path, base), hand.logits(prefixes), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(served(base_directory, tmp_path, base), hand.logits(prefixes), atol=1e-4, rtol=1e-4)
 
 
-def test_a_gate_never_looks_at_tokens_to_come(directory: Path, base: BaseModel, tmp_path: Path) -> None:
+def test_a_gate_never_looks_at_tokens_to_come(base_directory: Path, base: BaseModel, tmp_path: Path) -> None:
     write_own("unipelt", base, tmp_path)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(base_directory)
     with torch.no_grad(), attached(model, base, read_program(tmp_path, base)):
         whole, part = model(IDS).logits, model(IDS[:, :3]).logits
     torch.testing.assert_close(whole[:, :3], part, atol=1e-5, rtol=1e-5)

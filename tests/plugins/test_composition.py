@@ -22,16 +22,6 @@ IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="module")
-def base(directory: Path) -> BaseModel:
-    return BaseModel.from_pretrained(directory)
-
-
-@pytest.fixture(scope="module")
 def parts(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("parts")
     options: dict[str, tuple[str, dict[str, Any]]] = {
@@ -49,76 +39,78 @@ def parts(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
 
 
-def logits(directory: Path, base: BaseModel, program: Program) -> torch.Tensor:
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+def logits(base_directory: Path, base: BaseModel, program: Program) -> torch.Tensor:
+    model: Any = AutoModelForCausalLM.from_pretrained(base_directory)
     with torch.no_grad(), attached(model, base, program):
         values: torch.Tensor = model(IDS).logits
     return values
 
 
-def of_peft(directory: Path, parts: dict[str, Path]) -> Any:
-    plain: Any = AutoModelForCausalLM.from_pretrained(directory)
+def of_peft(base_directory: Path, parts: dict[str, Path]) -> Any:
+    plain: Any = AutoModelForCausalLM.from_pretrained(base_directory)
     model: Any = peft.PeftModel.from_pretrained(plain, str(parts["domain"]), adapter_name="domain")
     model.load_adapter(str(parts["tenant"]), adapter_name="tenant")
     return model.eval()
 
 
-def test_a_sum_is_that_of_peft(directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path) -> None:
+def test_a_sum_is_that_of_peft(base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path) -> None:
     chosen = [(parts["domain"], 0.75), (parts["tenant"], 0.5)]
-    compose_directories(str(directory), chosen, tmp_path / "sum", mode="sum")
+    compose_directories(str(base_directory), chosen, tmp_path / "sum", mode="sum")
     program = read_program(tmp_path / "sum", base)
-    model = of_peft(directory, parts)
+    model = of_peft(base_directory, parts)
     model.add_weighted_adapter(["domain", "tenant"], [0.75, 0.5], "both", combination_type="cat")
     model.set_adapter("both")
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-    torch.testing.assert_close(logits(directory, base, program), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(base_directory, base, program), expected, atol=1e-4, rtol=1e-4)
     assert [op.rank() for _, op in program] == [7] * len(base.linears), "the ranks of one site are concatenated"
 
 
 def test_a_stack_is_both_at_once_as_in_peft(
-    directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
+    base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
 ) -> None:
-    compose_directories(str(directory), [(parts["domain"], 1.0), (parts["tenant"], 1.0)], tmp_path / "stack")
-    model = of_peft(directory, parts)
+    compose_directories(str(base_directory), [(parts["domain"], 1.0), (parts["tenant"], 1.0)], tmp_path / "stack")
+    model = of_peft(base_directory, parts)
     model.base_model.set_adapter(["domain", "tenant"])
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-    actual = logits(directory, base, read_program(tmp_path / "stack", base))
+    actual = logits(base_directory, base, read_program(tmp_path / "stack", base))
     torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stack_mixes_methods_and_keeps_their_order(
-    directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
+    base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     names = ("ia3", "domain", "houlsby", "prefix")
-    compose_directories(str(directory), [(parts[name], 1.0) for name in names], tmp_path / "stack")
+    compose_directories(str(base_directory), [(parts[name], 1.0) for name in names], tmp_path / "stack")
     single = [read_program(parts[name], base) for name in names]
-    expected = logits(directory, base, Program.of(row for program in single for row in program))
-    torch.testing.assert_close(logits(directory, base, read_program(tmp_path / "stack", base)), expected)
-    other = logits(directory, base, Program.of(row for program in reversed(single) for row in program))
+    expected = logits(base_directory, base, Program.of(row for program in single for row in program))
+    torch.testing.assert_close(logits(base_directory, base, read_program(tmp_path / "stack", base)), expected)
+    other = logits(base_directory, base, Program.of(row for program in reversed(single) for row in program))
     assert not torch.allclose(other, expected, atol=1e-3), "the order must matter, or this test could not fail"
 
 
 def test_a_composition_can_be_a_part_and_can_be_merged(
-    directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
+    base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
 ) -> None:
-    compose_directories(str(directory), [(parts["domain"], 2.0), (parts["tenant"], -1.0)], tmp_path / "sum", mode="sum")
-    compose_directories(str(directory), [(tmp_path / "sum", 1.0), (parts["tenant"], 1.0)], tmp_path / "stack")
-    merge(str(directory), tmp_path / "stack", tmp_path / "merged")
+    compose_directories(
+        str(base_directory), [(parts["domain"], 2.0), (parts["tenant"], -1.0)], tmp_path / "sum", mode="sum"
+    )
+    compose_directories(str(base_directory), [(tmp_path / "sum", 1.0), (parts["tenant"], 1.0)], tmp_path / "stack")
+    merge(str(base_directory), tmp_path / "stack", tmp_path / "merged")
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     with torch.no_grad():
         merged = model(IDS).logits
-    expected = logits(directory, base, read_program(tmp_path / "stack", base))
+    expected = logits(base_directory, base, read_program(tmp_path / "stack", base))
     torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_does_not_go_together_is_refused_when_it_is_made(
-    directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
+    base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     def refused(kind: type[DeltamuxError], match: str, *chosen: tuple[Path, float], mode: str = "stack") -> None:
         with pytest.raises(kind) as raised:
-            compose_directories(str(directory), chosen, tmp_path / "out", mode=mode)
+            compose_directories(str(base_directory), chosen, tmp_path / "out", mode=mode)
         assert match in raised.value.message
         assert not (tmp_path / "out").exists()
 
@@ -134,8 +126,8 @@ def test_what_does_not_go_together_is_refused_when_it_is_made(
     refused(BaseMismatchError, "different bases", (domain, 1.0), (other, 1.0))
 
 
-def test_a_broken_part_is_named(directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path) -> None:
-    compose_directories(str(directory), [(parts["domain"], 1.0), (parts["tenant"], 1.0)], tmp_path / "stack")
+def test_a_broken_part_is_named(base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path) -> None:
+    compose_directories(str(base_directory), [(parts["domain"], 1.0), (parts["tenant"], 1.0)], tmp_path / "stack")
     file = tmp_path / "stack" / "adapter_config.json"
     config = json.loads(file.read_text())
     config["parts"][1]["config"]["r"] = 5
@@ -147,9 +139,9 @@ def test_a_broken_part_is_named(directory: Path, base: BaseModel, parts: dict[st
 
 
 def test_the_command_composes_with_weights(
-    directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["compose", "--model", str(directory), "--mode", "sum", "--output", str(tmp_path / "sum"), "--json"]
+    command = ["compose", "--model", str(base_directory), "--mode", "sum", "--output", str(tmp_path / "sum"), "--json"]
     assert main([*command, f"{parts['domain']}=0.5", str(parts["tenant"])]) == 0
     assert json.loads(capsys.readouterr().out)["rank"] == 7
     first = next(op for _, op in read_program(parts["domain"], base))

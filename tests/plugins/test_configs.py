@@ -11,7 +11,6 @@ import pytest
 from peft.utils.other import get_pattern_key
 from transformers import AutoModelForCausalLM
 
-from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.errors import InvalidConfigError
 from deltamux.registry import Registry
@@ -19,16 +18,6 @@ from deltamux_plugins.targets import by_pattern, targets
 
 HOSTILE = "(?:.|..|...)*[0-9]{3}"
 """Takes exponentially long on a path of some length."""
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="module")
-def base(directory: Path) -> BaseModel:
-    return BaseModel.from_pretrained(directory)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +121,10 @@ def test_a_hostile_regular_expression_is_refused_within_a_time_limit(base: BaseM
         {"target_modules": ["q_proj"], "layers_to_transform": 0},
     ],
 )
-def test_targets_are_those_that_peft_takes(values: dict[str, Any], base: BaseModel, directory: Path) -> None:
+def test_targets_are_those_that_peft_takes(values: dict[str, Any], base: BaseModel, base_directory: Path) -> None:
     chosen = {site.name for site in targets(Registry().get("lora").parse(values), base)}
     config = peft.LoraConfig(task_type="CAUSAL_LM", **values)
-    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(directory), config)
+    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base_directory), config)
     assert chosen == set(model.base_model.targeted_module_names)
 
 

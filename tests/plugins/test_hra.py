@@ -10,23 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel, LowRank, attached
 from deltamux.errors import InvalidConfigError
 from deltamux.registry import Registry
 from deltamux_testing.adapters import read_program, write_own
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
-
-
-@pytest.fixture(scope="module")
-def base(directory: Path) -> BaseModel:
-    return BaseModel.from_pretrained(directory)
 
 
 def test_it_is_the_product_of_its_reflections_at_its_own_rank(base: BaseModel, tmp_path: Path) -> None:
@@ -45,12 +34,12 @@ def test_it_is_the_product_of_its_reflections_at_its_own_rank(base: BaseModel, t
 
 
 @pytest.mark.parametrize("orthogonal", [False, True])
-def test_peft_computes_the_same(orthogonal: bool, directory: Path, base: BaseModel, tmp_path: Path) -> None:
-    plain: Any = AutoModelForCausalLM.from_pretrained(directory)
+def test_peft_computes_the_same(orthogonal: bool, base_directory: Path, base: BaseModel, tmp_path: Path) -> None:
+    plain: Any = AutoModelForCausalLM.from_pretrained(base_directory)
     config = peft.HRAConfig(r=3, apply_GS=orthogonal, init_weights=False, target_modules=["q_proj", "down_proj"])
     theirs: Any = peft.get_peft_model(plain, config).eval()
     theirs.save_pretrained(str(tmp_path))
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
+    model: Any = AutoModelForCausalLM.from_pretrained(base_directory)
     with torch.no_grad():
         expected = theirs(input_ids=IDS).logits
         with attached(model, base, read_program(tmp_path, base)):

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from deltamux.conformance import CHECKS, Case, cases
-from deltamux.conformance.cases import base_directory
 from deltamux.deltas import BaseModel, Bias, Checkpoint, Program
 from deltamux.deltas.composition import Component, CompositionMode, compose
 from deltamux.errors import PluginError, UnknownMethodError
@@ -29,11 +28,6 @@ METHODS = Registry().names()
 @pytest.mark.parametrize("case", cases(), ids=str)
 def test_every_method_passes_every_check(case: Case, check: Callable[[Case], None]) -> None:
     check(case)
-
-
-@pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return BaseModel.from_pretrained(base_directory("llama"))
 
 
 def info(name: str) -> MethodInfo:

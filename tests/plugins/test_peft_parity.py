@@ -19,7 +19,11 @@ from deltamux_testing.adapters import ARCHITECTURES, ONLY_ON_LINEAR, peft_adapte
 PROMPT = (5, 17, 99, 200, 3)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+# One architecture is tried by `make test-fast`, all by `make test`.
+MARKED = [pytest.param(name, marks=[pytest.mark.slow] if name != "llama" else []) for name in ARCHITECTURES]
+
+
+@pytest.fixture(scope="module", params=MARKED)
 def architecture(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -49,7 +53,11 @@ def logits_of_base(directory: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("architecture", "name"),
-    [(architecture, name) for architecture in ARCHITECTURES for name in peft_adapters(architecture)],
+    [
+        pytest.param(architecture, name, marks=marked.marks)
+        for marked, architecture in zip(MARKED, ARCHITECTURES, strict=True)
+        for name in peft_adapters(architecture)
+    ],
     indirect=["architecture"],
 )
 def test_what_peft_wrote_generates_what_peft_generates(

@@ -29,11 +29,6 @@ ENCODERS = {"bart", "bert", "electra", "roberta", "rwkv", "xlm-roberta"}
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return BaseModel.from_pretrained(base_directory("llama"))
-
-
 # Which modules a config means.
 
 

@@ -7,12 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from deltamux.conformance.bases import save_base
 
-
-@pytest.fixture(scope="package")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("base"), "llama")
+@pytest.fixture(scope="session")
+def directory(base_directory: Path) -> Path:
+    return base_directory
 
 
 @pytest.fixture(scope="package")
