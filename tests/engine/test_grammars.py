@@ -177,6 +177,7 @@ async def test_an_escape_that_every_dialect_reads_alike_is_taken(gate: Grammars)
     await gate.admit(GuidedDecoding(regex=r"\_\-\@"), "acme")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [{"grammar_bytes": 100_000}, {"step_seconds": 1e-9}, {"memory_bytes": 1 << 20}])
 async def test_a_grammar_beyond_its_size_or_its_cost_per_token_is_refused(
     limit: Any, gate: Grammars, monkeypatch: pytest.MonkeyPatch
@@ -221,6 +222,7 @@ async def test_cancelling_ends_the_work_at_once(gate: Grammars, monkeypatch: pyt
     await gate.admit(GuidedDecoding(regex="[ab]{11}"), "acme")
 
 
+@pytest.mark.slow
 async def test_one_group_may_have_so_many_waiting_and_equal_ones_count_once(gate: Grammars) -> None:
     many = [gate.admit(GuidedDecoding(regex=f"a{{{n + 1}}}"), "acme") for n in range(60)]
     same = [gate.admit(GuidedDecoding(regex="[ef]{10}"), "globex") for _ in range(200)]

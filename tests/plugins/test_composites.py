@@ -75,7 +75,9 @@ def test_mam_is_a_prefix_and_a_bottleneck_parallel_to_every_feed_forward(
     torch.testing.assert_close(served(base_directory, tmp_path, base), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_unipelt_is_its_three_components_each_with_its_gate(base_directory: Path, base: BaseModel, tmp_path: Path) -> None:
+def test_unipelt_is_its_three_components_each_with_its_gate(
+    base_directory: Path, base: BaseModel, tmp_path: Path
+) -> None:
     lora = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     options: dict[str, Any] = {"prefix": {"num_virtual_tokens": 4}, "adapter": {"bottleneck": 6}, "lora": lora}
     write_own("unipelt", base, tmp_path, **options)

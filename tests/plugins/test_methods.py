@@ -25,7 +25,9 @@ METHODS = Registry().names()
 
 
 @pytest.mark.parametrize("check", CHECKS.values(), ids=CHECKS.keys())
-@pytest.mark.parametrize("case", cases(), ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=str(c), marks=[] if c.architecture == "llama" else pytest.mark.slow) for c in cases()]
+)
 def test_every_method_passes_every_check(case: Case, check: Callable[[Case], None]) -> None:
     check(case)
 

@@ -66,7 +66,10 @@ async def supervised(
 
 
 async def test_a_call_that_fails_before_the_crash_is_noticed_is_answered_that_the_engine_is_down(
-    supervised: tuple[RunningServer, AsyncClient], factory: EngineFactory, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+    supervised: tuple[RunningServer, AsyncClient],
+    factory: EngineFactory,
+    loras: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     _, client = supervised
     await client.upload_adapter(NAME, loras[0])

@@ -22,6 +22,8 @@ from deltamux_trainers.data.collator import DataCollator
 from deltamux_trainers.data.dataset import load_dataset
 from deltamux_trainers.data.tokenization import RowTokenizer
 
+pytestmark = pytest.mark.slow
+
 STEPS, RATE = 5, 1e-3
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
@@ -98,7 +100,6 @@ def test_over_a_bfloat16_base_the_weights_are_float32_and_small_changes_stay(
     assert after.loss < before.loss
 
 
-@pytest.mark.slow
 def test_a_run_that_is_resumed_equals_one_that_is_not(directory: Path, data: Path, tmp_path: Path) -> None:
     class Stop(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

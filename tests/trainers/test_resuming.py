@@ -24,6 +24,8 @@ from deltamux_trainers.output_dir import write_errors
 from deltamux_trainers.training.callbacks import TrainingInterrupted
 from deltamux_trainers.training.train import TrainResult
 
+pytestmark = pytest.mark.slow
+
 STEPS = 12
 
 
@@ -82,7 +84,6 @@ def equals(output: Path, result: TrainResult, losses: Losses, straight: tuple[Lo
     assert all(torch.equal(own[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_an_interrupted_run_saves_says_how_to_go_on_and_then_loses_nothing(
     number: signal.Signals, directory: Path, data: Path, tmp_path: Path, straight: tuple[Losses, TrainResult]
@@ -98,7 +99,6 @@ def test_an_interrupted_run_saves_says_how_to_go_on_and_then_loses_nothing(
     equals(tmp_path, result, losses, straight)
 
 
-@pytest.mark.slow
 def test_interrupting_between_evaluations_changes_neither_the_best_nor_the_patience(
     directory: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -161,7 +161,6 @@ def test_a_run_that_was_killed_while_evaluating_evaluates_that_pass_when_it_goes
     assert logs[0] == logs[1]
 
 
-@pytest.mark.slow
 def test_the_command_line_ends_with_130_after_an_interruption(directory: Path, data: Path, tmp_path: Path) -> None:
     given = ["--method", "lora", "--model", str(directory), "--data", str(data), "--output", str(tmp_path / "out")]
     command = [sys.executable, "-m", "deltamux", "train", *given, "--max-steps", "100000", "--log-steps", "1", "--json"]

@@ -26,6 +26,8 @@ from deltamux_trainers.data.dataset import load_dataset
 from deltamux_trainers.data.tokenization import RowTokenizer
 from deltamux_trainers.model import causal_lm_loss
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"config": {"r": 4}, "learning_rate": 1e-2},
@@ -39,7 +41,6 @@ def options(method: str, directory: Path, data: Path, output: Path, **given: Any
     return TrainOptions(method=method, model=str(directory), data=data, output=output, **{**common, **given})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_and_what_it_writes_predicts_as_well(
     method: str, directory: Path, data: Path, tmp_path: Path
@@ -104,7 +105,6 @@ def test_what_cannot_be_merged_is_refused_and_nothing_is_written(directory: Path
     assert not (tmp_path / "merged").exists()
 
 
-@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_exactly_where_it_was(directory: Path, data: Path, tmp_path: Path) -> None:
     given = {"config": {"r": 4, "lora_dropout": 0.1}, "batch_size": 4, "eval_steps": 5, "max_steps": 150}
     killed_options = options("lora", directory, data, tmp_path / "killed", **given)
@@ -125,7 +125,6 @@ def test_a_run_that_was_killed_goes_on_exactly_where_it_was(directory: Path, dat
     assert all(torch.equal(killed[name], straight[name]) for name in straight)
 
 
-@pytest.mark.slow
 def test_gradient_accumulation_equals_the_larger_batch(directory: Path, data: Path, tmp_path: Path) -> None:
     train(options("lora", directory, data, tmp_path / "large", batch_size=16, max_steps=4))
     train(options("lora", directory, data, tmp_path / "small", batch_size=4, gradient_accumulation=4, max_steps=4))

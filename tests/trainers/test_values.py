@@ -95,6 +95,7 @@ def test_a_base_whose_loss_is_not_finite_is_not_evaluated(directory: Path, data:
     assert refused.value.reason == "NOT_FINITE"
 
 
+@pytest.mark.slow
 def test_what_commands_print_is_json_also_where_a_figure_is_not_finite() -> None:
     printed = json.dumps(plain(EvalResult(1, 1, math.nan, math.inf, 0.5)), allow_nan=False)
     assert json.loads(printed)["perplexity"] is None
