@@ -47,7 +47,7 @@ class Matrices(NamedTuple):
 
 
 class LaunchConfig(NamedTuple):
-    """Into which programs a launch is cut, by `benchmarks.gpu.search` on an H200 (docs/gpu.md).
+    """Into which programs a launch is cut, by `benchmarks.gpu.search` on an H200 (docs/results.md).
 
     Attributes:
         ranks: of a slot, per program of shrink.
