@@ -92,9 +92,11 @@ class Method:
         checked: TrainingSchedule = self._expected("deltamux_schedule", TrainingSchedule, schedule)
         return checked
 
-    def load(self, checkpoint: Checkpoint, base: BaseModel) -> LoadedAdapter:
+    def load(self, checkpoint: Checkpoint, base: BaseModel, *, check_values: bool = True) -> LoadedAdapter:
         """Returns a checkpoint in the method's own names with its config and program, all of it checked.
 
+        Args:
+            check_values: whether the program's values, too, are checked for being finite.
         Raises:
             InvalidConfigError, InvalidAdapterError: the files are wrong, or hold a value that is not finite.
             BaseMismatchError: they are of another base, by its fingerprint or by a shape.
@@ -106,12 +108,8 @@ class Method:
         check_finite(checkpoint.tensors)
         program = self.program(config, base, checkpoint.tensors)
         self._on_step(self.name, "the check of its program")
-        try:
+        if check_values:
             program.check_finite()
-        except DeltamuxError:
-            raise
-        except PLUGIN_ERRORS as error:
-            raise plugin_error(self.name, "the check of its program", error) from error
         return LoadedAdapter(self, config, program, checkpoint)
 
     def program(self, config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
