@@ -71,7 +71,7 @@ ONE = ["tenants/acme/adapters/tickets/versions/1", "tenants/globex/adapters/mail
 def test_a_whole_store_is_said_to_be_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = copy_of(root, root.parent / "before")
     assert main(["store", "check", str(root)]) == 0
-    assert "3 versions of 2 contents, all of them whole" in capsys.readouterr().out
+    assert "3 versions of 2 contents, no problems" in capsys.readouterr().out
     for path in before.rglob("*"):
         if path.is_file():
             assert (root / path.relative_to(before)).read_bytes() == path.read_bytes(), "a check changes nothing"
@@ -157,7 +157,7 @@ def test_what_is_not_a_file_among_an_objects_files_is_left_out_of_a_backup(
     assert not list((tmp_path / "restored").rglob("README.md"))
 
 
-def test_damaged_rows_are_mended_and_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_rows_are_repaired_and_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(sqlite3.connect(root / "db.sqlite3")) as connection, connection:
         connection.execute("UPDATE versions SET labels = '{' WHERE tenant = 'globex'")
     assert check(root, capsys) == (1, {"ROW_DAMAGED": ONE[1:]})
@@ -296,7 +296,7 @@ def test_a_backup_is_the_store_and_survives_its_damage(root: Path, capsys: pytes
     target = root.parent / "backup"
     store = AdapterStore.open(root)  # in use
     assert main(["store", "backup", str(root), str(target)]) == 0
-    assert "3 versions of 2 contents, all of them whole" in capsys.readouterr().out
+    assert "3 versions of 2 contents, no problems" in capsys.readouterr().out
     upload(store, "three")
     store.close()
     flip_program(root)

@@ -1,4 +1,4 @@
-"""A server in this process, over a real socket, with a small torch engine where vLLM would only add its start-up."""
+"""A server in this process, over a real socket, with a small engine in torch in place of vLLM, to start quickly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def loras(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 @pytest.fixture(scope="session")
 async def shared_compiler() -> AsyncIterator[Compiler]:
-    """One for the servers of tests that do nothing to it; its start takes longer than most of them."""
+    """A compiler for the tests that do not change it; its start takes longer than most tests."""
     async with Compiler(60.0) as compiler:
         yield compiler
 

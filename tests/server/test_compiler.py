@@ -1,4 +1,4 @@
-"""The compiler with real processes and real distributions of bad plugins: what each takes along, and what it cannot."""
+"""The compiler with real processes and real distributions of bad plugins: what each affects, and what it does not."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def base(tiny_base: Path) -> str:
 
 @pytest.fixture
 def job(base: str, tmp_path: Path) -> Callable[[Path], Job]:
-    """Returns what makes a job of an adapter's directory, staged."""
+    """Returns a function that makes a job of a copy of an adapter's directory."""
 
     def make(adapter: Path, expected_method: str = "") -> Job:
         staged = tmp_path / f"staged-{len(list(tmp_path.iterdir()))}"
@@ -234,14 +234,14 @@ async def test_a_process_whose_memory_a_plugin_keeps_is_replaced_and_its_job_is_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux's way to choose whom to end when memory is short")
-async def test_the_process_asks_linux_to_be_the_first_to_end_when_memory_is_short(compiler: Compiler) -> None:
+async def test_the_process_has_the_highest_oom_score(compiler: Compiler) -> None:
     await compiler.started()
     assert compiler.pid is not None
     assert _willingness(compiler.pid) == 1000 > _willingness(os.getpid())
 
 
 def _willingness(pid: int) -> int:
-    """How gladly Linux ends a process when memory is short, at most 1000."""
+    """Returns Linux's OOM score adjustment of a process, at most 1000."""
     return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
@@ -299,7 +299,7 @@ async def test_a_job_in_the_moment_in_which_the_process_ends_is_compiled_all_the
     assert (await compiler.compile(job(loras[0]))).method == "lora"
 
 
-async def test_a_process_that_somebody_ends_during_a_job_costs_the_job_nothing_and_no_plugin_its_name(
+async def test_a_job_whose_process_is_killed_is_tried_again_and_no_plugin_is_blamed(
     compiler: Compiler, job: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     await compiler.started()
@@ -312,7 +312,7 @@ async def test_a_process_that_somebody_ends_during_a_job_costs_the_job_nothing_a
     assert "'naps': deltamux_program ended its process by SIGKILL: starting another" in caplog.text
 
 
-async def test_a_server_whose_compiler_does_not_start_says_so_and_is_never_ready(
+async def test_a_server_whose_compiler_does_not_start_raises_and_is_never_ready(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler_process, "CHILD_MODULE", "deltamux.server.nothing")
@@ -321,7 +321,7 @@ async def test_a_server_whose_compiler_does_not_start_says_so_and_is_never_ready
             raise AssertionError("a server is ready that cannot take an upload")
 
 
-async def test_where_no_process_can_be_started_uploads_are_turned_away(
+async def test_uploads_are_refused_if_no_process_can_be_started(
     job: Any, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler_process, "CHILD_MODULE", "deltamux.server.nothing")

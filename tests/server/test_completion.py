@@ -1,4 +1,4 @@
-"""Callers that go away while the store changes: the change is whole, and its watchers hear of it."""
+"""Callers that are cancelled while the store changes: the change is complete, and watches receive it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAME = "tenants/acme/adapters/tickets"
 
 
 class Slow:
-    """Makes a method of the store take a while, and says when it has begun."""
+    """Makes a method of the store take a while, and sets an event when it begins."""
 
     def __init__(self, owner: type, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = False
@@ -57,7 +57,7 @@ async def watched(client: AsyncClient, events: list[tuple[str, int | None]]) -> 
     return task
 
 
-async def heard(events: list[tuple[str, int | None]]) -> None:
+async def received(events: list[tuple[str, int | None]]) -> None:
     """Waits for an event after the first."""
     async with asyncio.timeout(20):
         while len(events) < 2:  # noqa: ASYNC110 - another task appends
@@ -72,7 +72,7 @@ async def test_an_upload_that_is_cancelled_while_it_is_stored_is_stored_whole(
     watching = await watched(client, events)
     await Slow(ObjectStore, "put", monkeypatch).cancelled(client.upload_adapter(NAME, loras[1]))
     monkeypatch.undo()
-    await heard(events)
+    await received(events)
     assert [version.version for version in await client.list_adapter_versions(NAME)] == [1, 2]
     assert ("VERSION_CREATED", 2) in events
     report = await asyncio.to_thread(inspect, served.store.root)
@@ -92,7 +92,7 @@ CHANGES: dict[str, tuple[Callable[[AsyncClient], Awaitable[Any]], tuple[str, int
 
 
 @pytest.mark.parametrize("method", CHANGES)
-async def test_watchers_hear_of_a_change_whose_caller_has_gone(
+async def test_watches_receive_a_change_whose_caller_was_cancelled(
     method: str, client: AsyncClient, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
@@ -101,7 +101,7 @@ async def test_watchers_hear_of_a_change_whose_caller_has_gone(
     watching = await watched(client, events)
     change, event = CHANGES[method]
     await Slow(AdapterStore, method, monkeypatch).cancelled(change(client))
-    await heard(events)
+    await received(events)
     assert events[1:] == [event]
     watching.cancel()
 

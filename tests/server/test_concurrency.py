@@ -1,4 +1,4 @@
-"""ConcurrencyLimit: never more at once, every tenant its share, and a time to try again for who is refused."""
+"""ConcurrencyLimit: the bound, the share of every tenant, and the retry time of refused callers."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ async def test_waiting_calls_are_admitted_and_tenants_alternate() -> None:
     assert (limit.used, limit.waiting) == (0, 0)
 
 
-async def test_who_waits_too_long_is_told_when_to_come_back() -> None:
+async def test_a_caller_that_waits_too_long_is_refused_with_a_retry_time() -> None:
     limit = ConcurrencyLimit(1, "uploads", queue_size=4, timeout=0.05)
     async with limit.acquire("acme"):
         await refused(limit, "acme")

@@ -1,4 +1,4 @@
-"""Stored programs that are damaged, or of another base: named, marked, repaired; everybody else is served."""
+"""Stored programs that are damaged, or of another base: named, marked, repaired; all others are served."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def tokens(client: AsyncClient, name: str | None) -> tuple[int, ...]:
 
 
 async def harmed(served: RunningServer, harm: Callable[[Path], None]) -> Path:
-    """Damages the program of the first adapter's first version, and has the engine forget it."""
+    """Damages the program of the first adapter's first version, and evicts it from the engine."""
     record = served.store.versions(AdapterKey("acme", "tickets"))[0]
     harm(record.program)
     await served.engine.evict(record.compiled.digest)
@@ -146,7 +146,7 @@ async def test_a_composition_of_a_damaged_upload_is_refused(
 async def test_programs_damaged_before_the_start_and_programs_of_another_base(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
 ) -> None:
-    """Two bases of equal shapes, one store: refused by version, compiled anew where that is asked for."""
+    """Two bases of equal shapes, one store: refused per version, or recompiled with the option."""
     store, similar = tmp_path / "store", write_base(tmp_path / "similar", seed=1)
 
     async def on(base: Path, work: Callable[[AsyncClient], Any], **given: Any) -> Any:

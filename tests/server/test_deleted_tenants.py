@@ -1,4 +1,4 @@
-"""DeleteTenant: what was under way does not bring the tenant back, and its watchers hear of it."""
+"""DeleteTenant: running uploads do not restore the tenant, and its watches receive the deletion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No call, whatever it holds, ends with an error of ours, and none changes what others get."""
+"""No call, whatever its content, ends with an internal error or changes the results of others."""
 
 from __future__ import annotations
 

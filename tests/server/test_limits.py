@@ -105,7 +105,7 @@ def test_the_field_is_named_by_its_path() -> None:
 
 
 def test_the_contract_states_the_bounds() -> None:
-    """Each bound stands as a number in the comments of the .proto file that declares its field."""
+    """Each bound is a number in the comments of the .proto file that declares its field."""
     files = {file: (PROTOS / Path(file.DESCRIPTOR.name).name).read_text().replace(",", "") for file in FILES}
     texts = {name: text for file, text in files.items() for name in file.DESCRIPTOR.message_types_by_name}
     stated_otherwise = {"GenerateRequest.text", "ChatMessage.content", "FileChunk.data", "FileChunk.path"}

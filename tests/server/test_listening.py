@@ -1,4 +1,4 @@
-"""What clients meet at the socket: credentials, pings, reflection, and errors that tell no path of the server's."""
+"""The server at the socket: credentials, pings, reflection, and errors without the server's paths."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_compressed_messages_are_refused_before_they_are_unpacked(
 
 
 @pytest.mark.slow
-async def test_a_client_that_pings_often_keeps_its_silent_stream(
+async def test_a_client_that_pings_often_keeps_its_idle_stream(
     served: RunningServer, client: AsyncClient, loras: list[Path]
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
@@ -173,7 +173,7 @@ async def health(address: str) -> int:
 
 
 @pytest.mark.slow
-async def test_a_client_that_speaks_tls_wrongly_is_told_what_is_wrong_at_once(
+async def test_a_client_with_wrong_tls_gets_the_cause_at_once(
     served: RunningServer, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:
     cert, key = write_certificate(tmp_path)

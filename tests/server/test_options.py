@@ -1,4 +1,4 @@
-"""What a server is started with: each option has its range, and what cannot work is told before anything is loaded."""
+"""The options of a server: each has its range, and invalid ones are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ TLS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", TLS)
-async def test_a_mistake_in_the_tls_files_is_told_as_such_before_the_engine_is_made(
+async def test_an_error_in_the_tls_files_is_raised_before_the_engine_is_made(
     case: str, pair: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     spoil, problem = TLS[case]
@@ -174,7 +174,7 @@ async def test_a_mistake_in_the_tls_files_is_told_as_such_before_the_engine_is_m
     assert refused.value.reason == "TLS_FILES"
 
 
-async def test_an_address_that_is_taken_is_told_before_the_engine_is_made(
+async def test_a_taken_address_is_refused_before_the_engine_is_made(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:
     first = options(tiny_base, tmp_path / "store")
@@ -207,7 +207,7 @@ ADDRESSES = {
 
 
 @pytest.mark.parametrize("listen", ADDRESSES)
-async def test_an_address_that_cannot_be_had_is_refused_with_what_the_system_says(
+async def test_an_unavailable_address_is_refused_with_the_systems_error(
     listen: str, tiny_base: Path, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:

@@ -1,4 +1,4 @@
-"""More work than the server takes on, over a real socket: everybody gets an answer that says when to come back."""
+"""More work than the server's limits, over a real socket: every caller gets a result or a retry time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def limited(base: Path, store: Path, compiler: Compiler, **given: Any) -> 
 
 
 @pytest.mark.slow
-async def test_each_of_thousands_of_calls_at_once_is_served_or_told_when_to_come_back(
+async def test_each_of_thousands_of_concurrent_calls_is_served_or_refused_with_retry_info(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:
     channels = 2
@@ -182,7 +182,7 @@ async def test_an_upload_that_trickles_is_given_up_for_its_rate(
             assert (await client.upload_adapter(ACME, loras[0])).state == "READY"
 
 
-async def test_calls_that_are_reset_at_once_are_turned_away_before_the_server_looks_at_them(
+async def test_calls_that_are_reset_at_once_are_refused_before_the_server_handles_them(
     served: RunningServer,
 ) -> None:
     begun = 15_000

@@ -1,4 +1,4 @@
-"""Refusals come at a bounded pace per tenant, and many calls at once are let in one by one."""
+"""Refusals have a bounded rate per tenant, and concurrent calls are admitted a few at a time."""
 
 from __future__ import annotations
 

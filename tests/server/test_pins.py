@@ -113,7 +113,7 @@ async def test_a_pinned_program_that_was_repaired_is_pinned_again_in_the_next_en
         assert (await client.get_adapter(ONE)).problem == ""
 
 
-async def test_an_upload_while_the_engine_is_down_changes_nothing_and_says_when_to_come_back(
+async def test_an_upload_while_the_engine_is_down_changes_nothing_and_has_a_retry_time(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
 ) -> None:
     slow = {"engine_restart_seconds": 30.0}

@@ -1,4 +1,4 @@
-"""Callers' mistakes come back as INVALID_ARGUMENT with the field, cost next to nothing, and leave short log lines."""
+"""Invalid requests are INVALID_ARGUMENT with the field, cost little, and leave short log lines."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ MISTAKES: dict[str, tuple[Any, str]] = {
 
 
 async def refusal(channel: grpc.aio.Channel, method: str, raw: bytes) -> tuple[grpc.StatusCode, str, dict[str, str]]:
-    """Sends bytes to a method that answers once, or with a stream; returns the status, reason and metadata."""
+    """Sends bytes to a unary or streaming method; returns the status, reason and metadata."""
     from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # its .pyi files come without py.typed
 
     kind: Any = channel.unary_stream if method.endswith("Stream") else channel.unary_unary
@@ -168,7 +168,7 @@ async def test_what_no_message_can_hold_is_refused_by_the_client(call: Any, clie
 
 
 async def test_others_are_served_while_huge_requests_are_refused(served: RunningServer, client: AsyncClient) -> None:
-    """The event loop is never held by a request's size."""
+    """No request, however large, blocks the event loop."""
     raws = [request.SerializeToString() for request, _ in MISTAKES.values()]
     async with grpc.aio.insecure_channel(served.address) as channel:
         attack = [asyncio.create_task(refusal(channel, "Inference/Generate", raw)) for raw in raws * 2]
@@ -182,7 +182,7 @@ async def test_others_are_served_while_huge_requests_are_refused(served: Running
 
 
 @pytest.mark.parametrize("shared", [False, True])
-async def test_tenants_share_cached_prompts_only_where_the_operator_says_so(
+async def test_tenants_share_cached_prompts_only_with_the_option(
     shared: bool, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:
     engine = engine_for(tiny_base)

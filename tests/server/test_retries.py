@@ -1,4 +1,4 @@
-"""The clients send again what the server refuses for now, and nothing else, over a real socket."""
+"""The clients' retries over a real socket: of temporary refusals, and of nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LONG: dict[str, Any] = {**SHORT, "max_tokens": 300}
 
 @pytest.fixture
 async def narrow(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> AsyncIterator[RunningServer]:
-    """A server with one slot of each kind."""
+    """A server with one permit of each kind."""
     given = options(tiny_base, tmp_path / "store", max_pending_requests=1, max_concurrent_uploads=1)
     async with running(given, lambda _: engine_for(tiny_base, 0.02), shared_compiler) as server:
         yield server
@@ -125,11 +125,11 @@ def test_what_may_have_been_done_is_not_sent_again() -> None:
 
 
 @given(st.lists(st.none() | st.floats(0.01, 90), max_size=12), st.integers(0, 8), st.none() | st.floats(0.1, 100))
-def test_pauses_are_no_shorter_than_told_and_never_beyond_the_bounds(
-    told: list[float | None], retries: int, timeout: float | None
+def test_pauses_are_no_shorter_than_retry_info_and_never_beyond_the_bounds(
+    retry_times: list[float | None], retries: int, timeout: float | None
 ) -> None:
     trying, paused, count = attempts(retries, timeout, idempotent=True), 0.0, 0
-    for retry_after in told:
+    for retry_after in retry_times:
         error: DeltamuxError = UnavailableError("later", retry_after=retry_after)
         if (pause := trying.pause(error)) is None:
             break

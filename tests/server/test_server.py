@@ -224,7 +224,7 @@ async def test_reflection_lists_the_services(served: RunningServer) -> None:
     assert set(SERVICES) <= await asyncio.to_thread(names)
 
 
-async def test_one_generation_too_many_is_told_to_come_back(
+async def test_a_generation_beyond_the_limit_is_refused_with_retry_info(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:
     limited = options(tiny_base, tmp_path / "store", max_pending_requests=1)

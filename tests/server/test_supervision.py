@@ -1,4 +1,4 @@
-"""An engine that dies or hangs comes back by itself, or ends the server: as its operator has chosen."""
+"""An engine that dies or hangs is restarted, or ends the server, by `--on-engine-death`."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Listening(ReferenceEngine):
         return super()._logits([token % 200 for token in ids], program)
 
 
-async def test_generate_sends_every_turn_the_context_that_it_was_trained_with(
+async def test_generate_sends_every_message_the_context_that_it_was_trained_with(
     tmp_path: Path, shared_compiler: Compiler
 ) -> None:
     base = write_base(tmp_path / "base")

@@ -1,4 +1,4 @@
-"""Streams that their client does not read: they end, free what they hold, and do not pile up."""
+"""Streams that their client does not read: they are cancelled, free their resources, and are bounded in number."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ async def test_a_stream_that_is_read_goes_on_for_longer(endless: tuple[str, Endl
     assert await read(endless[0], 60) == "OK"
 
 
-async def test_who_leaves_many_unread_gets_no_more_until_they_are_gone(endless: tuple[str, Endless]) -> None:
+async def test_a_caller_with_many_unread_streams_gets_no_more_until_they_close(endless: tuple[str, Endless]) -> None:
     address, streams = endless
     with ExitStack() as stack:
         client = stack.enter_context(RawConnection(address))

@@ -1,4 +1,4 @@
-"""Disks that are full, read-only or damaged: a reason of its own, and what needs no space goes on."""
+"""Disks that are full, read-only or damaged: reasons of their own, and reads go on."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def sqlite_error(code: int) -> sqlite3.Error:
         (sqlite_error(sqlite3.SQLITE_BUSY_SNAPSHOT), "UNAVAILABLE", "STORE_BUSY"),
     ],
 )
-def test_what_the_disk_says_has_a_reason_of_its_own(
+def test_errors_of_the_disk_have_reasons_of_their_own(
     raised: Exception, status: str, reason: str, tmp_path: Path
 ) -> None:
     error = store_error(raised, tmp_path)

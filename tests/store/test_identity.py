@@ -1,4 +1,4 @@
-"""Which database belongs to which objects: what does not is refused, and nothing is deleted that was not let go."""
+"""A database that does not belong to the objects is refused, and only garbage is deleted."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_a_loss_that_is_accepted_lets_the_store_open_and_deletes_no_object(
     assert objects(root) > before
 
 
-def test_a_store_without_objects_is_refused_too_when_its_database_is_gone(tmp_path: Path) -> None:
+def test_a_store_without_objects_is_refused_too_when_its_database_is_missing(tmp_path: Path) -> None:
     store = AdapterStore.open(tmp_path)
     store.tenants.create("acme")
     store.close()

@@ -1,4 +1,4 @@
-"""Stored programs: damage is found and named, the same files repair it for everybody, a program belongs to one base."""
+"""Stored programs: damage is found and named, the same files repair it for all versions, a program is for one base."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_replaced_program_has_the_same_number_and_its_own_checksum(store: Adap
     assert not record.program.exists()
 
 
-def test_what_a_failed_commit_has_brought_is_gone(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_files_of_a_failed_commit_are_removed(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(placed: object) -> None:
         raise DeltamuxError("no")
 

@@ -29,7 +29,7 @@ MOMENTS = st.integers(0, 50)
 
 
 class Adapter:
-    """What the store should know of an adapter: contents by number, and the numbers promoted, oldest first."""
+    """The expected state of an adapter: contents by number, and the numbers promoted, oldest first."""
 
     def __init__(self) -> None:
         self.versions: dict[int, str] = {}
@@ -251,7 +251,7 @@ def file_or_nothing(path: Path) -> str:
 
 
 def copy_at(moment: int, store: AdapterStore, root: Path, copy: Path, patch: pytest.MonkeyPatch) -> None:
-    """Has the store's directory copied at its n-th wait for the disk, or n-th begin or end of a transaction."""
+    """Copies the store's directory at its n-th wait for the disk, or n-th begin or end of a transaction."""
     passed = 0
 
     def look() -> None:

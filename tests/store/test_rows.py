@@ -1,4 +1,4 @@
-"""Rows that were damaged by hand: the store opens, names them, serves the others, and mends what can be."""
+"""Rows that were damaged by hand: the store opens, reports them, serves the others, and repairs what it can."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sql(root: Path, script: str) -> None:
 
 
 def walk(store: AdapterStore) -> None:
-    """Does everything that callers do with the damaged adapter: refusals are of the family, whatever the rows hold."""
+    """Does everything that callers do with the damaged adapter: every refusal is a DeltamuxError."""
 
     def lease(key: AdapterKey | VersionKey) -> None:
         with store.lease(key, "request"):
@@ -111,7 +111,7 @@ KEPT = {
     "a digest that is bytes": (f"UPDATE versions SET digest = x'ff' {FIRST}", VERSION),
     "a digest with a zero": (f"UPDATE versions SET digest = 'a' || char(0) || 'b' {FIRST}", VERSION),
 }
-"""What no statement mends: the version stays damaged until it is deleted."""
+"""Damage that no statement repairs: the version stays damaged until it is deleted."""
 
 
 @pytest.mark.parametrize("case", [*MENDED, *KEPT])
@@ -131,7 +131,7 @@ def test_a_damaged_row_is_named_and_others_are_served(case: str, root: Path, cap
 
 
 @pytest.mark.parametrize("case", MENDED)
-def test_a_damaged_row_is_mended_and_the_adapter_serves(case: str, root: Path) -> None:
+def test_a_damaged_row_is_repaired_and_the_adapter_serves(case: str, root: Path) -> None:
     sql(root, MENDED[case][0])
     store = AdapterStore.open(root)
     assert store.rows.repair()

@@ -60,7 +60,7 @@ def test_labels_that_come_with_the_same_content_replace_those_of_the_version_and
         assert store.version(record.key).labels == kept
 
 
-def test_equal_content_of_two_tenants_is_stored_once_and_kept_until_both_are_gone(
+def test_equal_content_of_two_tenants_is_stored_once_and_kept_until_both_are_removed(
     store: AdapterStore, root: Path
 ) -> None:
     other = AdapterKey("globex", "tickets")
@@ -72,7 +72,7 @@ def test_equal_content_of_two_tenants_is_stored_once_and_kept_until_both_are_gon
     assert objects(root) == set()
 
 
-def test_a_leased_version_outlives_its_deletion(store: AdapterStore, root: Path) -> None:
+def test_a_leased_version_is_kept_after_its_deletion(store: AdapterStore, root: Path) -> None:
     removed: list[tuple[VersionKey, bool]] = []
     store.on_removed = lambda record, last: removed.append((record.key, last))
     upload(store, "one")
@@ -219,7 +219,7 @@ def test_a_version_that_serves_cannot_be_its_own_canary(store: AdapterStore) -> 
     assert store.adapter(KEY).canary is None
 
 
-def test_everything_is_there_after_reopening_and_interrupted_uploads_are_gone(root: Path) -> None:
+def test_everything_is_kept_after_reopening_and_interrupted_uploads_are_removed(root: Path) -> None:
     store = AdapterStore.open(root)
     record = upload(store, "one")
     store.close()
@@ -234,9 +234,7 @@ def test_everything_is_there_after_reopening_and_interrupted_uploads_are_gone(ro
 @pytest.mark.usefixtures("store")
 @pytest.mark.parametrize("lock_file", ["kept", "removed"])
 @pytest.mark.usefixtures("store")
-def test_a_second_process_is_turned_away_also_where_somebody_has_removed_the_lock_file(
-    lock_file: str, root: Path
-) -> None:
+def test_a_second_process_is_refused_also_after_the_lock_file_was_removed(lock_file: str, root: Path) -> None:
     if lock_file == "removed":
         (root / "lock").unlink()
     code = "import sys; from deltamux.store import AdapterStore; AdapterStore.open(sys.argv[1])"

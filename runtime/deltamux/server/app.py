@@ -169,23 +169,45 @@ async def running(
         await engine.start()
         validator.max_model_len = engine.max_model_len
         await compiler.started()
-        threads = stack.enter_context(DiskThreads(options.max_concurrent_uploads + 4, "deltamux-disk"))
         events = EventHub()
-        programs = await _programs(options, store, engine, compiler, threads)
-        max_pinned = max(1, options.max_host_adapters // 2)
-        pins = Pins(store, engine, programs, options.max_pinned_adapters_per_tenant, max_pinned, threads)
-        adapters = _adapters_service(options, store, engine, programs, pins, compiler, events, threads)
-        _follow_removals(store, engine, pins)
-        restoring = asyncio.create_task(pins.restore())
-        stack.callback(restoring.cancel)
-        services.add(add_InferenceServicer_to_server, _inference_service(options, store, engine, programs))
-        services.add(add_AdaptersServicer_to_server, adapters)
-        services.add(add_TenantsServicer_to_server, TenantsService(store, events, threads))
-        add_reflection((*SERVICES, HEALTH), services)
-        services.complete()
+        await _add_services(stack, services, options, store, engine, compiler, events)
         health = HealthMonitor(engine, SERVICES, services.health)
         async with _serving(server, health, events, options.drain_seconds):
             yield RunningServer(address, engine, store)
+
+
+async def _add_services(
+    stack: AsyncExitStack,
+    services: Services,
+    options: ServeOptions,
+    store: AdapterStore,
+    engine: Engine,
+    compiler: Compiler,
+    events: EventHub,
+) -> None:
+    """Adds all services; what they need is closed with the stack."""
+    threads = stack.enter_context(DiskThreads(options.max_concurrent_uploads + 4, "deltamux-disk"))
+    programs = await _programs(options, store, engine, compiler, threads)
+    max_pinned = max(1, options.max_host_adapters // 2)
+    pins = Pins(store, engine, programs, options.max_pinned_adapters_per_tenant, max_pinned, threads)
+    _follow_removals(store, engine, pins)
+    restoring = asyncio.create_task(pins.restore())
+    stack.callback(restoring.cancel)
+    adapters = AdaptersService(
+        store,
+        programs,
+        pins,
+        Quarantine(store, compiler, engine, _budgets(options), threads),
+        events,
+        _upload_limit(options.max_concurrent_uploads),
+        UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds, options.upload_min_bytes_per_second),
+        threads,
+    )
+    services.add(add_InferenceServicer_to_server, _inference_service(options, store, engine, programs))
+    services.add(add_AdaptersServicer_to_server, adapters)
+    services.add(add_TenantsServicer_to_server, TenantsService(store, events, threads))
+    add_reflection((*SERVICES, HEALTH), services)
+    services.complete()
 
 
 async def _supervised(options: ServeOptions, make_engine: EngineFactory) -> SupervisedEngine:
@@ -258,29 +280,6 @@ async def _programs(
 
 def _budgets(options: ServeOptions) -> Budgets:
     return Budgets(options.max_lora_rank, options.max_virtual_tokens, options.max_adapter_bytes)
-
-
-def _adapters_service(
-    options: ServeOptions,
-    store: AdapterStore,
-    engine: Engine,
-    programs: Programs,
-    pins: Pins,
-    compiler: Compiler,
-    events: EventHub,
-    threads: DiskThreads,
-) -> AdaptersService:
-    return AdaptersService(
-        store,
-        engine,
-        programs,
-        pins,
-        Quarantine(store, compiler, engine, _budgets(options), threads),
-        events,
-        _upload_limit(options.max_concurrent_uploads),
-        UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds, options.upload_min_bytes_per_second),
-        threads,
-    )
 
 
 def _upload_limit(limit: int) -> ConcurrencyLimit:

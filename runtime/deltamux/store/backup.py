@@ -62,13 +62,7 @@ def backup(root: Path, target: Path, progress: Progress = no_progress) -> Report
         lock = Lock()
         try:
             lock_directory(lock, partial)
-            with open_read_only(root) as connection:
-                snapshot = _copy(root, partial, connection, progress)
-            _keep_only(partial, snapshot.versions)
-            with closing(IdentityFiles(partial)) as files:
-                files.write(snapshot.identity)
-            if (root / ADMIN_KEY).is_file():
-                shutil.copy2(root / ADMIN_KEY, partial / ADMIN_KEY)
+            _copy_store(root, partial, progress)
             report = inspect(partial)
             os.sync()
             if target.exists():
@@ -80,6 +74,16 @@ def backup(root: Path, target: Path, progress: Progress = no_progress) -> Report
         finally:
             lock.close()
     return report
+
+
+def _copy_store(root: Path, target: Path, progress: Progress) -> None:
+    with open_read_only(root) as connection:
+        snapshot = _copy(root, target, connection, progress)
+    _keep_only(target, snapshot.versions)
+    with closing(IdentityFiles(target)) as files:
+        files.write(snapshot.identity)
+    if (root / ADMIN_KEY).is_file():
+        shutil.copy2(root / ADMIN_KEY, target / ADMIN_KEY)
 
 
 def _remove_interrupted(target: Path) -> None:

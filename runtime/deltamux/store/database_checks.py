@@ -36,23 +36,8 @@ def check_database(
         FailedPreconditionError: it is newer, empty, of another store or program, or older than the objects.
         sqlite3.DatabaseError: it is damaged.
     """
-
-    def first(sql: str) -> tuple[object, ...] | None:
-        row: tuple[object, ...] | None = connection.execute(sql).fetchone()
-        return row
-
-    if (found := first("PRAGMA quick_check(1)")) is None or found[0] != "ok":
-        raise damage(root, str(found))
-    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version < 0:
-        raise damage(root, f"it has schema {version}")
-    if version > schema.SCHEMA_VERSION:
-        raise FailedPreconditionError(
-            f"{root / DATABASE_FILE} has schema {version}, and this deltamux knows {schema.SCHEMA_VERSION}: start the "
-            "one that wrote it",
-            reason="STORE_SCHEMA",
-        )
-    if version == 0 and first("SELECT 1 FROM sqlite_master"):
+    version = _schema_version(connection, root)
+    if version == 0 and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
         raise mismatch(root, f"{root / DATABASE_FILE} is a database, but not of deltamux")
     if version == 0 and claimed:
         raise no_database(root, files, "empty")
@@ -62,9 +47,25 @@ def check_database(
         if lacking := schema.missing(connection):
             raise damage(root, f"it lacks {', '.join(lacking)}")
         if unexpected := schema.unexpected(connection):
-            raise damage(root, f"it holds {', '.join(unexpected)}, which deltamux does not create")
+            raise damage(root, f"it has {', '.join(unexpected)}, which deltamux does not create")
         if not adopt:
             check_belongs(root, files, identity_in(connection))
+    return version
+
+
+def _schema_version(connection: sqlite3.Connection, root: Path) -> int:
+    found: tuple[object, ...] | None = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if found is None or found[0] != "ok":
+        raise damage(root, str(found))
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version < 0:
+        raise damage(root, f"it has schema {version}")
+    if version > schema.SCHEMA_VERSION:
+        raise FailedPreconditionError(
+            f"{root / DATABASE_FILE} has schema {version}, and this deltamux has {schema.SCHEMA_VERSION}: start the "
+            "one that wrote it",
+            reason="STORE_SCHEMA",
+        )
     return version
 
 

@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
         metavar="UPLOAD_DIR",
         help="repair damaged rows, replace damaged files by those of these uploads, store every program's state",
     )
-    check.add_argument("--model", help="with --repair: the base model, to compile damaged programs anew")
+    check.add_argument("--model", help="with --repair: the base model, to recompile damaged programs")
     check.add_argument(
         "--adopt",
         action="store_true",
@@ -35,8 +35,8 @@ def add_commands(commands: Any) -> None:
     gc = _command(group, "gc", _gc, "list the objects that no version refers to, or remove them")
     gc.add_argument("--yes", action="store_true", help="remove them")
     backup = _command(group, "backup", _backup, "copy a store, also one that a server uses")
-    backup.add_argument("target", type=Path, help="a directory that does not exist, or is empty")
-    restore = _command(group, "restore", _restore, "make a store what a backup holds", first="backup")
+    backup.add_argument("target", type=Path, help="a new or empty directory")
+    restore = _command(group, "restore", _restore, "replace a store by a backup's copy", first="backup")
     restore.add_argument(
         "store", type=Path, help="the store's directory; its former files are moved into a folder of it"
     )
@@ -57,15 +57,15 @@ def _check(arguments: argparse.Namespace) -> int:
     done: list[str] = []
     if arguments.adopt:
         AdapterStore.open(arguments.store, adopt=True).close()
-        done.append("the database is accepted as it is; `deltamux store gc` removes the objects that are not in it")
+        done.append("the database is accepted; `deltamux store gc` removes the objects that are not in it")
     if arguments.repair is not None:
         store = AdapterStore.open(arguments.store)
         try:
             done += _repair(store, arguments.repair, arguments.model)
         finally:
             store.close()
-    with _progress("checked") as advance:
-        report = inspect(arguments.store, advance)
+    with _progress("checked") as progress:
+        report = inspect(arguments.store, progress)
     return _print_report(report, done, as_json=arguments.json)
 
 
@@ -124,8 +124,8 @@ def _print_orphans(digests: Sequence[str], what: str, *, as_json: bool) -> int:
 def _backup(arguments: argparse.Namespace) -> int:
     from deltamux.store.backup import backup
 
-    with _progress("copied") as advance:
-        report = backup(arguments.store, arguments.target, advance)
+    with _progress("copied") as progress:
+        report = backup(arguments.store, arguments.target, progress)
     return _print_report(report, [f"{arguments.store} was copied to {arguments.target}"], as_json=arguments.json)
 
 
@@ -133,14 +133,14 @@ def _restore(arguments: argparse.Namespace) -> int:
     from deltamux.store.backup import restore
 
     restored = restore(arguments.backup, arguments.store)
-    done = [f"{arguments.store} is what {arguments.backup} holds"]
+    done = [f"{arguments.store} was restored from {arguments.backup}"]
     if restored.replaced is not None:
         done.append(f"the former store is in {restored.replaced}; delete it when it is not needed")
     return _print_report(restored.report, done, as_json=arguments.json)
 
 
 def _print_report(report: Any, done: Sequence[str], *, as_json: bool) -> int:
-    """Prints what was done and found; returns the exit status: 1 where something is wrong."""
+    """Prints a report; returns the exit status: 1 if there are findings."""
     if as_json:
         findings = [
             {"kind": f.kind, "digest": f.digest, "versions": f.versions, "message": f.message} for f in report.findings
@@ -161,7 +161,7 @@ def _print_report(report: Any, done: Sequence[str], *, as_json: bool) -> int:
     for finding in report.findings:
         print(f"{finding.kind}: {', '.join(finding.versions) or finding.digest}")
         print(f"  {finding.message}" + (f" (object {finding.digest[:12]})" if finding.digest else ""))
-    wrong = _count(len(report.findings), "problem") if report.findings else "all of them whole"
+    wrong = _count(len(report.findings), "problem") if report.findings else "no problems"
     held = f"{_count(report.versions, 'version')} of {_count(report.contents, 'content')}"
     print(f"store {report.identity}: {held}, {wrong}")
     return 1 if report.findings else 0
@@ -169,7 +169,7 @@ def _print_report(report: Any, done: Sequence[str], *, as_json: bool) -> int:
 
 @contextmanager
 def _progress(verb: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields what shows how far a command is: a bar on a terminal, else a line for every thousand contents."""
+    """Yields a progress callback: a bar on a terminal, else a line per thousand contents."""
     if not sys.stderr.isatty():
         yield lambda done, total: _print_thousands(verb, done, total)
         return

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
-from deltamux.engine.base import Engine
 from deltamux.errors import DeltamuxError, InvalidArgumentError, NotFoundError
 from deltamux.server.access.caller import current_caller
 from deltamux.server.access.concurrency import ConcurrencyLimit
@@ -39,7 +38,6 @@ class AdaptersService(pb_grpc.AdaptersServicer):
     def __init__(
         self,
         store: AdapterStore,
-        engine: Engine,
         programs: Programs,
         pins: Pins,
         quarantine: Quarantine,
@@ -49,7 +47,6 @@ class AdaptersService(pb_grpc.AdaptersServicer):
         threads: DiskThreads,
     ) -> None:
         self._store = store
-        self._engine = engine
         self._programs = programs
         self._pins = pins
         self._quarantine = quarantine
