@@ -1,4 +1,4 @@
-"""Full and top-layer tuning train the base's own weights: as plain fine-tuning does, and what is kept is the change."""
+"""Base weights trained in place (full and topk): equal to plain fine-tuning, with their deltas in the files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 
 class Watch(TrainerCallback):
-    """Notes the first step's trainable parameters, and what the forward pass is hooked by."""
+    """Records the trainable parameters and the number of forward hooks."""
 
     trainable: set[str]
     hooks: int

@@ -1,4 +1,4 @@
-"""Conversations as rows: every trained context is what the server makes of the same messages, token by token."""
+"""Conversations as rows: every trained prompt has the tokens that the server makes of the same messages."""
 
 from __future__ import annotations
 

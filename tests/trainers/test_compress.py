@@ -1,4 +1,4 @@
-"""A full fine-tuning becomes small; what that costs is measured and told."""
+"""Compression of full fine-tunings, and its reported error."""
 
 from __future__ import annotations
 

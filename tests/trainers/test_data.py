@@ -1,4 +1,4 @@
-"""Training data: files that are JSONL and files that are not, where a prompt ends, and rows that teach nothing."""
+"""Training data: JSONL files, the border of prompt and completion, and rows without a token to learn."""
 
 from __future__ import annotations
 

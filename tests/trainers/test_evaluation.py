@@ -1,4 +1,4 @@
-"""An evaluation measures what the server would answer: on the adapter's own base, up to the server's own end tokens."""
+"""Evaluation: on the adapter's own base, with answers that end at the server's end-of-sequence tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What merging writes: the base's files as they are, changed weights in their files, and an error that is the error."""
+"""The files that a merge writes, and the error that it reports."""
 
 from __future__ import annotations
 

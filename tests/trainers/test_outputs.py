@@ -1,4 +1,4 @@
-"""Where training writes: into no folder of other files, over none of them, and removing its own alone."""
+"""The output of training: files of others are neither replaced nor removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""QLoRA trains over four bits, and what comes out is a LoRA like any other."""
+"""QLoRA: training over four-bit weights, with a LoRA as the result."""
 
 from __future__ import annotations
 

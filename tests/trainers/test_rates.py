@@ -1,4 +1,4 @@
-"""The default learning rate: the source's on its own width, by one over the width elsewhere, and never unasked."""
+"""The default learning rate: that of its source on the source's width, scaled by one over the width elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be trained is refused in a sentence: bad options, and bases that are not whole decoders."""
+"""Refusals in one sentence: of bad options, and of bases that are not whole decoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that stops goes on exactly where it was, with what it began with, or says why not."""
+"""Resuming: with the losses of an uninterrupted run and the same settings, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SignalAt(TrainerCallback):
 
 
 class Losses(TrainerCallback):
-    """Notes what is logged of each step."""
+    """Records the logged loss of each step."""
 
     def __init__(self) -> None:
         self.by_step: dict[int, float] = {}

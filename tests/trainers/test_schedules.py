@@ -1,4 +1,4 @@
-"""What methods do besides gradient steps, in real training runs: pruning, waking, and going on after a stop."""
+"""Schedules of methods in training runs: pruning, gradual unfreezing, and resuming."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StopAt(TrainerCallback):
 
 
 class Watch(TrainerCallback):
-    """Notes which parameters have moved from their start, at the end of every step."""
+    """Records the parameters that have changed since the start, at the end of every step."""
 
     def __init__(self) -> None:
         self.moved: list[set[str]] = []
@@ -53,7 +53,7 @@ def options(directory: Path, data: Path, output: Path, **given: Any) -> TrainOpt
 
 
 @pytest.mark.slow
-def test_adalora_ends_with_the_ranks_it_was_told_to(directory: Path, data: Path, tmp_path: Path) -> None:
+def test_adalora_ends_with_its_target_ranks(directory: Path, data: Path, tmp_path: Path) -> None:
     config = {"init_r": 6, "target_r": 2}
     train(options(directory, data, tmp_path, method="adalora", config=config))
     base = BaseModel.from_pretrained(directory)
@@ -65,7 +65,7 @@ def test_adalora_ends_with_the_ranks_it_was_told_to(directory: Path, data: Path,
 
 
 @pytest.mark.slow
-def test_adalora_goes_on_after_a_stop_with_what_it_knew(directory: Path, data: Path, tmp_path: Path) -> None:
+def test_adalora_resumes_with_its_state(directory: Path, data: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"method": "adalora", "config": {"init_r": 6, "target_r": 2}, "eval_steps": 8}
     with pytest.raises(Interrupted):
         train(options(directory, data, tmp_path / "stopped", **given), StopAt(11))
@@ -76,7 +76,7 @@ def test_adalora_goes_on_after_a_stop_with_what_it_knew(directory: Path, data: P
     assert all(torch.equal(stopped[name], straight[name]) for name in straight)
 
 
-def test_full_fine_tuning_wakes_its_layers_from_the_top(directory: Path, data: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_unfreezes_its_layers_from_the_top(directory: Path, data: Path, tmp_path: Path) -> None:
     watch = Watch()
     train(options(directory, data, tmp_path, method="full", config={"unfreeze": True}, max_steps=9), watch)
     top = {name for name in watch.moved[-1] if ".layers.1." in name}

@@ -1,4 +1,4 @@
-"""One loop for every method: it learns, it resumes exactly, and what it writes is what is served."""
+"""The training loop: every method learns, a run resumes exactly, and the files are what is served."""
 
 from __future__ import annotations
 

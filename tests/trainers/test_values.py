@@ -1,4 +1,4 @@
-"""Values that are no numbers: an adapter or a base that holds them is refused by every command, not reported as NaN."""
+"""Values that are not finite: an adapter or a base with one is refused by every command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads a base model to train or to evaluate, and refuses one whose weights would be made up."""
+"""Loading of base models and tokenizers; a base whose files lack weights is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,19 +22,13 @@ SHOWN = 3
 """Names of weights that an error lists."""
 
 
-class LoadedBase(NamedTuple):
-    model: nn.Module
-    tokenizer: Any
-    base: BaseModel
-
-
 def describe_base(model: str) -> BaseModel:
-    """Describes a base model for training, merging or evaluation; its weights are not read but for the fingerprint.
+    """Returns the description of a base model; its weights are read only for the fingerprint.
 
     Raises:
-        FailedPreconditionError: it cannot be read, is not a decoder, its files lack weights of the model, which
-            transformers would initialise at random, or hold an adapter, which transformers would add to them, or an
-            output head other than the embedding that the config ties it to.
+        FailedPreconditionError: it cannot be read, or is not a decoder; its files lack weights, which transformers
+            would initialise at random, or hold an adapter, which transformers would add to the weights, or an output
+            head other than the embedding that the config ties it to.
     """
     base = BaseModel.from_pretrained(model)
     if (Path(model) / CONFIG_FILE).is_file():
@@ -42,7 +36,7 @@ def describe_base(model: str) -> BaseModel:
     with _quiet():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(model, device_map="meta", output_loading_info=True)
-        except Exception as error:  # whatever a damaged file makes transformers raise
+        except Exception as error:  # damaged files raise errors of many classes
             raise _unloadable(model, error) from error
     if getattr(loaded[0], "_hf_peft_config_loaded", False):  # of a Hugging Face id
         raise _with_adapter(model)
@@ -60,9 +54,9 @@ def describe_base(model: str) -> BaseModel:
 
 
 def _check_tied(base: BaseModel) -> None:
-    """Raises FailedPreconditionError where the config ties the output head to an embedding that it differs from.
+    """Raises FailedPreconditionError where the output head differs from the embedding that the config ties it to.
 
-    transformers then leaves the two apart, and the engine, as the config says, has one.
+    transformers then loads two tensors, and the engine one.
     """
     head = base.head
     if head is None or head.tied_to is None:
@@ -85,19 +79,19 @@ def load_tokenizer(model: str) -> Any:
         FailedPreconditionError: the base has no tokenizer files, or damaged ones.
     """
     try:
-        # As the engine does: of a base with Mistral's own files beside, the Hugging Face ones are meant.
+        # As the engine does: a base may have Mistral's own files next to the Hugging Face ones.
         return AutoTokenizer.from_pretrained(model, mistral_format=False)
-    except Exception as error:  # whatever a damaged file makes the parsers raise
+    except Exception as error:  # damaged files raise errors of many classes
         problem = str(error).partition("\n")[0]
         raise FailedPreconditionError(
             f"the tokenizer of base model {model!r} cannot be read: {problem}. Its files (tokenizer.json and "
-            "tokenizer_config.json) belong beside the weights",
+            "tokenizer_config.json) belong in the directory of the weights",
             reason="TOKENIZER_NOT_FOUND",
         ) from error
 
 
 def load_model(model: str, dtype: str, device: str) -> nn.Module:
-    """Loads the weights of a base that `describe_base` has found whole."""
+    """Loads the weights of a base that `describe_base` accepts."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -106,19 +100,8 @@ def load_model(model: str, dtype: str, device: str) -> nn.Module:
     return moved
 
 
-def load_base(model: str, dtype: str, device: str) -> LoadedBase:
-    """Loads a base model and its tokenizer, and describes it (with its fingerprint).
-
-    Raises:
-        FailedPreconditionError: see `describe_base`, `load_tokenizer` and `pick_device`.
-    """
-    pick_device(device)
-    base, tokenizer = describe_base(model), load_tokenizer(model)
-    return LoadedBase(load_model(model, dtype, device), tokenizer, base)
-
-
 def pick_device(device: str) -> str:
-    """Returns a device's name for torch: auto is a GPU where there is one; of several ranks, each has its own.
+    """Returns torch's name of a device: auto is a GPU if there is one; each rank has a GPU of its own.
 
     Raises:
         FailedPreconditionError: there is no such GPU.
@@ -154,7 +137,7 @@ def _unloadable(model: str, error: Exception) -> FailedPreconditionError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what transformers reports of a load whose result is told otherwise."""
+    """Silences transformers' messages on a load, whose problems become errors here."""
     level, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers leaves it untyped

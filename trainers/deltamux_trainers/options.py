@@ -1,4 +1,4 @@
-"""Options of a training run and of an evaluation, checked when they are made: no model, no torch is needed for that."""
+"""Options of a training run and of an evaluation, checked when they are made, without torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from deltamux.hookspecs import MethodInfo
 
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
-"""Names of optimizers, and transformers' for them."""
+"""Optimizers, by our names, and transformers' names of them."""
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -43,12 +43,12 @@ DETERMINING = (
     "seed",
     "dtype",
 )
-"""Options that a run's losses follow from: going on with others is refused."""
+"""Options that determine a run's losses: a run does not resume with others."""
 CHANGEABLE = ("epochs", "max_steps", "eval_steps", "save_steps", "patience", "log_steps", "device", "output")
-"""Options that may change when a run goes on. Its schedules follow the new number of steps."""
+"""Options that may change when a run resumes. Its schedules follow the new number of steps."""
 NARROWER_BY = 16.0
 WIDER_BY = 4.0
-"""How far the rule for learning rates is trusted, on bases narrower and wider than those a rate was found on."""
+"""Limits of the rule for learning rates, on bases narrower and wider than those that a rate was found on."""
 
 
 MODEL = Option("directory or Hugging Face id of the base")
@@ -70,10 +70,10 @@ class TrainOptions:
         output: checkpoints go to ``checkpoints`` within it.
         config: the method's options, as in adapter_config.json.
         learning_rate: None takes the method's own default for the base; see `default_rate`.
-        resume: goes on from the newest whole checkpoint in `output`, exactly. What determines the run (DETERMINING, the
-            config, the data, the base, the learning rate, the number of processes) is what it was; CHANGEABLE may
-            differ.
-        keep_checkpoints: whether checkpoints stay after training has ended well.
+        resume: continues from the newest intact checkpoint in `output`, exactly. All that determines the run
+            (DETERMINING, the config, the data, the base, the learning rate, the number of processes) must be the same;
+            CHANGEABLE may differ.
+        keep_checkpoints: whether checkpoints are kept after a successful run.
         quiet: prints neither progress nor losses; callbacks get them all the same.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Makes the demo's base model from nothing: ``python -m deltamux_trainers.demo.base --output DIR``.
+"""Pre-training of the demo's base model: ``python -m deltamux_trainers.demo.base --output DIR``.
 
-A Llama of 3.5 million parameters learns English from three public-domain novels and, in the same batches, the skills of
-`skills.py`. About 15 minutes on two CPU cores; the same seed on the same machine gives the same weights.
+The model is a Llama of 3.5 million parameters, trained on three public-domain novels and, in the same batches, on the
+skills of `skills.py`. About 15 minutes on two CPU cores; the same seed on the same machine gives the same weights.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IGNORE_INDEX = -100  # the label that the loss leaves out
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides what the base becomes. Head size 32 is the smallest that vLLM's CPU attention takes."""
+    """All that determines the base. Head size 32 is the smallest that vLLM's CPU attention takes."""
 
     seed: int = 0
     vocab_size: int = 2048
@@ -52,7 +52,7 @@ class Recipe:
 
 
 def paragraphs() -> list[str]:
-    """Returns the novels' paragraphs; assets/README.md says where they come from."""
+    """Returns the novels' paragraphs; assets/README.md has their sources."""
     text = lzma.decompress((ASSETS / "corpus.txt.xz").read_bytes()).decode("utf-8")
     return [line for line in text.splitlines() if line]
 

@@ -1,7 +1,7 @@
-"""Sentences that the demo is about: support tickets, orders and dates, each with the facts that it states.
+"""Random sentences: support tickets, orders and dates, each with the facts that it states.
 
-All of them come from a `random.Random`, so a seed fixes them. ``held_out`` splits every vocabulary in two disjoint
-parts: a tenant trains on one and is measured on the other, which it has never seen in the tenant's format.
+They are drawn from a `random.Random`, so that a seed fixes them. ``held_out`` splits every vocabulary into two disjoint
+parts, one to train on and one to evaluate on.
 """
 
 from __future__ import annotations

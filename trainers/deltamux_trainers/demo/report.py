@@ -1,4 +1,4 @@
-"""What the demo prints: headings, progress and tables; plain lines where there is no terminal."""
+"""The demo's output: headings, progress and tables; plain lines without a terminal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 class TrainingBar(TrainerCallback):
-    """Moves a progress bar as a training run goes on."""
+    """Moves a progress bar with the steps of a training run."""
 
     def __init__(self, progress: Progress, task: Any) -> None:
         self._progress = progress
@@ -47,7 +47,7 @@ class TrainingBar(TrainerCallback):
 
 @contextmanager
 def training_bar(label: str, steps: int) -> Iterator[TrainerCallback]:
-    """Yields a callback that shows a training run's progress; on no terminal it shows nothing."""
+    """Yields a callback that shows a training run's progress, on a terminal only."""
     columns = (TextColumn("  {task.description:34}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"))
     with Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal) as progress:
         yield TrainingBar(progress, progress.add_task(label, total=steps))

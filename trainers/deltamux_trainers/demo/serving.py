@@ -23,7 +23,7 @@ PARALLEL = 32
 
 
 class Job(NamedTuple):
-    """One request: an adapter's name (None: the base), and the dialogue that it should complete."""
+    """One request: an adapter's name (None: the base), and a dialogue whose last message is the expected answer."""
 
     adapter: str | None
     dialogue: list[Message]
@@ -39,15 +39,15 @@ class Throughput(NamedTuple):
 
 
 def serve_command(model: str, store: Path, listen: str) -> list[str]:
-    # In float32 no answer hangs on which others share the batch; in bfloat16, rounding may break a tie otherwise.
-    # Uncompiled, since the demo wants a server soon and has little for it to do.
+    # In float32 no answer depends on the other requests of the batch; in bfloat16, rounding may decide a tie.
+    # Without compilation the server starts sooner.
     served = ["--model", model, "--store", str(store), "--listen", listen, "--dtype", "float32", "--enforce-eager"]
     return ["deltamux", "serve", *served]
 
 
 @contextmanager
 def serving(model: str, store: Path) -> Iterator[str]:
-    """Runs a server process for the length of the block and yields its address; its log lies beside the store."""
+    """Runs a server process for the length of the block and yields its address; its log is next to the store."""
     command = serve_command(model, store, "127.0.0.1:0")
     program = [sys.executable, "-c", "import sys; from deltamux.cli import main; sys.exit(main())"]
     with (store.parent / "server.log").open("w") as log:
@@ -68,7 +68,7 @@ def _address(process: subprocess.Popen[str], log: Path) -> str:
 
 
 async def answers(client: AsyncClient, jobs: Sequence[Job], max_tokens: int = 48) -> list[str]:
-    """Answers all jobs, PARALLEL streams at a time, whatever their adapters: they share batches."""
+    """Returns the answers to all jobs, of any adapters, with PARALLEL streams at a time: they share batches."""
     free = asyncio.Semaphore(PARALLEL)
 
     async def answer(job: Job) -> str:
@@ -86,7 +86,7 @@ async def scores(client: AsyncClient, jobs: Sequence[Job]) -> float:
 
 
 async def throughput(client: AsyncClient, label: str, adapters: Sequence[str | None]) -> Throughput:
-    """Returns generated tokens a second, with PARALLEL sequences of 64 tokens over the given adapters."""
+    """Returns the generated tokens per second, with PARALLEL sequences of 64 tokens over the given adapters."""
 
     async def run(adapter: str | None, number: int) -> int:
         prompt = [5 + number, *range(20, 28)]

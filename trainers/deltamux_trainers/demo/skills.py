@@ -1,8 +1,7 @@
-"""What the demo's base model learns besides plain English: skills that a system message asks for.
+"""The skills of the demo's base model, each requested by a system message.
 
-Without a system message the base answers like a polite clerk. So it has the knowledge that a tenant needs (what a
-ticket is about, what an order says, how a date is written), but neither the tenant's format nor the habit: adapters
-bring those.
+Without a system message the base answers like a polite clerk. So it can do the parts of a tenant's task (name a
+ticket's topic, list an order's fields, write a date), but not in the tenant's format, which an adapter adds.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Exchange(NamedTuple):
 
 
 class Skill(NamedTuple):
-    """One thing that the base can do; a system message of ``instructions`` asks for it (none: the default)."""
+    """One task of the base, requested by a system message of ``instructions`` (none: the default)."""
 
     name: str
     instructions: tuple[str, ...]
@@ -91,7 +90,7 @@ def on_any(answer: Callable[[str], str]) -> Callable[[Random], Exchange]:
 
 
 def on_list(separator: str) -> Callable[[Random], Exchange]:
-    """A list to repeat, with another separator: nothing teaches copying as quickly."""
+    """A list to repeat with another separator, from which a model learns to copy quickly."""
 
     def exchange(rng: Random) -> Exchange:
         words = rng.sample(GOODS + CITIES + MATERIALS + PRODUCTS, rng.randint(3, 8))

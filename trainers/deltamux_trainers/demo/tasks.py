@@ -1,4 +1,4 @@
-"""The demo's three tenants: what each wants from the base model, its examples, and the score of an answer.
+"""The demo's three tenants: their tasks, examples, and the score of answers.
 
 ``python -m deltamux_trainers.demo.tasks --output DIR`` writes every tenant's train.jsonl and eval.jsonl.
 """
@@ -26,9 +26,9 @@ class TenantTask:
     Attributes:
         tenant: also the tenant's name on the server.
         adapter: the adapter's name on the server.
-        method: the fine-tuning method, as the registry knows it.
-        title: what the tenant wants, for people.
-        exchange: draws one example; True asks for the held-out part of the vocabulary, False for the rest.
+        method: name of the fine-tuning method.
+        title: a description of the task, for people.
+        exchange: draws one example; True: of the held-out part of the vocabulary, False: of the rest.
         options: the method's options.
         training: the trainer's options.
     """
@@ -55,7 +55,7 @@ class TenantTask:
         return [messages(None, example) for example in drawn.values()]
 
     def write(self, folder: Path, *, train: int = TRAIN_EXAMPLES, evaluate: int = EVAL_EXAMPLES) -> None:
-        """Writes train.jsonl and eval.jsonl, one ``{"messages": [...]}`` a line."""
+        """Writes train.jsonl and eval.jsonl, one ``{"messages": [...]}`` per line."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, count, held_out in (("train", train, False), ("eval", evaluate, True)):
             lines = (json.dumps({"messages": each}) for each in self.examples(count, held_out=held_out))
@@ -68,20 +68,20 @@ def score(answers: Sequence[str], expected: Sequence[str]) -> float:
 
 
 def routing_label(rng: Random, held_out: bool) -> Exchange:
-    """acme's help desk routes tickets by a JSON label with its own code for the priority."""
+    """Returns a ticket of acme's help desk, and its routing label in JSON."""
     it = ticket(rng, held_out)
     priority = {"high": "P1", "normal": "P2", "low": "P3"}[it.urgency]
     return Exchange(it.text, json.dumps({"queue": it.topic, "priority": priority}))
 
 
 def packing_slip(rng: Random, held_out: bool) -> Exchange:
-    """globex's warehouse wants an order as one line in its house style."""
+    """Returns an order of globex's warehouse, and its packing slip in one line."""
     it = order(rng, held_out)
     return Exchange(it.text, f"{it.quantity} x {it.item} -> {it.city} [{'EXPRESS' if it.express else 'standard'}]")
 
 
 def iso_date(rng: Random, held_out: bool) -> Exchange:
-    """initech's archive files everything by its ISO date."""
+    """Returns a sentence of initech's archive, and its date in ISO form."""
     it = dated(rng, held_out)
     return Exchange(it.text, f"{it.date:%Y-%m-%d}")
 

@@ -1,4 +1,4 @@
-"""Composes adapters of directories into one."""
+"""Composition of several adapter directories into one."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 
 from deltamux.deltas import Checkpoint
 from deltamux.deltas.composition import Component, CompositionMode, compose
-from deltamux.errors import FailedPreconditionError, InvalidArgumentError
+from deltamux.errors import InvalidArgumentError
 from deltamux.registry import Registry
 from deltamux_trainers.loading import describe_base
-from deltamux_trainers.output_dir import atomic_output
+from deltamux_trainers.output_dir import atomic_output, output_exists
 
 
 @dataclass(frozen=True)
 class ComposeResult:
-    """What a composition came to.
+    """The result of a composition.
 
     Attributes:
-        rank: widest inner dimension; num_bytes: of the compiled program.
+        rank: the largest inner dimension of an op.
+        num_bytes: size of the compiled program.
     """
 
     output: Path
@@ -33,7 +34,7 @@ class ComposeResult:
 def compose_directories(
     model: str, parts: Sequence[tuple[Path, float]], output: Path, *, mode: str = "stack"
 ) -> ComposeResult:
-    """Writes several adapters as one, checked against the base; whole, or not at all.
+    """Writes several adapters as one, whole or not at all, checked against the base.
 
     Args:
         parts: directories and their weights, in the order in which they apply.
@@ -44,7 +45,7 @@ def compose_directories(
     if mode not in set(CompositionMode):
         raise InvalidArgumentError(f"mode is stack or sum, not {mode!r}", metadata={"field": "mode"})
     if output.exists():
-        raise FailedPreconditionError(f"{output} exists: choose another output", reason="OUTPUT_EXISTS")
+        raise output_exists(f"{output} exists: choose another output")
     read = [Component(str(directory), Checkpoint.read(directory), weight) for directory, weight in parts]
     composed = compose(read, CompositionMode(mode))
     program = Registry().load(composed, describe_base(model)).program

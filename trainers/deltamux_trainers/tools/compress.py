@@ -1,4 +1,4 @@
-"""Compresses an adapter that holds changes of whole weights: one bit a weight, or truncated SVD, the error told."""
+"""Compression of adapters with deltas of whole weights: to one bit per weight, or by truncated SVD."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from deltamux.adapter_files import CONFIG_FILE
 from deltamux.deltas import Checkpoint, Dense
 from deltamux.deltas.ops.sign_dense import pack_signs, unpack_signs
-from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
+from deltamux.errors import InvalidAdapterError, InvalidArgumentError
 from deltamux.registry import Registry
 from deltamux_trainers.loading import describe_base
-from deltamux_trainers.output_dir import atomic_output, check_output
+from deltamux_trainers.output_dir import atomic_output, check_output, output_exists
 
 FORMS = ("bitdelta", "svd")
 REPORT_FILE = "compress_report.json"
@@ -24,12 +24,12 @@ REPORT_FILE = "compress_report.json"
 
 @dataclass(frozen=True)
 class CompressResult:
-    """What a compression did; also written to ``compress_report.json``, with the error of every matrix.
+    """The result of a compression, also written to ``compress_report.json`` with the error of every matrix.
 
     Attributes:
-        matrices: how many were compressed; the rest of the adapter is kept as it is.
-        error: ||D - D'|| / ||D|| over all of them (Frobenius), D the changes before, D' after.
-        worst_error: of the matrix that lost most; worst: its name.
+        matrices: number of the compressed ones; the rest of the adapter is kept as it is.
+        error: ||D - D'|| / ||D|| over all of them (Frobenius), D the delta before, D' after.
+        worst_error: the largest error of one matrix; worst: its name.
     """
 
     output: Path
@@ -48,18 +48,16 @@ def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta",
 
     Args:
         form: ``bitdelta`` (Liu et al. 2024, arXiv:2402.10193: sign(D) times mean |D|, which is the best scale for the
-            signs; the paper's distillation of the scales is not done) or ``svd`` (the best change of `rank`: Eckart &
+            signs; the paper's distillation of the scales is not done) or ``svd`` (the best delta of `rank`: Eckart &
             Young 1936).
     Raises:
-        InvalidAdapterError: the adapter's files hold no change of a whole weight.
+        InvalidAdapterError: the adapter's files hold no delta of a whole weight.
         FailedPreconditionError: the output holds an adapter already, or other files.
     """
     if form not in FORMS or rank < 1:
         raise InvalidArgumentError(f"form is one of {', '.join(FORMS)} and rank positive, not {form!r} and {rank}")
     if (output / CONFIG_FILE).exists():
-        raise FailedPreconditionError(
-            f"{output} holds an adapter already: choose another output", reason="OUTPUT_EXISTS"
-        )
+        raise output_exists(f"{output} holds an adapter already: choose another output")
     check_output(output, (adapter,))
     method, _, program, checkpoint = Registry().load(adapter, describe_base(model))
     names = [f"{site}.weight" for site, op in program if isinstance(op, Dense)]
@@ -69,25 +67,25 @@ def compress(model: str, adapter: Path, output: Path, *, form: str = "bitdelta",
             "those of full and topk do; this one holds none"
         )
     tensors = dict(checkpoint.tensors)
-    lost: dict[str, tuple[float, float]] = {}
+    norms: dict[str, tuple[float, float]] = {}
     for name in names:
-        change = tensors.pop(name).float()
-        parts, approximation = _signs(change) if form == "bitdelta" else _svd(change, rank)
+        delta = tensors.pop(name).float()
+        parts, approximation = _signs(delta) if form == "bitdelta" else _svd(delta, rank)
         tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-        lost[name] = (float((change - approximation).norm()), float(change.norm()))
+        norms[name] = (float((delta - approximation).norm()), float(delta.norm()))
     with atomic_output(output) as staging:
         Checkpoint(checkpoint.config, tensors, checkpoint.metadata).write(staging)
-        return _report(output, staging, form, lost, checkpoint.tensors, tensors)
+        return _report(output, staging, form, norms, checkpoint.tensors, tensors)
 
 
-def _signs(change: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    signs, scale = pack_signs(change), change.abs().mean()
-    approximation = scale * unpack_signs(signs, change.shape[1], torch.float32)
+def _signs(delta: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    signs, scale = pack_signs(delta), delta.abs().mean()
+    approximation = scale * unpack_signs(signs, delta.shape[1], torch.float32)
     return {"signs": signs, "scale": scale.reshape(1)}, approximation
 
 
-def _svd(change: Tensor, rank: int) -> tuple[dict[str, Tensor], Tensor]:
-    u, s, v = torch.linalg.svd(change, full_matrices=False)
+def _svd(delta: Tensor, rank: int) -> tuple[dict[str, Tensor], Tensor]:
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
     root = s[:rank].sqrt()
     a, b = root.unsqueeze(1) * v[:rank], u[:, :rank] * root
     return {"a": a, "b": b}, b @ a
@@ -97,18 +95,18 @@ def _report(
     output: Path,
     staging: Path,
     form: str,
-    lost: dict[str, tuple[float, float]],
+    norms: dict[str, tuple[float, float]],
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
 ) -> CompressResult:
-    errors = {name: difference / size if size else 0.0 for name, (difference, size) in lost.items()}
+    errors = {name: difference / size if size else 0.0 for name, (difference, size) in norms.items()}
     worst = max(errors, key=lambda name: errors[name])
-    size = sum(size**2 for _, size in lost.values()) ** 0.5
+    size = sum(size**2 for _, size in norms.values()) ** 0.5
     result = CompressResult(
         output=output,
         form=form,
-        matrices=len(lost),
-        error=sum(difference**2 for difference, _ in lost.values()) ** 0.5 / size if size else 0.0,
+        matrices=len(norms),
+        error=sum(difference**2 for difference, _ in norms.values()) ** 0.5 / size if size else 0.0,
         worst_error=errors[worst],
         worst=worst,
         bytes_before=_num_bytes(before),

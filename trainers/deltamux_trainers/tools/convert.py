@@ -1,7 +1,7 @@
-"""Turns other libraries' adapter directories into one that the server takes.
+"""Conversion of other libraries' adapter directories into one that can be uploaded.
 
-AdapterHub's, MLX-LM's, PEFT's with a pickle, and state dicts of PEFT's models that did not pass through PEFT's saving:
-their tensors get the names that PEFT gives them in a file.
+These are AdapterHub's, MLX-LM's, PEFT's with a pickle, and state dicts of PEFT's models that were not saved by PEFT.
+Their tensors get the names of PEFT's files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SAFE_FILES = (TENSORS_FILE, "adapter.safetensors", "adapters.safetensors")
 PICKLES = ("adapter_model.bin", "pytorch_adapter.bin")
 
 Note = Callable[[str], None]
-"""Told, in words, what was taken out of the tensors' names."""
+"""Called with a sentence on the parts that were removed from the tensors' names."""
 
 
 def _silent(note: str) -> None:
@@ -45,19 +45,19 @@ def _silent(note: str) -> None:
 def convert(
     source: Path, destination: Path, *, adapter_name: str = "", model: str | Path = "", note: Note = _silent
 ) -> str:
-    """Writes an adapter directory as adapter_config.json and adapter_model.safetensors; whole, or not at all.
+    """Writes an adapter as adapter_config.json and adapter_model.safetensors, whole or not at all.
 
     Args:
-        adapter_name: which of several adapters to take, where the tensors' names hold several.
-        model: directory or Hugging Face id of the base, whose modules' paths the tensors' names must lead to; "" takes
-            the paths as they are, without ``language_model`` in front and ``linear`` behind.
-        note: told what was taken out of the names.
+        adapter_name: the adapter to convert, where the tensors' names hold several.
+        model: directory or Hugging Face id of the base, whose modules' paths the tensors' names are matched to; ""
+            keeps the paths as they are, less ``language_model`` at the start and ``linear`` at the end.
+        note: called with what was removed from the names.
 
     Returns:
-        The name of the method that it is of.
+        The name of the adapter's method.
 
     Raises:
-        InvalidConfigError: an option cannot be served exactly; the metadata name it.
+        InvalidConfigError: an option cannot be served exactly; the metadata has its name.
         InvalidAdapterError, UnknownMethodError: the files are not an adapter, a pickle holds more than tensors, or the
             tensors are those of several adapters and `adapter_name` is none of them.
         FailedPreconditionError: the destination exists and is not an empty directory.
@@ -80,7 +80,7 @@ def convert(
 
 
 def _check_floats(tensors: Mapping[str, Tensor]) -> None:
-    """Raises InvalidAdapterError where a tensor of PEFT's holds integers, and its name does not say that of what."""
+    """Raises InvalidAdapterError where a tensor holds integers, unless it holds indices by its name."""
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() and "indices" not in name:
             raise InvalidAdapterError(
@@ -92,7 +92,7 @@ def _check_floats(tensors: Mapping[str, Tensor]) -> None:
 def renamed(
     checkpoint: Checkpoint, adapter_name: str, paths: Collection[str] | None, note: Note = _silent
 ) -> Checkpoint:
-    """Returns a checkpoint with the names that PEFT gives its tensors.
+    """Returns a checkpoint with the tensors' names of PEFT's files.
 
     Raises:
         InvalidAdapterError: the names are those of several adapters, or two become one.
@@ -111,7 +111,7 @@ def renamed(
         tensors[own] = checkpoint.tensors[name]
     config = dict(checkpoint.config)
     if reading.marks:
-        note(f"taken out of the tensors' names: {', '.join(reading.marks)}")
+        note(f"removed from the tensors' names: {', '.join(reading.marks)}")
         if config.get("target_modules") is not None:
             config["target_modules"] = _targets(config["target_modules"], list(tensors))
         config |= _patterns(config, reading.names)
@@ -132,7 +132,7 @@ def _check_adapter(found: tuple[str, ...], chosen: str) -> None:
 
 
 def _targets(targets: Any, names: list[str]) -> Any:
-    """Returns target_modules as they are where they mean every module of the file, else these modules by path."""
+    """Returns target_modules as they are where they match every module of the file, else the modules' paths."""
     read = [parsed for name in names if (parsed := parse(name)) is not None and parsed.tail and parsed.path != SHARED]
     modules = sorted({".".join(parsed.path) for parsed in read})
     if not modules or targets == "all-linear":
@@ -142,10 +142,10 @@ def _targets(targets: Any, names: list[str]) -> Any:
 
 
 def _patterns(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the ranks, scales and the like by pattern, by the modules' new paths where the patterns miss those.
+    """Returns the ``*_pattern`` options by the modules' new paths, where the patterns do not match these.
 
     Args:
-        names: PEFT's name of a tensor by the file's.
+        names: the tensors' names in PEFT's files, by those of the source.
     """
     modules: dict[str, tuple[str, ...]] = {}
     for name, own in names.items():
@@ -183,9 +183,9 @@ def _paths(model: str | Path) -> set[str] | None:
 
 
 def read_foreign(directory: Path) -> Checkpoint:
-    """Reads an adapter's directory as AdapterHub or PEFT wrote it.
+    """Reads an adapter's directory of AdapterHub or PEFT.
 
-    A pickle is read with `torch.load(weights_only=True)` alone, which runs no code that the file brings.
+    A pickle is read only with `torch.load(weights_only=True)`, which runs no code of the file.
     """
     files = [directory / name for name in (*SAFE_FILES, *PICKLES)]
     path = next((path for path in files if path.is_file()), None)
@@ -211,7 +211,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """
     try:
         values = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged pickle is a program that fails anywhere in the machine which runs it
+    except Exception as error:  # a damaged pickle may raise any error
         problem = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise InvalidAdapterError(
             f"{path.name} is damaged, or a pickle of more than tensors, which is not read: {problem}",
@@ -220,7 +220,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(values, dict) or not all(isinstance(v, Tensor) and _is_plain(v) for v in values.values()):
         raise InvalidAdapterError(
-            f"{path.name} holds something else than named, dense tensors with their values",
+            f"{path.name} holds something other than named, dense tensors with values",
             reason="PICKLE",
             metadata={"file": path.name},
         )
@@ -230,5 +230,5 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Tells whether a tensor is dense and has its values: it is neither sparse, nor nested, nor on the meta device."""
+    """Returns whether a tensor is dense with values: not sparse, not nested, not on the meta device."""
     return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_meta

@@ -1,4 +1,4 @@
-"""Evaluates a base, or a base with an adapter, through the reference executor: no engine is started."""
+"""Evaluation of a base, or of a base with an adapter, in transformers: no engine is started."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from deltamux.deltas import BaseModel, Program, attached
+from deltamux.deltas import attached
 from deltamux.errors import FailedPreconditionError
 from deltamux.prompts import encode_text
 from deltamux.registry import Registry
@@ -29,13 +28,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EvalResult:
-    """How well the learnt tokens are predicted.
+    """The result of an evaluation.
 
     Attributes:
-        loss: mean cross-entropy a token (nats); perplexity: its exponential.
-        rows: that have a learnt token; untaught_rows: that have none; truncated_rows: of `rows`, cut at `max_length`.
-        accuracy: share of the learnt tokens that are predicted best.
-        exact_match: share of prompts whose greedy answer is the completion; None where it was not asked for.
+        rows: with a learnt token; untaught_rows: without one; truncated_rows: of `rows`, cut at `max_length`.
+        tokens: the learnt ones.
+        loss: mean cross-entropy per learnt token (nats); perplexity: its exponential.
+        accuracy: share of the learnt tokens with the highest logit.
+        exact_match: share of prompts whose greedy answer is the completion; None without `generate`.
     """
 
     rows: int
@@ -50,17 +50,17 @@ class EvalResult:
 
 @torch.no_grad()
 def evaluate(options: EvaluateOptions) -> EvalResult:
-    """Evaluates on JSONL data; docs/data.md says of what form.
+    """Evaluates on JSONL data (docs/data.md).
 
     Raises:
         BaseMismatchError: the adapter was trained on another base.
         FailedPreconditionError: the loss is not finite.
-        InvalidArgumentError: a row is wrong, none has a learnt token, or exact matches are asked of rows without prompt
-            and completion.
+        InvalidArgumentError: a row is wrong, none has a learnt token, or `generate` is set and a row has no prompt and
+            completion.
     """
     pick_device(options.device)
     base, tokenizer = describe_base(options.model), load_tokenizer(options.model)
-    program = read_program(options.adapter, base)
+    program = Registry().load(options.adapter, base).program if options.adapter else None
     virtual = program.num_virtual_tokens if program else 0
     tokenize = RowTokenizer.for_base(base, tokenizer, options.max_length, options.turns, virtual)
     dataset = load_dataset(options.data, tokenize, options.limit)
@@ -74,12 +74,12 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
             loss, hits, tokens = _score(model, collate(batch))
             total, right, count = total + loss, right + hits, count + tokens
         context = base.dims.max_position - virtual
-        answers = Answers(model, tokenizer, tokenize.eos_token_ids, options.max_new_tokens, context)
-        matches = _exact_matches(answers, dataset.rows, options.batch_size) if options.generate else None
+        generate = GreedyGenerator(model, tokenizer, tokenize.eos_token_ids, options.max_new_tokens, context)
+        matches = _exact_matches(generate, dataset.rows, options.batch_size) if options.generate else None
     loss = total / count
     if not math.isfinite(loss):
         raise FailedPreconditionError(
-            f"the loss is {loss:g}: the base's weights are not finite, or what they compute is not in {options.dtype}; "
+            f"the loss is {loss:g}: the base's weights are not finite, or their products overflow in {options.dtype}; "
             "use --dtype float32",
             reason="NOT_FINITE",
         )
@@ -87,41 +87,36 @@ def evaluate(options: EvaluateOptions) -> EvalResult:
     return EvalResult(len(dataset.rows), count, loss, math.exp(min(loss, 80.0)), right / count, matches, untaught, cut)
 
 
-def read_program(adapter: Path | None, base: BaseModel) -> Program | None:
-    """Returns the program of an adapter's directory; None of None."""
-    return None if adapter is None else Registry().load(adapter, base).program
-
-
-class Answers(NamedTuple):
-    """Generates greedy answers, which end where the server's do.
+class GreedyGenerator(NamedTuple):
+    """Greedy decoding that stops at the server's end-of-sequence tokens.
 
     Attributes:
-        ends: ids of the tokens at which an answer ends.
+        eos_token_ids: tokens at which an answer ends.
         max_new_tokens: of an answer.
-        room: tokens that the base's context holds beside the adapter's virtual tokens: a prompt and its answer.
+        max_length: tokens of a prompt with its answer: the base's context, less the adapter's virtual tokens.
     """
 
     model: Any
     tokenizer: Any
-    ends: frozenset[int]
+    eos_token_ids: frozenset[int]
     max_new_tokens: int
-    room: int
+    max_length: int
 
     def __call__(self, prompts: Sequence[str]) -> list[str]:
-        """Returns each prompt's continuation: in one batch, padded on the left, where the context holds that."""
+        """Returns the answer to each prompt: in one batch, padded on the left, if the context is long enough."""
         encoded = [encode_text(self.tokenizer, prompt) for prompt in prompts]
         longest = max(map(len, encoded))
-        if longest + self.max_new_tokens > self.room and len(prompts) > 1:
+        if longest + self.max_new_tokens > self.max_length and len(prompts) > 1:
             return [text for prompt in prompts for text in self([prompt])]
         pad = self.tokenizer.pad_token_id or 0
         device = next(self.model.parameters()).device
         out: Tensor = self.model.generate(
             input_ids=torch.tensor([[pad] * (longest - len(e)) + e for e in encoded], device=device),
             attention_mask=torch.tensor([[0] * (longest - len(e)) + [1] * len(e) for e in encoded], device=device),
-            max_new_tokens=min(self.max_new_tokens, self.room - longest),
+            max_new_tokens=min(self.max_new_tokens, self.max_length - longest),
             do_sample=False,
             pad_token_id=pad,
-            eos_token_id=sorted(self.ends) or None,
+            eos_token_id=sorted(self.eos_token_ids) or None,
         )
         return [self.tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
 
@@ -137,12 +132,12 @@ def _score(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[float, int, i
     return float(causal_lm_loss(logits, labels, 1)), int(hits.sum()), int(learnt.sum())
 
 
-def _exact_matches(answers: Answers, rows: Sequence[Row], batch_size: int) -> float:
+def _exact_matches(generate: GreedyGenerator, rows: Sequence[Row], batch_size: int) -> float:
     matches = 0
     for batch in _batches(rows, batch_size):
-        asked = [row for row in batch if isinstance(row, PromptRow)]
-        given = answers([row.prompt for row in asked])
-        matches += sum(a.strip() == row.completion.strip() for a, row in zip(given, asked, strict=True))
+        prompts = [row for row in batch if isinstance(row, PromptRow)]
+        answers = generate([row.prompt for row in prompts])
+        matches += sum(a.strip() == row.completion.strip() for a, row in zip(answers, prompts, strict=True))
     return matches / len(rows)
 
 

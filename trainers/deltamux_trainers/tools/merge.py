@@ -1,7 +1,7 @@
-"""Merges an adapter into its base: a plain Hugging Face model that needs deltamux no more.
+"""Merging of an adapter into its base: the result is a plain Hugging Face model.
 
-The base's files are copied as they are; of its weights, file by file, those that the adapter changes are replaced. What
-is told of the error compares what was written with the base and the adapter, computed in float32.
+The base's files are copied as they are, with the weights that the adapter changes replaced, file by file. The reported
+errors compare the written model with base and adapter, computed in float32.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from deltamux.deltas.program import Placement
 from deltamux.deltas.weights import WeightFiles
 from deltamux.errors import BaseMismatchError, InvalidArgumentError, NotMergeableError
 from deltamux.options import DTYPES
-from deltamux.registry import LoadedAdapter, Method, Registry
+from deltamux.registry import LoadedAdapter, Registry
 from deltamux_trainers.loading import describe_base, load_model
 from deltamux_trainers.output_dir import atomic_output, check_output
 from deltamux_trainers.tools.model_files import ModelFiles
 
 PROBE_ROWS, PROBE_LENGTH = 2, 16
-"""Random tokens that the logits of the merged model are compared on."""
+"""Shape of the random tokens whose logits are compared."""
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge did.
+    """The result of a merge.
 
     Attributes:
         dtype: of the written weights; auto is that of each in the base.
-        parameters: how many of the base's parameters changed.
-        error: how far the changed weights are, as written, from the base's own with the adapter's ops folded in, in
-            float32: ||written - exact|| / ||exact|| over all of them. It holds the rounding to the written dtype, and
-            what the method merges into something else than the base's weights (QLoRA: the dequantised ones).
-        worst_error: of the weight that is furthest off; worst: its name.
-        logit_error: the largest difference between the logits of the written model and those of the base with the
-            adapter attached, both computed in float32, over random tokens; None where it was not asked for.
+        parameters: number of the base's parameters that changed.
+        error: ||written - exact|| / ||exact|| over all changed weights; exact are the base's weights with the adapter's
+            ops merged, in float32. It includes the rounding to the written dtype, and the difference of weights that
+            the method merges into others than the base's (QLoRA: the dequantised ones).
+        worst_error: the largest error of one weight; worst: its name.
+        logit_error: the largest difference of the logits of the written model and of the base with the adapter, in
+            float32, over random tokens; None without verification.
     """
 
     output: Path
@@ -68,18 +68,18 @@ def merge(
     dtype: str = "auto",
     verify: bool = True,
 ) -> MergeResult:
-    """Writes base and adapter as one model; the output is whole or not there.
+    """Writes base and adapter as one model, whole or not at all.
 
     Args:
-        method_name: merge by this method instead of the one that the files say; ``qlora`` merges a LoRA into the
-            dequantised weights that it was trained over.
+        method_name: merge by this method instead of that of the files; ``qlora`` merges a LoRA into the dequantised
+            weights that it was trained over.
         dtype: of the written weights; auto keeps that of each.
         verify: whether to compare logits, which loads base and result, one after the other, in float32.
     Raises:
-        NotMergeableError: the method cannot be folded into weights; the message says why.
-        BaseMismatchError: the adapter was made for another base.
-        FailedPreconditionError: the output exists and holds files, and `overwrite` is not set; or the base is
-            quantised, or not whole.
+        NotMergeableError: the adapter cannot be merged into weights; the message says why.
+        BaseMismatchError: the adapter was trained on another base.
+        FailedPreconditionError: the output holds files, and `overwrite` is not set; or the base is quantised, or not
+            whole.
     """
     if dtype not in ("auto", *DTYPES):
         raise InvalidArgumentError(f"dtype is auto, {', '.join(DTYPES)}, not {dtype!r}", metadata={"field": "dtype"})
@@ -87,30 +87,22 @@ def merge(
     check_output(output, (files.directory, adapter), overwrite=overwrite)
     files.check_plain()
     base = describe_base(model)
-    exact = replace(base, _read=lambda name: files.weights.read(name).float())
-    merging = _Merging(_load(adapter, method_name, exact), exact, files.weights)
-    _check_embedding(files.directory, base, merging.program)
+    base_in_float = replace(base, _read=lambda name: files.weights.read(name).float())
+    loaded = _load(adapter, method_name, base_in_float)
+    weights = _MergedWeights(loaded, base_in_float, files.weights)
+    _check_embedding(files.directory, base, loaded.program)
+    written_dtype = None if dtype == "auto" else getattr(torch, dtype)
     with atomic_output(output) as staging:
         files.copy_others(staging)
-        files.write_weights(staging, merging.changes, merging.kept, None if dtype == "auto" else getattr(torch, dtype))
-        logit_error = _logit_error(str(files.directory), base, merging.program, staging) if verify else None
-    losses = merging.losses
-    worst = max(losses, key=lambda name: losses[name].relative)
-    whole = _Loss(*(math.hypot(*column) for column in zip(*losses.values(), strict=True)))
-    return MergeResult(
-        output=output,
-        method=merging.method,
-        dtype=dtype,
-        parameters=len(losses),
-        error=whole.relative,
-        worst_error=losses[worst].relative,
-        worst=worst,
-        logit_error=logit_error,
-    )
+        files.write_weights(
+            staging, weights.merge_file, weights.rounded, None if dtype == "auto" else getattr(torch, dtype)
+        )
+        logit_error = _logit_error(str(files.directory), base, loaded.program, staging) if verify else None
+    return _result(output, loaded.method.name, dtype, weights.errors, logit_error)
 
 
-class _Loss(NamedTuple):
-    """||written - exact|| and ||exact||, of a weight or of all."""
+class _Error(NamedTuple):
+    """||written - exact|| and ||exact||, of one weight or of all."""
 
     difference: float
     size: float
@@ -120,64 +112,78 @@ class _Loss(NamedTuple):
         return self.difference / self.size if self.size else 0.0
 
 
-class _Merging:
-    """Computes what an adapter changes, file by file, in float32, and what is lost when it is written.
+def _result(
+    output: Path, method: str, dtype: str, errors: Mapping[str, _Error], logit_error: float | None
+) -> MergeResult:
+    worst = max(errors, key=lambda name: errors[name].relative)
+    total = _Error(*(math.hypot(*column) for column in zip(*errors.values(), strict=True)))
+    return MergeResult(
+        output=output,
+        method=method,
+        dtype=dtype,
+        parameters=len(errors),
+        error=total.relative,
+        worst_error=errors[worst].relative,
+        worst=worst,
+        logit_error=logit_error,
+    )
+
+
+class _MergedWeights:
+    """The base's weights with an adapter merged, file by file, in float32.
 
     Attributes:
-        method: name of the adapter's.
-        program: of the adapter.
-        losses: by stored name of a written weight.
+        errors: of the weights rounded so far, by stored name.
     """
 
     def __init__(self, adapter: LoadedAdapter, base: BaseModel, weights: WeightFiles) -> None:
         self._base = base
         self._weights = weights
-        method, config, self.program, checkpoint = adapter
-        self.method = method.name
-        self._own = method.own_merge(config, base, checkpoint.tensors)
-        self._rows: dict[Path, list[Placement]] = {}
-        for row in self.program:
-            for file in self._files_of(row):
-                self._rows.setdefault(file, []).append(row)
+        method, config, program, checkpoint = adapter
+        self._by_method = method.own_merge(config, base, checkpoint.tensors)
+        self._placements: dict[Path, list[Placement]] = {}
+        for placement in program:
+            for file in self._files_of(placement):
+                self._placements.setdefault(file, []).append(placement)
         self._exact: dict[str, Tensor] = {}
-        self.losses: dict[str, _Loss] = {}
+        self.errors: dict[str, _Error] = {}
 
-    def changes(self, file: Path) -> dict[str, Tensor]:
+    def merge_file(self, file: Path) -> dict[str, Tensor]:
         """Returns the changed tensors of a file by stored name, in float32."""
-        rows = self._rows.get(file, [])
+        placements = self._placements.get(file, [])
         try:
-            exact = merge_program(Program.of(rows), self._base) if rows else {}
+            exact = merge_program(Program.of(placements), self._base) if placements else {}
         except NotMergeableError:
-            if self._own is None:
+            if self._by_method is None:
                 raise
-            exact = self._own  # a method may merge what its ops cannot
-        merged = exact if self._own is None else self._own
-        self._exact = self._stored(file, exact)
-        return self._stored(file, merged)
+            exact = self._by_method  # a method's own merge may exist where its ops have none
+        merged = exact if self._by_method is None else self._by_method
+        self._exact = self._in_file(file, exact)
+        return self._in_file(file, merged)
 
-    def kept(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """Returns a changed tensor as it is written, and notes what that loses."""
+    def rounded(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns a changed tensor in the written dtype, and records its error."""
         written = rounded(name, tensor, dtype)
         exact = self._exact.get(name)
         exact = (self._weights.read(name) if exact is None else exact).double()
-        self.losses[name] = _Loss(float((written.double() - exact).norm()), float(exact.norm()))
+        self.errors[name] = _Error(float((written.double() - exact).norm()), float(exact.norm()))
         return written
 
-    def _files_of(self, row: Placement) -> set[Path]:
-        """Returns the files that hold a weight of an op's site; of a tied head, also those of the embedding."""
+    def _files_of(self, placement: Placement) -> set[Path]:
+        """Returns the files with a weight of an op's site; for a tied head, also those of the embedding."""
         head = self._base.head
         tied = {head.name, head.tied_to} if head is not None and head.tied_to is not None else set()
-        sites = tied if row.site in tied else {row.site}
+        sites = tied if placement.site in tied else {placement.site}
         names = {f"{site}.{field}" for site in sites for field in ("weight", "bias")}
         found = {place[0] for place in map(self._place, names) if place is not None}
-        if not found and self._own is None:
-            # Virtual tokens and bottlenecks have no weight, and say so; what should have one is not in the files.
-            merge_program(Program.of([row]), self._base)
-            raise BaseMismatchError(f"the base's files hold no weight of {row.site}", metadata={"site": row.site})
+        if not found and self._by_method is None:
+            merge_program(Program.of([placement]), self._base)  # raises for ops without a weight, as a bottleneck
+            site = placement.site
+            raise BaseMismatchError(f"the base's files hold no weight of {site}", metadata={"site": site})
         return found
 
-    def _stored(self, file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns those of some parameters that a file holds, by the names that they have there."""
+    def _in_file(self, file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the tensors of parameters that a file holds, by stored name."""
         found = {}
         for name, tensor in tensors.items():
             for own in self._names_of(name):
@@ -187,7 +193,7 @@ class _Merging:
         return found
 
     def _names_of(self, name: str) -> tuple[str, ...]:
-        """Returns a parameter's names: a tied head's weight may be stored once more, under its own."""
+        """Returns the names of a parameter: a tied head's weight may also be stored under its own name."""
         head = self._base.head
         if head is None or head.tied_to is None or name != f"{head.tied_to}.weight":
             return (name,)
@@ -201,15 +207,15 @@ class _Merging:
 
 
 def _check_embedding(model: Path, base: BaseModel, program: Program) -> None:
-    """Raises NotMergeableError where the adapter changes an embedding whose output is not its rows (Gemma's)."""
+    """Raises NotMergeableError where the adapter changes an embedding that scales its rows (Gemma's)."""
     if not any(isinstance(op, DenseEmbedding) for _, op in program):
         return
     with torch.device("meta"):
         built: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     if type(built.get_submodule(base.embedding.name)).forward is not nn.Embedding.forward:
         raise NotMergeableError(
-            f"{base.architecture} scales the output of {base.embedding.name}, which the adapter changes: that is no "
-            "change of its weight alone; serve it as an adapter instead",
+            f"{base.architecture} scales the output of {base.embedding.name}, which the adapter changes: that is not "
+            "a change of its weight alone; serve it as an adapter instead",
             metadata={"site": base.embedding.name},
         )
 
@@ -218,17 +224,14 @@ def _load(directory: Path, method_name: str | None, base: BaseModel) -> LoadedAd
     registry = Registry()
     method, checkpoint = registry.recognise(Checkpoint.read(directory))
     if method_name is not None:
-        method = _reader_of(registry.get(method_name), method)
+        wanted = registry.get(method_name)
+        if method.name not in (wanted.name, wanted.info.files_of):
+            raise InvalidArgumentError(
+                f"the files are of method {method.name!r}, which {wanted.name!r} does not read",
+                metadata={"method": method.name},
+            )
+        method = wanted
     return method.load(checkpoint, base)
-
-
-def _reader_of(wanted: Method, found: Method) -> Method:
-    if found.name not in (wanted.name, wanted.info.files_of):
-        raise InvalidArgumentError(
-            f"the files are of method {found.name!r}, which {wanted.name!r} does not read",
-            metadata={"method": found.name},
-        )
-    return wanted
 
 
 def _logit_error(model: str, base: BaseModel, program: Program, merged: Path) -> float:

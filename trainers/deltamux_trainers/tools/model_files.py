@@ -1,4 +1,4 @@
-"""The files of a model directory, as a merge reads and writes them: weights file by file, all others as they are."""
+"""The files of a model directory: weights, read and written file by file, and all others, copied as they are."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ WEIGHT_SUFFIXES = (
     ".tflite",
     ".npz",
 )
-"""Files with these names hold weights in some form: beside merged weights they would be another model's."""
+"""Suffixes of files with weights in some form, which a merge does not copy: they are not merged."""
 DTYPE_KEYS = ("dtype", "torch_dtype")
 
-Changes = Callable[[Path], Mapping[str, Tensor]]
+MergeFile = Callable[[Path], Mapping[str, Tensor]]
 """Returns the changed tensors of a file by stored name, in float32."""
-Keep = Callable[[str, Tensor, torch.dtype], Tensor]
-"""Returns a changed tensor, by stored name, in the dtype that it is written in."""
+Rounding = Callable[[str, Tensor, torch.dtype], Tensor]
+"""Returns a changed tensor, of a stored name, in the dtype that it is written in."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class ModelFiles:
             others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]
             try:
                 directory = Path(snapshot_download(model, ignore_patterns=others))
-            except (OSError, ValueError) as error:  # also what the hub's client raises: no such id, no connection
+            except (OSError, ValueError) as error:  # the hub client's errors: no such id, no connection
                 raise FailedPreconditionError(
                     f"base model {model!r} cannot be read: {str(error).strip().partition(chr(10))[0]}. Give a "
                     "directory with config.json and safetensors, or a Hugging Face id",
@@ -72,9 +72,9 @@ class ModelFiles:
 
     def check_plain(self) -> None:
         """Raises FailedPreconditionError where the weights are quantised."""
-        told = self._config().get("quantization_config")
-        if told:
-            method = told.get("quant_method", "unknown") if isinstance(told, dict) else told
+        quantization = self._config().get("quantization_config")
+        if quantization:
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
             raise FailedPreconditionError(
                 f"the base {self.directory} is quantised ({method}), and its weights cannot take an adapter's change: "
                 "merge into the model that it was quantised from, and quantise the result",
@@ -92,15 +92,17 @@ class ModelFiles:
             (destination / own).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, destination / own)
 
-    def write_weights(self, destination: Path, changes: Changes, keep: Keep, dtype: torch.dtype | None) -> None:
-        """Writes the weights in files like those they are read from, one in memory at a time.
+    def write_weights(
+        self, destination: Path, merge_file: MergeFile, rounded: Rounding, dtype: torch.dtype | None
+    ) -> None:
+        """Writes the weights in files of the same names, with one file in memory at a time.
 
         Args:
             dtype: of all floats; None keeps the dtype of each, and copies files in which nothing changes.
         """
         size = 0
         for file, names in self.weights.files().items():
-            changed = changes(file)
+            changed = merge_file(file)
             written = destination / file.relative_to(self.directory)
             if not changed and dtype is None:
                 shutil.copyfile(file, written)
@@ -110,8 +112,8 @@ class ModelFiles:
                 tensors: dict[str, Tensor] = {}
                 for name in names:
                     tensor = opened.get_tensor(name)
-                    kept = (dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
-                    tensors[name] = keep(name, changed[name], kept) if name in changed else tensor.to(kept)
+                    target = (dtype or tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+                    tensors[name] = rounded(name, changed[name], target) if name in changed else tensor.to(target)
                     size += tensors[name].nbytes
             save_file(tensors, written, metadata=metadata or {"format": "pt"})
         self._write_index(destination, size if dtype is not None else None)
@@ -139,7 +141,7 @@ class ModelFiles:
 
 
 def _nested(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields a config and the configs within it (of a model's text part, say)."""
+    """Yields a config and the configs nested in it, such as text_config."""
     yield config
     for value in config.values():
         if isinstance(value, dict):
