@@ -182,7 +182,7 @@ def _show_result(work: Callable[[], Any], arguments: argparse.Namespace) -> None
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """Has SIGTERM raise KeyboardInterrupt for the length of a block."""
+    """Turns SIGTERM into KeyboardInterrupt during a block."""
     if threading.current_thread() is not threading.main_thread():  # which alone gets signals
         yield
         return

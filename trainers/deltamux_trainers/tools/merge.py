@@ -94,9 +94,7 @@ def merge(
     written_dtype = None if dtype == "auto" else getattr(torch, dtype)
     with atomic_output(output) as staging:
         files.copy_others(staging)
-        files.write_weights(
-            staging, weights.merge_file, weights.rounded, None if dtype == "auto" else getattr(torch, dtype)
-        )
+        files.write_weights(staging, weights.merge_file, weights.rounded, written_dtype)
         logit_error = _logit_error(str(files.directory), base, loaded.program, staging) if verify else None
     return _result(output, loaded.method.name, dtype, weights.errors, logit_error)
 
