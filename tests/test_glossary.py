@@ -31,6 +31,13 @@ RETIRED = (
     "lay_out",
     "stand_in",
     "rehearse",
+    "AroundInterceptor",
+    "errors_become_statuses",
+    "everybody_is_administrator",
+    "key_decides",
+    "PacedCalls",
+    "CheckedRequests",
+    "kept_upload",
 )
 """Names that the code base had before the field's words replaced them."""
 

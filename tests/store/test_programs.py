@@ -67,7 +67,7 @@ def test_the_same_files_repair_a_program_for_every_version_that_has_them(
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
 @pytest.mark.parametrize("harm", [flip, truncate, remove])
-def test_the_same_files_repair_the_kept_upload(harm: Callable[[Path], None], name: str, store: AdapterStore) -> None:
+def test_the_same_files_repair_the_stored_upload(harm: Callable[[Path], None], name: str, store: AdapterStore) -> None:
     record = upload(store, "one")
     harm(record.program.parent / name)
     with pytest.raises(DataLossError, match="upload the same files again") as lost:

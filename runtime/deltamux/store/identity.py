@@ -53,7 +53,7 @@ class IdentityFiles:
             fields = json.loads(_text(path))
             if fields["format"] != FORMAT:
                 raise FailedPreconditionError(
-                    f"{path} has format {fields['format']!r}, and this deltamux knows {FORMAT!r}: start the one that "
+                    f"{path} has format {fields['format']!r}, and this deltamux has {FORMAT!r}: start the one that "
                     "wrote it",
                     reason="STORE_SCHEMA",
                 )
