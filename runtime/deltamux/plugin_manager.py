@@ -99,9 +99,9 @@ class PluginManager(pluggy.PluginManager):
             label = self.label(plugin)
             self.on_step(label, "the check of its hooks")
             offered = {name for name in dir(plugin) if self.parse_hookimpl_opts(plugin, name) is not None}
-            misspelt, missing = sorted(offered - known), sorted(set(REQUIRED_HOOKS) - offered)
-            if misspelt or missing:
-                problem = f"unknown hook {', '.join(misspelt)}" if misspelt else f"missing hook {', '.join(missing)}"
+            unknown, missing = sorted(offered - known), sorted(set(REQUIRED_HOOKS) - offered)
+            if unknown or missing:
+                problem = f"unknown hook {', '.join(unknown)}" if unknown else f"missing hook {', '.join(missing)}"
                 self.broken[label] = problem
                 self.unregister(plugin)
         self.check_pending()

@@ -136,7 +136,7 @@ class StepIndex:
     def foreign(self, columns: StackedColumns) -> Tensor:
         """Returns [num_rows, columns] bool: True where a stacked column is of another slot than the row's.
 
-        Sites whose columns are laid out alike, as all those of the usual adapter are, share one mask a step.
+        Sites whose columns are laid out alike, as all those of the usual adapter are, share one mask per step.
         """
         mask = self._foreign.get(columns.layout)
         if mask is None:
