@@ -66,7 +66,8 @@ ALLOWED: dict[str, set[str]] = {
 
 # What may be imported inside a function only: the command that needs a heavy layer, the factory that picks an engine.
 ALLOWED_INSIDE_FUNCTIONS: dict[str, set[str]] = {
-    "deltamux.cli": set(ALLOWED) - {"deltamux_plugins"},
+    # Neither the server nor the trainers: their commands register themselves (`deltamux.commands`).
+    "deltamux.cli": METHODS | {"deltamux.bench", "deltamux.conformance", "deltamux.engine", "deltamux.scaffold"},
     "deltamux.engine": {"deltamux.engine.vllm.frontend"},
     "deltamux.bench": {"deltamux.engine.vllm.frontend"},
     "deltamux.conformance": {"deltamux.engine.vllm.frontend"},

