@@ -66,7 +66,9 @@ def _add_train(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     parser = commands.add_parser(
-        "evaluate", help="evaluate a base or an adapter", description="Evaluate without a server."
+        "evaluate",
+        help="evaluate a base or an adapter",
+        description="Evaluate a base, or a base with an adapter, on rows of data; no server is needed.",
     )
     add_options(parser, EvaluateOptions)
     add_json(parser)
@@ -74,7 +76,11 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_merge(commands: Any) -> None:
-    parser = commands.add_parser("merge", help="merge an adapter into its base", description="Write a plain model.")
+    parser = commands.add_parser(
+        "merge",
+        help="merge an adapter into its base",
+        description="Merge an adapter into its base, and write a plain model.",
+    )
     _add_directories(parser)
     parser.add_argument("--method", help="merge by this method (qlora: into the dequantised weights)")
     parser.add_argument("--overwrite", action="store_true", help="replace what the output holds")
@@ -93,11 +99,18 @@ def _add_merge(commands: Any) -> None:
 
 def _add_compress(commands: Any) -> None:
     parser = commands.add_parser(
-        "compress", help="make a full fine-tuning's delta small", description="Compress changes of whole weights."
+        "compress",
+        help="make a full fine-tuning's delta small",
+        description="Write the changes of whole weights in a small form.",
     )
     _add_directories(parser)
-    parser.add_argument("--form", default="bitdelta", choices=("bitdelta", "svd"), help="default: %(default)s")
-    parser.add_argument("--rank", type=int, default=16, help="of svd (default: %(default)s)")
+    parser.add_argument(
+        "--form",
+        default="bitdelta",
+        choices=("bitdelta", "svd"),
+        help="one bit per weight, or low rank (default: %(default)s)",
+    )
+    parser.add_argument("--rank", type=int, default=16, help="rank of svd (default: %(default)s)")
     add_json(parser)
     parser.set_defaults(run=_compress, extra=EXTRA)
 
@@ -109,7 +122,12 @@ def _add_compose(commands: Any) -> None:
     parser.add_argument("parts", nargs="+", metavar="DIR[=WEIGHT]", help="adapters, in the order in which they apply")
     parser.add_argument("--model", required=True, help=BASE)
     parser.add_argument("--output", required=True, type=path, metavar="DIR", help="directory to write")
-    parser.add_argument("--mode", choices=("stack", "sum"), default="stack", help="default: %(default)s")
+    parser.add_argument(
+        "--mode",
+        choices=("stack", "sum"),
+        default="stack",
+        help="one after the other, or their weighted sum (default: %(default)s)",
+    )
     add_json(parser)
     parser.set_defaults(run=_compose, extra=EXTRA)
 

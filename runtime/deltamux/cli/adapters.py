@@ -33,7 +33,12 @@ def add_commands(commands: Any) -> None:
     _command(group, "show", _show, "show an adapter and its versions")
     compose = _command(group, "compose", _compose, "make one adapter of several that the server holds")
     compose.add_argument("parts", nargs="+", metavar="PART[=WEIGHT]", help="adapters or versions, in order")
-    compose.add_argument("--mode", choices=("stack", "sum"), default="stack", help="default: %(default)s")
+    compose.add_argument(
+        "--mode",
+        choices=("stack", "sum"),
+        default="stack",
+        help="one after the other, or their weighted sum (default: %(default)s)",
+    )
     compose.add_argument("--promote", action="store_true", default=None, help="serve the new version at once")
     promote = _command(group, "promote", _promote, "route the adapter's name to a version")
     promote.add_argument("version", type=int, help="number of the version")

@@ -10,11 +10,13 @@ from typing import Any
 def add_commands(commands: Any) -> None:
     parser = commands.add_parser("plugin", help="write and check methods of your own")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    new = actions.add_parser("new", help="write an installable package to begin with")
+    text = "write an installable package with a method that works, and its test"
+    new = actions.add_parser("new", help=text, description=text.capitalize() + ".")
     new.add_argument("name", metavar="NAME", help="the method's name: lower-case letters, digits and _")
     new.add_argument("--directory", type=Path, default=Path(), help="where to write deltamux-NAME (default: here)")
     new.set_defaults(run=_new)
-    check = actions.add_parser("check", help="run the conformance suite against installed packages")
+    text = "run the conformance suite against installed packages"
+    check = actions.add_parser("check", help=text, description=text.capitalize() + ".")
     check.add_argument("packages", metavar="PACKAGE", nargs="+", help="name of an installed distribution")
     check.add_argument("--no-engine", action="store_true", help="leave out what needs the engine")
     check.set_defaults(run=_check, extra="methods")
