@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from deltamux.conformance.bases import save_base
-from deltamux.deltas import BaseModel, attached
+from deltamux.deltas import BaseModel
 from deltamux.errors import NotMergeableError
-from deltamux_testing.adapters import read_program
+from deltamux_testing.training import IDS, StopAt, Stopped, assert_equal, logits, tensors
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
 from deltamux_trainers.data.collator import DataCollator
 from deltamux_trainers.data.dataset import load_dataset
@@ -25,7 +24,6 @@ from deltamux_trainers.data.tokenization import RowTokenizer
 pytestmark = pytest.mark.slow
 
 STEPS, RATE = 5, 1e-3
-IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 
 class Watch(TrainerCallback):
@@ -55,8 +53,8 @@ def plainly_tuned(directory: Path, data: Path, trained: set[str]) -> Any:
         parameter.requires_grad_(name in trained)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
     for _ in range(STEPS):
-        logits = model(**batch).logits[:, :-1]
-        loss: Any = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+        predictions = model(**batch).logits[:, :-1]
+        loss: Any = F.cross_entropy(predictions.flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -75,14 +73,13 @@ def test_it_is_plain_fine_tuning_and_the_files_hold_the_change(
     (directory / "config.json").write_text(json.dumps({**config, **still}))
     watch = Watch()
     train(options(method, directory, data, tmp_path / "adapter"), watch)
-    files = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    files = tensors(tmp_path / "adapter")
     assert watch.hooks == 0
     assert watch.trainable == {f"base_model.{name}" for name in files}
     tuned = plainly_tuned(directory, data, set(files))
-    base = BaseModel.from_pretrained(directory)
-    plain: Any = AutoModelForCausalLM.from_pretrained(directory)
-    with torch.no_grad(), attached(plain, base, read_program(tmp_path / "adapter", base)):
-        torch.testing.assert_close(plain(IDS).logits, tuned(IDS).logits, atol=2e-3, rtol=1e-3)
+    with torch.no_grad():
+        expected = tuned(IDS).logits
+    torch.testing.assert_close(logits(directory, tmp_path / "adapter"), expected, atol=2e-3, rtol=1e-3)
     for name, change in files.items():
         assert change.dtype == torch.float32
         assert change.any(), name
@@ -92,7 +89,7 @@ def test_over_a_bfloat16_base_the_weights_are_float32_and_small_changes_stay(
     directory: Path, data: Path, tmp_path: Path
 ) -> None:
     train(options("full", directory, data, tmp_path / "adapter", dtype="bfloat16", learning_rate=1e-5))
-    files = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    files = tensors(tmp_path / "adapter")
     for name, change in files.items():
         moved = change.abs().max()
         assert 1e-6 < moved < 1e-3, name
@@ -101,18 +98,12 @@ def test_over_a_bfloat16_base_the_weights_are_float32_and_small_changes_stay(
 
 
 def test_a_run_that_is_resumed_equals_one_that_is_not(directory: Path, data: Path, tmp_path: Path) -> None:
-    class Stop(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                raise InterruptedError
-
     given: dict[str, Any] = {"batch_size": 16, "save_steps": 2, "config": {"unfreeze": True}}
-    with pytest.raises(InterruptedError):
-        train(options("full", directory, data, tmp_path / "stopped", **given), Stop())
+    with pytest.raises(Stopped):
+        train(options("full", directory, data, tmp_path / "stopped", **given), StopAt(3))
     train(options("full", directory, data, tmp_path / "stopped", **given, resume=True))
     train(options("full", directory, data, tmp_path / "straight", **given))
-    stopped, straight = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("stopped", "straight"))
-    assert all(torch.equal(stopped[name], straight[name]) for name in straight)
+    assert_equal(tmp_path / "stopped", tmp_path / "straight")
 
 
 def test_where_the_embedding_is_scaled_the_change_itself_is_trained(data: Path, tmp_path: Path) -> None:

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from deltamux.cli import main
 from deltamux.conformance.bases import save_base
-from deltamux.deltas import BaseModel, attached
+from deltamux.deltas import BaseModel
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
-from deltamux_testing.adapters import read_program, write_own
+from deltamux_testing import training
+from deltamux_testing.adapters import write_own
 from deltamux_trainers import convert, merge
 from deltamux_trainers.commands import ended_by_sigterm
 from deltamux_trainers.output_dir import atomic_output
@@ -63,19 +64,11 @@ def left(output: Path) -> list[str]:
     return sorted(path.name for path in output.parent.iterdir() if "writing" in path.name or path == output)
 
 
-@torch.no_grad()
 def logits(base: Path, adapter: Path | None = None) -> torch.Tensor:
-    """Logits in float32 of the tokens that a merge compares on."""
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    described = BaseModel.from_pretrained(base)
+    """Returns the logits of the tokens that a merge compares."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(described.embedding.vocab_size, (PROBE_ROWS, PROBE_LENGTH), generator=generator)
-    if adapter is None:
-        plain: torch.Tensor = model(ids).logits
-        return plain
-    with attached(model, described, read_program(adapter, described)):
-        changed: torch.Tensor = model(ids).logits
-    return changed
+    vocab_size = BaseModel.from_pretrained(base).embedding.vocab_size
+    return training.logits(base, adapter, torch.randint(vocab_size, (PROBE_ROWS, PROBE_LENGTH), generator=generator))
 
 
 def test_files_that_are_not_weights_are_copied_as_they_are(base: Path, adapter: Path, tmp_path: Path) -> None:

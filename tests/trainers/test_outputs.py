@@ -86,7 +86,7 @@ def test_a_base_with_an_adapter_next_to_its_weights_is_refused(
     ]
     for each in work:
         with pytest.raises(
-            FailedPreconditionError, match=r"holds an adapter_config\.json beside its weights"
+            FailedPreconditionError, match=r"holds an adapter_config\.json next to its weights"
         ) as refused:
             each()
         assert refused.value.reason == "BASE_HOLDS_ADAPTER"

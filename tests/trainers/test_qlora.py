@@ -10,14 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from deltamux.deltas import BaseModel, attached
+from deltamux.deltas import BaseModel
 from deltamux.errors import InvalidArgumentError, InvalidConfigError
 from deltamux.registry import Registry
 from deltamux_plugins.qlora import dequantised
-from deltamux_testing.adapters import read_program, write_own
+from deltamux_testing.adapters import write_own
+from deltamux_testing.training import IDS, logits
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
-
-IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 
 @pytest.mark.slow
@@ -61,9 +60,7 @@ def test_the_base_that_is_trained_over_is_held_in_four_bits(directory: Path) -> 
 def test_its_files_are_those_of_lora_here_and_in_peft(directory: Path, tmp_path: Path) -> None:
     base = BaseModel.from_pretrained(directory)
     write_own("qlora", base, tmp_path, r=4, quant_type="fp4")
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
-    with torch.no_grad(), attached(model, base, read_program(tmp_path, base)):
-        ours = model(IDS).logits
+    ours = logits(directory, tmp_path)
     loaded: Any = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), str(tmp_path))
     with torch.no_grad():
         theirs = loaded.eval()(input_ids=IDS).logits

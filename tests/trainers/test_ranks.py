@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from deltamux_testing.training import tensors
 from deltamux_trainers import TrainOptions, train
 
 pytestmark = pytest.mark.slow
@@ -60,6 +60,6 @@ def test_two_processes_write_one_output_equal_to_that_of_one(directory: Path, da
     assert result["loss"] == pytest.approx(one.loss, rel=1e-4)
     files = sorted(path.name for path in output.iterdir())
     assert files == ["adapter_config.json", "adapter_model.safetensors", "train_report.json"]
-    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("two", "one"))
+    ours, theirs = (tensors(tmp_path / name) for name in ("two", "one"))
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=1e-2)

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from deltamux.conformance.bases import save_base
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux_testing.training import assert_equal
 from deltamux_trainers import TrainOptions, train
 from deltamux_trainers.output_dir import write_errors
 from deltamux_trainers.training.callbacks import TrainingInterrupted
@@ -80,8 +80,7 @@ def equals(output: Path, result: TrainResult, losses: Losses, straight: tuple[Lo
     expected_losses, expected = straight
     assert losses.by_step == {step: expected_losses.by_step[step] for step in losses.by_step}
     assert result.loss == pytest.approx(expected.loss, rel=1e-6)
-    own, theirs = (load_file(path / "adapter_model.safetensors") for path in (output, expected.output))
-    assert all(torch.equal(own[name], theirs[name]) for name in theirs)
+    assert_equal(output, expected.output)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -244,7 +243,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert min(losses.by_step) == 5
     equals(output, result, losses, straight)
     assert "checkpoint-6 is damaged" in caplog.text
-    assert "going on from checkpoint-4" in caplog.text
+    assert "resuming from checkpoint-4" in caplog.text
 
 
 def test_with_every_checkpoint_damaged_nothing_is_made_up(

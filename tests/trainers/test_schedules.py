@@ -8,29 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from deltamux.deltas import BaseModel
 from deltamux_testing.adapters import read_program
+from deltamux_testing.training import StopAt, Stopped, assert_equal
 from deltamux_trainers import TrainOptions, train
 
 STEPS = 20
-
-
-class Interrupted(Exception):
-    pass
-
-
-class StopAt(TrainerCallback):
-    """Ends a run as a crash would, once a checkpoint of some step is written."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise Interrupted
 
 
 class Watch(TrainerCallback):
@@ -67,13 +52,11 @@ def test_adalora_ends_with_its_target_ranks(directory: Path, data: Path, tmp_pat
 @pytest.mark.slow
 def test_adalora_resumes_with_its_state(directory: Path, data: Path, tmp_path: Path) -> None:
     given: dict[str, Any] = {"method": "adalora", "config": {"init_r": 6, "target_r": 2}, "eval_steps": 8}
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         train(options(directory, data, tmp_path / "stopped", **given), StopAt(11))
     train(options(directory, data, tmp_path / "stopped", resume=True, **given))
     train(options(directory, data, tmp_path / "straight", **given))
-    stopped, straight = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("stopped", "straight"))
-    assert stopped.keys() == straight.keys()
-    assert all(torch.equal(stopped[name], straight[name]) for name in straight)
+    assert_equal(tmp_path / "stopped", tmp_path / "straight")
 
 
 def test_full_fine_tuning_unfreezes_its_layers_from_the_top(directory: Path, data: Path, tmp_path: Path) -> None:

@@ -13,13 +13,12 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltamux.deltas import BaseModel, attached
+from deltamux.deltas import BaseModel
 from deltamux.errors import FailedPreconditionError, InvalidConfigError, NotMergeableError
 from deltamux.registry import Registry
-from deltamux_testing.adapters import read_program
+from deltamux_testing.training import IDS, assert_equal, logits, tensors
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, read_config, train
 from deltamux_trainers.data.collator import DataCollator
 from deltamux_trainers.data.dataset import load_dataset
@@ -28,7 +27,6 @@ from deltamux_trainers.model import causal_lm_loss
 
 pytestmark = pytest.mark.slow
 
-IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"config": {"r": 4}, "learning_rate": 1e-2},
     "houlsby": {"config": {"bottleneck": 16}, "learning_rate": 1e-2},
@@ -75,10 +73,7 @@ def test_peft_loads_what_was_trained_with_equal_logits(
 ) -> None:
     given = {"config": SMALL.get(method, {}), "learning_rate": 1e-2}
     train(options(method, directory, data, tmp_path, max_steps=4, **given))
-    base = BaseModel.from_pretrained(directory)
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
-    with torch.no_grad(), attached(model, base, read_program(tmp_path, base)):
-        ours = model(IDS).logits
+    ours = logits(directory, tmp_path)
     loaded: Any = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(directory), str(tmp_path))
     with torch.no_grad():
         theirs = loaded.eval()(input_ids=IDS, attention_mask=torch.ones_like(IDS)).logits[:, -IDS.shape[1] :]
@@ -88,11 +83,8 @@ def test_peft_loads_what_was_trained_with_equal_logits(
 def test_a_merged_model_is_a_plain_one_with_the_same_logits(directory: Path, data: Path, tmp_path: Path) -> None:
     train(options("lora", directory, data, tmp_path / "adapter", max_steps=10))
     merge(str(directory), tmp_path / "adapter", tmp_path / "merged")
-    base = BaseModel.from_pretrained(directory)
-    plain: Any = AutoModelForCausalLM.from_pretrained(directory)
-    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    with torch.no_grad(), attached(plain, base, read_program(tmp_path / "adapter", base)):
-        torch.testing.assert_close(merged(IDS).logits, plain(IDS).logits, atol=1e-4, rtol=1e-4)
+    expected = logits(directory, tmp_path / "adapter")
+    torch.testing.assert_close(logits(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").encode("abc")
     with pytest.raises(FailedPreconditionError, match="not empty"):
         merge(str(directory), tmp_path / "adapter", tmp_path / "merged")
@@ -121,14 +113,13 @@ def test_a_run_that_was_killed_goes_on_exactly_where_it_was(directory: Path, dat
     assert not (tmp_path / "killed" / "adapter_config.json").exists(), "a killed run must not look like an adapter"
     train(options("lora", directory, data, tmp_path / "killed", resume=True, **given))
     train(options("lora", directory, data, tmp_path / "straight", **given))
-    killed, straight = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("killed", "straight"))
-    assert all(torch.equal(killed[name], straight[name]) for name in straight)
+    assert_equal(tmp_path / "killed", tmp_path / "straight")
 
 
 def test_gradient_accumulation_equals_the_larger_batch(directory: Path, data: Path, tmp_path: Path) -> None:
     train(options("lora", directory, data, tmp_path / "large", batch_size=16, max_steps=4))
     train(options("lora", directory, data, tmp_path / "small", batch_size=4, gradient_accumulation=4, max_steps=4))
-    large, small = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("large", "small"))
+    large, small = (tensors(tmp_path / name) for name in ("large", "small"))
     for name in large:
         torch.testing.assert_close(large[name], small[name], atol=1e-4, rtol=1e-3)
 
@@ -153,9 +144,9 @@ def test_the_loss_is_the_mean_over_the_completion(directory: Path, data: Path) -
     batch = DataCollator(0)([row])
     model: Any = AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"]).logits
-    chosen = [-torch.log_softmax(logits[0, i - 1], -1)[row.input_ids[i]] for i in range(prompt, len(row.input_ids))]
-    torch.testing.assert_close(causal_lm_loss(logits, batch["labels"]), torch.stack(chosen).mean())
+        predicted = model(input_ids=batch["input_ids"]).logits
+    chosen = [-torch.log_softmax(predicted[0, i - 1], -1)[row.input_ids[i]] for i in range(prompt, len(row.input_ids))]
+    torch.testing.assert_close(causal_lm_loss(predicted, batch["labels"]), torch.stack(chosen).mean())
 
 
 def test_options_come_from_a_file_and_from_overrides_and_unknown_ones_are_refused(

@@ -235,7 +235,7 @@ class _RenderedTurn:
         """
         field = f"messages[{self._index}]"
         if any(message.get(key) for key in ("tool_calls", "function_call")):
-            text = "text beside " if rendered.startswith(self.prompt) else ""
+            text = "text next to " if rendered.startswith(self.prompt) else ""
             raise self._row.error(
                 f"has {text}calls in {field}, which the template does not render after its prompt", field
             )
@@ -255,7 +255,7 @@ class _RenderedTurn:
             return lead + self._continue_block(content, opened, thought) + closing
         if thought:
             raise self._row.error(
-                f"has thinking beside the content of {field}, which the template does not render after its prompt: "
+                f"has thinking next to the content of {field}, which the template does not render after its prompt: "
                 "write it as content",
                 field,
             )

@@ -146,8 +146,8 @@ def _row(line: bytes, where: str, number: int) -> Row:
     forms = [name for name in FORMS if values.get(name) is not None]
     if len(forms) != 1:
         keys = ", ".join(name[:MAX_SHOWN] for name in list(values)[:MAX_SHOWN])
-        beside = f" (its keys: {keys})" if keys else ""
-        found = f"has neither text, nor prompt and completion, nor messages{beside}"
+        shown = f" (its keys: {keys})" if keys else ""
+        found = f"has neither text, nor prompt and completion, nor messages{shown}"
         found = f"has {' and '.join(forms)}" if forms else found
         raise row_error(where, f"{found}: a row has one of text, prompt with completion, or messages")
     form = forms[0]
@@ -171,7 +171,7 @@ def _check_foreign_keys(where: str, form: str, values: Mapping[str, Any]) -> Non
         if values.get(key):
             raise row_error(
                 where,
-                f"has {key} beside {form}, which would be left out of the prompt: write it into {form}, or give the "
+                f"has {key} next to {form}, which would be left out of the prompt: write it into {form}, or give the "
                 "key another name",
                 key,
             )
@@ -193,7 +193,7 @@ def _check_unsendable(where: str, keys: Sequence[str]) -> None:
     if keys:
         raise row_error(
             where,
-            f"has {keys[0]}, which Generate cannot send beside messages, so that the trained prompt would never be "
+            f"has {keys[0]}, which Generate cannot send next to messages, so that the trained prompt would never be "
             "served: write the row as prompt and completion, the prompt as the client sends it",
             keys[0],
         )

@@ -54,7 +54,7 @@ def latest_checkpoint(root: Path) -> Path:
         problem = find_damage(path)
         if problem is None:
             if problems and distributed.is_main_process():
-                _log.warning("%s: going on from %s, the one before", "; ".join(problems), path.name)
+                _log.warning("%s: resuming from %s, the one before", "; ".join(problems), path.name)
             return path
         problems.append(f"{path.name} is damaged ({problem})")
     if problems:

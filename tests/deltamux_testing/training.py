@@ -1,0 +1,55 @@
+"""Training runs in tests: the logits of what they write, and a run that stops."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from deltamux.deltas import BaseModel, attached
+from deltamux_testing.adapters import read_program
+
+IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
+
+
+@torch.no_grad()
+def logits(model: Path, adapter: Path | None = None, ids: Tensor = IDS) -> Tensor:
+    """Returns the logits of a model in float32, with an adapter attached where one is given."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if adapter is None:
+        alone: Tensor = loaded(ids).logits
+        return alone
+    base = BaseModel.from_pretrained(model)
+    with attached(loaded, base, read_program(adapter, base)):
+        adapted: Tensor = loaded(ids).logits
+    return adapted
+
+
+def tensors(adapter: Path) -> dict[str, Tensor]:
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+def assert_equal(one: Path, other: Path) -> None:
+    """Asserts that two adapters have the same tensors, bit by bit."""
+    ours, theirs = tensors(one), tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+class Stopped(Exception):
+    """The end of a run by `StopAt`."""
+
+
+class StopAt(TrainerCallback):
+    """Ends a run before a step, as a crash would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise Stopped
