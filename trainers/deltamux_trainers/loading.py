@@ -123,8 +123,8 @@ def pick_device(device: str) -> str:
 
 def _with_adapter(model: str) -> FailedPreconditionError:
     return FailedPreconditionError(
-        f"base model {model!r} holds an adapter_config.json next to its weights: transformers adds that adapter to them "
-        "whenever it loads them, and the server does not. Move the adapter's files to a directory of their own",
+        f"base model {model!r} holds an adapter_config.json next to its weights: transformers adds that adapter to "
+        "them whenever it loads them, and the server does not. Move the adapter's files to a directory of their own",
         reason="BASE_HOLDS_ADAPTER",
         metadata={"file": CONFIG_FILE},
     )
