@@ -128,7 +128,7 @@ def _size(given: argparse.Namespace) -> str:
 
 
 def about(given: argparse.Namespace) -> dict[str, object]:
-    """Returns what a reader must know of a run to compare it with another."""
+    """Returns the settings and versions of a run, by which it is compared with another."""
     return {
         "date": f"{date.today()}",
         "base": _size(given),

@@ -238,12 +238,12 @@ async def swap(bench: Bench) -> list[Row]:
     load = replace(load, requests=4 * load.sequences)
     others = [bench.inputs.directories[name] for name in bench.inputs.loras(NUM_LORAS)[PEFT_LORAS:]]
 
-    async def beside_changes(seed: str) -> Measurement:
+    async def during_changes(seed: str) -> Measurement:
         async with _changing(server.client, others):
             return await drive(server, load, f"{part} {seed}")
 
     reference = bench.candidate(part, "left alone", server, load)
-    [compared] = await bench.compare(part, reference, Candidate("16 LoRAs beside uploads", beside_changes))
+    [compared] = await bench.compare(part, reference, Candidate("16 LoRAs during uploads", during_changes))
     return [row(part, compared, reference.name, None, bench.size) for row in (rate_row, gap_row)]
 
 
@@ -264,7 +264,7 @@ async def _changing(client: AsyncClient, directories: Sequence[Path]) -> AsyncIt
 async def cold(bench: Bench) -> list[Row]:
     """The first token of an adapter never asked for, its file out of the page cache, beyond a warm one's.
 
-    Once with nobody else there, and once while others decode: what is loaded must not hold them up, nor they it.
+    Once alone, and once while others decode: what is loaded must not hold them up, nor they it.
     """
     return [await _cold_starts(bench, others) for others in (0, OTHERS)]
 
@@ -277,7 +277,7 @@ async def _cold_starts(bench: Bench, others: int) -> Row:
     cold_ms, warm_ms = [], []
     async with _decoding(ours, others):
         for number, name in enumerate(programs):
-            bench.say(f"cold: start {number} of {COLD_STARTS} beside {others}")
+            bench.say(f"cold: start {number} of {COLD_STARTS} with {others} others")
             forget(programs[name].path)
             load = replace(once, adapters=(name,))
             first, again = [await drive(ours, load, f"cold {others} {number} {repeat}") for repeat in ("cold", "warm")]
@@ -285,7 +285,7 @@ async def _cold_starts(bench: Bench, others: int) -> Row:
                 cold_ms.append(1000 * first.median_first_token)
                 warm_ms.append(1000 * again.median_first_token)
             await ours.engine.evict(programs[name].digest)
-    name = f"1 LoRA beside {others} others" if others else "1 LoRA"
+    name = f"1 LoRA with {others} others" if others else "1 LoRA"
     return _cold_row(name, source.path, cold_ms, warm_ms)
 
 
@@ -303,7 +303,7 @@ async def _decoding(ours: EngineSystem, others: int) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _until_left(*work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Does work beside the block, and ends it with it; what fails before fails the block."""
+    """Runs work while the block runs, and ends it with the block; its failure fails the block."""
     tasks = [asyncio.create_task(each) for each in work]
     try:
         yield

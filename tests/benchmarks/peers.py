@@ -72,7 +72,7 @@ class VLLM:
 
 @contextmanager
 def _untouched_environment() -> Iterator[None]:
-    """Takes back what our engine tells vLLM through the environment, but for its silence, while a peer starts."""
+    """Restores vLLM's environment variables that our engine sets, but for those of logging, while a peer starts."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     ours = os.environ.pop("VLLM_USE_V2_MODEL_RUNNER", None)
     try:

@@ -1,4 +1,4 @@
-"""The ratios as a picture: one bar a row, its floor and its target beside it."""
+"""The ratios as a picture: one bar per row, with its floor and its target."""
 
 from __future__ import annotations
 

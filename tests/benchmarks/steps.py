@@ -121,7 +121,7 @@ class Engine:
             assert status == "ready", status
 
     def prepare(self, step: int) -> None:
-        """Is called in front of a step, numbered from 1, outside of its time."""
+        """Is called before a step, numbered from 1, outside of its time."""
 
     def step_times(self, adapters: tuple[str | None, ...]) -> list[float]:
         """Returns the seconds of each step in which every request generates a token; odd ones had no adapters."""

@@ -32,7 +32,7 @@ def test_a_run_yields_every_row_and_a_picture(base_directory: Path, tmp_path: Pa
     names = {part: [name for p, name in rows if p == part] for part in ("loras", "methods", "cold")}
     assert names["loras"] == ["1 LoRA", "4 LoRAs", "16 LoRAs", "32 LoRAs", "ranks 4 to 64", "16 LoRAs of 32"]
     assert names["methods"] == ["ia3", "bitfit", "prefix", "ln_tuning", "houlsby", "all mixed"]
-    assert names["cold"] == ["1 LoRA", "1 LoRA beside 8 others"]
+    assert names["cold"] == ["1 LoRA", "1 LoRA with 8 others"]
     rates = [r for r in rows.values() if r["metric"] == RATE]
     assert all(r["low"] <= r["value"] <= r["high"] and r["own"] > 0 for r in rates)
     floors = [r for r in rates if r["name"] != "16 LoRAs of 32"]

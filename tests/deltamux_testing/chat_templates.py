@@ -1,4 +1,4 @@
-"""Chat templates in the shapes of well-known models', and small tokenizers that know their special tokens."""
+"""Chat templates in the shapes of well-known models', and small tokenizers with their special tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT = [
 
 @dataclass(frozen=True)
 class Shape:
-    """A chat template and what a tokenizer has to know for it.
+    """A chat template and its tokenizer's special tokens.
 
     Attributes:
         end: the token that closes the assistant's turn; the tokenizer's end-of-sequence token, unless `eos` is another.
@@ -76,7 +76,7 @@ def byte_level(
 def metaspace(
     specials: list[str], *, eos: str, bos: str | None, chat_template: str | None, first_alone: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A BPE over text whose spaces are ▁, with bytes for what it does not know.
+    """A BPE over text whose spaces are ▁, with bytes for what its vocabulary lacks.
 
     One ▁ more is put before every text between special tokens, or (`first_alone`) of what begins with a text.
     """

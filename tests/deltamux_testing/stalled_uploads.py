@@ -12,7 +12,7 @@ from deltamux.client.uploads import upload_messages
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 
 
-class Stalled:
+class StalledUploads:
     """Uploads that send their header, or nothing at all, and no byte of a file."""
 
     def __init__(self, address: str, adapter: Path) -> None:
@@ -20,7 +20,7 @@ class Stalled:
         self._adapter = adapter
         self._calls: list[Any] = []
 
-    async def __aenter__(self) -> Stalled:
+    async def __aenter__(self) -> StalledUploads:
         return self
 
     async def __aexit__(self, *raised: object) -> None:

@@ -62,7 +62,7 @@ async def test_the_last_slots_go_to_tenants_that_hold_none() -> None:
         await refused(limit, "hooli")
 
 
-class Stalled:
+class StalledUploads:
     """Work that is overdue by so many seconds, until it is cancelled."""
 
     def __init__(self, overdue: float) -> None:
@@ -84,7 +84,7 @@ class Stalled:
 @asynccontextmanager
 async def stalled(limit: ConcurrencyLimit, holders: list[tuple[str, float]]) -> AsyncIterator[list[asyncio.Task[None]]]:
     """Permits that are held by tenants whose work is overdue by so many seconds."""
-    tasks = [asyncio.create_task(Stalled(overdue).hold(limit, tenant)) for tenant, overdue in holders]
+    tasks = [asyncio.create_task(StalledUploads(overdue).hold(limit, tenant)) for tenant, overdue in holders]
     await asyncio.sleep(0)
     try:
         yield tasks

@@ -27,7 +27,7 @@ from deltamux.v1 import inference_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.inference_pb2_grpc import InferenceStub
 from deltamux_testing.servers import engine_for, options
-from deltamux_testing.stalled_uploads import Stalled
+from deltamux_testing.stalled_uploads import StalledUploads
 
 ACME, GLOBEX = "tenants/acme/adapters/tickets", "tenants/globex/adapters/tickets"
 
@@ -106,7 +106,7 @@ async def test_uploads_of_one_tenant_that_stall_do_not_keep_another_from_uploadi
             limited(tiny_base, tmp_path / "store", shared_compiler, max_concurrent_uploads=4)
         )
         client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
-        stalled = await stack.enter_async_context(Stalled(server.address, loras[0]))
+        stalled = await stack.enter_async_context(StalledUploads(server.address, loras[0]))
         await stalled.begin(8, ACME)
         began = time.monotonic()
         assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"
@@ -122,7 +122,7 @@ async def test_tenants_that_stall_together_keep_another_from_uploading_for_secon
         server = await stack.enter_async_context(limited(tiny_base, tmp_path / "store", shared_compiler, **limits))
         client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
         for tenant in tenants:
-            stalled = await stack.enter_async_context(Stalled(server.address, loras[0]))
+            stalled = await stack.enter_async_context(StalledUploads(server.address, loras[0]))
             await stalled.begin(6, f"tenants/{tenant}/adapters/tickets")
         for number in range(3):
             began = time.monotonic()
@@ -138,7 +138,7 @@ async def test_an_upload_waits_for_those_that_stall_to_be_given_up(
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(limited(tiny_base, tmp_path / "store", shared_compiler, **given))
         client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
-        stalled = await stack.enter_async_context(Stalled(server.address, loras[0]))
+        stalled = await stack.enter_async_context(StalledUploads(server.address, loras[0]))
         await stalled.begin(2, ACME)
         assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"
 
@@ -151,7 +151,7 @@ async def test_a_call_that_sends_nothing_takes_no_permit(
             limited(tiny_base, tmp_path / "store", shared_compiler, max_concurrent_uploads=1)
         )
         client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
-        stalled = await stack.enter_async_context(Stalled(server.address, loras[0]))
+        stalled = await stack.enter_async_context(StalledUploads(server.address, loras[0]))
         await stalled.begin(5)
         began = time.monotonic()
         assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"

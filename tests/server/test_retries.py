@@ -26,7 +26,7 @@ from deltamux.errors import (
 from deltamux.server.app import RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
 from deltamux_testing.servers import engine_for, options
-from deltamux_testing.stalled_uploads import Stalled
+from deltamux_testing.stalled_uploads import StalledUploads
 
 NAME = "tenants/acme/adapters/tickets"
 SHORT: dict[str, Any] = {"max_tokens": 2, "temperature": 0.0, "ignore_eos": True}
@@ -91,7 +91,7 @@ async def test_an_upload_that_is_refused_is_sent_again_from_its_beginning(
     narrow: RunningServer, loras: list[Path]
 ) -> None:
     told: list[int] = []
-    async with Stalled(narrow.address, loras[0]) as stalled, AsyncClient(narrow.address, timeout=60) as client:
+    async with StalledUploads(narrow.address, loras[0]) as stalled, AsyncClient(narrow.address, timeout=60) as client:
         await stalled.begin(9, NAME)
         with pytest.raises(ResourceExhaustedError):
             async with AsyncClient(narrow.address, timeout=60, retries=0) as other:

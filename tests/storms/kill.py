@@ -2,7 +2,7 @@
 
 ``cd tests && python -m storms.kill --rounds 100 --seed 1 --json out.json`` starts a server on a tiny base; only the
 server is ever started again from outside, as an init system would. A round kills one process, waits until the service
-is back, and compares every adapter with what its client knows: nothing acknowledged is lost, nothing is half there.
+is back, and compares every adapter with its client's record: nothing acknowledged is lost, nothing is half there.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Storm:
             self.server.kill()
 
     def round(self, victim: str) -> Round:
-        """Kills a process amid traffic, waits for the service, and compares what the clients know with the server."""
+        """Kills a process amid traffic, waits for the service, and compares the clients' records with the server."""
         before = self._counted()
         self._go.set()
         after = self._random.uniform(0.0, self._longest)

@@ -1,4 +1,4 @@
-"""What one client knows of its adapters: every acknowledged change, and the one whose answer never came."""
+"""A client's record of its adapters: every acknowledged change, and the one whose answer never came."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@
 
 Everything it needs it writes itself: a random Llama in bfloat16, its adapters as PEFT's files (for vLLM's LoRA) and as
 programs (for deltas). First it runs the tests of the kernels and of the engine on the GPU. Then three engines are up at
-once and alternate: vLLM as it comes; vLLM with its LoRA; deltas with CUDA graphs. Deltas without graphs, which nobody
-would serve with, are left to `--engines`.
+once and alternate: vLLM as it comes; vLLM with its LoRA; deltas with CUDA graphs. Deltas without graphs, which are not
+served with, are left to `--engines`.
 
 `--smoke` does all of that on whatever device there is, so that the command itself is tried before a GPU is
 rented.

@@ -23,7 +23,7 @@ class Load(NamedTuple):
     """How every workload is run, and what memory an engine may take.
 
     Attributes:
-        share: of the device's memory, which vLLM wants to see free before it starts.
+        share: of the device's memory, which must be free before vLLM starts.
     """
 
     sequences: int
@@ -34,7 +34,7 @@ class Load(NamedTuple):
 
     @property
     def memory(self) -> dict[str, Any]:
-        """vLLM's arguments; the KV cache's size is given, so that engines beside each other change nothing."""
+        """vLLM's arguments; the KV cache's size is given, so that engines on the same device change nothing."""
         return {"kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30), "gpu_memory_utilization": self.share}
 
 

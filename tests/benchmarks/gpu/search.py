@@ -2,7 +2,7 @@
 
     cd tests && ../.venv/bin/python -m benchmarks.gpu.search --size 8b --output configs.json
 
-First expand beside today's shrink, then shrink beside the best expand, then the best few of expand once more, longer.
+First expand with today's shrink, then shrink with the best expand, then the best few of expand once more, longer.
 Times are of one layer's linear modules with their LoRAs, by CUDA graphs that alternate (`benchmarks.gpu.kernels`).
 Most of the minutes that it takes are Triton's compiler's.
 """

@@ -1,6 +1,6 @@
 """What delta support costs traffic without adapters: our engine and plain vLLM, whose bursts of steps alternate.
 
-    python -m benchmarks.studies.alternating_engines --size mid --output beside.json     (in tests/)
+    python -m benchmarks.studies.alternating_engines --size mid --output engines.json     (in tests/)
 
 Engines are up at once, each in its own processes, and generate for the same traffic. A worker runs a burst of steps,
 lets the next engine's run, and waits for the last one's end: so what is compared is fractions of a second apart,

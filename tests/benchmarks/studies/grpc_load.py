@@ -1,4 +1,4 @@
-"""The client's side of `grpc_path`: a process that asks a server for streams when its standard input says so.
+"""The client's side of `grpc_path`: a process that requests streams of a server, as its standard input commands.
 
 Each line in is a JSON object (see `LoadRequest`), each line out its `Figures`. It imports what a client imports, no
 more.
@@ -17,7 +17,7 @@ from deltamux.client import AsyncClient, Generation
 
 
 class LoadRequest(NamedTuple):
-    """What to ask for.
+    """Requests to send.
 
     Attributes:
         call: ``stream`` or ``unary``.

@@ -177,7 +177,7 @@ def _mebibytes(pid: int) -> int:
 
 
 def table_of(rows: list[Row]) -> Table:
-    table = Table(title=f"{STREAMS} streams and health, beside hostile requests")
+    table = Table(title=f"{STREAMS} streams and health, during hostile requests")
     for name in ("input", "p99 gap, ms", "calm", "ratio", "tokens/s", "calm", "health p99, ms", "kept", "answers"):
         table.add_column(name, justify="left" if name in ("input", "answers") else "right")
     for row in rows:

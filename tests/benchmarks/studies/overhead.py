@@ -5,7 +5,7 @@
 Two engines differ by some percent by where their memory lies (`benchmarks.studies.alternating_engines`), which is more
 than what is looked for. Here one engine has its model compiled twice, with the ports and, over the same weights,
 without them. Every other step runs as plain vLLM's would: by the model without ports, vLLM's own scheduler, and a
-runner that knows of no adapters.
+runner without adapters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ COMPILED = "aot_compiled_fn"
 
 
 class Override(NamedTuple):
-    """An attribute that delta support has put into an object, in front of its class's."""
+    """An attribute that delta support has set on an object, over that of its class."""
 
     owner: Any
     name: str
@@ -90,7 +90,7 @@ class Support:
     def _compile(self) -> Any:
         config, model = self._runner.vllm_config, self._model
         model.compiled = False
-        # vLLM's cache knows a model by its class and configuration: it would give back the one with ports.
+        # The key of vLLM's cache is a model's class and configuration: it would return the one with deltas.
         with patch.object(envs, "VLLM_DISABLE_COMPILE_CACHE", True, create=True), set_current_vllm_config(config):
             TorchCompileWithNoGuardsWrapper.__init__(model)
             self._runner.warming_up_model()

@@ -1,4 +1,4 @@
-"""What a store of 10,000 adapters costs its server, beside one of 5: start-up, memory, listing, and Zipf traffic.
+"""What a store of 10,000 adapters costs its server, compared with one of 5: start-up, memory, listing, Zipf traffic.
 
     ../.venv/bin/python -m benchmarks.studies.registry --output registry.json     (in tests/)
 

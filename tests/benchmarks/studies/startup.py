@@ -1,4 +1,4 @@
-"""From command to ready, and the memory it takes: `deltamux serve` beside vLLM without deltamux.
+"""From command to ready, and the memory it takes: `deltamux serve` and vLLM without deltamux.
 
     .venv/bin/python -m benchmarks.studies.startup --size mid --output startup.json     (in tests/)
 

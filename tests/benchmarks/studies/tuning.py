@@ -1,4 +1,4 @@
-"""What training the methods of whole weights costs beside a plain fine-tuning loop: speed and peak memory.
+"""What training the methods of whole weights costs as compared with a plain fine-tuning loop: speed and peak memory.
 
     python -m benchmarks.studies.tuning [--device cuda] [--output tuning.json]     (in tests/)
 

@@ -1,9 +1,9 @@
-"""Where the time of Zipf traffic goes: the base, prompts, adapters, arrivals in slots, and loads beside the steps.
+"""Where the time of Zipf traffic goes: the base, prompts, adapters, loading into slots, and loads while steps run.
 
     python -m benchmarks.studies.zipf --size mid --output zipf.json     (in tests/)
 
-Traffic over 5 adapters, over 2,000 that nobody has asked for yet (new), and the same once more (loaded), alternate in
-one engine. Every other step leaves its adapters out, once they are in their slots: what adapters cost is the median
+Traffic over 5 adapters, over 2,000 that have not been requested yet (new), and the same once more (loaded), alternate
+in one engine. Every other step leaves its adapters out, once they are in their slots: what adapters cost is the median
 difference of steps that are milliseconds apart, so that a busy machine blurs the base's share alone.
 """
 
@@ -107,7 +107,7 @@ class Row(NamedTuple):
     """One kind of traffic: medians over rounds of the means over steps; times are in milliseconds a step.
 
     Attributes:
-        base_ms: of a step that only decodes; it is longer where loads run beside it.
+        base_ms: of a step that only decodes; it is longer where loads run at the same time.
         prompts_ms: what prompts add, spread over all steps: more where requests begin one by one.
     """
 
@@ -151,7 +151,7 @@ def _means(steps: list[Step]) -> tuple[float, ...]:
 
 
 def _differences(steps: list[Step]) -> Iterator[float]:
-    """Yields by how much a step of decoding with adapters is longer than its neighbour without, with as many rows."""
+    """Yields by how much a step of decoding with adapters is longer than the next one without, of as many rows."""
     for a, b in pairwise(steps):
         if a.tokens == b.tokens == a.rows and a.with_adapters != b.with_adapters:
             yield b.model - a.model if b.with_adapters else a.model - b.model
@@ -208,7 +208,7 @@ def show(rows: list[Row]) -> None:
     for slots in dict.fromkeys(row.slots for row in rows):
         few, *many = (row for row in rows if row.slots == slots)
         for row in (few, *many):
-            # Steps of as many rows have the same base: what differs there is the machine, or loads beside it.
+            # Steps of as many rows have the same base: what differs there is the machine, or loads at the same time.
             base_ms = few.base_ms if row.rows > 0.9 * few.rows else min(each.base_ms for each in many)
             floor = few.floor_ms_a_token(few.base_ms) / row.floor_ms_a_token(base_ms)
             print(
