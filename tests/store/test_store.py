@@ -172,6 +172,7 @@ def test_no_call_waits_for_a_change_that_waits_for_the_disk(store: AdapterStore)
     assert store.adapter(KEY).serving == 2
 
 
+@pytest.mark.slow
 def test_what_a_request_holds_is_there_whatever_is_promoted_and_deleted_meanwhile(store: AdapterStore) -> None:
     upload(store, "0")
     stop = threading.Event()
@@ -243,6 +244,7 @@ def test_a_second_process_is_refused_also_after_the_lock_file_was_removed(lock_f
     assert "in use by another process" in second.stderr
 
 
+@pytest.mark.slow
 def test_ten_thousand_adapters_are_listed_page_by_page(store: AdapterStore) -> None:
     record = upload(store, "one")
     with store._database.transaction():
