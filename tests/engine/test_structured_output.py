@@ -60,7 +60,7 @@ async def test_with_a_format_a_stop_token_of_text_is_refused_and_a_special_one_i
 
 
 def test_a_format_ends_the_text_so_that_nothing_may_follow_its_end() -> None:
-    with pytest.raises(InvalidArgumentError, match="ignore_eos must be false beside structured_output"):
+    with pytest.raises(InvalidArgumentError, match="ignore_eos must be false with structured_output"):
         SamplingOptions(ignore_eos=True, guided=GuidedDecoding(choice=("yes", "no")))
 
 
