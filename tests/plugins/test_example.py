@@ -48,7 +48,7 @@ def test_the_example_passes_every_check_and_its_op_runs_in_the_mixed_batch(envir
     told = run(*command, "plugin", "check", "deltamux-red", timeout=500)
     assert "ok     op edit: loads" in told
     assert "ok     red: served as trained" in told
-    assert "0 broken" in told
+    assert "0 failed" in told
     assert "red\tRED" in run(*command, "methods")
 
 
