@@ -11,8 +11,9 @@ PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3.14
 DEVICE ?= cpu
 TESTS  ?= tests
 ARGS   ?=
-# All tests run in two processes, of which one has the engines (tests/conftest.py); a few are faster in one.
-WORKERS ?= $(if $(filter tests,$(TESTS)),2,0)
+# All tests run in three processes, of which one has the engines (tests/conftest.py) and waits for them often; a few are
+# faster in one.
+WORKERS ?= $(if $(filter tests,$(TESTS)),3,0)
 
 VENV    := .venv
 BIN     := $(VENV)/bin

@@ -115,7 +115,7 @@ class Engine:
         self._ids = {name: number for number, name in enumerate(programs, start=1)}
         self._tokens = tokens
         for name, number in self._ids.items():
-            self.llm.collective_rpc("delta_load", args=(number, str(programs[name].path)))
+            self.llm.collective_rpc("delta_load", args=(number, str(programs[name].path), ""))
             while (status := self.llm.collective_rpc("delta_status", args=(number,))[0]) == "loading":
                 time.sleep(0.01)
             assert status == "ready", status
