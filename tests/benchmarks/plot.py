@@ -10,7 +10,7 @@ from benchmarks.results import RATE, Row
 
 PEERS = ("vllm-lora", "peft")
 BAR, FLOOR, TARGET = "#4c78a8", "#9aa5b1", "#e45756"
-TITLES = ("tokens a second, of the reference's", "tokens a second, times a peer's")
+TITLES = ("tokens per second, of the reference's", "tokens per second, times a peer's")
 
 
 def plot(path: Path, rows: Sequence[Row], subtitle: str) -> None:

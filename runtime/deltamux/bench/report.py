@@ -14,7 +14,7 @@ class BenchRow:
     """One workload; times are in milliseconds.
 
     Attributes:
-        of_base: its tokens a second as a multiple of the base's in the same rounds; None of the base itself.
+        of_base: its tokens per second as a multiple of the base's in the same rounds; None of the base itself.
         floor_bytes, floor_operations: see `deltamux.bench.floor`; None where the adapters' sizes are not known.
     """
 

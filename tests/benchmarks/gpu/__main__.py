@@ -79,7 +79,7 @@ def refusal() -> str | None:
 
 
 class Measured(NamedTuple):
-    """Generated tokens a second of one workload by one engine, one figure per round."""
+    """Generated tokens per second of one workload by one engine, one figure per round."""
 
     engine: str
     workload: str

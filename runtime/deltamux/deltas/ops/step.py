@@ -163,7 +163,7 @@ class StepIndex:
         self._derived[make] = made
 
     def count(self, slot: int) -> int:
-        """Returns how many rows a slot has in this step."""
+        """Returns the number of rows of a slot in this step."""
         return sum(each.stop - each.start for each in self._by_slot.get(slot, ()))
 
 
