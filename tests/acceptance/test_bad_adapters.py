@@ -97,7 +97,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "a pickle in disguise": (a_pickle, "INVALID_ARGUMENT", "PICKLE"),
     "a claim of ten gigabytes": (ten_gigabytes, "INVALID_ARGUMENT", "TRUNCATED_FILE"),
     "an endless header": (endless_header, "INVALID_ARGUMENT", "DAMAGED_FILE"),
-    "a config that is no JSON": (no_json, "INVALID_ARGUMENT", "INVALID_ADAPTER"),
+    "a config that is not JSON": (no_json, "INVALID_ARGUMENT", "INVALID_ADAPTER"),
     "another rank than its config's": (lambda d: change_config(d, r=2), "INVALID_ARGUMENT", "RANK_MISMATCH"),
     "an unknown method": (lambda d: change_config(d, peft_type="XYZ"), "INVALID_ARGUMENT", "UNKNOWN_METHOD"),
     "another method's config": (

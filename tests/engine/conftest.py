@@ -1,4 +1,4 @@
-"""One engine a session for most tests; each of the others starts its own."""
+"""One engine per session for most tests; each of the others starts its own."""
 
 from __future__ import annotations
 
