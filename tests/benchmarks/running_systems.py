@@ -53,12 +53,9 @@ class RunningSystems:
         """Whether more than one engine is alive."""
         return len(self._alive) > 1
 
-    async def ours(
-        self, slots: int = SLOTS, programs: dict[str, ProgramRef] | None = None, *, fold_dominant: bool = True
-    ) -> EngineSystem:
+    async def ours(self, slots: int = SLOTS, programs: dict[str, ProgramRef] | None = None) -> EngineSystem:
         """Returns our engine with so many device slots, and the adapters of `inputs` or the given ones."""
-        name = f"deltamux with {slots} slots" + ("" if fold_dominant else ", never folding")
-        system = await self._get(name, lambda: self._start_ours(slots, fold_dominant))
+        system = await self._get(f"deltamux with {slots} slots", lambda: self._start_ours(slots))
         assert isinstance(system, EngineSystem)
         return EngineSystem(system.engine, programs or self.inputs.programs)
 
@@ -102,7 +99,7 @@ class RunningSystems:
         self._alive.move_to_end(name)
         return self._alive[name].system
 
-    async def _start_ours(self, slots: int, fold_dominant: bool) -> Alive:
+    async def _start_ours(self, slots: int) -> Alive:
         engine = VLLMEngine(
             EngineOptions(
                 str(self.inputs.model),
@@ -112,7 +109,6 @@ class RunningSystems:
                 max_active_adapters=slots,
                 max_host_adapters=HOST_ADAPTERS,
                 kv_cache_gib=KV_CACHE_GIB,
-                fold_dominant=fold_dominant,
                 enforce_eager=self.enforce_eager,
             )
         )

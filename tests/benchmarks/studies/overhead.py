@@ -2,10 +2,9 @@
 
     python -m benchmarks.studies.overhead --size mid --output overhead.json     (in tests/)
 
-Two engines differ by some percent by where their memory lies (`benchmarks.studies.alternating_engines`), which is more
-than what is looked for. Here one engine has its model compiled twice, with the ports and, over the same weights,
-without them. Every other step runs as plain vLLM's would: by the model without ports, vLLM's own scheduler, and a
-runner without adapters.
+Two engines differ by some percent by where their memory lies, which is more than what is looked for. Here one engine
+has its model compiled twice, with the layers' custom ops and, over the same weights, without them. Every other step
+runs as plain vLLM's would: by the model without custom ops, vLLM's own scheduler, and a runner without adapters.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Override(NamedTuple):
 
 
 def overrides(model: nn.Module) -> list[Override]:
-    """Returns what the ports have put into a loaded model."""
+    """Returns what delta support has put into a loaded model."""
     places = [(model, "compute_logits"), *((module, "forward") for module in model.modules())]
     return [Override(owner, name, vars(owner)[name]) for owner, name in places if name in vars(owner)]
 
@@ -55,7 +54,7 @@ class Support:
     """Takes delta support out of a runner, and puts it back: both cost a step the same.
 
     Args:
-        runner: vLLM's, whose model is compiled and has ports.
+        runner: vLLM's, whose model is compiled with custom ops.
     """
 
     def __init__(self, runner: Any) -> None:
