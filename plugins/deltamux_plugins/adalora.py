@@ -31,7 +31,7 @@ from deltamux_plugins.peft_keys import ADALORA_REFUSED
 from deltamux_plugins.targets import Targeted, fan_in_fan_out, peft_values, targets
 
 EPSILON = 1e-5
-"""PEFT divides by rank + 1e-5, so it does here."""
+"""Added to the rank that the scale is divided by, as in PEFT."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def deltamux_schedule(config: AdaLoRAConfig, base: BaseModel, num_steps: int) ->
 
 
 class RankSchedule(TrainingSchedule):
-    """Prunes triplets along the budget, by their importance, which is in `state`."""
+    """The pruning of triplets to the budget of each step, by importance; `state` has what it is computed from."""
 
     def __init__(self, config: AdaLoRAConfig, sites: list[str], num_steps: int) -> None:
         super().__init__()

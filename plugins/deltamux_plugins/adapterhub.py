@@ -1,15 +1,15 @@
-"""Reads AdapterHub's checkpoints (library `adapters`) as those of our own methods.
+"""Reads AdapterHub's checkpoints (library `adapters`) as those of deltamux's methods.
 
-Their adapter_config.json holds the method's options under ``config`` next to the base's ``model_type``. On the decoders
+Their adapter_config.json holds the method's options under ``config``, and the base's ``model_type``. On the decoders
 below, AdapterHub calls its bottlenecks with a sub-layer's output y, the residual stream h that y is added to, and no
-layer norm. So what its many placement options come to is
+layer norm. So its placement options mean
 
     original_ln_before   W_down reads h + y instead of y
     is_parallel          W_down reads h (not the sub-layer's normalised input)
     original_ln_after, residual_before_ln   which of h and y are added back: exactly both, or it is refused
 
-What cannot be served exactly is refused with InvalidConfigError, by the name of the option. Adapters that AdapterHub
-leaves out of a layer or sub-layer become bottlenecks of width one that are zero.
+What cannot be served exactly is refused with InvalidConfigError, by the name of the option. Sub-layers that
+AdapterHub leaves out get bottlenecks of zeros, of width one.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux_plugins.peft_format import CAUSAL_LM, PREFIX
 
 LAYERS = {"llama": "model", "mistral": "model", "gpt2": "transformer"}
-"""The bases that were compared with AdapterHub's own code, with the path of the module that holds the layers."""
+"""The path of the module that holds the layers, for the bases that were compared with AdapterHub's own code."""
 
 NAMES = {"leakyrelu": "leaky_relu", "linear": "identity", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu_new"}
-"""AdapterHub's activations that are called otherwise here."""
+"""AdapterHub's activations that have another name here."""
 NAMES_BEFORE_VERSIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 ROLES = {"attention": "mh_adapter", "feed_forward": "output_adapter"}
@@ -78,7 +78,7 @@ def recognise(checkpoint: Checkpoint, peft_type: str) -> Checkpoint | None:
 
     Raises:
         InvalidConfigError: the checkpoint is AdapterHub's, but holds an option that cannot be served exactly.
-        InvalidAdapterError: it is AdapterHub's, but a tensor is not what its options say.
+        InvalidAdapterError: it is AdapterHub's, but a tensor does not fit its options.
     """
     options = checkpoint.config.get("config")
     if "peft_type" in checkpoint.config or "model_type" not in checkpoint.config or not isinstance(options, dict):
@@ -92,7 +92,7 @@ def recognise(checkpoint: Checkpoint, peft_type: str) -> Checkpoint | None:
 
 
 Content = tuple[dict[str, Any], dict[str, Tensor]]
-"""The config and the tensors of a method of ours."""
+"""The config and the tensors of one of deltamux's methods."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class _Source:
     options: Mapping[str, Any]
 
     def method(self) -> tuple[str, Callable[[], Content]]:
-        """Returns the peft_type of our method, and what reads the checkpoint as one of it."""
+        """Returns the peft_type of deltamux's method, and the function that reads the checkpoint as one of it."""
         if self.model_type not in LAYERS:
             raise _refused("model_type", f"{self.model_type!r}: only {', '.join(LAYERS)} were compared with AdapterHub")
         architecture = self.options.get("architecture")
@@ -188,7 +188,7 @@ class _Source:
         return before
 
     def _bottleneck_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Returns the tensors in our names, and the trained scales by site."""
+        """Returns the tensors by deltamux's names, and the trained scales by site."""
         tensors: dict[str, Tensor] = {}
         factors: dict[str, Tensor] = {}
         for name, tensor in self.checkpoint.tensors.items():
@@ -204,7 +204,7 @@ class _Source:
         return tensors, factors
 
     def _left_out(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns bottlenecks of zeros for the sub-layers that our method has and this adapter leaves out."""
+        """Returns bottlenecks of zeros for the sub-layers that deltamux's method has and this adapter leaves out."""
         left_out = self.options.get("leave_out") or []
         if not all(type(layer) is int and 0 <= layer < MAX_LAYERS for layer in left_out):
             raise _refused("leave_out", f"{left_out!r}: it holds indices of layers")
@@ -260,7 +260,7 @@ class _Source:
         alpha, r = _number("alpha", self.options.get("alpha", default)), self.options.get("r", default)
         version = re.match(r"adapters\.(\d+)\.(\d+)", str(self.checkpoint.config.get("version", "")))
         if version and (int(version[1]), int(version[2])) < (1, 1):
-            # These trained without the scale that they wrote down: AdapterHub loads them with alpha = r.
+            # These trained without the scale in their files: AdapterHub loads them with alpha = r.
             return _number("r", r)
         return alpha
 

@@ -26,7 +26,7 @@ from deltamux_plugins.targets import matches
 
 @dataclass(frozen=True)
 class BitFitConfig(VersionedConfig):
-    """Which biases are trained.
+    """The biases that are trained.
 
     Attributes:
         target_modules: names, endings or a regular expression over projections and norms; None takes all.

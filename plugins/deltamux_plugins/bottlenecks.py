@@ -27,7 +27,7 @@ from deltamux_plugins.peft_format import BOOKKEEPING
 
 @dataclass(frozen=True)
 class BottleneckConfig(VersionedConfig):
-    """What an adapter is made of.
+    """The config of a bottleneck adapter.
 
     Attributes:
         bottleneck: inner width m; None derives it from reduction_factor.
@@ -110,7 +110,7 @@ class BottleneckMethod:
         zeros, parameters = torch.nn.init.zeros_, dict[str, ParameterSpec]()
         for block in self.blocks(base):
             width = config.width(block.features)
-            # The paper starts near the identity; a zero W_up starts at it, and learns as well since W_down is not zero.
+            # The paper starts near the identity; a zero W_up starts at it, and is trained since W_down is not zero.
             parameters[f"{block.name}.down.weight"] = ParameterSpec((width, block.features), _small_normal)
             parameters[f"{block.name}.down.bias"] = ParameterSpec((width,), zeros)
             parameters[f"{block.name}.up.weight"] = ParameterSpec((block.features, width), zeros)

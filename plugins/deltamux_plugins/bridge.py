@@ -1,4 +1,4 @@
-"""The bridge: serves what PEFT trained by any other method that it can merge.
+"""The bridge: a method for the adapters of PEFT's other methods, where PEFT can merge them.
 
 PEFT itself builds the adapter around the base's projections and merges it; the difference of the weights is the delta.
 
@@ -33,7 +33,7 @@ from deltamux_plugins.peft_format import BOOKKEEPING, PREFIX
 
 OWN_TYPE = "DELTAMUX_BRIDGE"
 RANK = 64
-"""Largest rank that is looked for."""
+"""Largest rank of a `LowRank` that a change becomes."""
 
 EXACT = 1e-5
 """Largest share of a change that a low rank may leave out: float32's rounding."""
@@ -49,14 +49,14 @@ NOT_SERVED = {
     "TRAINABLE_TOKENS": "changes rows of the token embedding, and of the output head where the two are tied",
     "XLORA": "mixes several LoRAs by a classifier that reads the base's hidden states",
 }
-"""Types of PEFT that are not a change of projections' weights, with what they are."""
+"""What PEFT's types do that are not changes of projections' weights."""
 
 ADVICE = "LoRA, IA3, prompt tuning, P-tuning and prefix tuning are served, and every type of PEFT that can be merged"
 
 
 @dataclass(frozen=True)
 class BridgeConfig:
-    """PEFT's config of another type, as it is.
+    """PEFT's config of any type.
 
     Attributes:
         values: the keys of its adapter_config.json, ``peft_type`` among them.
@@ -158,7 +158,7 @@ def _adapted(config: BridgeConfig, base: BaseModel, tensors: Mapping[str, Tensor
 
 
 def _values(config: BridgeConfig, known: set[str]) -> dict[str, Any]:
-    """Returns the keys that PEFT's config class has; one that it lacks may only be there unset.
+    """Returns the values of the keys that PEFT's config class has; others must be unset.
 
     Raises:
         InvalidConfigError: one is set that it lacks.
@@ -179,7 +179,7 @@ def _projections(base: BaseModel) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     root = _Tree()
-    # PEFT looks the targets that a config leaves open up by it.
+    # By it PEFT finds the default targets.
     root.config = {"model_type": next(iter(model_types(base.architecture)), "custom")}
     for site in base.linears:
         module: Any
@@ -202,7 +202,7 @@ def _projections(base: BaseModel) -> nn.Module:
 
 
 class _Tree(nn.Module):
-    """Holds modules at their paths; it is never run as a whole."""
+    """A module that only holds others at their paths."""
 
     config: dict[str, str]
 
@@ -221,7 +221,7 @@ def _changes(base: BaseModel, site: LinearSite, module: Any) -> Iterator[Op]:
 
 
 def _smallest(change: Tensor) -> LowRank | Dense:
-    """Returns the change as factors, where a rank that is worth it holds it exactly."""
+    """Returns the change as factors, where these are smaller and exact."""
     rank = min(RANK, *change.shape)
     u, s, v = torch.svd_lowrank(change, q=rank, niter=2)
     needed = int((s > EXACT * s[0]).sum())

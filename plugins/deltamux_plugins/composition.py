@@ -34,7 +34,7 @@ class ComponentConfig:
 
 @dataclass(frozen=True)
 class CompositionConfig(VersionedConfig):
-    """What a composition is made of.
+    """The components of a composition.
 
     Attributes:
         mode: stack or sum.

@@ -1,4 +1,4 @@
-"""What the configs of several methods have in common: refusals, and the version of a file format."""
+"""The common parts of several methods' configs: refusals, and the version of a file format."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ def invalid(name: str, problem: str) -> InvalidConfigError:
 
 
 def check_no_bias(bias: str) -> None:
-    """Raises InvalidConfigError where a file's `bias` says that biases were trained, too."""
+    """Raises InvalidConfigError for a file's `bias` that means trained biases."""
     if bias != "none":
         raise invalid("bias", f"{bias!r} is not served; only none is")

@@ -1,7 +1,7 @@
 """The files of methods that train whole weights: changes against the base, plain or compressed, tensor by tensor.
 
 A parameter's change has the parameter's name (``model.layers.0.mlp.up_proj.weight``), or, for a projection's weight,
-compressed: as ``.weight.signs`` and ``.weight.scale`` (BitDelta: one bit a weight and one scale a matrix), or as
+compressed: as ``.weight.signs`` and ``.weight.scale`` (BitDelta: one bit per weight, one scale per matrix), or as
 ``.weight.a`` and ``.weight.b`` (truncated SVD). A tied output head has no tensor of its own.
 """
 
@@ -80,12 +80,12 @@ def outer_changes(base: BaseModel, *, embedding: bool, final_norm: bool, head: b
 
 
 def zeros(changes: Iterable[Change]) -> dict[str, ParameterSpec]:
-    """Declares changes, none of them made yet."""
+    """Returns the declarations of changes that start at zero."""
     return {change.name: ParameterSpec(change.shape, torch.nn.init.zeros_) for change in changes}
 
 
 def dense_program(base: BaseModel, changes: Iterable[Change], tensors: Mapping[str, Tensor]) -> Program:
-    """Returns the program of a file."""
+    """Returns the program of a file's changes."""
     return Program.of((site, op) for change in changes for site, op in _ops(base, change, tensors))
 
 

@@ -1,11 +1,11 @@
-"""DoRA's magnitude: the direction of each of a projection's rows is learnt by LoRA, its length apart from it.
+"""DoRA: the length of each row of a projection's weight is trained apart from its direction, which LoRA changes.
 
 Liu et al. 2024, https://arxiv.org/abs/2402.09353.
 
     y = m / ||W + s B A|| * (W x + s B (A x)) + b,   m [out]; each row's norm is a constant (section 4.3)
 
-Served as the LoRA's `LowRank`, a `Scale` by m / ||.||, and, where the base has a bias b, a `Bias` that gives back what
-the scale took from b. It is an option of LoRA (`use_dora`), as it is in PEFT.
+Served as the LoRA's `LowRank`, a `Scale` by m / ||.||, and, where the base has a bias b, a `Bias` that undoes the
+scale of b. It is an option of LoRA (`use_dora`), as it is in PEFT.
 """
 
 from __future__ import annotations

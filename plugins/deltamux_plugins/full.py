@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight is trained; what is kept and served is the change against the base.
+"""Full fine-tuning: every weight is trained; the change against the base is stored and served.
 
     W' = W + dW,  b' = b + db,  E' = E + dE    everywhere, the embedding and the output head included
 
@@ -37,7 +37,7 @@ from deltamux_plugins.peft_format import BOOKKEEPING
 
 @dataclass(frozen=True)
 class FullConfig(VersionedConfig):
-    """What is trained, and when.
+    """The parameters that are trained, and their schedule.
 
     Attributes:
         train_embedding: whether the input embedding is trained (with a tied output head).
@@ -85,7 +85,7 @@ def deltamux_schedule(config: FullConfig, base: BaseModel, num_steps: int) -> Tr
 
 
 class Unfreezing(TrainingSchedule):
-    """Unfreezes one stage after the other, at equal distances; what is unfrozen stays so.
+    """Gradual unfreezing: one stage after the other, at equal distances; what is unfrozen stays so.
 
     Args:
         stages: names of the parameters that each stage unfreezes.

@@ -33,10 +33,10 @@ class IA3Config:
     """PEFT's IA3Config.
 
     Attributes:
-        target_modules: names, endings or a regular expression; None: what PEFT takes for the base's model type, and
-            where it has no choice, keys, values and each feed-forward's output projection.
-        feedforward_modules: those of the targets whose input is scaled instead of their output: endings, of a name too,
-            or a regular expression; None: PEFT's choice.
+        target_modules: names, endings or a regular expression; None: PEFT's default for the base's model type, or,
+            without one, keys, values and each feed-forward's output projection.
+        feedforward_modules: targets whose input is scaled instead of their output: endings of paths, or a regular
+            expression; None: PEFT's default.
         modules_to_save: see `deltamux_plugins.targets.Targeted`.
         init_ia3_weights: whether fresh factors are one; False draws them, for tests.
     """
@@ -73,7 +73,7 @@ def deltamux_parameters(config: IA3Config, base: BaseModel) -> dict[str, Paramet
 def deltamux_config(config: IA3Config, base: BaseModel) -> dict[str, Any]:
     targets = list(_targets(config, base))
     if config.target_modules is None or config.feedforward_modules is None:
-        # Whole endings of two components, since GPT-2 calls both of its output projections c_proj.
+        # Endings of two components, since both of GPT-2's output projections are named c_proj.
         endings = {ending(site) for site, _, _ in targets}
         inputs = {ending(site) for site, scales_input, _ in targets if scales_input}
         config = replace(config, target_modules=tuple(sorted(endings)), feedforward_modules=tuple(sorted(inputs)))
@@ -113,7 +113,7 @@ def _targets(config: IA3Config, base: BaseModel) -> Iterator[tuple[LinearSite, b
 
 
 def _names(config: IA3Config, base: BaseModel) -> tuple[Names, Names]:
-    """Returns target_modules and feedforward_modules, PEFT's choice where they are None."""
+    """Returns target_modules and feedforward_modules, PEFT's defaults where they are None."""
     known = any(kind in IA3_TARGETS for kind in model_types(base.architecture))
     names, inputs = config.target_modules, config.feedforward_modules
     outputs = tuple(block.output_module for block in base.blocks if block.role is BlockRole.FEED_FORWARD)

@@ -29,9 +29,9 @@ class LNTuningConfig:
     """PEFT's LNTuningConfig.
 
     Attributes:
-        target_modules: names, endings or a regular expression; "all-norms"; None: what PEFT takes for the base's model
+        target_modules: names, endings or a regular expression; "all-norms"; None: PEFT's default for the base's model
             type.
-        exclude_modules: as target_modules; wins over it.
+        exclude_modules: as target_modules; takes precedence.
         modules_to_save: see `deltamux_plugins.targets.Targeted`.
     """
 

@@ -41,7 +41,7 @@ class LoHaConfig(Targeted):
     Attributes:
         r: rank of each of the two factors.
         alpha: numerator of the scale.
-        rank_pattern, alpha_pattern: by pattern over paths; the first that matches the path's end wins.
+        rank_pattern, alpha_pattern: by pattern over paths; the first that matches the path's end counts.
         rank_dropout, module_dropout: of PEFT's training; not applied here.
         init_weights: whether a fresh adapter is the identity (B2 zero).
     """

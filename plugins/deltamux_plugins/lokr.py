@@ -34,7 +34,7 @@ class LoKrConfig(LoHaConfig):
 
     Attributes:
         decompose_both: whether W1 is low-rank, too.
-        decompose_factor: what the sizes are split near; -1 splits near their square roots.
+        decompose_factor: largest size of W1's dimensions; -1 splits sizes near their square roots.
         init_weights: True or "lycoris": which factor begins at zero, so that a fresh adapter is the identity.
     """
 

@@ -52,13 +52,13 @@ class LoRAConfig(Targeted):
     Attributes:
         r: rank.
         lora_alpha: numerator of the scale.
-        rank_pattern: rank by pattern over paths; the first that matches the path's end wins.
+        rank_pattern: rank by pattern over paths; the first that matches the path's end counts.
         alpha_pattern: likewise for lora_alpha.
         use_dora: each row's length is trained apart from its direction; see `deltamux_plugins.dora`.
         lora_dropout: while training.
         bias: none, all (every bias of the base is trained) or lora_only (those of the targets).
-        init_lora_weights: True (A Kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero). Files
-            may say how else PEFT began; training here begins in one of the two ways.
+        init_lora_weights: True (A Kaiming-uniform, B zero) or "gaussian" (A normal with deviation 1/r, B zero); in
+            files also PEFT's others.
     """
 
     r: int = 8
@@ -108,7 +108,7 @@ class LoRAConfig(Targeted):
 @hookimpl
 def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     if config.init_lora_weights not in TRAINED_FROM:
-        raise invalid("init_lora_weights", f"{config.init_lora_weights!r} cannot be trained from; say true or gaussian")
+        raise invalid("init_lora_weights", f"{config.init_lora_weights!r} cannot be trained from; use true or gaussian")
     refuse_to_train(config, "modules_to_save")
     parameters: dict[str, ParameterSpec] = {}
     for site in targets(config, base):

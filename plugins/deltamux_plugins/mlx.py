@@ -23,7 +23,7 @@ def recognise(checkpoint: Checkpoint) -> Checkpoint | None:
     """Returns an MLX-LM checkpoint as LoRA's; None if it is not MLX-LM's.
 
     Raises:
-        InvalidConfigError: it is a full fine-tuning, or does not say its rank and scale.
+        InvalidConfigError: it is a full fine-tuning, or lacks its rank or scale.
         InvalidAdapterError: a tensor is not one of LoRA's at a projection.
     """
     config = checkpoint.config

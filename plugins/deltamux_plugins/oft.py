@@ -6,8 +6,7 @@ https://arxiv.org/abs/2506.19847.
     y = W R^T x + b,   R = diag(R_1 .. R_n),   R_i = (I + Q_i)(I - Q_i)^-1,   Q_i skew-symmetric
 
 With `use_cayley_neumann`, (I - Q)^-1 is the Neumann series up to the given number of terms, as PEFT sums it. Served as
-`Dense`, W (R^T - I): the engine packs projections that would need rotated inputs of their own. Files are
-PEFT's.
+`Dense`, W (R^T - I), since packed projections share their input. Files are PEFT's.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class OFTConfig(Targeted):
         r: number of blocks; or oft_block_size: their size. One of the two is zero.
         module_dropout: of PEFT's training; not applied here.
         coft: whether each Q is kept within `eps` of zero (constrained OFT).
-        block_share: whether all blocks are one.
+        block_share: whether all blocks share one rotation.
         use_cayley_neumann, num_cayley_neumann_terms: the series in place of the inverse, and its length.
         bias: none; adapters whose biases were trained are not served.
     """
@@ -64,7 +63,7 @@ class OFTConfig(Targeted):
         check_no_bias(self.bias)
 
     def blocks(self, site: LinearSite) -> tuple[int, int]:
-        """Returns (number of blocks, their size); what does not divide the inputs moves to the nearest that does."""
+        """Returns (number of blocks, their size), rounded to the nearest divisor of the inputs."""
         size = site.in_features
         chosen = _nearest_divisor(size, self.r or self.oft_block_size)
         return (chosen, size // chosen) if self.r else (size // chosen, chosen)
@@ -85,7 +84,7 @@ def deltamux_parameters(config: OFTConfig, base: BaseModel) -> dict[str, Paramet
 
 @hookimpl
 def deltamux_config(config: OFTConfig, base: BaseModel) -> dict[str, Any]:
-    # Without a version PEFT takes the file for one of before 0.18, whose series was another.
+    # PEFT reads a file without a version as one of before 0.18, with another series.
     return {**peft_values(config, base), **fan_in_fan_out(config, base), "peft_version": PEFT_VERSION}
 
 

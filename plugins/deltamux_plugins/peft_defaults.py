@@ -1,4 +1,4 @@
-"""What PEFT takes for a target_modules of null: names of modules by transformers' model type, for decoders."""
+"""PEFT's default target_modules, by transformers' model type, for decoders."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ IA3_TARGETS: Mapping[str, Names] = {name: (*_IA3_ATTENTION[name], *IA3_FEEDFORWA
 
 
 def default_targets(known: Mapping[str, Names], base: BaseModel) -> Names:
-    """Returns what PEFT takes for a target_modules of null on this base.
+    """Returns PEFT's default target_modules on this base.
 
     Raises:
         InvalidConfigError: PEFT has no default for the base's model type.

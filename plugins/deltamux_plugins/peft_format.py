@@ -1,4 +1,4 @@
-"""What PEFT's files have in common, whatever the method."""
+"""The common parts of PEFT's files of all methods."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltamux.deltas import BaseModel, Dense, LowRank
 from deltamux.errors import BaseMismatchError, InvalidConfigError
 
 PREFIX = "base_model.model."
-"""What every module's path begins with in PEFT's tensor names."""
+"""The beginning of PEFT's tensor names, before the module's path."""
 
 BOOKKEEPING = frozenset(
     {
@@ -26,7 +26,7 @@ BOOKKEEPING = frozenset(
 """Keys of every adapter_config.json that change nothing that is served."""
 
 AS_PEFT = {"target_modules": None}
-"""PEFT's meaning of a file without targets: those of the base's model type, not every projection."""
+"""A file without target_modules has PEFT's default ones, not every projection."""
 
 CAUSAL_LM = {"task_type": "CAUSAL_LM", "inference_mode": True}
 """The keys of adapter_config.json with which PEFT attaches it to a causal model."""
@@ -56,7 +56,7 @@ def low_rank_or_dense(a: Tensor, b: Tensor, scale: float = 1.0, dropout: float =
 
 
 def refuse_to_train(config: Any, *names: str) -> None:
-    """Raises InvalidConfigError for options that PEFT's training has and ours has not."""
+    """Raises InvalidConfigError for options of PEFT's training that training here does not have."""
     for name in names:
         if getattr(config, name):
             raise InvalidConfigError(

@@ -1,4 +1,4 @@
-"""Keys of PEFT's LoRA configs that change what is computed and are not served: what brought each, and what it does.
+"""Keys of PEFT's LoRA configs that change what is computed and are not served: each with its version and effect.
 
 A key is refused only where it is set: null, false and empty values change nothing.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_BROUGHT: Mapping[str, tuple[str, str]] = {
+_EFFECTS: Mapping[str, tuple[str, str]] = {
     "alora_invocation_tokens": ("0.18", "changes the tokens after an invocation alone (activated LoRA)"),
     "arrow_config": ("0.18", "routes each token between several adapters (Arrow)"),
     "ensure_weight_tying": ("0.18", "trains the embedding and the output head as one"),
@@ -27,7 +27,7 @@ _ADVICE = "train without it, or merge the adapter into the base with PEFT and se
 
 
 def _reasons(*left_out: str, **more: str) -> dict[str, str]:
-    reasons = {key: f"PEFT {version} brought it, and it {does}" for key, (version, does) in _BROUGHT.items()}
+    reasons = {key: f"PEFT {version} brought it, and it {does}" for key, (version, does) in _EFFECTS.items()}
     return {key: f"{reason}; {_ADVICE}" for key, reason in {**reasons, **more}.items() if key not in left_out}
 
 

@@ -43,7 +43,7 @@ class PrefixConfig:
         init_weights: None (the base's keys and values for a text or for random tokens of its vocabulary; with
             prefix_projection as torch's Embedding and Linear start), "normal" (as PEFT starts) or "zero".
         init_text: the text to start from, its tokens repeated or cut to n; None takes random tokens.
-        tokenizer_name_or_path: whose tokens they are; None takes the base's own. PEFT's files hold neither.
+        tokenizer_name_or_path: for init_text; None takes the base's own. PEFT's files hold neither.
         token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the base
             (token_dim is kv_heads * head_dim, num_attention_heads is kv_heads); checked where given.
     """

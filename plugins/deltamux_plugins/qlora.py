@@ -1,12 +1,12 @@
-"""QLoRA: LoRA, trained over a base that is held in four bits.
+"""QLoRA: LoRA, trained over a base that is quantised to four bits.
 
 Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
 
     y = dequantise(NF4(W)) x + s B (A x)
 
 While training, every projection of the base is quantised to NF4 in blocks of 64, the blocks' scales once more (double
-quantisation), by bitsandbytes, which runs on CPUs, too (``pip install 'deltamux[qlora]'``). What comes out is a LoRA
-like any other: its files are PEFT's LoRA, and it is served on the full base or on a quantised one. Merging it by this
+quantisation), by bitsandbytes, which runs on CPUs, too (``pip install 'deltamux[qlora]'``). The result is a LoRA like
+any other: its files are PEFT's LoRA, and it is served on the full base or on a quantised one. Merging it by this
 method (``deltamux merge --method qlora``) adds it to the dequantised weights it was trained over, and reports how far
 those are from the base's.
 """
@@ -28,7 +28,7 @@ from deltamux_plugins.lora import LoRAConfig
 
 @dataclass(frozen=True)
 class QLoRAConfig(LoRAConfig):
-    """LoRA's options, and how the base is held.
+    """LoRA's options, and those of the quantised base.
 
     Attributes:
         quant_type: nf4 or fp4.
@@ -72,7 +72,7 @@ def deltamux_prepare(config: QLoRAConfig, base: BaseModel, model: nn.Module) -> 
 
 
 def _quantised(bnb: Any, config: QLoRAConfig, linear: Any) -> nn.Module:
-    """Returns a projection whose weight is held in four bits, on the same device."""
+    """Returns a projection with its weight in four bits, on the same device."""
     module: nn.Module = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
@@ -116,7 +116,7 @@ def deltamux_merge(config: QLoRAConfig, base: BaseModel, tensors: Mapping[str, T
 
 
 def dequantised(config: QLoRAConfig, weight: Tensor) -> Tensor:
-    """Returns what is left of a weight [out, in] after quantisation, in its own dtype."""
+    """Returns a weight [out, in] quantised and dequantised again, in its own dtype."""
     from bitsandbytes import functional
 
     _bitsandbytes()

@@ -1,4 +1,4 @@
-"""`Targeted`: PEFT's target_modules and its companions, for all methods that have them.
+"""`Targeted`: PEFT's target_modules and the options that narrow it, for all methods that have them.
 
 Patterns come with uploads, so they are matched with a time limit: a hostile one is refused, and delays no other upload.
 """
@@ -31,14 +31,14 @@ class Targeted:
     """A config that chooses its targets as PEFT's do.
 
     Attributes:
-        peft_targets: what PEFT takes for a target_modules of null, by transformers' model type.
+        peft_targets: PEFT's default target_modules, by transformers' model type.
         target_modules: module names or their endings, a regular expression over whole paths, "all-linear", or None:
-            what PEFT takes for the base's model type.
-        exclude_modules: as target_modules; wins over it.
+            PEFT's default for the base's model type.
+        exclude_modules: as target_modules; takes precedence.
         layers_to_transform: layer indices to restrict the targets to.
         layers_pattern: name of the list of layers that layers_to_transform counts in.
-        modules_to_save: modules that PEFT trained whole; none of them is a target. Served where the file leaves them as
-            they are in the base.
+        modules_to_save: modules that PEFT trained whole; none of them is a target. Served where the file's copies equal
+            the base's.
     """
 
     peft_targets: ClassVar[Mapping[str, Names]] = LORA_TARGETS
@@ -63,7 +63,7 @@ class Targeted:
 
 
 def targets(config: Targeted, base: BaseModel) -> list[LinearSite]:
-    """Returns the projections that a config means, in the model's order.
+    """Returns the projections that a config matches, in the model's order.
 
     Raises:
         InvalidConfigError: there is none, or a pattern is not a regular expression.
@@ -80,11 +80,11 @@ def targets(config: Targeted, base: BaseModel) -> list[LinearSite]:
 def nothing_matches(
     names: Names, paths: list[str], base: BaseModel, kind: str, narrowed: str = ""
 ) -> InvalidConfigError:
-    """Returns the refusal of a config whose target_modules mean none of the modules at `paths`.
+    """Returns the refusal of a config with target_modules that match none of the modules at `paths`.
 
     Args:
-        kind: what the modules are: projection, norm.
-        narrowed: the options that leave out what target_modules alone would mean; "" for none.
+        kind: of the modules: projection, norm.
+        narrowed: the options that leave out matches of target_modules; "" for none.
     """
     endings = sorted({path.rpartition(".")[2] for path in paths})
     has = f"this base has: {listed(endings, 12)}"
@@ -126,14 +126,14 @@ def _narrowed(config: Targeted) -> str:
 
 
 def matches(names: Names, path: str) -> bool:
-    """Returns whether a module is meant: by names or their endings, or by a regular expression over whole paths."""
+    """Returns whether names or their endings, or a regular expression over whole paths, match a module's path."""
     if isinstance(names, str):
         return fully_matches(names, path)
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
 def by_pattern(patterns: Mapping[str, Any], path: str) -> Any:
-    """Returns the value of the first pattern that matches the end of a path, as PEFT looks ranks and alphas up."""
+    """Returns the value of the first pattern that matches the end of a path, as PEFT finds ranks and alphas."""
     for pattern, value in patterns.items():
         if _match(rf"(.*\.)?({pattern})$", path):
             return value
@@ -172,7 +172,7 @@ def _check_pattern(pattern: str) -> None:
 
 
 def peft_values(config: Targeted, base: BaseModel) -> dict[str, Any]:
-    """Returns the values of an adapter_config.json that every version of PEFT reads alike, with targets by name."""
+    """Returns the values of adapter_config.json, with targets by name, which every version of PEFT reads alike."""
     names = config.target_modules
     if names is None or is_all_linear(names):
         names = tuple(sorted({site.name.rpartition(".")[2] for site in targets(config, base)}))
@@ -193,7 +193,7 @@ def _is_regex(names: Names | None) -> bool:
 
 
 def is_left_out(config: Any, path: str) -> bool:
-    """Returns whether exclude_modules or modules_to_save keep a module from being a target."""
+    """Returns whether exclude_modules or modules_to_save leave a module out of the targets."""
     if config.exclude_modules and matches(config.exclude_modules, path):
         return True
     return any(_match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())

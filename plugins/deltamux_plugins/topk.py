@@ -28,7 +28,7 @@ from deltamux_plugins.peft_format import BOOKKEEPING
 
 @dataclass(frozen=True)
 class TopKConfig(VersionedConfig):
-    """Which layers are trained.
+    """The layers that are trained.
 
     Attributes:
         num_layers: k, counted from the top; None trains all layers.

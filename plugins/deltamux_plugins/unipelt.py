@@ -1,4 +1,4 @@
-"""UniPELT: LoRA, a prefix and bottlenecks in one adapter, each with a gate that learns where it helps.
+"""UniPELT: LoRA, a prefix and bottlenecks in one adapter, each with a trained gate.
 
 Mao et al. 2022, https://arxiv.org/abs/2110.07577.
 
@@ -9,7 +9,7 @@ Mao et al. 2022, https://arxiv.org/abs/2110.07577.
 The paper gates a whole sequence by the average over its tokens. A decoder cannot: a prompt's average is not that of the
 prompt and its answer, so a cache filled with the one would be wrong for the other. Here the gates of LoRA and of the
 bottleneck are computed per token, from the paper's input and by its formula without the average. The prefix is in the
-cache before any token is known: its gate is one learned number per layer, multiplied into the keys and values of the
+cache before any token is known: its gate is one trained number per layer, multiplied into the keys and values of the
 program.
 
 Served as `GatedLowRank`, `GatedBottleneck` and `KVPrefix`.

@@ -1,4 +1,4 @@
-"""VeRA: one pair of random matrices for all projections, frozen; two trained vectors for each.
+"""VeRA: one pair of frozen random matrices for all projections, and two trained vectors for each.
 
 Kopiczko et al. 2023, https://arxiv.org/abs/2310.11454.
 
@@ -45,9 +45,9 @@ class VeRAConfig(Targeted):
         projection_prng_key: seed of the shared matrices.
         save_projection: whether the file holds the shared matrices, too.
         vera_dropout: while training.
-        d_initial: what d starts at; b starts at zero.
+        d_initial: initial value of d; that of b is zero.
         bias: none; adapters whose biases were trained are not served.
-        init_weights: whether vectors start so; False is for tests of PEFT.
+        init_weights: whether the vectors have these initial values; False is for tests of PEFT.
     """
 
     peft_targets: ClassVar[Mapping[str, Names]] = VERA_TARGETS
@@ -90,7 +90,7 @@ def deltamux_export(config: VeRAConfig, base: BaseModel, parameters: Mapping[str
 def deltamux_config(config: VeRAConfig, base: BaseModel) -> dict[str, Any]:
     values = peft_values(config, base)
     if config.exclude_modules is None:
-        del values["exclude_modules"]  # PEFT's VeRA does not know it
+        del values["exclude_modules"]  # PEFT's VeRA has no such key
     return {**values, **fan_in_fan_out(config, base)}
 
 

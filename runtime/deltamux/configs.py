@@ -35,7 +35,7 @@ def build_config(
     refused: Mapping[str, str] = NOTHING,
     needed: Collection[str] = (),
 ) -> Any:
-    """Returns an instance of a frozen dataclass; null is a value of those fields alone whose type has None.
+    """Returns an instance of a frozen dataclass; null is a value only of fields with None in their type.
 
     A field whose type is a dataclass is built from a mapping in the same way.
 

@@ -1,4 +1,4 @@
-"""The hooks of a fine-tuning method: what a plugin implements, and nothing else of deltamux needs to be known.
+"""The hooks of a fine-tuning method, which a plugin implements.
 
 A plugin is a module (or object) with functions marked `hookimpl`, registered under the entry point group
 ``deltamux.methods``; one plugin is one method. A module may have its hooks in an object called ``METHOD`` instead. The
@@ -37,7 +37,7 @@ Initialiser = Callable[["Tensor"], Any]
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What a method is, for people and for the registry.
+    """The description of a method.
 
     Attributes:
         name: the method's one name, as on the command line (``lora``).
@@ -48,16 +48,16 @@ class MethodInfo:
         config_class: a frozen dataclass; its fields are the keys of adapter_config.json and of ``--set``, and it checks
             its values in ``__post_init__`` (raise InvalidConfigError).
         ignored_keys: keys of foreign adapter_config.json files that do not change what is served, and are skipped.
-        refused_keys: keys that change what is served and cannot be; for each, why, and what to do.
-        file_defaults: what a file means that lacks a key, where it is something else than training's default.
+        refused_keys: keys that change what is computed and are not served, each with the reason and a way out.
+        file_defaults: values of keys that a file lacks, where they are not training's defaults.
         merges: whether its deltas can be merged into plain weights.
         in_peft: whether PEFT loads the files (peft_type is one of PEFT's).
         learning_rate: default for training, with `learning_rate_source` saying where it comes from.
         learning_rate_width: hidden size of the bases that `learning_rate` was found on, for methods that train
             matrices: on a base of another width it is scaled (docs/decisions/learning-rates.md). None: the rate holds
             for every width, as it does for vectors (factors, biases, norms, virtual tokens).
-        files_of: name of the method whose files its are, if they are another's; it is not recognised by them itself.
-        trains: whether its adapters can be trained here; a method may only serve what others trained.
+        files_of: name of the method whose files this one writes, and by which they are recognised; "": its own.
+        trains: whether its adapters can be trained here.
     """
 
     name: str
@@ -87,7 +87,7 @@ class ParameterSpec:
 
 
 class TrainingSchedule:
-    """What a method does next to gradient steps while it trains; the base class does nothing.
+    """The work of a method between gradient updates while it trains; the base class does nothing.
 
     One instance serves one run. `state` is saved with every checkpoint and restored on resume, so everything that a
     schedule keeps belongs there.
@@ -163,10 +163,10 @@ def deltamux_program(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]
 
 @hookspec
 def deltamux_prepare(config: Any, base: BaseModel, model: nn.Module) -> bool | None:
-    """Train hook: changes the loaded base in place before it is trained over, as by quantising it.
+    """Train hook: changes the loaded base in place before training, for example by quantising it.
 
-    Called once per training run, on a model of its own. Returns whether it did: then the other hooks read the base's
-    weights from its files. Not implemented, or None: the base is trained over as it is.
+    Called once per training run. Returns whether it changed the model: then the other hooks read the base's weights
+    from its files. Not implemented, or None: the base stays as it is.
     """
 
 
@@ -177,8 +177,8 @@ def deltamux_weights(config: Any, base: BaseModel) -> Mapping[str, str] | None:
     Training then updates the base's weights themselves, which costs what plain fine-tuning costs, and computes the
     changes when it ends: `deltamux_export` gets them, float32, in the shapes that `deltamux_parameters` declares. They
     must have the effect that `deltamux_program` gives them. A schedule sees the weights, not their changes. Called once
-    per training run. Not implemented, or None: the parameters are trained as they are declared; so they are where the
-    base's dtype or structure does not allow the other.
+    per training run. Not implemented, or None, or where the base's dtype or structure forbids it: the parameters are
+    trained as declared.
 
     Returns:
         The base parameter's name (its path in the Hugging Face model) for each declared parameter.
@@ -187,7 +187,7 @@ def deltamux_weights(config: Any, base: BaseModel) -> Mapping[str, str] | None:
 
 @hookspec
 def deltamux_schedule(config: Any, base: BaseModel, num_steps: int) -> TrainingSchedule | None:
-    """Train hook: returns what happens next to gradient steps: frozen parameters, a penalty, pruning.
+    """Train hook: returns the schedule of a run: frozen parameters, a penalty, pruning.
 
     Called once per training run. Not implemented, or None: plain training of all parameters.
 
@@ -200,8 +200,7 @@ def deltamux_schedule(config: Any, base: BaseModel, num_steps: int) -> TrainingS
 def deltamux_merge(config: Any, base: BaseModel, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
     """Merge hook: returns the changed base parameters by name, merged.
 
-    Not implemented, or None: the program's ops are merged one by one, and an op that cannot be merged refuses with its
-    reason.
+    Not implemented, or None: the program's ops are merged one by one.
 
     Raises:
         NotMergeableError: with the reason.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from deltamux.configs import build_config
 from deltamux.errors import BaseMismatchError, DeltamuxError, PluginError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, TrainingSchedule
-from deltamux.plugin_manager import PLUGIN_ERRORS, HookCaller, StepObserver, plugin_error
+from deltamux.plugin_manager import PLUGIN_ERRORS, HookCaller, PhaseObserver, plugin_error
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Method:
     plugin: str
     _registry: Registry = dataclasses.field(repr=False)
     _call: HookCaller = dataclasses.field(repr=False)
-    _on_step: StepObserver = dataclasses.field(repr=False)
+    _on_phase: PhaseObserver = dataclasses.field(repr=False)
 
     @property
     def name(self) -> str:
@@ -49,12 +49,12 @@ class Method:
     def parse(self, values: Mapping[str, Any]) -> Any:
         """Returns the method's config from the values of adapter_config.json, a YAML file or ``--set``.
 
-        Null is a value of those fields alone whose type has None.
+        Null is a value only of fields with None in their type.
 
         Raises:
             InvalidConfigError: unknown keys (all of them named), a value of another type, or out of range.
         """
-        self._on_step(self.name, "its config class")
+        self._on_phase(self.name, "its config class")
         info, needed = self.info, self.info.file_defaults
         ignored = info.ignored_keys | {"peft_type", "base_model_name_or_path"}
         try:
@@ -80,12 +80,12 @@ class Method:
         return bool(self._call("deltamux_prepare", {"config": config, "base": base, "model": model}))
 
     def weights(self, config: Any, base: BaseModel) -> dict[str, str]:
-        """Returns, by parameter, the base parameters that a method's are changes of; empty where they are not."""
+        """Returns the base parameter that each trainable parameter is the change of; empty where they are none."""
         named = self._call("deltamux_weights", {"config": config, "base": base})
         return {} if named is None else dict(self._expected("deltamux_weights", Mapping, named))
 
     def schedule(self, config: Any, base: BaseModel, num_steps: int) -> TrainingSchedule:
-        """Returns what happens next to gradient steps in a training run of `num_steps` updates."""
+        """Returns the schedule of a training run of `num_steps` updates."""
         schedule = self._call("deltamux_schedule", {"config": config, "base": base, "num_steps": num_steps})
         if schedule is None:
             return TrainingSchedule()
@@ -107,7 +107,7 @@ class Method:
         _check_base(checkpoint, base)
         check_finite(checkpoint.tensors)
         program = self.program(config, base, checkpoint.tensors)
-        self._on_step(self.name, "the check of its program")
+        self._on_phase(self.name, "the check of its program")
         if check_values:
             program.check_finite()
         return LoadedAdapter(self, config, program, checkpoint)
@@ -116,18 +116,18 @@ class Method:
         """Returns the program of a checkpoint's tensors, every op checked against its site; differentiable.
 
         Raises:
-            InvalidAdapterError: a tensor is missing, or not part of the method (unclaimed).
+            InvalidAdapterError: a tensor is missing, or among the leftovers.
             BaseMismatchError: a site is missing or a shape does not fit the base.
         """
-        from deltamux.deltas import ClaimedTensors
-        from deltamux.deltas.leftovers import changed_leftovers, explained, unclaimed
+        from deltamux.deltas.checkpoint import TrackedTensors
+        from deltamux.deltas.leftovers import changed_leftovers, explained, leftovers_error
 
-        claimed = ClaimedTensors(tensors)
+        tracked = TrackedTensors(tensors)
         try:
-            program = self._placed(config, base, claimed)
-            leftovers = changed_leftovers(claimed.leftovers(), tensors, base)
+            program = self._placed(config, base, tracked)
+            leftovers = changed_leftovers(tracked.leftovers(), tensors, base)
             if leftovers:
-                raise unclaimed(leftovers, self.name, tensors, base)
+                raise leftovers_error(leftovers, self.name, tensors, base)
         except DeltamuxError as error:
             if not self.info.in_peft:
                 raise

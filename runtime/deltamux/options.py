@@ -15,7 +15,7 @@ from deltamux.errors import InvalidConfigError
 DTYPES = ("float32", "bfloat16", "float16")
 """Names of the dtypes that a base's weights may have."""
 DEFAULT_ADDRESS = "127.0.0.1:8470"
-"""Where a server listens, and where a client looks for one, unless told otherwise."""
+"""The default address of servers and clients."""
 
 
 class Range(NamedTuple):

@@ -15,8 +15,8 @@ from deltamux.hookspecs import ENTRY_POINT_GROUP, PROJECT
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-StepObserver = Callable[[str, str], None]
-"""Called with a plugin's label and a step of it that is about to run, so that a hang can be attributed."""
+PhaseObserver = Callable[[str, str], None]
+"""Called with a plugin's label and its next phase (an import, a check, a hook), so that a hang can be attributed."""
 
 HookCaller = Callable[[str, Mapping[str, Any]], Any]
 """Calls one hook of one plugin, by name and arguments; None where the plugin does not implement it."""
@@ -27,13 +27,14 @@ PLUGIN_ERRORS = (Exception, SystemExit, GeneratorExit)
 """What a plugin may raise: everything but the user's interruption."""
 
 
-def ignore_step(plugin: str, step: str) -> None:
+def ignore_phase(plugin: str, phase: str) -> None:
     """The observer that does nothing."""
 
 
-def plugin_error(label: str, step: str, error: BaseException) -> PluginError:
+def plugin_error(label: str, phase: str, error: BaseException) -> PluginError:
     return PluginError(
-        f"plugin {label!r} failed in {step}: {type(error).__name__}: {error}", metadata={"plugin": label, "hook": step}
+        f"plugin {label!r} failed in {phase}: {type(error).__name__}: {error}",
+        metadata={"plugin": label, "hook": phase},
     )
 
 
@@ -41,15 +42,15 @@ class PluginManager(pluggy.PluginManager):
     """The plugins of fine-tuning methods, each a module or an object with hooks.
 
     Attributes:
-        on_step: called before each import, check and hook.
+        on_phase: called before each import, check and hook.
         broken: plugins that cannot be used, by label, with the reason.
         own: labels of deltamux's own plugins.
     """
 
-    def __init__(self, on_step: StepObserver = ignore_step) -> None:
+    def __init__(self, on_phase: PhaseObserver = ignore_phase) -> None:
         super().__init__(PROJECT)
         self.add_hookspecs(hookspecs)
-        self.on_step = on_step
+        self.on_phase = on_phase
         self.broken: dict[str, str] = {}
         self.own: set[str] = set()
 
@@ -75,7 +76,7 @@ class PluginManager(pluggy.PluginManager):
             if label in skip:
                 self.broken[label] = skip[label]
                 continue
-            self.on_step(label, "its import")
+            self.on_phase(label, "its import")
             try:
                 self._add(point.load(), label)
             except KeyboardInterrupt:
@@ -97,7 +98,7 @@ class PluginManager(pluggy.PluginManager):
         known = {name for name in dir(hookspecs) if name.startswith("deltamux_")}
         for plugin in list(self.get_plugins()):
             label = self.label(plugin)
-            self.on_step(label, "the check of its hooks")
+            self.on_phase(label, "the check of its hooks")
             offered = {name for name in dir(plugin) if self.parse_hookimpl_opts(plugin, name) is not None}
             unknown, missing = sorted(offered - known), sorted(set(REQUIRED_HOOKS) - offered)
             if unknown or missing:
@@ -112,7 +113,7 @@ class PluginManager(pluggy.PluginManager):
         others = [other for other in self.get_plugins() if other is not plugin]
 
         def call(hook: str, arguments: Mapping[str, Any]) -> Any:
-            self.on_step(label, hook)
+            self.on_phase(label, hook)
             try:
                 results = self.subset_hook_caller(hook, others)(**arguments)
             except DeltamuxError:
@@ -128,15 +129,15 @@ def create_plugin_manager(
     *,
     load_installed: bool = True,
     skip: Mapping[str, str] = MappingProxyType({}),
-    on_step: StepObserver = ignore_step,
+    on_phase: PhaseObserver = ignore_phase,
 ) -> PluginManager:
-    """Returns a plugin manager, with the installed plugins unless told otherwise.
+    """Returns a plugin manager, with the installed plugins unless `load_installed` is false.
 
     Args:
         skip: labels of plugins that are not imported, with the reason.
-        on_step: called before each import, check and hook.
+        on_phase: called before each import, check and hook.
     """
-    manager = PluginManager(on_step)
+    manager = PluginManager(on_phase)
     if load_installed:
         manager.load_installed(skip)
     return manager

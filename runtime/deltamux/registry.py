@@ -108,7 +108,7 @@ class Registry:
         if problem := self._problem(info):
             self.broken[label] = problem
         else:
-            self._methods[info.name] = Method(info, label, self, call, self._manager.on_step)
+            self._methods[info.name] = Method(info, label, self, call, self._manager.on_phase)
 
     def _problem(self, info: Any) -> str | None:
         if not isinstance(info, MethodInfo):

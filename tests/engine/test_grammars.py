@@ -16,24 +16,24 @@ import xgrammar
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamux.engine.base import GuidedDecoding
+from deltamux.engine.base import StructuredOutput
 from deltamux.engine.vllm.grammars.admission import Grammars
 from deltamux.engine.vllm.grammars.process import Settings
 from deltamux.errors import InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from deltamux_testing.tiny_base import byte_tokenizer
 
 
-def schema(**given: Any) -> GuidedDecoding:
-    return GuidedDecoding(json_schema=json.dumps(given))
+def schema(**given: Any) -> StructuredOutput:
+    return StructuredOutput(json_schema=json.dumps(given))
 
 
-def wide(outer: int, inner: int) -> GuidedDecoding:
+def wide(outer: int, inner: int) -> StructuredOutput:
     """Objects of optional properties within each other: the grammar grows with the square of their number."""
     leaf = {"type": "object", "properties": {f"q{n}": {"type": "string"} for n in range(inner)}}
     return schema(type="object", properties={f"p{n}": leaf for n in range(outer)})
 
 
-SMALL = GuidedDecoding(regex="[ab]{10}")
+SMALL = StructuredOutput(regex="[ab]{10}")
 SLOW = wide(100, 20)
 """Takes most of a second of CPU time to compile for the vocabulary below."""
 
@@ -81,7 +81,7 @@ async def gate(settings: Settings) -> AsyncIterator[Grammars]:
 def test_what_is_too_large_or_never_ends_is_refused_by_its_shape(given: Any, what: str) -> None:
     started = time.perf_counter()
     with pytest.raises(InvalidArgumentError, match=what) as refused:
-        GuidedDecoding(**given)
+        StructuredOutput(**given)
     assert refused.value.metadata["field"].startswith("sampling.structured_output.")
     assert time.perf_counter() - started < 0.5
 
@@ -107,74 +107,74 @@ values = st.recursive(leaves, lambda v: st.lists(v, max_size=3) | st.dictionarie
 @given(st.dictionaries(names, values, max_size=5))
 def test_any_json_is_taken_or_refused_as_an_argument(given: dict[str, Any]) -> None:
     with suppress(InvalidArgumentError):
-        GuidedDecoding(json_schema=json.dumps(given))
+        StructuredOutput(json_schema=json.dumps(given))
 
 
 @pytest.mark.parametrize(
-    "guided",
+    "structured_output",
     [
         SMALL,
-        GuidedDecoding(choice=('yes "indeed"', "no", "ünïcode\n")),
-        GuidedDecoding(choice=tuple(f"option {n}" for n in range(1000))),
-        GuidedDecoding(regex=r"\d{4}-\d{2}"),
+        StructuredOutput(choice=('yes "indeed"', "no", "ünïcode\n")),
+        StructuredOutput(choice=tuple(f"option {n}" for n in range(1000))),
+        StructuredOutput(regex=r"\d{4}-\d{2}"),
         schema(type="object", properties={"a": {"type": "string"}, "b": {"type": "integer"}}, required=["a", "b"]),
     ],
 )
-async def test_ordinary_grammars_pass_and_are_remembered(guided: GuidedDecoding, gate: Grammars) -> None:
-    first = await gate.admit(guided, "acme")
+async def test_ordinary_grammars_pass_and_are_remembered(structured_output: StructuredOutput, gate: Grammars) -> None:
+    first = await gate.admit(structured_output, "acme")
     tried = next(gate._process._numbers)
-    assert await gate.admit(guided, "globex") == first
+    assert await gate.admit(structured_output, "globex") == first
     assert next(gate._process._numbers) == tried + 1
 
 
 @pytest.mark.parametrize(
-    ("guided", "reason"),
+    ("structured_output", "reason"),
     [
-        (GuidedDecoding(regex="("), "INVALID_GRAMMAR"),
-        (GuidedDecoding(regex="(?=a)b"), "INVALID_GRAMMAR"),
-        (GuidedDecoding(regex=r"(a)\1"), "INVALID_GRAMMAR"),
+        (StructuredOutput(regex="("), "INVALID_GRAMMAR"),
+        (StructuredOutput(regex="(?=a)b"), "INVALID_GRAMMAR"),
+        (StructuredOutput(regex=r"(a)\1"), "INVALID_GRAMMAR"),
         (schema(type="objec"), "INVALID_GRAMMAR"),
         (schema(type="array", uniqueItems=True), "INVALID_GRAMMAR"),
         (schema(enum=[]), "INVALID_GRAMMAR"),
     ],
 )
 async def test_what_cannot_be_used_is_refused_with_its_field(
-    guided: GuidedDecoding, reason: str, gate: Grammars
+    structured_output: StructuredOutput, reason: str, gate: Grammars
 ) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
-        await gate.admit(guided, "acme")
+        await gate.admit(structured_output, "acme")
     assert refused.value.reason == reason, refused.value.message
     assert refused.value.metadata["field"].startswith("sampling.structured_output.")
     await gate.admit(SMALL, "acme")
 
 
 @pytest.mark.parametrize(
-    ("guided", "ignored"),
+    ("structured_output", "ignored"),
     [
-        (GuidedDecoding(regex="a^b"), "'^' should be at the start"),
-        (GuidedDecoding(regex="a$b"), "'$' should be at the end"),
-        (GuidedDecoding(regex=r"\Aa"), r"'\A' is not recognized"),
+        (StructuredOutput(regex="a^b"), "'^' should be at the start"),
+        (StructuredOutput(regex="a$b"), "'$' should be at the end"),
+        (StructuredOutput(regex=r"\Aa"), r"'\A' is not recognized"),
         (schema(type="string", pattern="(?!a)b"), "Lookahead assertion"),
         (schema(oneOf=[{"type": "integer"}, {"type": "number"}]), "oneOf with overlapping"),
     ],
 )
 async def test_what_xgrammar_would_only_warn_of_is_refused(
-    guided: GuidedDecoding, ignored: str, gate: Grammars
+    structured_output: StructuredOutput, ignored: str, gate: Grammars
 ) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
-        await gate.admit(guided, "acme")
+        await gate.admit(structured_output, "acme")
     assert ignored in refused.value.message
 
 
-@pytest.mark.parametrize("guided", [GuidedDecoding(regex="("), schema(type="integer", minimum=1e30)])
-async def test_a_refusal_names_no_file_of_xgrammars(guided: GuidedDecoding, gate: Grammars) -> None:
+@pytest.mark.parametrize("structured_output", [StructuredOutput(regex="("), schema(type="integer", minimum=1e30)])
+async def test_a_refusal_names_no_file_of_xgrammars(structured_output: StructuredOutput, gate: Grammars) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
-        await gate.admit(guided, "acme")
+        await gate.admit(structured_output, "acme")
     assert ".cc" not in refused.value.message
 
 
 async def test_an_escape_that_every_dialect_reads_alike_is_taken(gate: Grammars) -> None:
-    await gate.admit(GuidedDecoding(regex=r"\_\-\@"), "acme")
+    await gate.admit(StructuredOutput(regex=r"\_\-\@"), "acme")
 
 
 @pytest.mark.slow
@@ -198,7 +198,7 @@ async def test_grammars_beyond_their_budget_are_refused_and_hold_no_other_group_
     await asyncio.sleep(0.01)
     for number in range(5):
         started = time.perf_counter()
-        await gate.admit(GuidedDecoding(regex=f"[cd]{{{number + 1}}}"), "globex")
+        await gate.admit(StructuredOutput(regex=f"[cd]{{{number + 1}}}"), "globex")
         assert time.perf_counter() - started < 5.0
     assert not all(task.done() for task in greedy)
     reasons = {error.reason for error in await asyncio.gather(*greedy, return_exceptions=True)}  # type: ignore[union-attr]  # all fail
@@ -219,13 +219,13 @@ async def test_cancelling_ends_the_work_at_once(gate: Grammars, monkeypatch: pyt
     async with asyncio.timeout(10):
         while process.children():  # noqa: ASYNC110 - likewise
             await asyncio.sleep(0.002)
-    await gate.admit(GuidedDecoding(regex="[ab]{11}"), "acme")
+    await gate.admit(StructuredOutput(regex="[ab]{11}"), "acme")
 
 
 @pytest.mark.slow
 async def test_one_group_may_have_so_many_waiting_and_equal_ones_count_once(gate: Grammars) -> None:
-    many = [gate.admit(GuidedDecoding(regex=f"a{{{n + 1}}}"), "acme") for n in range(60)]
-    same = [gate.admit(GuidedDecoding(regex="[ef]{10}"), "globex") for _ in range(200)]
+    many = [gate.admit(StructuredOutput(regex=f"a{{{n + 1}}}"), "acme") for n in range(60)]
+    same = [gate.admit(StructuredOutput(regex="[ef]{10}"), "globex") for _ in range(200)]
     outcomes = await asyncio.gather(*many, *same, return_exceptions=True)
     assert not [outcome for outcome in outcomes[60:] if isinstance(outcome, BaseException)]
     refused = [outcome for outcome in outcomes[:60] if isinstance(outcome, BaseException)]
@@ -242,4 +242,4 @@ async def test_a_gate_whose_process_is_killed_starts_another(gate: Grammars) -> 
     psutil.Process(gate._process.pid).kill()
     with pytest.raises(UnavailableError):
         await slow
-    await gate.admit(GuidedDecoding(regex="[ab]{12}"), "acme")
+    await gate.admit(StructuredOutput(regex="[ab]{12}"), "acme")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import xgrammar
 
-from deltamux.engine.base import GuidedDecoding
+from deltamux.engine.base import StructuredOutput
 from deltamux.engine.vllm.grammars.admission import constraint_of
 from deltamux.errors import InvalidArgumentError
 from deltamux_testing.tiny_base import byte_tokenizer
@@ -94,7 +94,7 @@ def object_of(**properties: Any) -> dict[str, Any]:
 def test_what_the_output_could_not_be_held_to_is_refused_by_its_name(schema: Any, named: str) -> None:
     text = schema if isinstance(schema, str) else json.dumps(schema)
     with pytest.raises(InvalidArgumentError) as refused:
-        constraint_of(GuidedDecoding(json_schema=text))
+        constraint_of(StructuredOutput(json_schema=text))
     assert named in refused.value.message
     assert refused.value.metadata == {"field": "sampling.structured_output.json_schema"}
 
@@ -157,7 +157,7 @@ def compiler() -> xgrammar.GrammarCompiler:
     ],
 )
 def test_every_text_of_an_accepted_schema_satisfies_it(schema: dict[str, Any], compiler: Any) -> None:
-    constraint = constraint_of(GuidedDecoding(json_schema=json.dumps(schema)))
+    constraint = constraint_of(StructuredOutput(json_schema=json.dumps(schema)))
     compiled = compiler.compile_json_schema(constraint.text)
     # What is not UTF-8 is the drawing's doing, which knows nothing of characters; a tokenizer replaces it.
     texts = [text for text in texts_of(compiled, 40) if "\ufffd" not in text]
@@ -190,7 +190,7 @@ def texts_of(compiled: Any, count: int) -> Iterator[str]:
 def test_lengths_beyond_what_patterns_can_be_made_of_stay_as_they_are() -> None:
     lengths = [900, 900, 900]
     schema = object_of(**{f"p{number}": {"type": "string", "maxLength": most} for number, most in enumerate(lengths)})
-    read = json.loads(constraint_of(GuidedDecoding(json_schema=json.dumps(schema))).text)
+    read = json.loads(constraint_of(StructuredOutput(json_schema=json.dumps(schema))).text)
     assert sorted(sorted(each.keys() - {"type"}) for each in read["properties"].values()) == [
         ["maxLength"],
         ["pattern"],

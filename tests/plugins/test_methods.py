@@ -180,15 +180,15 @@ def test_what_is_skipped_is_not_imported_and_every_step_is_observed_before_it_ru
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(third_party.install(tmp_path, {"hangs": "raise AssertionError('imported')"}))
-    steps: list[tuple[str, str]] = []
+    phases: list[tuple[str, str]] = []
 
-    def on_step(plugin: str, step: str) -> None:
-        steps.append((plugin, step))
+    def on_phase(plugin: str, phase: str) -> None:
+        phases.append((plugin, phase))
 
-    registry = Registry(create_plugin_manager(skip={"hangs": "it hangs"}, on_step=on_step))
+    registry = Registry(create_plugin_manager(skip={"hangs": "it hangs"}, on_phase=on_phase))
     assert registry.broken == {"hangs": "it hangs"}
-    assert "hangs" not in {plugin for plugin, _ in steps}
-    assert [step for plugin, step in steps if plugin == "lora"] == [
+    assert "hangs" not in {plugin for plugin, _ in phases}
+    assert [phase for plugin, phase in phases if plugin == "lora"] == [
         "its import",
         "the check of its hooks",
         "deltamux_method",

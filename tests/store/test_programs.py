@@ -137,10 +137,10 @@ def test_a_replaced_program_has_the_same_number_and_its_own_checksum(store: Adap
 
 
 def test_the_files_of_a_failed_commit_are_removed(store: AdapterStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(placed: object) -> None:
+    def fail(stored: object) -> None:
         raise DeltamuxError("no")
 
-    monkeypatch.setattr(store._admission, "record", fail)
+    monkeypatch.setattr(store._staged_uploads, "record", fail)
     with pytest.raises(DeltamuxError, match="no"):
         upload(store, "one")
     assert list((store.root / "objects").glob("*/*")) == []

@@ -1,4 +1,4 @@
-"""What a measurement says, as one row of a table."""
+"""The result of a measurement, as one row of a table."""
 
 from __future__ import annotations
 

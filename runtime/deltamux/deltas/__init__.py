@@ -1,7 +1,7 @@
 """What a delta is: sites, ops, programs, the files that hold them, and the reference executor."""
 
 from deltamux.deltas.base_model import BaseModel
-from deltamux.deltas.checkpoint import Checkpoint, ClaimedTensors
+from deltamux.deltas.checkpoint import Checkpoint
 from deltamux.deltas.executor import Attachment, attached
 from deltamux.deltas.merge import merge_program
 from deltamux.deltas.ops import (
@@ -43,7 +43,6 @@ __all__ = [
     "BlockSite",
     "Bottleneck",
     "Checkpoint",
-    "ClaimedTensors",
     "Dense",
     "DenseEmbedding",
     "DenseHead",

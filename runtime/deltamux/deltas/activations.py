@@ -21,4 +21,4 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)} | {"swish": list(ACTIVATIONS).index("silu")}
-"""The numbers that the kernels of both backends (rows.cpp, matrix.py) know them by."""
+"""Their numbers in the kernels of both backends (rows.cpp, matrix.py)."""

@@ -30,7 +30,7 @@ def check_batched(rows: list[PlacedOp], *, foreign_only: bool = True) -> None:
     """Runs each class of op once per class of site.
 
     Args:
-        foreign_only: leave deltamux's own ops out, which their tests hold.
+        foreign_only: leave deltamux's own ops out, which tests check.
     Raises:
         PluginError: an op fails, changes rows of others, or computes in a batch what it does not alone.
         InvalidAdapterError: an op is not registered, or is at a site that only deltamux's own ops can change.

@@ -24,17 +24,12 @@ _TOKENS = re.compile(
 
 
 class Bounds(NamedTuple):
-    """Attributes:
-    depth: objects and arrays inside each other.
-    values: how many follow another (commas) altogether.
-    literal: characters of a number.
-    natural: whether numbers are digits alone, and true, false and null do not occur.
-    """
+    """The bounds of a text."""
 
-    depth: int
-    values: int
-    literal: int = 32
-    natural: bool = False
+    depth: int  # objects and arrays inside each other
+    values: int  # how many follow another (commas) altogether
+    literal: int = 32  # characters of a number
+    natural: bool = False  # whether numbers are digits alone, and true, false and null do not occur
 
 
 class JSONRefusedError(ValueError):

@@ -26,7 +26,7 @@ MAX_CONFIG_BYTES = 1 << 20
 CONFIG_BOUNDS = Bounds(depth=16, values=100_000)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 READ_AS_FLOAT32 = (torch.float64, *FLOAT8.values())
-"""What PEFT loads into float32 parameters, and so do we."""
+"""Dtypes that PEFT, and so deltamux, loads into float32 parameters."""
 
 INTEGERS = (torch.uint8, torch.int32, torch.int64)
 """Packed bits, and indices: an op has `packed` for the parameters that hold them, and refuses them anywhere else."""
@@ -68,12 +68,12 @@ class Checkpoint:
         save_file(tensors, directory / TENSORS_FILE, metadata={"format": "pt", **self.metadata})
 
 
-class ClaimedTensors(Mapping[str, Tensor]):
-    """Tensors with a record of which were read, so that a checkpoint's leftovers are refused instead of ignored."""
+class TrackedTensors(Mapping[str, Tensor]):
+    """Tensors with a record of which were read: the others are a checkpoint's leftovers."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self._claimed: set[str] = set()
+        self._read: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
         try:
@@ -82,7 +82,7 @@ class ClaimedTensors(Mapping[str, Tensor]):
             raise InvalidAdapterError(
                 f"tensor {name!r} is missing from {TENSORS_FILE}", reason="MISSING_TENSOR", metadata={"tensor": name}
             ) from None
-        self._claimed.add(name)
+        self._read.add(name)
         return tensor
 
     def __contains__(self, name: object) -> bool:
@@ -99,7 +99,7 @@ class ClaimedTensors(Mapping[str, Tensor]):
 
     def leftovers(self) -> list[str]:
         """Returns the names of the tensors that were not read."""
-        return sorted(set(self._tensors) - self._claimed)
+        return sorted(set(self._tensors) - self._read)
 
 
 def _regular(path: Path) -> Path:

@@ -1,6 +1,6 @@
 """Compositions: several adapters as one, a stack or a weighted sum of its components.
 
-A composition is an adapter like any other, with a digest, versions and an alias of its own; its components are fixed
+A composition is an adapter like any other, with a name, versions and a digest of its own; its components are fixed
 when it is made. Their tensors keep their names, after ``0.``, ``1.`` and so on.
 """
 

@@ -25,9 +25,9 @@ class Attachment:
     """A program that is attached to a model, until `detach`.
 
     Args:
-        model: a Hugging Face causal model. base: its description. program: the program; or, while training, a function
-        that builds it anew from the trained parameters. It is called
-            once per forward pass of the model, so that gradients reach the parameters.
+        model: a Hugging Face causal model.
+        program: the program; or, while training, a function that builds it from the trained parameters in every forward
+            pass, so that gradients reach them.
     """
 
     def __init__(self, model: nn.Module, base: BaseModel, program: Program | Callable[[], Program]) -> None:

@@ -34,8 +34,10 @@ def parameter_of(name: str) -> str:
     return read.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
-def unclaimed(leftovers: list[str], method: str, tensors: Mapping[str, Tensor], base: BaseModel) -> InvalidAdapterError:
-    """Returns the refusal of a file that holds tensors its method does not take."""
+def leftovers_error(
+    leftovers: list[str], method: str, tensors: Mapping[str, Tensor], base: BaseModel
+) -> InvalidAdapterError:
+    """Returns the refusal of a file with leftovers."""
     shown = listed(leftovers)
     problem = f"{len(leftovers)} tensor(s) of the file are not part of method {method!r} on this base: {shown}"
     about = next((words for name in leftovers if (words := _about(name, tensors[name], base))), "")
@@ -57,7 +59,7 @@ def without_type(config: Mapping[str, Any]) -> InvalidAdapterError:
 
 
 def explained(error: DeltamuxError, tensors: Mapping[str, Tensor], base: BaseModel) -> DeltamuxError:
-    """Returns a refusal with its cause as the file's names and shapes show it; the same one if they do not."""
+    """Returns a refusal with the cause that the file's names or shapes show; the refusal itself if they show none."""
     if error.reason not in NAMING:
         return error
     if error.reason != "INVALID_CONFIG":
@@ -105,7 +107,7 @@ def _with_message(error: DeltamuxError, message: str) -> DeltamuxError:
 
 
 def _about(name: str, tensor: Tensor, base: BaseModel) -> str:
-    """Returns what a tensor is that no method reads; "" where it is not known."""
+    """Returns the end of a message about a leftover: what it is; "" where that is not known."""
     parameter = parameter_of(name)
     module, _, _ = parameter.rpartition(".")
     if "token_adapter" in name or "trainable_tokens" in name:
@@ -135,7 +137,7 @@ def _about_whole(what: str, parameter: str, tensor: Tensor, base: BaseModel) -> 
 
 
 def _grouped_query(tensors: Mapping[str, Tensor], base: BaseModel) -> str:
-    """Returns what to say where keys and values are as wide as queries, which the base's are not; "" elsewhere."""
+    """Returns a hint for an adapter with as many key heads as heads, which the base does not have; "" for others."""
     dims = base.dims
     queries, keys = dims.num_attention_heads * dims.head_dim, dims.num_kv_heads * dims.head_dim
     if queries == keys:

@@ -31,7 +31,7 @@ def merge_program(program: Program, base: BaseModel) -> dict[str, Tensor]:
 
 
 def _untied(base: BaseModel, rows: list[PlacedOp]) -> list[PlacedOp]:
-    """Leaves a tied head's changes out, once they are known to be the embedding's own: that weight exists but once."""
+    """Leaves a tied head's changes out, after a check that they are the embedding's: both are one weight."""
     if base.head is None or base.head.tied_to is None:
         return rows
     tables = [op.weight for _, op in rows if isinstance(op, DenseEmbedding)]

@@ -181,7 +181,7 @@ def _placements(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]
 
 
 def _loss(error: Exception) -> str:
-    """Returns what an error says of a stored file's loss; "" where the file may be whole, but is out of reach."""
+    """Returns the damage of a stored file that an error means; "" where the file may be whole."""
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return "its file is missing"
     return "its file cannot be read from the disk" if getattr(error, "errno", None) == errno.EIO else ""

@@ -1,4 +1,4 @@
-"""Reads the tensors of a compiled program by few calls, since it has hundreds of them and loads next to the traffic."""
+"""Reads the tensors of a compiled program by few calls, since it has hundreds of them and loads during traffic."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ChecksumError(ValueError):
 def read_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns all tensors of a safetensors file, as views of one copy of it in memory, and its metadata.
 
-    The file is read before it is looked at: reading leaves the interpreter to other threads, while `safe_open` keeps it
-    as long as a disk takes that is slow, or that never answers.
+    The file is read before its header is parsed: reading releases the interpreter's lock, while `safe_open` keeps it as
+    long as a slow disk takes.
 
     Args:
         sha256: of the whole file, in hex; "" leaves it unchecked. What is checked is the copy that is used.
@@ -39,7 +39,7 @@ def read_tensors(path: Path, sha256: str = "") -> tuple[dict[str, Tensor], dict[
     if sha256 and (found := hashlib.sha256(whole.numpy().data).hexdigest()) != sha256:
         raise ChecksumError(f"its sha256 is {found}, and {sha256} was stored")
     with safe_open(path, framework="np"):
-        pass  # the header is sound
+        pass  # the header is valid
     start = LENGTH_BYTES + int.from_bytes(whole[:LENGTH_BYTES].numpy().tobytes(), "little")
     header = json.loads(whole[LENGTH_BYTES:start].numpy().tobytes())
     metadata: dict[str, str] = header.get("__metadata__") or {}

@@ -37,7 +37,7 @@ DTYPES = {
 """The dtypes of programs, by the format's names."""
 
 FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-"""Those that adapters may have besides."""
+"""Further dtypes of adapters."""
 
 BITS = {name: 8 * dtype.itemsize for name, dtype in (DTYPES | FLOAT8).items()}
 BITS |= {"U64": 64, "U32": 32, "U16": 16, "C64": 64, "F8_E8M0": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}

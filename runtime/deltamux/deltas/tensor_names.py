@@ -27,7 +27,7 @@ PARTS = re.compile(
 )
 LEAVES = ("weight", "bias")
 SHARED = ("base_model",)
-"""In front of what all of an adapter's modules share: ``base_model.vera_A``."""
+"""Before the tensors that all modules of an adapter share: ``base_model.vera_A``."""
 
 SHOWN = 3
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from deltamux.errors import FailedPreconditionError
 
 SAMPLE = 64
-"""Values of each tensor that a fingerprint looks at."""
+"""Values of each tensor in a fingerprint."""
 
 
 class WeightFiles:

@@ -60,7 +60,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def in_a_sentence(error: BaseException) -> str:
-    """Returns what an error of vLLM's says, on one line; pydantic's quote the whole config, in many."""
+    """Returns the message of an error of vLLM's on one line; pydantic's quote the whole config, in many."""
     problems = getattr(error, "errors", None)
     if callable(problems):
         named = ((".".join(map(str, problem["loc"])), problem["msg"]) for problem in problems())
@@ -89,9 +89,9 @@ def _fields(module: ast.Module) -> Iterator[str]:
 
 
 def longest_context(model: str) -> int | None:
-    """Returns how long the context of a base in a directory is at most; None where only vLLM can tell.
+    """Returns how long the context of a base in a directory is at most; None where only vLLM has it.
 
-    vLLM takes the least of what the config's keys say, times a factor of RoPE's: this is never less.
+    vLLM takes the least of the config's keys, times a factor of RoPE's: this is never less.
     """
     try:
         config = json.loads(Path(model, "config.json").read_bytes())

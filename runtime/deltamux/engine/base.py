@@ -31,11 +31,11 @@ Prompt = str | tuple[int, ...] | tuple[ChatMessage, ...]
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How to start an engine; the command line has the same options.
+    """The options of an engine, which the command line has as well.
 
     Attributes:
-        warm_grammars: start the process that tries grammars with the engine, and not with the first grammar.
-        engine_arguments: further arguments of vLLM's AsyncEngineArgs, for operators who know them.
+        warm_grammars: start the process that compiles grammars with the engine, and not with the first grammar.
+        engine_arguments: further arguments of vLLM's AsyncEngineArgs.
 
     Raises:
         InvalidConfigError: a value is out of range; the metadata name the field.
@@ -93,7 +93,7 @@ class ProgramRef:
 
 
 @dataclass(frozen=True)
-class GuidedDecoding:
+class StructuredOutput:
     """Structured output: exactly one of the three is set; a JSON schema is its text.
 
     Raises:
@@ -117,7 +117,7 @@ class GuidedDecoding:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How to sample; names and defaults are vLLM's.
+    """Sampling parameters, with vLLM's names and defaults.
 
     Attributes:
         max_tokens: None: as many as the context holds.
@@ -145,7 +145,7 @@ class SamplingOptions:
         int | None, Option("alternatives to report for each token, with log-probabilities", unset="nothing is reported")
     ] = None
     skip_special_tokens: bool = True
-    guided: GuidedDecoding | None = None
+    structured_output: StructuredOutput | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,7 +168,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class GenerationChunk:
-    """What was generated since the last chunk. Virtual tokens are never counted or shown.
+    """The tokens of a request since its last chunk. Virtual tokens are never counted or shown.
 
     Attributes:
         finish_reason: ``stop``, ``length`` or ``abort`` in the last chunk, None before.
@@ -255,7 +255,7 @@ class Engine(Protocol):
         ...
 
     async def check(self, program: ProgramRef) -> None:
-        """Loads a program and drops it again, so that no other has to make room: for one that is not stored yet.
+        """Loads a program that is not stored yet, and drops it; no other is evicted for it.
 
         Raises:
             FailedPreconditionError: the engine cannot use the program.
@@ -279,7 +279,7 @@ class Engine(Protocol):
     async def stats(self) -> EngineStats: ...
 
     async def ping(self) -> None:
-        """Returns once the engine answers, which one that hangs in a step does not; it costs an idle engine nothing."""
+        """Returns once the engine answers, which it does between steps; costs an idle engine nothing."""
         ...
 
     @property
@@ -302,8 +302,8 @@ def _checks(o: SamplingOptions) -> dict[str, tuple[bool, str]]:
         "stop": (all(o.stop), "strings that are not empty"),
         "logprobs": (o.logprobs is None or 0 <= o.logprobs <= 20, "between 0 and 20"),
         "ignore_eos": (
-            not (o.ignore_eos and o.guided),
-            "false with structured_output, whose format decides where the text ends",
+            not (o.ignore_eos and o.structured_output),
+            "false with structured_output, which decides where the text ends",
         ),
         "logit_bias": (all(-100.0 <= v <= 100.0 for v in o.logit_bias.values()), "values between -100 and 100"),
     }

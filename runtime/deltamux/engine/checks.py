@@ -26,10 +26,10 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, room: int) -> None:
 
 
 def check_sampling(sampling: SamplingOptions, vocab_size: int, room: int) -> None:
-    """Refuses options that name tokens outside the vocabulary, or ask for more tokens than the context has left.
+    """Refuses options that name tokens outside the vocabulary, or need more tokens than the context has left.
 
     Args:
-        room: tokens that the context holds behind the prompt.
+        room: tokens that the context holds after the prompt.
     Raises:
         InvalidArgumentError: with reason INVALID_TOKEN or INVALID_SAMPLING, naming the field.
     """
@@ -39,7 +39,7 @@ def check_sampling(sampling: SamplingOptions, vocab_size: int, room: int) -> Non
             raise _outside(f"sampling.{name}", wrong, vocab_size)
     if sampling.min_tokens > room:
         raise InvalidArgumentError(
-            f"min_tokens is {sampling.min_tokens}; the context leaves room for {room} behind this prompt",
+            f"min_tokens is {sampling.min_tokens}; the context leaves room for {room} after this prompt",
             reason="INVALID_SAMPLING",
             metadata={"field": "sampling.min_tokens", "limit": str(room)},
         )

@@ -17,12 +17,12 @@ class FairQueue:
         places: holders at once.
         max_waiting: of one group; one more is refused.
         what: the work's name in the plural, for the message.
-        each: places that one group may hold at once; None: all.
+        per_group: places that one group may hold at once; None: all.
     """
 
-    def __init__(self, places: int, max_waiting: int, what: str, *, each: int | None = None) -> None:
+    def __init__(self, places: int, max_waiting: int, what: str, *, per_group: int | None = None) -> None:
         self._free = places
-        self._each = places if each is None else each
+        self._per_group = places if per_group is None else per_group
         self._held: Counter[str] = Counter()
         self._max_waiting = max_waiting
         self._what = what
@@ -59,13 +59,13 @@ class FairQueue:
             await admission
         except asyncio.CancelledError:
             if admission.done() and not admission.cancelled():
-                self._leave(group)  # admitted in the moment in which its caller gave up
+                self._leave(group)  # admitted while its caller was cancelled
             else:
                 self._remove(group, admission)
             raise
 
     def _may_hold(self, group: str) -> bool:
-        return self._free > 0 and self._held[group] < self._each
+        return self._free > 0 and self._held[group] < self._per_group
 
     def _hold(self, group: str) -> None:
         self._free -= 1
@@ -75,13 +75,13 @@ class FairQueue:
         self._free += 1
         self._held[group] -= 1
         self._held += Counter()  # forgets groups that hold nothing
-        while (called := next(filter(self._may_hold, self._waiting), None)) is not None:
-            queue = self._waiting.pop(called)
+        while (following := next(filter(self._may_hold, self._waiting), None)) is not None:
+            queue = self._waiting.pop(following)
             admission = queue.popleft()
             if queue:
-                self._waiting[called] = queue  # after all others
+                self._waiting[following] = queue  # after all others
             if not admission.done():
-                self._hold(called)
+                self._hold(following)
                 admission.set_result(None)
 
     def _remove(self, group: str, admission: asyncio.Future[None]) -> None:
@@ -93,7 +93,7 @@ class FairQueue:
 
 
 class FairOrder:
-    """Numbers requests for a queue that takes the smallest number first: start-time fair queueing, all of equal weight.
+    """The order of a queue that takes the smallest number first: start-time fair queueing, all of equal weight.
 
     A group's next number is one above its last, and at least that of the request which was begun last: so no request
     is overtaken for good, and no group saves up a share that it did not use.

@@ -222,19 +222,19 @@ class SupervisedEngine:
 
     async def _answers_ping(self, running: _RunningEngine) -> bool:
         """Returns whether the engine answers a ping; one whose worker hangs reports itself healthy, but does not."""
-        asking = asyncio.ensure_future(running.engine.ping())
+        pending = asyncio.ensure_future(running.engine.ping())
         try:
-            await asyncio.wait([asking], timeout=self._policy.ping_timeout)
-            if not asking.done():
+            await asyncio.wait([pending], timeout=self._policy.ping_timeout)
+            if not pending.done():
                 log.error("the engine has not answered for %g s", self._policy.ping_timeout)
                 self._set_silent(running, True)
-                await asyncio.wait([asking], timeout=self._policy.hang_seconds - self._policy.ping_timeout)
+                await asyncio.wait([pending], timeout=self._policy.hang_seconds - self._policy.ping_timeout)
                 self._set_silent(running, False)
-            if asking.done() and (error := asking.exception()) is not None:  # its health is checked next
+            if pending.done() and (error := pending.exception()) is not None:  # its health is checked next
                 log.error("the engine's answer to a ping is an error: %s", error)
-            return asking.done()
+            return pending.done()
         finally:
-            asking.cancel()
+            pending.cancel()
 
     def _set_silent(self, running: _RunningEngine, silent: bool) -> None:
         running.silent = silent
@@ -323,16 +323,16 @@ class SupervisedEngine:
     async def _call(self, call: Callable[[Engine], Awaitable[T]]) -> T:
         """Returns the result of a call of the engine; raises UnavailableError if it dies or is given up before."""
         running = self._require_running()
-        asking = asyncio.ensure_future(call(running.engine))
+        pending = asyncio.ensure_future(call(running.engine))
         ended = asyncio.ensure_future(running.ended.wait())
         try:
             async with self._unavailable_once_ended(running):
-                await asyncio.wait([asking, ended], return_when=asyncio.FIRST_COMPLETED)
-                if not asking.done():
+                await asyncio.wait([pending, ended], return_when=asyncio.FIRST_COMPLETED)
+                if not pending.done():
                     raise self._unavailable()
-                return asking.result()
+                return pending.result()
         finally:
-            asking.cancel()
+            pending.cancel()
             ended.cancel()
 
 

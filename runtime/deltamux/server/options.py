@@ -139,7 +139,7 @@ _ADDRESS = re.compile(r"(?:\[([^\[\]]+)\]|([^\[\]:]+)):([0-9]{1,5})")
 
 
 def split_address(listen: str) -> tuple[str, int]:
-    """Returns host and port of ``host:port``; an IPv6 host stands in brackets."""
+    """Returns host and port of ``host:port``; an IPv6 host is in brackets."""
     found = _ADDRESS.fullmatch(listen)
     if found is None or int(found[3]) > 65535:
         raise InvalidConfigError(

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deltamux.errors import DataLossError, DeltamuxError, FailedPreconditionError
-from deltamux.store.admission import Admission
+from deltamux.store.staging import StagedUploads
 from deltamux.store.database import Database
 from deltamux.store.faults import store_faults
 from deltamux.store.objects import IDENTITY_FILES, ObjectStore, content_digest
@@ -34,7 +34,7 @@ class StoredPrograms:
         root: Path,
         database: Database,
         objects: ObjectStore,
-        admission: Admission,
+        staged_uploads: StagedUploads,
         objects_lock: threading.RLock,
         on_changed: Callable[[], None],
     ) -> None:
@@ -42,7 +42,7 @@ class StoredPrograms:
         self._root = root
         self._database = database
         self._objects = objects
-        self._admission = admission
+        self._staged_uploads = staged_uploads
         self._objects_lock = objects_lock
         self._on_changed = on_changed
         self._checked_rows: set[tuple[str, str, int]] = set()
@@ -180,9 +180,9 @@ class StoredPrograms:
         with self._objects_lock, store_faults(self._root):
             if self._database.fetch_one("SELECT 1 FROM versions WHERE digest = ?", compiled.digest) is None:
                 return  # deleted meanwhile
-            placed = self._admission.place(staged, compiled)
+            stored = self._staged_uploads.move_to_objects(staged, compiled)
             with self._database.transaction():
-                self._admission.record(placed)
+                self._staged_uploads.record(stored)
             self._on_changed()
 
 

@@ -16,7 +16,7 @@ ID = r"[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?"
 class VersionState(StrEnum):
     """The state of a version.
 
-    READY: it serves requests. DRAINING: it was deleted, and is removed after the last request that holds it.
+    READY: requests may use it. DRAINING: it was deleted, and is removed after the last request that holds it.
     DAMAGED: its compiled program is missing or damaged; it serves again once the same files are uploaded again. The
     database has READY and DRAINING; DAMAGED follows from the state of the program.
     """

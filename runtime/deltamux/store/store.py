@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store.adapter_rows import OF_ADAPTER, OF_TENANT, OF_VERSION, AdapterRows
-from deltamux.store.admission import Admission
+from deltamux.store.staging import StagedUploads
 from deltamux.store.database import Database
 from deltamux.store.faults import store_faults
 from deltamux.store.leases import Leases
@@ -49,9 +49,9 @@ class AdapterStore:
         # Held while objects are moved, also during disk access; reads need the database's lock only.
         self._objects_lock = threading.RLock()
         self._removal = Removal(self._database, self._objects, self._leases, self._objects_lock)
-        self._admission = Admission(root, self._database, self._objects)
+        self._staged_uploads = StagedUploads(root, self._database, self._objects)
         self.programs = StoredPrograms(
-            root, self._database, self._objects, self._admission, self._objects_lock, self._leases.invalidate
+            root, self._database, self._objects, self._staged_uploads, self._objects_lock, self._leases.invalidate
         )
         self.rows = RowChecks(self._database, self._leases.invalidate)
         with store_faults(root, opening=True):
@@ -98,7 +98,7 @@ class AdapterStore:
 
     def staging(self) -> AbstractContextManager[Path]:
         """Yields an empty directory for the files of an upload, which begins here; removed after the block."""
-        return self._admission.staging()
+        return self._staged_uploads.staging()
 
     def commit(
         self,
@@ -120,14 +120,14 @@ class AdapterStore:
             ResourceExhaustedError: the disk is full (STORE_FULL).
         """
         with self._objects_lock, store_faults(self.root):
-            self._admission.check_tenant(staged, key.tenant)
+            self._staged_uploads.check_tenant(staged, key.tenant)
             try:
-                placed = self._admission.place(staged, compiled)
+                stored = self._staged_uploads.move_to_objects(staged, compiled)
                 with self._database.transaction():
                     number = self._adapter_rows.add_version(key, compiled, labels)
                     if promote or not self._adapter_rows.serves(key):
                         self._adapter_rows.promote(key, number)
-                    self._admission.record(placed)
+                    self._staged_uploads.record(stored)
             except BaseException:
                 self._removal.discard(compiled.digest)
                 raise
@@ -281,7 +281,7 @@ class AdapterStore:
                 adapters = self._database.adapters(OF_TENANT, tenant)
                 self.tenants.delete(tenant, empty=force or not adapters)
                 self._adapter_rows.hide_adapters(OF_TENANT, tenant)
-            self._admission.tenant_deleted(tenant)
+            self._staged_uploads.tenant_deleted(tenant)
             self._leases.invalidate()
             return adapters
 

@@ -13,7 +13,7 @@ from deltamux.deltas.ops import OpBatch, StepIndex
 
 
 class EditBatch(OpBatch):
-    """One pair of vectors a slot, applied to the slot's own rows."""
+    """One pair of vectors per slot, applied to the slot's own rows."""
 
     def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
         super().__init__(site, num_slots, dtype, device)

@@ -1,1 +1,1 @@
-"""Where the batched form of an op runs: a backend is a table from ops to batches."""
+"""The backends: each a table from ops to batches that run on one kind of device."""

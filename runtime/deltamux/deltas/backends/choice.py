@@ -1,4 +1,4 @@
-"""Which backend serves an op at a module: the CPU kernels, or the op's own batch in torch.
+"""The choice of an op's batch at a module: that of the CPU kernels, or the op's own in torch.
 
 Triton's kernels read static buffers, which the engine keeps by module (`engine.vllm.cuda`).
 """

@@ -39,7 +39,7 @@ class Op:
     changes_weight: ClassVar[bool] = False
     """Whether the op changes a projection's weight and nothing else, so that an engine may merge it while it runs.
 
-    Never inherited: an op derived from another has mathematics of its own.
+    Never inherited: an op derived from another has another formula.
     """
     packed: ClassVar[frozenset[str]] = frozenset()
     """Parameters that hold bits (uint8), which no cast may touch; all others are floats."""
@@ -85,7 +85,7 @@ class Op:
     def products(self) -> dict[str, Tensor]:
         """Returns, by name, the parameters that the op multiplies ahead of time, each by one of its attributes.
 
-        Finite factors may have a product that is not.
+        The product of finite factors may not be finite.
         """
         return {}
 

@@ -16,7 +16,7 @@ from deltamux.deltas.sites import Site
 OpT = TypeVar("OpT", bound=Op)
 
 _FORMER_NAMES = {"place": "set", "clear": "reset", "_place": "_set", "_clear": "_reset"}
-"""What plugins' batches may still call their hooks."""
+"""Former names of a batch's hooks, which plugins may still use."""
 
 
 class OpBatch(ABC):
@@ -29,7 +29,7 @@ class OpBatch(ABC):
     """
 
     def __init_subclass__(cls, **arguments: Any) -> None:
-        """Makes hooks of former names those of today's, and the other way round, for calls of `super()`."""
+        """Gives a subclass's hooks both their present and their former names, the latter for calls of `super()`."""
         super().__init_subclass__(**arguments)
         own = dict(vars(cls))
         for former, name in _FORMER_NAMES.items():
@@ -58,7 +58,7 @@ class OpBatch(ABC):
             self.mask &= ~(1 << slot)
             self._reset(slot)
 
-    place, clear = set, reset  # of former names
+    place, clear = set, reset  # the former names
 
     def apply(self, x: Tensor, y: Tensor, step: StepIndex) -> None:
         """Changes `y` [rows, features] in place for the rows whose slot has the op; `x` is the site's input."""

@@ -177,7 +177,7 @@ class _Stack(NamedTuple):
         )
 
     def add(self, z: Tensor, y: Tensor, step: StepIndex) -> None:
-        """Adds each row's own module to `y` in place; what is not a row's own is deselected, never multiplied."""
+        """Adds each row's own module to `y` in place; products with other slots' are set to zero."""
         hidden = ACTIVATIONS[self.op.activation](F.linear(z, self.down, self.down_bias))
         y.addmm_(hidden.masked_fill(step.foreign(self.columns), 0), self.up)
         y += self.up_bias[step.slots.clamp(max=self.up_bias.shape[0] - 1)]

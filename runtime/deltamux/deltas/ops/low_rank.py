@@ -22,9 +22,9 @@ SEGMENT_ROWS = 12
 class LowRankBatch(OpBatch):
     """Many adapters' factors at one linear, each at its own rank.
 
-    Few rows per adapter (decode): the factors of all slots are stacked, one GEMM shrinks all rows through all of them,
-    what is not a row's own is deselected, a second GEMM expands. Many rows per adapter (prefill), or only one adapter:
-    one pair of GEMMs per adapter over its own rows.
+    Few rows per adapter (decode): the factors of all slots are stacked, one GEMM shrinks all rows by all of them, the
+    products with other slots' factors are set to zero, a second GEMM expands. Many rows per adapter (prefill), or only
+    one adapter: one pair of GEMMs per adapter over its own rows.
     """
 
     def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:

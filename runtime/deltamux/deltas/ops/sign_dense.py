@@ -1,4 +1,4 @@
-"""SignDense: a full change kept as one bit a weight and one scale (BitDelta, Liu et al. 2024, arXiv:2402.10193)."""
+"""SignDense: a full change kept as one bit per weight and one scale (BitDelta, Liu et al. 2024, arXiv:2402.10193)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _shifts(device: torch.device) -> Tensor:
 
 
 class SignDenseBatch(DenseBatch):
-    """A device slot holds the unpacked matrix; files, store and host memory hold the sixteenth of it."""
+    """A device slot holds the unpacked matrix; files, store and host memory hold a sixteenth of it."""
 
     def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, SignDense)

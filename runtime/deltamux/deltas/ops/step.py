@@ -33,7 +33,7 @@ class VirtualRows(NamedTuple):
     """Rows of a step that hold virtual tokens.
 
     Attributes:
-        tokens: the same in host memory.
+        tokens: the virtual tokens, in host memory.
         rows: [v] int64, positions in the step.
         slots: [v] int64, the slot of each.
         positions: [v] int64, which of its adapter's virtual tokens each one is.
@@ -83,7 +83,7 @@ class StepIndex:
         num_rows: rows of the step.
         num_slots: device slots of the engine.
         virtual: rows that hold virtual tokens, if any.
-        last_rows: the same of the last row of each request, in order: the rows that the output head gets.
+        last_rows: the index of each request's last row, in order: the rows that the output head gets.
 
     ``mask`` has bit i set when slot i has a row here, so that a site without work decides it with one ``&``.
     """
@@ -136,7 +136,7 @@ class StepIndex:
     def foreign(self, columns: StackedColumns) -> Tensor:
         """Returns [num_rows, columns] bool: True where a stacked column is of another slot than the row's.
 
-        Sites whose columns are laid out alike, as all those of the usual adapter are, share one mask per step.
+        Sites with equal layouts share one mask per step.
         """
         mask = self._foreign.get(columns.layout)
         if mask is None:
@@ -158,7 +158,7 @@ class StepIndex:
         made: T = self._derived[make]
         return made
 
-    def derive(self, make: Callable[[StepIndex], T], made: T) -> None:
+    def set_derived(self, make: Callable[[StepIndex], T], made: T) -> None:
         """Sets what `derived` returns."""
         self._derived[make] = made
 

@@ -20,7 +20,7 @@ HALF_LIFE = 8
 
 @dataclass
 class _Usage:
-    """Attributes: uses: decayed to `at`, a time in uses of the cache; cost: what a reload takes, in any one unit."""
+    """A key's uses, decayed to `at` (a time in uses of the cache), and the cost of a reload in any one unit."""
 
     uses: float
     at: int
@@ -30,7 +30,7 @@ class _Usage:
 
 
 class EvictionPolicy(Generic[K]):
-    """Which keys a cache of bounded size keeps: device slots, and host memory.
+    """The keys that a cache of bounded size keeps: device slots, and host memory.
 
     Args:
         capacity: keys to keep; more only while more than that are held or pinned.
@@ -83,7 +83,7 @@ class EvictionPolicy(Generic[K]):
         self._usages.pop(key, None)
 
     def victim(self, spared: Collection[K] = (), *, pinned_too: bool = False) -> K | None:
-        """Returns the key worth least of those that may go: not held, not `spared`, and not pinned unless said so."""
+        """Returns the key worth least of those that may go: not held, not `spared`, not pinned unless `pinned_too`."""
         idle = (k for k, s in self._usages.items() if not s.held and (pinned_too or not s.pinned))
         return min((k for k in idle if k not in spared), key=self._worth, default=None)
 

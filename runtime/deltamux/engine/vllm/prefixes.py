@@ -1,7 +1,7 @@
 """Known prefixes: keys and values that an adapter brings for every layer are written to the cache, not computed.
 
 A virtual token of prefix tuning is keys and values alone: computing it yields nothing that is kept, and a prefix of 16
-in front of a prompt of 8 would triple the prompt's cost. So the scheduler counts these tokens as computed (see
+before a prompt of 8 would triple the prompt's cost. So the scheduler counts these tokens as computed (see
 `scheduling.known_prefixes`), and the worker writes them into the request's cache blocks before the first step that
 reads them.
 """
@@ -21,7 +21,7 @@ from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.engine.base import ProgramRef
 
 EXTRA_ARG = "deltamux_prefix"
-"""Key of ``SamplingParams.extra_args`` under which a request says how many of its first tokens are known."""
+"""Key of ``SamplingParams.extra_args``: the number of a request's first tokens that are known."""
 
 
 def known_prefix(program: Program, base: BaseModel) -> Mapping[str, KVPrefix] | None:

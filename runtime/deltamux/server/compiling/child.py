@@ -1,7 +1,7 @@
 """The process that runs plugins: it imports them and compiles uploads with their hooks; see `compiler.py`.
 
 No module of the server imports this one: the server runs it with ``python -m`` and an open socket's descriptor. Each
-step is announced on the socket before it begins, so that a crash or a timeout can be traced to its plugin.
+phase is announced on the socket before it begins, so that a crash or a timeout can be traced to its plugin.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class CompilerChild:
 
     def run(self) -> None:
         start = json.loads(self._channel.readline())
-        self._registry = Registry(create_plugin_manager(skip=start["skip"], on_step=self._on_step))
+        self._registry = Registry(create_plugin_manager(skip=start["skip"], on_phase=self._on_phase))
         self._send({"methods": self._registry.names(), "broken": self._registry.broken})
         before = _own_bytes()
         while line := self._channel.readline():
@@ -103,13 +103,13 @@ class CompilerChild:
             raise PluginError(problem, metadata={"plugin": method.name, "hook": "deltamux_program"}) from error
         placed = written.placed(base)
         written.check_finite()
-        self._on_step(method.name, "the check of its batched ops")
+        self._on_phase(method.name, "the check of its batched ops")
         check_batched(placed)
         _check_budgets(written, job.budgets)
         return Compiled(method.name, written.rank(), written.num_virtual_tokens, written.num_bytes())
 
-    def _on_step(self, plugin: str, step: str) -> None:
-        self._send({"plugin": plugin, "step": step})
+    def _on_phase(self, plugin: str, phase: str) -> None:
+        self._send({"plugin": plugin, "phase": phase})
 
     def _send(self, message: dict[str, Any]) -> None:
         self._channel.write(json.dumps(message).encode() + b"\n")

@@ -157,15 +157,15 @@ class Compiler:
 
     def _skip_plugin(self, error: Exception) -> None:
         """Records the plugin whose import ended the process; raises UnavailableError if it was not a plugin's."""
-        step = error.step if isinstance(error, CompilerProcessError) else None
-        if step is None or step.plugin in self._skipped:
+        phase = error.phase if isinstance(error, CompilerProcessError) else None
+        if phase is None or phase.plugin in self._skipped:
             log.error("the compiler process does not start: it %s", error)
             raise UnavailableError(
                 "the server cannot compile adapters now: its compiler process does not start",
                 reason="COMPILER_UNAVAILABLE",
                 retry_after=RETRY_SECONDS,
             )
-        self._skipped[step.plugin] = f"{step.what} {error}"
+        self._skipped[phase.plugin] = f"{phase.what} {error}"
 
     def _record_plugins(self, methods: list[str], broken: dict[str, str]) -> None:
         self.methods = tuple(map(str, methods))
@@ -180,23 +180,23 @@ class Compiler:
             await process.close()
 
     def _job_error(self, error: Exception, job: Job) -> DeltamuxError:
-        step = error.step if isinstance(error, CompilerProcessError) else None
+        phase = error.phase if isinstance(error, CompilerProcessError) else None
         timed_out = isinstance(error, CompilerProcessError) and error.timed_out
-        if isinstance(error, CompilerProcessError) and step is None and not timed_out:
+        if isinstance(error, CompilerProcessError) and phase is None and not timed_out:
             return UnavailableError(
                 f"the compiler process {error}; send the upload again",
                 reason="COMPILER_UNAVAILABLE",
                 retry_after=RETRY_SECONDS,
             )
-        who = (
-            f"plugin {step.plugin!r}: {step.what}"
-            if step
+        what = (
+            f"plugin {phase.plugin!r}: {phase.what}"
+            if phase
             else f"compiling the adapter ({job.expected_method or 'unnamed'})"
         )
-        metadata = {"plugin": step.plugin, "hook": step.what} if step else {}
+        metadata = {"plugin": phase.plugin, "hook": phase.what} if phase else {}
         kind = PluginTimeoutError if timed_out else PluginCrashedError
         return kind(
-            f"{who} {error}", metadata=metadata | ({"method": job.expected_method} if job.expected_method else {})
+            f"{what} {error}", metadata=metadata | ({"method": job.expected_method} if job.expected_method else {})
         )
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:

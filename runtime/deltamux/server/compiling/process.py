@@ -41,8 +41,8 @@ class ProcessTimes(NamedTuple):
     runnable: bool = False
 
 
-class Step(NamedTuple):
-    """The step that the process runs, by its last message."""
+class Phase(NamedTuple):
+    """A plugin's import, check or hook, which the process runs by its last message."""
 
     plugin: str
     what: str
@@ -52,20 +52,22 @@ class CompilerProcessError(Exception):
     """The process did not answer: it timed out, ended, or sent an invalid message.
 
     Attributes:
-        step: its last step; None if it ran no plugin.
+        phase: its last phase; None if it ran no plugin.
         status: exit status as in `subprocess` (minus a signal's number); None if it has not ended.
     """
 
-    def __init__(self, problem: str, step: Step | None, *, timed_out: bool = False, status: int | None = None) -> None:
+    def __init__(
+        self, problem: str, phase: Phase | None, *, timed_out: bool = False, status: int | None = None
+    ) -> None:
         super().__init__(problem)
-        self.step = step
+        self.phase = phase
         self.timed_out = timed_out
         self.status = status
 
     @property
     def external(self) -> bool:
         """Whether the end was probably not a plugin's fault: none ran, or the process was ended by a signal."""
-        return not self.timed_out and (self.step is None or self.status in _EXTERNAL_STATUSES)
+        return not self.timed_out and (self.phase is None or self.status in _EXTERNAL_STATUSES)
 
 
 class CompilerProcess:
@@ -74,7 +76,7 @@ class CompilerProcess:
     def __init__(self, helper: HelperProcess) -> None:
         self._helper = helper
         self._process = helper.process
-        self._step: Step | None = None
+        self._phase: Phase | None = None
         self._watching = asyncio.create_task(self._watch())
 
     @classmethod
@@ -90,29 +92,29 @@ class CompilerProcess:
     def alive(self) -> bool:
         return self._process.returncode is None and not self._helper.reader.at_eof()
 
-    async def call(self, message: dict[str, Any], timeout: float, step_timeout: float | None = None) -> dict[str, Any]:
+    async def call(self, message: dict[str, Any], timeout: float, phase_timeout: float | None = None) -> dict[str, Any]:
         """Sends a message and returns the answer to it.
 
         Args:
             timeout: seconds until the answer.
-            step_timeout: seconds per step instead, from the first announced step on.
+            phase_timeout: seconds per phase instead, from the first announced phase on.
         Raises:
             CompilerProcessError: the process did not answer.
         """
-        self._step, allowed, since = None, timeout, self._times()
+        self._phase, allowed, since = None, timeout, self._times()
         try:
             async with asyncio.timeout(timeout):
                 self._helper.send(message)
                 await self._helper.writer.drain()
             while True:
                 answer = await self._receive_within(allowed, since)
-                if "step" not in answer:
+                if "phase" not in answer:
                     return answer
-                self._step = Step(str(answer.get("plugin")), str(answer["step"]))
-                if step_timeout is not None:
-                    allowed, since = step_timeout, self._times()
+                self._phase = Phase(str(answer.get("plugin")), str(answer["phase"]))
+                if phase_timeout is not None:
+                    allowed, since = phase_timeout, self._times()
         except TimeoutError:
-            raise CompilerProcessError(f"took more than {allowed:g} s", self._step, timed_out=True) from None
+            raise CompilerProcessError(f"took more than {allowed:g} s", self._phase, timed_out=True) from None
         except OSError:
             raise await self._exit_error() from None
 
@@ -164,16 +166,16 @@ class CompilerProcess:
                 raise await self._exit_error()
             answer = json.loads(line)
         except ValueError as error:
-            raise CompilerProcessError(f"broke its connection to the server ({error})", self._step) from error
+            raise CompilerProcessError(f"broke its connection to the server ({error})", self._phase) from error
         if not isinstance(answer, dict):
-            raise CompilerProcessError("broke its connection to the server", self._step)
+            raise CompilerProcessError("broke its connection to the server", self._phase)
         return answer
 
     async def _exit_error(self) -> CompilerProcessError:
         self._kill()  # its socket may be closed while it still runs
         status = await self._process.wait()
         how = f"by {signal.Signals(-status).name}" if status < 0 else f"with exit status {status}"
-        return CompilerProcessError(f"ended its process {how}", self._step, status=status)
+        return CompilerProcessError(f"ended its process {how}", self._phase, status=status)
 
     async def _watch(self) -> None:
         """Kills the children of the process once it has ended: they may hold the socket open."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from deltamux.engine.base import ChatMessage, GenerationChunk, GuidedDecoding, Prompt, SamplingOptions, TokenLogprobs
+from deltamux.engine.base import ChatMessage, GenerationChunk, StructuredOutput, Prompt, SamplingOptions, TokenLogprobs
 from deltamux.engine.checks import too_long
 from deltamux.errors import InvalidArgumentError, UnavailableError
 from deltamux.v1 import inference_pb2 as pb
@@ -42,18 +42,18 @@ def sampling_of(message: pb.SamplingParameters) -> SamplingOptions:
         if name in given:
             given[name] = convert(given[name])
     if "structured_output" in given:
-        given["guided"] = _guided_of(given.pop("structured_output"))
+        given["structured_output"] = _structured_output_of(given["structured_output"])
     return SamplingOptions(**given)
 
 
 _CONVERSIONS: dict[str, Callable[[Any], Any]] = {"stop": tuple, "stop_token_ids": tuple, "logit_bias": dict}
 
 
-def _guided_of(message: pb.StructuredOutput) -> GuidedDecoding:
+def _structured_output_of(message: pb.StructuredOutput) -> StructuredOutput:
     kind = message.WhichOneof("format")
     if kind == "choice":
-        return GuidedDecoding(choice=tuple(message.choice.options))
-    return GuidedDecoding(
+        return StructuredOutput(choice=tuple(message.choice.options))
+    return StructuredOutput(
         json_schema=message.json_schema if kind == "json_schema" else None,
         regex=message.regex if kind == "regex" else None,
     )

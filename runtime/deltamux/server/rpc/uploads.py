@@ -27,11 +27,13 @@ MAX_CHUNK_BYTES = MIB
 
 @dataclass(frozen=True)
 class UploadLimits:
-    """Attributes:
-    max_bytes: all files together.
-    idle_seconds: longest time between two messages.
-    min_bytes_per_second: least mean rate; the time allowed for waiting is what the received bytes take at this rate,
-        plus `idle_seconds`.
+    """The bounds of an upload.
+
+    Attributes:
+        max_bytes: all files together.
+        idle_seconds: longest time between two messages.
+        min_bytes_per_second: least mean rate; waiting may take as long as the received bytes do at this rate, plus
+            `idle_seconds`.
     """
 
     max_bytes: int

@@ -1,1 +1,1 @@
-"""Compiled kernels behind the ops' batches; every one has a pure-torch twin that it is held against."""
+"""The CPU kernels of the ops' batches; tests compare each with the batch in torch."""

@@ -1,7 +1,7 @@
 """The CPU kernels (`rows.cpp`) as a shared library: compiled for this machine when first needed, and kept.
 
-The compiler is given the machine's own instruction set, which no wheel could know. The library lies in the user's cache
-under a name made of its source, the compiler and the processor, so that another machine's is never taken. Where there
+It is compiled for the machine's own instruction set, which a wheel could not be. It lies in the user's cache under a
+name made of its source, the compiler and the processor, so that another machine's is never taken. Where there
 is no compiler, `load` logs so once and returns None, and the ops run in torch.
 """
 
@@ -44,7 +44,7 @@ class Mask(ctypes.Structure):
         self.value = 0
 
     def set(self, value: int) -> None:
-        """Takes the set as an int: bit i stands for slot i."""
+        """Sets the set as an int: bit i is slot i."""
         if value == self.value:
             return
         self.value = value
@@ -108,10 +108,10 @@ def build(
     Args:
         sources: C++ files; they may include this folder's headers.
         includes: further folders of headers.
-        versions: what these headers are of; another version is another library.
+        versions: of these headers; another version is another library.
     Raises:
         FileNotFoundError: there is no C++ compiler (``$CXX``, ``g++`` or ``c++``).
-        subprocess.CalledProcessError: the compiler refuses; its words are in ``stderr``.
+        subprocess.CalledProcessError: the compiler fails; its message is in ``stderr``.
     """
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
     if compiler is None:
@@ -138,7 +138,7 @@ def _fingerprint(compiler: str, sources: Sequence[Path], versions: Sequence[str]
 
 
 def _processor() -> str:
-    """Returns the processor's model and instruction sets, as far as the system tells."""
+    """Returns the processor's model and instruction sets, as far as the system has them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

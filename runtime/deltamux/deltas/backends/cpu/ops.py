@@ -1,4 +1,4 @@
-"""The ops that have a CPU kernel: what each prepacks, and the parameters of all slots at a module."""
+"""The ops that have a CPU kernel: how each is prepacked, and the parameters of all slots at a module."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ PREPACKED = "_prepacked"
 
 
 class CPUForm(NamedTuple):
-    """How the kernels serve an op.
+    """The form of an op on the CPU kernels.
 
     Attributes:
         params: makes the parameters of all slots at a module, of (site, columns of each slice, number of slots, dtype);
-            the slices are like the site but for their columns.
+            the site is that of the first slice, and all are alike but for their columns.
         prepack: returns an op's parameters as the kernel reads them.
     """
 
@@ -135,4 +135,4 @@ CPU_OPS: Mapping[type[Op], CPUForm] = {
         lambda op: PrepackedVectors(_vector(op.weight), _vector(op.bias)),
     ),
 }
-"""By the op's own class: one derived from it has mathematics of its own."""
+"""By the op's own class: one derived from it has another formula."""

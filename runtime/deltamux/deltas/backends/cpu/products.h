@@ -1,7 +1,7 @@
 // Products of a few rows with the two factors of a low-rank change, in float or bfloat16 with float32 accumulation.
 //
-// AVX512 takes 32 bfloat16 at a time: where a dot product of pairs is slower than the two multiply-adds that it stands for,
-// as on Intel's cores, by these. Every sum is taken in one order, whatever else is computed beside it.
+// AVX512 takes 32 bfloat16 at a time: where a dot product of pairs is slower than the two multiply-adds that it replaces,
+// as on Intel's cores, by these. Every sum is taken in one order, whatever else is computed.
 
 #pragma once
 
@@ -85,7 +85,7 @@ struct Pairs {
         std::memcpy(&both, pair, sizeof both);
         return {(__m512bh)_mm512_set1_epi32(both)};
     }
-    // Rounds a pair once, to be repeated often: its bits stand in the first float.
+    // Rounds a pair once, to be repeated often: its bits are in the first float.
     static void prepare(float* pair) {
         const uint32_t both = narrow<bf16>(pair[0]).bits | uint32_t(narrow<bf16>(pair[1]).bits) << 16;
         std::memcpy(pair, &both, sizeof both);
@@ -146,7 +146,7 @@ void shrink(const T* const* x, int count, const T* a, int64_t rank, int64_t widt
 }
 
 #ifdef HAVE_BF16
-// N blocks of columns of NR rows of y += h @ b (+ bias); `mask` says which columns of a block there are. `b` and `bias` are
+// N blocks of columns of NR rows of y += h @ b (+ bias); `mask` has the columns of a block that exist. `b` and `bias` are
 // those of the first column.
 template <int NR, int N, bool kBias>
 KERNEL void expand_blocks(bf16* const* y, int64_t column, const float* h, int64_t stride, const bf16* b, int64_t pairs,
@@ -208,7 +208,7 @@ void expand_rows(float* const* y, const float* h, int64_t stride, const float* b
 }
 
 // b in bfloat16 is packed [size / 16 up, rank / 2 up, 16 columns, 2 ranks], zero where there is no column or rank; h holds
-// even(rank) values a row, the odd one zero, in pairs that are prepared. `from` is a multiple of 16.
+// even(rank) values per row, the odd one zero, in pairs that are prepared. `from` is a multiple of 16.
 template <int NR>
 void expand_rows(bf16* const* y, const float* h, int64_t stride, const bf16* b, int64_t rank, int64_t size,
                  const float* bias, int64_t from, int64_t to) {

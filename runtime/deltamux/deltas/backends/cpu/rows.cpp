@@ -2,7 +2,7 @@
 //
 // A call serves one module and all adapters of the step. `StepRows` is the step's rows by slot, `SlotParams` the parameters
 // of every slot, as int64 words (pointers and sizes). A row's result depends on that row alone, and every sum
-// is taken in one order whatever the batch looks like, so that a mixed batch equals each request alone, bit for bit.
+// is taken in one order whatever the batch is, so that a mixed batch equals each request alone, bit for bit.
 //
 // Two element types: float, and bfloat16 with float32 accumulation (products.h).
 
@@ -134,7 +134,7 @@ void expand_tile(const SlotParams& params, const Tile& tile, Matrix<T> y, const 
            reinterpret_cast<const float*>(words[kUpBias]), from, end < size ? end : size);
 }
 
-// What a step asks of a module: `values` hidden values a row at most, and `work` multiply-adds in all.
+// The work of a step at a module: at most `values` hidden values per row, and `work` multiply-adds in all.
 struct Extent {
     int64_t values;
     int64_t work;

@@ -28,8 +28,8 @@ struct ColumnRange {
 
 enum Kernel : int64_t { kShrinkExpand, kAffine, kNormAffine };
 
-// The parameters of all slots at one module, for one kernel: `words` holds pointers and sizes by slot and slice, in an order
-// that the kernel knows; pointers are 0 where the slot has none.
+// The parameters of all slots at one module, for one kernel: `words` holds pointers and sizes by slot and slice, in the
+// kernel's order; pointers are 0 where the slot has none.
 struct SlotParams {
     int64_t kernel;
     int64_t bfloat;   // elements of x and y: bfloat16, or else float

@@ -28,7 +28,7 @@ FROM_X, FROM_Y, FROM_SUM = range(3)
 
 
 def available(dtype: torch.dtype, device: torch.device | str) -> bool:
-    """Returns whether the kernels can serve tensors of this kind here; compiles them when first asked."""
+    """Returns whether the kernels can serve tensors of this kind here; compiles them when first called."""
     return torch.device(device).type == "cpu" and dtype in DTYPES and load() is not None
 
 
@@ -36,7 +36,7 @@ class StepRows:
     """Rows of a step, grouped by slot, where the kernels can read them."""
 
     def __init__(self, rows: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """Takes (slot, its rows) of every slot that takes part."""
+        """Takes (slot, its rows) of every slot with rows."""
         slots = [slot for slot, _ in rows]
         starts = [0]
         flat: list[int] = []

@@ -21,13 +21,13 @@ import torch
 
 
 def available(device: torch.device | str) -> bool:
-    """Tells whether the kernels run on a device: one of CUDA's, or a CPU where Triton's interpreter is asked for."""
+    """Returns whether the kernels run on a device: one of CUDA's, or a CPU with Triton's interpreter."""
     kind = torch.device(device).type
     return _has_triton() and (kind == "cuda" or (kind == "cpu" and interpreted()))
 
 
 def interpreted() -> bool:
-    """Tells whether Triton's interpreter is asked for."""
+    """Returns whether the environment turns Triton's interpreter on."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -1,7 +1,7 @@
 """Bottleneck of all slots at one sub-layer: shrink reads what each slot reads, expand activates and adds.
 
-Two launches and not one: a single program a tile would stream both matrices through one multiprocessor, while split by
-the features and by the columns they use all of them. The activation, both biases and the sum are in the second.
+Two launches and not one: one program per tile would stream both matrices through one multiprocessor, while split by the
+features and by the columns they use all of them. The activation, both biases and the sum are in the second.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from deltamux.deltas.sites import BlockSite
 
 
 class BottleneckDeltas:
-    """One module a slot at one sub-layer, in buffers that never move.
+    """One module per slot at one sub-layer, in buffers that never move.
 
     Args:
         max_width: the widest that there is room for; a slot's work is its own width's.
@@ -74,7 +74,7 @@ class BottleneckDeltas:
         """Changes `y` [rows, features] in place for the rows whose slot has a module here.
 
         Args:
-            x: the sub-layer's input; residual: the residual stream in front of its norm, where a slot reads it.
+            x: the sub-layer's input; residual: the residual stream before its norm, where a slot reads it.
         """
         expand(self._matrices, shrink(self._matrices, x, step, y, residual), y, step)
 

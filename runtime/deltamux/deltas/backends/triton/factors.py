@@ -10,7 +10,7 @@ from deltamux.deltas.backends.triton.step_records import StepRecords
 
 
 class FactorDeltas:
-    """One vector a slot that its rows are multiplied by, in a buffer that never moves.
+    """One vector per slot that its rows are multiplied by, in a buffer that never moves.
 
     Attributes:
         mask: bit i set when slot i has factors here.

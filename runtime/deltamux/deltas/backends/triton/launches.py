@@ -1,4 +1,4 @@
-"""Launches of shrink and expand: what they read of a module's slots, and into which programs they are config."""
+"""Launches of shrink and expand: what they read of a module's slots, and how they are split into programs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Matrices(NamedTuple):
 
 
 class LaunchConfig(NamedTuple):
-    """Into which programs a launch is cut, by `benchmarks.gpu.search` on an H200 (docs/results.md).
+    """How a launch is split into programs, by `benchmarks.gpu.search` on an H200 (docs/results.md).
 
     Attributes:
         ranks: of a slot, per program of shrink.
@@ -89,8 +89,8 @@ PREFILL = LaunchConfig(
 def shrink(matrices: Matrices, x: Tensor, step: StepRecords, y: Tensor, residual: Tensor | None = None) -> Tensor:
     """Returns the rows' products with their slots' first matrices, [splits, rows, slices * max_rank] float32.
 
-    Rows stand in the table's order by slot; what lies beyond a slot's rank is never written. Where the module has
-    activations, each slot reads what its description says of `x`, `residual` and `y`.
+    Rows are in the records' order by slot; what lies beyond a slot's rank is never written. Where the module has
+    activations, each slot reads those of `x`, `residual` and `y` that its source (`Meta`) has.
     """
     rows, features = x.shape
     max_rank, slices, config = matrices.max_rank, matrices.slices, launch_config(step)
@@ -137,7 +137,7 @@ def expand(matrices: Matrices, products: Tensor | None, y: Tensor, step: StepRec
     """
     config = launch_config(step)
     columns = matrices.columns[config.span]
-    # Behind another kernel than shrink, it would read an output that is not yet written.
+    # After another kernel than shrink, it would read an output that is not yet written.
     early = {"launch_pdl": True} if products is not None and overlaps(y.device) else {}
     if products is None:
         products = y.new_empty((1, 1, 1), dtype=torch.float32)  # never read
@@ -173,17 +173,17 @@ def expand(matrices: Matrices, products: Tensor | None, y: Tensor, step: StepRec
 
 @cache
 def overlaps(device: torch.device) -> bool:
-    """Tells whether programs start while those of the launch before still work (programmatic dependent launch, from
+    """Returns whether programs start while those of the launch before still work (programmatic dependent launch, from
     Hopper on).
 
     Shrink's wait for all that was launched before, and only then let expand's start: the output which both find is
-    complete. Expand's wait for shrink in front of its products.
+    complete. Expand's wait for shrink before they read its products.
     """
     return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch_config(step: StepRecords) -> LaunchConfig:
-    """Returns how launches of a step are cut, by the height of its tiles."""
+    """Returns how launches of a step are split, by the height of its tiles."""
     return DECODE if step.tile_rows == step_records.DECODE_TILE else PREFILL
 
 

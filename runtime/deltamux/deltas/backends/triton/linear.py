@@ -61,7 +61,7 @@ class LinearDeltas:
         self._flags: dict[tuple[int, int], int] = {}
 
     def set(self, slot: int, slice_index: int, op: Op) -> bool:
-        """Adds a slot's next op at a slice, behind those that it has; False, and no change, where there is no room."""
+        """Adds a slot's next op at a slice, after those that it has; False, and no change, where there is no room."""
         if isinstance(op, LowRank) and type(op) is LowRank:
             if not self._add_ranks(slot, slice_index, op):
                 return False

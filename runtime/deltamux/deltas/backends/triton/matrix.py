@@ -2,7 +2,7 @@
 
 Shrink computes the inner products of a tile's rows with its slot's first matrix, [rank, in]; expand multiplies those by
 the second, [out, rank], and finishes the output: y = y * scale + products + bias. Bottleneck is the same pair with a
-bias and an activation in front of the second product.
+bias and an activation before the second product.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from deltamux.deltas.backends.triton import step_records
 
-# What the kernels know of a step's records and of a slot's description; see `table` and `Meta`.
+# Fields of a step's records (see `step_records`) and of a slot's description (see `Meta`).
 _FIELDS: tl.constexpr = tl.constexpr(step_records.FIELDS)
 _ROW: tl.constexpr = tl.constexpr(step_records.ROW)
 _TILE_SLOT: tl.constexpr = tl.constexpr(step_records.TILE_SLOT)
@@ -190,7 +190,7 @@ def _hidden(
 
 @triton.jit
 def _store(at_y, result, total, own, n, end, flags, scale, bias, SCALES: tl.constexpr):
-    """Stores result * scale + total + bias at columns `n`, of which a slot has what its flags say."""
+    """Stores result * scale + total + bias at columns `n`, scale and bias where the slot's flags have them."""
     if SCALES:
         scaled = n < tl.where((flags & _SCALE) != 0, end, 0)
         result *= tl.load(scale + n, mask=scaled, other=1.0).to(tl.float32)[None, :]
@@ -228,7 +228,7 @@ def _expand_at_once(
 ):
     """Expand for a slot of RANKS ranks at most: what is multiplied stays where it is, and columns stream past."""
     r = tl.arange(0, RANKS)
-    # The first block is asked for in front of the wait, so that its latency passes while shrink still works.
+    # The first block is loaded before the wait, so that its latency passes while shrink still works.
     n = first + tl.arange(0, BLOCK_OUT)
     result = tl.load(at_rows + n[None, :], mask=own[:, None] & (n < end)[None, :], other=0.0)
     at_w = b + r[:, None] * out_features
@@ -292,7 +292,7 @@ def expand_kernel(
     m = tl.arange(0, BLOCK_ROWS)
     own = m < tl.load(record + _TILE_COUNT)
     rows = tl.load(records + (start + m) * _FIELDS + _ROW, mask=own, other=0).to(tl.int64)
-    # Numbers that come from memory are as aligned as the host says; loads and stores are as wide as that.
+    # Numbers that come from memory are as aligned as `ALIGNED`; loads and stores are as wide as that.
     first = tl.multiple_of(tl.load(span + 1), ALIGNED)
     end = tl.multiple_of(tl.load(span + 2), ALIGNED)
     at_rows = y + rows[:, None] * y_stride

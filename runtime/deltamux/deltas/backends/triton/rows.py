@@ -1,4 +1,4 @@
-"""Kernels of a program a row: norms, scaled inputs, and rows that are replaced by a slot's own."""
+"""Kernels with one program per row: norms, scaled inputs, and rows that are replaced by a slot's own."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from deltamux.deltas.ops.step import RowRange, StepIndex, VirtualToken
 
 # Fields of a record. Record i describes row i of the step, the i-th row by slot, and the i-th tile: one array of
-# records, and not one array a field, so that a step of n rows is one copy of n records.
+# records, and not one array per field, so that a step of n rows is one copy of n records.
 SLOT = 0  # the row's slot; -1 for rows of the base
 POSITION = 1  # which of its adapter's virtual tokens the row is; -1 for other rows
 ROW = 2  # the i-th of the adapters' rows, sorted by slot
@@ -33,7 +33,7 @@ PREFILL_TILE = 64
 
 
 class _Staging(NamedTuple):
-    """Host memory that a copy reads from, pinned where there is a GPU, and the event that says when it has."""
+    """Host memory that a copy reads from, pinned where there is a GPU, and the event at the copy's end."""
 
     memory: Tensor  # [max_rows, FIELDS] int32
     records: np.ndarray  # the same memory
@@ -64,7 +64,7 @@ class StepRecords:
     def fill(self, row_ranges: Iterable[RowRange], num_rows: int, virtual: Iterable[VirtualToken] = ()) -> None:
         """Sets the records of a step; every row and tile beyond it is the base's.
 
-        The copy is asynchronous on the current stream, behind the kernels of the step before.
+        The copy is asynchronous on the current stream, after the kernels of the step before.
         """
         staging = next(self._staging)
         if staging.copied is not None:

@@ -17,7 +17,7 @@ from deltamux.deltas.sites import EmbeddingSite
 
 
 class SoftPromptDeltas:
-    """See the module.
+    """The embeddings of all slots' virtual tokens, in a buffer that grows.
 
     Attributes:
         mask: bit i set when slot i has a prompt.

@@ -41,7 +41,7 @@ from deltamux.engine.vllm.loading.loader import ProgramLoader
 logger = init_logger(__name__)
 
 RESERVE = 1 << 30
-"""Bytes that must stay available beside twice the second weights."""
+"""Bytes that must stay available in addition to twice the second weights."""
 LOOSE = 0.02
 """Relative error up to which a checkpoint's weight is the one that the engine has loaded, in any dtype."""
 
@@ -99,7 +99,7 @@ class AutoMerger:
         loader: ProgramLoader,
         slots: Mapping[int, int],
     ) -> Self | None:
-        """Returns the merger that the engine's configuration asks for; None where no module can be merged."""
+        """Returns the merger of an engine's configuration; None where no module can be merged."""
         given = config.additional_config
         if not isinstance(given, dict) or not given.get("fold_dominant"):
             return None

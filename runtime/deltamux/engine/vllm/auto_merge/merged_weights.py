@@ -89,10 +89,10 @@ def merge_change(change: WeightChange, read: ReadTensor, dtype: torch.dtype) -> 
     Args:
         read: returns a tensor of the base's checkpoint, which the engine has loaded in `dtype`.
     Raises:
-        FailedPreconditionError: the merged weight is not finite in `dtype`, or cannot tell the change from the base.
+        FailedPreconditionError: the merged weight is not finite in `dtype`, or rounds the change away.
     """
     pairs = [
-        _merge_site(site, change.ops[site.name], lambda asked: read(asked).to(dtype)) for site in change.module.sites
+        _merge_site(site, change.ops[site.name], lambda name: read(name).to(dtype)) for site in change.module.sites
     ]
     base, exact = (torch.cat(weights) for weights in zip(*pairs, strict=True))
     weight, name = exact.to(dtype), change.module.sites[0].name

@@ -45,7 +45,7 @@ class CudaBackend:
         self._profiles[slot] = self.binding.profile(slot)
 
     def step_indexed(self, index: StepIndex) -> None:
-        index.derive(records_of, self.records)
+        index.set_derived(records_of, self.records)
         self.records.fill(index.row_ranges, index.num_rows, index.virtual.tokens if index.virtual is not None else ())
 
     def profile(self) -> GraphProfile | None:
@@ -90,5 +90,5 @@ class CapturedStep(StepIndex):
         self, profile: GraphProfile, num_rows: int, records: StepRecords, last_rows: StepIndex | None = None
     ) -> None:
         super().__init__((), num_rows, records.num_slots, device=records.device, last_rows=last_rows)
-        self.derive(records_of, records)
+        self.set_derived(records_of, records)
         self.mask = captured_slots(profile, records.num_slots)

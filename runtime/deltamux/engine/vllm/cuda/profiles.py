@@ -1,4 +1,4 @@
-"""`GraphProfile`: what a CUDA graph holds beside the base, and the reserved slots by which it is captured.
+"""`GraphProfile`: what a CUDA graph holds in addition to the base, and the reserved slots by which it is captured.
 
 A graph is captured with all kernels of a profile launched and no row of any adapter. So two slots beyond those of the
 engine are reserved, one per profile: a captured step has them, and every module with kernels of the profile has them.

@@ -1,1 +1,1 @@
-"""The server's process: the engine as the server sees it, prompts, outputs, and which programs the workers keep."""
+"""The front end, in the server's process: prompts, outputs, and which programs the workers keep."""

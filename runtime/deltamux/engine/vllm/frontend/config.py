@@ -29,7 +29,7 @@ def set_environment() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cuda():
-        # A process in which torch was asked for a CUDA device can fork none that uses one, and plugins may do so.
+        # A process that has used CUDA cannot fork one that does, and plugins may have used it.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 

@@ -1,4 +1,4 @@
-"""`VLLMEngine`: vLLM's AsyncLLM with our worker, and the host cache in front of it."""
+"""`VLLMEngine`: vLLM's AsyncLLM with deltamux's worker, and the host cache that leases programs to requests."""
 
 from __future__ import annotations
 
@@ -168,9 +168,9 @@ class VLLMEngine:
             self._host.prefetch(program)
         token_ids = await self._checked_prompt(prompt, sampling, program.num_virtual_tokens if program else 0, group)
         constraint = None
-        if sampling.guided is not None and self._grammars is not None:
+        if sampling.structured_output is not None and self._grammars is not None:
             check_stop_tokens(sampling.stop_token_ids, self._special_tokens)
-            constraint = await self._grammars.admit(sampling.guided, group)
+            constraint = await self._grammars.admit(sampling.structured_output, group)
         async with AsyncExitStack() as stack:
             program_id = await stack.enter_async_context(self._host.lease(program)) if program else 0
             # Closed here and not when it is collected: the abort must reach vLLM before the lease ends.
@@ -259,7 +259,7 @@ class VLLMEngine:
         from deltamux.engine.vllm.prefixes import EXTRA_ARG, known_tokens
 
         virtual = program.num_virtual_tokens if program else 0
-        # A repetition penalty looks at the prompt's tokens: then the placeholder is one that the prompt has anyway.
+        # A repetition penalty counts the prompt's tokens: then the placeholder is one that the prompt has anyway.
         placeholder = token_ids[0] if sampling.repetition_penalty != 1.0 else PLACEHOLDER
         prompt = TokensPrompt(prompt_token_ids=[placeholder] * virtual + token_ids)
         if cache_salt:
@@ -271,10 +271,10 @@ class VLLMEngine:
             if virtual and self._writes_prefixes and program is not None:
                 parameters.extra_args = {EXTRA_ARG: await asyncio.to_thread(known_tokens, program, self.base)}
             with callers_mistakes():
-                mailbox = await self._engine.add_request(
+                collector = await self._engine.add_request(
                     request_id, prompt, parameters, lora_request=request, priority=place.number
                 )
-            async with aclosing(outputs_of(self._engine, PacedCollector.adopt(mailbox, self._pace))) as outputs:
+            async with aclosing(outputs_of(self._engine, PacedCollector.adopt(collector, self._pace))) as outputs:
                 async for output in outputs:
                     yield chunk(output, len(token_ids), virtual)
 
@@ -300,20 +300,20 @@ class VLLMEngine:
         return answers
 
     async def _while_alive(self, answer: Coroutine[Any, Any, T]) -> T:
-        """Returns what vLLM answers; raises UnavailableError if it dies before: it would never answer."""
+        """Returns vLLM's answer; raises UnavailableError if it dies before, since then there never is one."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         from deltamux.engine.vllm.frontend.translate import engine_faults
 
-        asking = asyncio.ensure_future(answer)
+        pending = asyncio.ensure_future(answer)
         try:
             with engine_faults():
-                while not (await asyncio.wait([asking], timeout=CHECK_SECONDS))[0]:
+                while not (await asyncio.wait([pending], timeout=CHECK_SECONDS))[0]:
                     if not self.healthy:
                         raise EngineDeadError
-                return asking.result()
+                return pending.result()
         finally:
-            asking.cancel()
+            pending.cancel()
 
 
 def _core_pids(llm: AsyncLLM) -> list[int]:

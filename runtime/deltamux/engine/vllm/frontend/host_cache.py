@@ -101,7 +101,7 @@ class HostCache:
         return list(self._programs)
 
     def digest_of(self, program_id: int) -> str | None:
-        """Returns the digest of the program that the workers know by an id; None once it is not cached."""
+        """Returns the digest of the program with an id; None once it is not cached."""
         return next((digest for digest, r in self._programs.items() if r.program_id == program_id), None)
 
     async def _set_pin(self, digest: str, pinned: bool) -> None:
@@ -124,7 +124,7 @@ class HostCache:
         return program
 
     async def _ready(self, program: CachedProgram) -> None:
-        # Shielded: one impatient caller's cancellation must not cancel the load for the others.
+        # Shielded: one caller's cancellation must not cancel the load for the others.
         try:
             await asyncio.shield(program.loaded)
         except DeltamuxError:
@@ -162,7 +162,7 @@ class HostCache:
 
 @contextmanager
 def _naming(digest: str) -> Iterator[None]:
-    """Names the program in what its load raises."""
+    """A block that loads a program: errors of the block name it."""
     try:
         yield
     except FailedPreconditionError as error:

@@ -85,7 +85,7 @@ class PacedCollector(RequestOutputCollector):
         """Waits for the next output and returns it.
 
         Raises:
-            EngineDeadError, EngineGenerateError: vLLM has given the request up.
+            EngineDeadError, EngineGenerateError: the engine has died, or the request failed.
         """
         await self.ready.wait()
         try:

@@ -38,7 +38,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._max_chars = max_model_len * max(map(len, tokenizer.get_vocab()))
         self._threads = ThreadPoolExecutor(THREADS, "deltamux-tokenize")
-        self._long = FairQueue(THREADS, MAX_WAITING, "long prompts", each=1)
+        self._long = FairQueue(THREADS, MAX_WAITING, "long prompts", per_group=1)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""From sampling options to vLLM's parameters, and from vLLM's outputs to generation chunks."""
+"""Translation of sampling options to vLLM's parameters, and of vLLM's outputs to generation chunks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from deltamux.engine.base import GenerationChunk, GuidedDecoding, SamplingOptions, TokenLogprobs
+from deltamux.engine.base import GenerationChunk, StructuredOutput, SamplingOptions, TokenLogprobs
 from deltamux.engine.vllm.grammars.admission import Constraint
 from deltamux.errors import InvalidArgumentError, UnavailableError
 
@@ -43,10 +43,10 @@ def engine_faults() -> Iterator[None]:
     except (EngineDeadError, EngineGenerateError) as error:
         raise UnavailableError("the engine has stopped; the request may be sent again once it is back") from error
     except (GracefulHTTPError, VLLMServerError) as error:
-        raise UnavailableError(f"the engine gave the request up; it may be sent again ({error})") from error
+        raise UnavailableError(f"the engine ended the request; it may be sent again ({error})") from error
 
 
-class GatedParams(SamplingParams, dict=True):
+class AdmittedParams(SamplingParams, dict=True):
     """Parameters with an admitted grammar, which vLLM does not parse again: other requests would wait for that."""
 
     def _validate_structured_outputs(self, *unused: object) -> None:
@@ -60,7 +60,7 @@ def sampling_params(options: SamplingOptions, constraint: Constraint | None, *, 
         constraint: the admitted grammar; without one, vLLM checks that of the options.
         stream: return tokens as they come; otherwise all of them at the end.
     """
-    kind = SamplingParams if constraint is None else GatedParams
+    kind = SamplingParams if constraint is None else AdmittedParams
     return kind(
         max_tokens=options.max_tokens,
         min_tokens=options.min_tokens,
@@ -79,22 +79,22 @@ def sampling_params(options: SamplingOptions, constraint: Constraint | None, *, 
         logprobs=options.logprobs,
         skip_special_tokens=options.skip_special_tokens,
         logit_bias=dict(options.logit_bias) or None,
-        structured_outputs=_guided(options.guided) if constraint is None else _gated(constraint),
+        structured_outputs=_unchecked(options.structured_output) if constraint is None else _admitted(constraint),
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _guided(guided: GuidedDecoding | None) -> StructuredOutputsParams | None:
-    if guided is None:
+def _unchecked(structured_output: StructuredOutput | None) -> StructuredOutputsParams | None:
+    if structured_output is None:
         return None
-    if guided.json_schema is not None:
-        return StructuredOutputsParams(json=guided.json_schema)
-    if guided.regex is not None:
-        return StructuredOutputsParams(regex=guided.regex)
-    return StructuredOutputsParams(choice=list(guided.choice))
+    if structured_output.json_schema is not None:
+        return StructuredOutputsParams(json=structured_output.json_schema)
+    if structured_output.regex is not None:
+        return StructuredOutputsParams(regex=structured_output.regex)
+    return StructuredOutputsParams(choice=list(structured_output.choice))
 
 
-def _gated(constraint: Constraint) -> StructuredOutputsParams:
+def _admitted(constraint: Constraint) -> StructuredOutputsParams:
     given: dict[str, Any] = {constraint.kind: constraint.text}
     params = StructuredOutputsParams(**given)
     params._backend = "xgrammar"

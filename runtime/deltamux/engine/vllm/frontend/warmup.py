@@ -87,7 +87,7 @@ async def _generate(engine: VLLMEngine, ref: ProgramRef | None) -> None:
 
 
 def _known(config: VllmConfig) -> str:
-    """Returns what is known to hinder bases of this kind, as a sentence that follows the cause."""
+    """Returns the known obstacles of bases of this kind, as a sentence that follows the cause."""
     model = config.model_config
     if model.is_moe:
         return ". It is a mixture of experts, and vLLM may have no experts for this device with adapters"

@@ -1,1 +1,1 @@
-"""Structured output: constraints are bounded, then compiled in a process of their own before the engine sees them."""
+"""Structured output: constraints are bounded, then compiled in a process of their own before the engine gets them."""

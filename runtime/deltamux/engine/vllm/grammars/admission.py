@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from deltamux.engine.base import GuidedDecoding
+from deltamux.engine.base import StructuredOutput
 from deltamux.engine.fair import FairQueue
 from deltamux.engine.grammar_bounds import CHOICE, REGEX, SCHEMA, invalid
 from deltamux.engine.vllm.grammars.process import GrammarProcess, Settings
@@ -71,7 +71,7 @@ class Grammars:
         self._seconds = seconds
         self._process = GrammarProcess(settings)
         # Within both, one group holds one place at a time.
-        self._quick = FairQueue(2, MAX_WAITING, "grammars", each=1)
+        self._quick = FairQueue(2, MAX_WAITING, "grammars", per_group=1)
         self._long = FairQueue(1, MAX_WAITING, "grammars")
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
         self._warming: asyncio.Task[None] | None = None
@@ -97,7 +97,7 @@ class Grammars:
             self._warming.cancel()
         await self._process.close()
 
-    async def admit(self, guided: GuidedDecoding, group: str) -> Constraint:
+    async def admit(self, structured_output: StructuredOutput, group: str) -> Constraint:
         """Returns structured output in the engine's form. Cancelling ends the work for it.
 
         Args:
@@ -108,7 +108,7 @@ class Grammars:
             ResourceExhaustedError: too many grammars of the group wait.
             UnavailableError: there is no process to try it in.
         """
-        constraint = await asyncio.to_thread(constraint_of, guided)
+        constraint = await asyncio.to_thread(constraint_of, structured_output)
         problem = await self._verdict(constraint, group)
         if problem is not None:
             too_complex = problem.startswith(("takes", "compiles"))
@@ -157,21 +157,21 @@ class Grammars:
             self._verdicts.popitem(last=False)
 
 
-def constraint_of(guided: GuidedDecoding) -> Constraint:
+def constraint_of(structured_output: StructuredOutput) -> Constraint:
     """Returns the engine's form of it; raises InvalidArgumentError for a schema that it would not honour."""
     import json
 
     from vllm.v1.structured_output.backend_xgrammar import has_xgrammar_unsupported_json_features
     from vllm.v1.structured_output.utils import choice_as_grammar
 
-    if guided.json_schema is not None:
-        schema = honoured(guided.json_schema)
+    if structured_output.json_schema is not None:
+        schema = honoured(structured_output.json_schema)
         if has_xgrammar_unsupported_json_features(json.loads(schema)):
             raise invalid(SCHEMA, "has a keyword, or a combination of keywords, that structured output cannot hold to")
         return Constraint("json", schema, SCHEMA)
-    if guided.regex is not None:
-        return Constraint("regex", guided.regex, REGEX)
-    return Constraint("grammar", choice_as_grammar(list(guided.choice)), CHOICE)
+    if structured_output.regex is not None:
+        return Constraint("regex", structured_output.regex, REGEX)
+    return Constraint("grammar", choice_as_grammar(list(structured_output.choice)), CHOICE)
 
 
 def settings_of(vllm_config: Any, tokenizer: Any) -> Settings | None:

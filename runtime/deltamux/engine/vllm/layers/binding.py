@@ -1,7 +1,7 @@
 """`Binding`: from the sites of a base model to the modules of the same model as vLLM has loaded it.
 
-vLLM keeps Hugging Face's module paths, but fuses projections (``qkv_proj``) and says so in ``packed_modules_mapping``;
-an attention sub-layer contains one ``Attention``. Nothing here knows a model by name.
+vLLM keeps Hugging Face's module paths, but fuses projections (``qkv_proj``) by its ``packed_modules_mapping``; an
+attention sub-layer contains one ``Attention``. No model is treated by its name.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Binding:
         bound = self.sites.get((op.site_kind, site))
         at = bound.site if bound is not None else None
         if op.reads_residual and isinstance(at, BlockSite) and at.norm not in self._norms:
-            return f"vLLM's model has no norm in front of {site} that reads the residual stream"
+            return f"vLLM's model has no norm before {site} that reads the residual stream"
         if op.changes_input and bound is not None and len(bound.module.slices) > 1:
             return f"{site} is packed with other projections here, so that its input alone cannot be changed"
         return None

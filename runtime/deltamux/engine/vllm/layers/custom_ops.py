@@ -53,7 +53,7 @@ class RunningStep(Protocol):
 
 
 class CustomOpTarget:
-    """What the custom ops call; a layer overrides those that its graph holds."""
+    """The methods that the custom ops call; a layer overrides those of the ops in its graph."""
 
     def change_input(self, x: Tensor) -> None:
         """Changes a module's input in place."""
@@ -86,7 +86,7 @@ _OVERLOADS: dict[str, Callable[..., None]] = {}
 
 
 class LayerHandle(NamedTuple):
-    """What the ops find a layer by: a number; or a name, in graphs that are to be equal."""
+    """The number by which the ops find a layer, and its name, used in graphs that must be equal."""
 
     number: int
     name: str
@@ -125,7 +125,7 @@ def _compiled() -> ModuleType | None:
 def bypass_dispatch(bypass: bool) -> None:
     """Makes compiled graphs call the functions of this file without torch's dispatch, or with it, as while they load.
 
-    Inductor's code calls an op by its full name, which it looks up in every call: what stands there is called. Torch
+    Inductor's code looks an op up by its full name in every call, so a function set under that name is called. Torch
     itself reads the name when it loads a compiled model, and must find the op.
     """
     for name, function in _FUNCTIONS.items():

@@ -19,7 +19,7 @@ class BlockInput:
 
     Attributes:
         x: what its first projections read.
-        residual: the residual stream that its output is added to; None where no norm in front of it reads that.
+        residual: the residual stream that its output is added to; None where no norm before it reads that.
     """
 
     def __init__(self) -> None:
@@ -100,7 +100,7 @@ class LinearWithDeltas(LayerWithDeltas):
             sub_layer.ops.apply(of_step(read, step), of_step(y, step), step, stream)
 
     def _with_changed_input(self, x: Tensor, y: Tensor, step: StepIndex) -> Tensor:
-        """Projects once more, since others may read this input too; returns the copy that has changed."""
+        """Projects a changed copy of the input, which other modules read unchanged; returns the copy."""
         x = x.clone()
         self.ops.change_input(of_step(x, step), step)
         output = self._forward(x)

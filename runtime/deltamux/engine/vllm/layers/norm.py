@@ -17,7 +17,7 @@ class NormWithDeltas(LayerWithDeltas):
     """A norm, also one that adds the residual first: then the sum, its second output, is what it normalised.
 
     Attributes:
-        feeds: the sub-layer behind it, if any, whose residual stream it normalised.
+        feeds: the sub-layer after it, if any, whose residual stream it normalises.
     """
 
     def __init__(self, module: nn.Module, current: CurrentStep, ops: ModuleOps) -> None:

@@ -1,4 +1,4 @@
-"""`ProgramLoader`: reads programs into a worker's memory, on threads beside the step loop."""
+"""`ProgramLoader`: reads programs into a worker's memory, on threads off the step loop."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ProgramLoader:
         return outcome(future) if future.done() else "loading"
 
     def drop(self, program_id: int) -> None:
-        """Forgets a program; a load under way ends for nothing."""
+        """Forgets a program; the result of a load under way is dropped."""
         with self._lock:
             future = self._loads.pop(program_id, None)
             self._ready.pop(program_id, None)

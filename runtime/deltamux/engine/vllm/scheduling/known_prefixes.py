@@ -22,7 +22,7 @@ class KnownPrefixes:
         return max(0, known - num_computed_tokens), False
 
     def update_state_after_alloc(self, request: Request, blocks: object, num_external_tokens: int) -> None:
-        """The worker knows by a request's first position that its prefix is to be written."""
+        """Does nothing: the worker finds requests with a prefix to write by their first position."""
 
     def has_pending_block_frees(self) -> bool:
         return False

@@ -11,7 +11,7 @@ QUANTUM = 8
 
 
 class Work(NamedTuple):
-    """What one adapter has to run.
+    """The work of one adapter for the next step.
 
     Attributes:
         waiting_since: arrival time of its oldest request without a first token; None if all of them decode.
@@ -24,7 +24,7 @@ class Work(NamedTuple):
 
 @dataclass
 class _History:
-    """Attributes: waited: steps with work and without a row; held: steps with a row, one after the other."""
+    """The successive steps of an adapter with work that had no row (`waited`), or had one (`held`)."""
 
     waited: int = 0
     held: int = 0

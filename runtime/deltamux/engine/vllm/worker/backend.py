@@ -1,4 +1,4 @@
-"""`DeltaBackend`: what differs by device, as the delta manager drives it."""
+"""`DeltaBackend`: the part of the delta manager that differs by device."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class LoadedModel(NamedTuple):
 
 
 class DeltaBackend(Protocol):
-    """The layers of a model on one kind of device, and what follows when a slot or a step changes.
+    """The layers of a model on one kind of device, and the work after a change of a slot or a step.
 
     Attributes:
         binding: the layers with deltas.

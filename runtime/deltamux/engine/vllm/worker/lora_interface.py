@@ -1,4 +1,4 @@
-"""What vLLM's model runner calls of a LoRA manager besides loading: profiling and capturing run as the base."""
+"""The calls of vLLM's model runner to a LoRA manager besides loading: profiling and capturing run as the base."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ from deltamux.errors import BaseMismatchError, FailedPreconditionError
 class DeltaManager(LoRAManagerInterface):
     """The programs of one worker: in host memory, in device slots, and in the running step.
 
-    Programs come into host memory by the loader's threads, off the step loop, as the engine's front end says; a step
-    loads what it needs from there into slots.
+    The loader's threads read the programs that the front end sends into host memory, off the step loop; a step loads
+    what it needs from there into slots.
 
     Attributes:
         current: the step that is running, as the layers read it.

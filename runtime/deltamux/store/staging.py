@@ -15,21 +15,15 @@ from deltamux.store.objects import PROGRAM_FILE, ObjectStore, file_sum
 from deltamux.store.records import CompiledAdapter
 
 
-class Placed(NamedTuple):
-    """A content that is among the objects.
-
-    Attributes:
-        program_sum: sha256 of its program's file, in hex.
-        replaced: whether its program is new.
-    """
+class StoredContent(NamedTuple):
+    """A content that is among the objects, and the sha256 of its program's file, in hex."""
 
     compiled: CompiledAdapter
     program_sum: str
-    replaced: bool
 
 
-class Admission:
-    """The uploads under way and their files. `place` and `record` are called for one upload at a time."""
+class StagedUploads:
+    """The uploads under way and their files. `move_to_objects` and `record` are called for one upload at a time."""
 
     def __init__(self, root: Path, database: Database, objects: ObjectStore) -> None:
         self._root = root
@@ -73,7 +67,7 @@ class Admission:
                 metadata={"name": f"tenants/{tenant}"},
             )
 
-    def place(self, staged: Path, compiled: CompiledAdapter) -> Placed:
+    def move_to_objects(self, staged: Path, compiled: CompiledAdapter) -> StoredContent:
         """Moves staged files to the objects, marked as garbage while no version refers to them.
 
         A stored program is kept if it is undamaged and of the same base.
@@ -92,14 +86,14 @@ class Admission:
             with self._database.transaction():
                 self._database.execute("INSERT OR IGNORE INTO garbage VALUES (?)", digest)
         self._objects.put(staged, digest, keep_program=keep)
-        return Placed(compiled, program_sum, not keep)
+        return StoredContent(compiled, program_sum)
 
-    def record(self, placed: Placed) -> None:
+    def record(self, stored: StoredContent) -> None:
         """Records a content's program as undamaged and not garbage, inside the caller's transaction."""
-        run, compiled = self._database.execute, placed.compiled
+        run, compiled = self._database.execute, stored.compiled
         run(
             "INSERT OR REPLACE INTO programs VALUES (?, ?, ?, '')",
-            compiled.digest, placed.program_sum, compiled.base_fingerprint,
+            compiled.digest, stored.program_sum, compiled.base_fingerprint,
         )  # fmt: skip
         # Also if the program is kept, to repair a damaged row.
         run(
