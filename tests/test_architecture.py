@@ -146,7 +146,7 @@ def test_imports_between_layers_go_one_way() -> None:
     assert not wrong, "\n".join(["an import that the layers do not allow:", *wrong])
 
 
-def test_the_layer_check_sees_imports_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_layer_check_finds_imports_of_every_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "deltamux" / "deltas" / "wrong.py"
     module.parent.mkdir(parents=True)
     module.write_text(

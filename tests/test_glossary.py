@@ -59,7 +59,7 @@ def test_a_word_of_the_glossary_names_what_is_there(word: str, name: str) -> Non
     assert resolve(name) is not None, word
 
 
-def test_the_glossary_has_each_word_once_and_says_each_in_a_sentence_or_two() -> None:
+def test_the_glossary_has_each_word_once_in_a_sentence_or_two() -> None:
     words = [word for word, _, _ in ROWS]
     assert len(words) == len(set(words)) >= 40
     for word, text, _ in ROWS:

@@ -214,7 +214,7 @@ def deltamux_config(config: AdaLoRAConfig, base: BaseModel) -> dict[str, Any]:
 
 @hookimpl
 def deltamux_program(config: AdaLoRAConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
-    rows: list[tuple[str, Op]] = []
+    placements: list[tuple[str, Op]] = []
     for site in targets(config, base):
         a, e, b = (tensors[name] for name in _names(site))
         rank = config.rank(site)
@@ -226,8 +226,8 @@ def deltamux_program(config: AdaLoRAConfig, base: BaseModel, tensors: Mapping[st
                 metadata={"tensor": _names(site)[0], "rank": str(rank)},
             )
         if rank:
-            rows.append((site.name, LowRank(a * e, b, config.scale, config.lora_dropout)))
-    return Program.of(rows)
+            placements.append((site.name, LowRank(a * e, b, config.scale, config.lora_dropout)))
+    return Program.of(placements)
 
 
 def _names(site: LinearSite | str) -> tuple[str, str, str]:

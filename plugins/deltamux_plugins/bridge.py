@@ -101,7 +101,7 @@ def deltamux_parameters(config: BridgeConfig, base: BaseModel) -> dict[str, Para
 @hookimpl
 def deltamux_program(config: BridgeConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     adapted = _adapted(config, base, tensors)
-    kind, rows = config.values.get("peft_type"), list[tuple[str, Op]]()
+    kind, placements = config.values.get("peft_type"), list[tuple[str, Op]]()
     inputs = {site.name: torch.randn(4, site.in_features) for site in base.linears}
     outputs = {name: adapted.get_submodule(PREFIX + name)(x) for name, x in inputs.items()}
     try:
@@ -110,14 +110,14 @@ def deltamux_program(config: BridgeConfig, base: BaseModel, tensors: Mapping[str
         raise InvalidAdapterError(f"PEFT cannot merge {kind} into weights: {type(error).__name__}: {error}") from error
     for site in base.linears:
         module = merged.get_submodule(site.name)
-        rows += ((site.name, op) for op in _changes(base, site, module))
+        placements += ((site.name, op) for op in _changes(base, site, module))
         if not torch.allclose(module(inputs[site.name]), outputs[site.name], atol=TOLERANCE, rtol=TOLERANCE):
             raise InvalidAdapterError(
                 f"{kind} cannot be bridged: at {site.name}, PEFT's merged weights do not give PEFT's own output; the "
                 "method is more than a change of weights",
                 metadata={"site": site.name, "peft_type": str(kind)},
             )
-    return Program.of(rows)
+    return Program.of(placements)
 
 
 def _adapted(config: BridgeConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Any:

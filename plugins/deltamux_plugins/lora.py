@@ -134,7 +134,7 @@ def deltamux_config(config: LoRAConfig, base: BaseModel) -> dict[str, Any]:
 
 @hookimpl
 def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
-    rows: list[tuple[str, Op]] = []
+    placements: list[tuple[str, Op]] = []
     for site in targets(config, base):
         a = tensors[f"{PREFIX}{site.name}.lora_A.weight"]
         b = tensors[f"{PREFIX}{site.name}.lora_B.weight"]
@@ -145,17 +145,17 @@ def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, 
                 metadata={"tensor": f"{PREFIX}{site.name}.lora_A.weight", "rank": str(config.rank(site))},
             )
         low_rank = LowRank(a, b, config.scale(site), config.lora_dropout)
-        rows.append((site.name, low_rank))
+        placements.append((site.name, low_rank))
         if config.use_dora:
             low_rank.check(site)
             magnitude = shaped(tensors, _magnitude(site), (site.out_features,), base)
-            rows += ((site.name, op) for op in magnitude_ops(base, site, low_rank, magnitude))
+            placements += ((site.name, op) for op in magnitude_ops(base, site, low_rank, magnitude))
     for site_with_bias, name in _biases(config, base):
         before = base.tensor(f"{site_with_bias.name}.bias")
         change = shaped(tensors, name, tuple(before.shape), base) - before.to(tensors[name].dtype)
         op: Op = Bias(change) if isinstance(site_with_bias, LinearSite) else NormAffine(bias=change)
-        rows.append((site_with_bias.name, op))
-    return Program.of(rows)
+        placements.append((site_with_bias.name, op))
+    return Program.of(placements)
 
 
 # Biases and first values.

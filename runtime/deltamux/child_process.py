@@ -79,7 +79,7 @@ async def start_helper(module: str, max_line: int, **environment: str) -> Helper
 
     Args:
         max_line: bytes of a line that the helper may send.
-        environment: variables beside this process's own. The helper has this process's import path, and no GPU.
+        environment: variables added to this process's. The helper has this process's import path, and no GPU.
     Raises:
         OSError: it cannot be started.
     """

@@ -54,7 +54,7 @@ class Range(NamedTuple):
 
 
 class Option(NamedTuple):
-    """What a field of a dataclass is as an option; `typing.Annotated` attaches it to the field.
+    """An option's declaration, which `typing.Annotated` attaches to a field of a dataclass.
 
     Attributes:
         help: one line for the command line's help; of what is on by default, what turning it off does.

@@ -61,7 +61,7 @@ def render_chat(
             add_generation_prompt=add_generation_prompt,
             **arguments,
         )
-    except Exception as error:  # a template is a program of the base's author: it raises whatever it likes
+    except Exception as error:  # a template is a program of the base's author, which may raise anything
         raise _refused(f"refuses these messages: {str(error)[:MAX_WORDS] or type(error).__name__}") from error
     return text
 

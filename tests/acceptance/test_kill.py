@@ -1,4 +1,4 @@
-"""kill -9 at any instant: what was acknowledged is there, and the service comes back or ends, as it was told."""
+"""kill -9 at any instant: what was acknowledged is there, and the service comes back or ends, as configured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from storms.kill import Storm
 
 
 @pytest.mark.engine
-def test_what_was_acknowledged_outlives_engine_compiler_and_server_and_the_service_comes_back(tmp_path: Path) -> None:
+def test_what_was_acknowledged_survives_kills_of_engine_compiler_and_server(tmp_path: Path) -> None:
     with Storm(tmp_path, seed=int(time.time())) as storm:
         made = shared_memory(storm.server)
         assert made, "the engine's processes talk through shared memory"

@@ -64,7 +64,7 @@ def test_a_seed_gives_the_same_traffic_and_another_seed_other_prompts() -> None:
     assert max(map(max, prompts)) < 100
 
 
-def test_zipf_traffic_asks_for_the_first_adapters_most() -> None:
+def test_zipf_traffic_requests_the_first_adapters_most() -> None:
     load = Workload(tuple("abcd"), requests=4000, zipf=1.0)
     drawn = Counter(r.adapter for r in load.traffic("1", 10))
     shares = [drawn[name] / 4000 for name in "abcd"]

@@ -158,7 +158,7 @@ def row(workload: str, pairs: list[tuple[float, float]], floor: str) -> Row:
 
 
 def measure(inputs: Inputs, tokens: int, repeats: int, dtype: str) -> list[Row]:
-    engine = Engine(inputs.model, inputs.programs, tokens, AlternatingWorker, dtype=dtype, fold_dominant=False)
+    engine = Engine(inputs.model, inputs.programs, tokens, AlternatingWorker, dtype=dtype, auto_merge=False)
     loads = workloads(inputs)
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in loads}
     for _ in range(repeats):

@@ -36,7 +36,7 @@ def test_the_command_parses_what_it_documents() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so the command would run")
 @pytest.mark.parametrize("command", ["gpu.__main__", "gpu.kernels", "gpu.search"])
-def test_without_a_gpu_a_command_refuses_and_says_what_is_missing(
+def test_without_a_gpu_a_command_refuses_and_names_what_is_missing(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [command])

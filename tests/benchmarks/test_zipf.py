@@ -21,7 +21,7 @@ def test_what_adapters_cost_is_found_under_noise_that_neighbouring_steps_share()
     assert (row.rows, row.adapters, row.arrived) == (32, 26, 1)
     assert row.arriving_ms == pytest.approx(2.0)
     assert row.between_ms == pytest.approx(1.0)
-    assert row.ms_a_token == pytest.approx((row.base_ms + 7.0) / 32, abs=0.001)
+    assert row.ms_per_token == pytest.approx((row.base_ms + 7.0) / 32, abs=0.001)
 
 
 def test_steps_with_prompts_in_them_are_not_compared() -> None:

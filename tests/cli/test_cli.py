@@ -102,7 +102,7 @@ def test_methods_lists_what_is_installed(capsys: pytest.CaptureFixture[str]) -> 
     assert {"houlsby", "lora", "prefix"} <= {method["name"] for method in listed}
 
 
-def test_methods_tells_what_each_trains_on_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_methods_lists_the_trained_share_of_a_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = save_base(tmp_path, "llama")
     base = BaseModel.from_pretrained(directory)
     assert main(["methods", "--json", "--model", str(directory)]) == 0

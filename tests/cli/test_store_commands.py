@@ -1,4 +1,4 @@
-"""`deltamux store`: what it finds is said in sentences and by its exit status, and all damage has a way out."""
+"""`deltamux store`: what it finds is printed and is its exit status, and all damage can be repaired."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check(root: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tupl
 ONE = ["tenants/acme/adapters/tickets/versions/1", "tenants/globex/adapters/mails/versions/1"]
 
 
-def test_a_whole_store_is_said_to_be_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_check_of_an_undamaged_store_finds_nothing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = copy_of(root, root.parent / "before")
     assert main(["store", "check", str(root)]) == 0
     assert "3 versions of 2 contents, no problems" in capsys.readouterr().out
@@ -99,8 +99,8 @@ def test_damage_of_every_kind_is_found_also_while_the_store_is_in_use(
     store = AdapterStore.open(root) if in_use else None
     assert check(root, capsys) == (1, expected)
     assert main(["store", "check", str(root)]) == 1
-    said = capsys.readouterr().out
-    assert all(kind in said and all(name in said for name in names) for kind, names in expected.items())
+    output = capsys.readouterr().out
+    assert all(kind in output and all(name in output for name in names) for kind, names in expected.items())
     if store is not None:
         store.close()
 
@@ -185,7 +185,7 @@ def test_a_backup_clears_away_what_one_to_the_same_place_has_left_that_was_kille
     assert left == {".backup.held1234", ".backup.0123abce", ".other.0123abcd"}
 
 
-def test_a_backup_to_a_full_disk_says_which_disk_and_leaves_nothing(
+def test_a_backup_to_a_full_disk_names_the_disk_and_leaves_nothing(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = AdapterStore.open(root)
@@ -193,10 +193,10 @@ def test_a_backup_to_a_full_disk_says_which_disk_and_leaves_nothing(
     store.close()
     with small_disk(tmp_path / "disk", 2) as disk:
         assert main(["store", "backup", str(root), str(disk / "backup")]) == 1
-        said = capsys.readouterr().err
-        assert str(disk) in said
-        assert str(root) not in said
-        assert "STORE_FULL" in said
+        output = capsys.readouterr().err
+        assert str(disk) in output
+        assert str(root) not in output
+        assert "STORE_FULL" in output
         assert not list(disk.iterdir())
 
 
@@ -209,7 +209,7 @@ def test_a_store_that_was_killed_is_checked_as_it_is(root: Path, capsys: pytest.
     assert "4 versions of 3 contents" in capsys.readouterr().out
 
 
-def test_a_long_check_says_how_far_it_is(
+def test_a_long_check_prints_its_progress(
     root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from deltamux.store import inspection
@@ -242,7 +242,7 @@ def test_an_uploads_files_are_put_back(root: Path, tmp_path: Path, capsys: pytes
     assert check(root, capsys) == (0, {})
 
 
-def test_what_is_no_upload_is_refused_and_what_is_unknown_is_said(
+def test_what_is_no_upload_is_refused_and_an_unknown_one_is_reported(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["store", "check", str(root), "--repair", str(tmp_path)]) == 1
@@ -266,15 +266,15 @@ def test_orphans_are_removed_when_that_is_confirmed(root: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("state", ["missing", "empty"])
-def test_without_its_database_a_store_is_refused_and_adopted_when_asked(
+def test_without_its_database_a_store_is_refused_and_adopted_with_the_option(
     state: str, root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = objects(root)
     (root / "db.sqlite3").unlink() if state == "missing" else (root / "db.sqlite3").write_bytes(b"")
     assert main(["store", "check", str(root)]) == 1
-    said = capsys.readouterr().err
-    assert "store restore" in said
-    assert "--adopt" in said
+    output = capsys.readouterr().err
+    assert "store restore" in output
+    assert "--adopt" in output
     status, found = check(root, capsys, "--adopt")
     assert (status, set(found)) == (1, {"ORPHAN"})
     assert objects(root) == before
@@ -282,7 +282,7 @@ def test_without_its_database_a_store_is_refused_and_adopted_when_asked(
 
 @pytest.mark.parametrize("where", ["no store", "no directory"])
 @pytest.mark.parametrize("command", ["check", "gc", "backup"])
-def test_where_there_is_no_store_that_is_said(
+def test_a_directory_without_a_store_is_refused(
     command: str, where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     directory = tmp_path if where == "no store" else tmp_path / "nothing"
@@ -302,9 +302,9 @@ def test_a_backup_is_the_store_and_survives_its_damage(root: Path, capsys: pytes
     flip_program(root)
     (root / "db.sqlite3").unlink()
     assert main(["store", "restore", str(target), str(root)]) == 0
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     aside = next(root.glob("replaced-*"))
-    assert str(aside) in said
+    assert str(aside) in output
     assert len(objects(aside)) == 3
     store = AdapterStore.open(root)
     with store.lease(KEY) as held:
@@ -318,7 +318,7 @@ def test_a_backup_is_the_store_and_survives_its_damage(root: Path, capsys: pytes
         AdapterStore.open(root)
 
 
-def test_a_backup_of_a_damaged_store_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backup_of_a_damaged_store_reports_the_damage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flip_program(root)
     assert main(["store", "backup", str(root), str(root.parent / "backup")]) == 1
     assert "PROGRAM_DAMAGED" in capsys.readouterr().out

@@ -76,7 +76,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def has_one_front_a_site(rows: list[tuple[str, Op]]) -> bool:
+def has_one_prefix_per_site(rows: list[tuple[str, Op]]) -> bool:
     fronts = [site for site, op in rows if op.virtual_tokens()]
     return len(fronts) == len(set(fronts))
 
@@ -85,7 +85,7 @@ programs = st.lists(st.tuples(st.text(min_size=1, max_size=12), ops), min_size=1
 
 
 @settings(max_examples=80, deadline=None)
-@given(rows=programs.filter(has_one_front_a_site), dtype=dtypes)
+@given(rows=programs.filter(has_one_prefix_per_site), dtype=dtypes)
 def test_any_program_comes_back_from_its_compiled_file_bit_for_bit(
     rows: list[tuple[str, Op]], dtype: torch.dtype
 ) -> None:

@@ -55,7 +55,7 @@ def test_a_score_counts_answers_that_are_right_to_the_letter() -> None:
     assert score(["1977-01-29", " 1980-02-01\n", "1980-2-1"], ["1977-01-29", "1980-02-01", "1980-02-01"]) == 2 / 3
 
 
-def test_no_reply_that_the_base_learns_is_an_answer_in_a_tenants_format() -> None:
+def test_no_reply_that_the_base_is_trained_on_has_a_tenants_format() -> None:
     rng = Random(0)
     defaults = [skill.exchange(rng).reply for skill in SKILLS if not skill.instructions for _ in range(50)]
     expected = {dialogue[-1]["content"] for task in TASKS for dialogue in task.examples(200, held_out=True)}

@@ -40,6 +40,6 @@ def test_every_target_of_make_is_there(block: Block) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_python_runs_in_a_test_or_a_comment_says_why_not(page: Path) -> None:
+def test_python_runs_in_a_test_or_has_a_comment_with_the_reason(page: Path) -> None:
     if page not in EXECUTED:
         assert not [str(block) for block in blocks(page, "python") if block.runs]

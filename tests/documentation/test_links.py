@@ -63,7 +63,7 @@ def test_every_page_is_in_the_sites_navigation() -> None:
     assert yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["strict"]
 
 
-def test_every_decision_is_listed_says_what_why_and_when_and_fits_a_screen() -> None:
+def test_every_decision_is_listed_has_what_why_and_when_and_fits_a_screen() -> None:
     folder = DOCS / "decisions"
     pages = [page for page in folder.glob("*.md") if page.name != "README.md"]
     assert {page.name for page in pages} == set(links(folder / "README.md"))

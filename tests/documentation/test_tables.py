@@ -24,7 +24,7 @@ def test_the_readme_lists_every_method_once() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_the_readme_says_of_a_method_what_the_registry_does(method: Method) -> None:
+def test_the_readmes_row_of_a_method_is_that_of_the_registry(method: Method) -> None:
     name, paper, merges, files = README[method.name]
     assert f"(docs/methods/{method.name}.md)" in name
     assert f"({method.info.paper})" in paper

@@ -19,7 +19,7 @@ SLOTS = 4
 
 @pytest.fixture(scope="session")
 async def engine(base_directory: Path, real_engine: None) -> AsyncIterator[VLLMEngine]:
-    """An engine that splits prompts of more than 24 tokens, caches prefixes, and is told what another plugin needs."""
+    """An engine that splits prompts of more than 24 tokens, caches prefixes, and has an argument for another plugin."""
     options = EngineOptions(
         str(base_directory),
         max_active_adapters=SLOTS,

@@ -1,4 +1,4 @@
-"""What vLLM would refuse of an engine's options is known before vLLM is imported, and told in one sentence."""
+"""What vLLM would refuse of an engine's options is refused before vLLM is imported, in one sentence."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def test_a_context_is_never_taken_for_shorter_than_vllm_takes_it(
     assert longest_context(str(tmp_path)) == longest
 
 
-def test_an_error_of_many_lines_is_told_in_one() -> None:
+def test_an_error_of_many_lines_becomes_one_line() -> None:
     class Config(pydantic.BaseModel):
         size: int
         name: str
 
     with pytest.raises(pydantic.ValidationError) as raised:
         Config(size="many", name=["a"])  # type: ignore[arg-type]  # as an operator might
-    told = in_a_sentence(raised.value)
-    assert told.startswith("size: Input should be a valid integer")
-    assert told.endswith("; name: Input should be a valid string")
+    message = in_a_sentence(raised.value)
+    assert message.startswith("size: Input should be a valid integer")
+    assert message.endswith("; name: Input should be a valid string")

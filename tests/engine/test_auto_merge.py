@@ -312,12 +312,12 @@ async def test_the_engine_merges_under_traffic_answers_all_alike_and_unmerges(
     expected_alone, expected_mixed, expected_bases = [await crowd(engine, each) for each in (alone, mixed, bases)]
 
     await traffic_until(engine, alone, expected_alone, bool)
-    assert (await engine.stats()).folded_program == dominant.digest
+    assert (await engine.stats()).merged_program == dominant.digest
     check(expected_alone, await crowd(engine, alone))
     check(expected_mixed, await crowd(engine, mixed))
 
     await traffic_until(engine, bases, expected_bases, lambda programs: not programs)
-    assert (await engine.stats()).folded_program is None
+    assert (await engine.stats()).merged_program is None
     check(expected_mixed, await crowd(engine, mixed))
 
     await traffic_until(engine, alone, expected_alone, bool)

@@ -41,7 +41,7 @@ def test_what_is_held_or_pinned_stays_and_the_rest_fits_the_capacity(events: lis
 
 
 @given(st.integers(2, 6), st.integers(0, 300))
-def test_an_adapter_used_again_and_again_outlives_a_scan_of_others(every: int, length: int) -> None:
+def test_an_adapter_used_again_and_again_stays_during_a_scan_of_others(every: int, length: int) -> None:
     tier: EvictionPolicy[str] = EvictionPolicy(CAPACITY)
     for _ in range(5):
         tier.use("favourite")

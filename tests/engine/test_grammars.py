@@ -167,7 +167,7 @@ async def test_what_xgrammar_would_only_warn_of_is_refused(
 
 
 @pytest.mark.parametrize("structured_output", [StructuredOutput(regex="("), schema(type="integer", minimum=1e30)])
-async def test_a_refusal_names_no_file_of_xgrammars(structured_output: StructuredOutput, gate: Grammars) -> None:
+async def test_a_refusal_has_no_file_name_of_xgrammars(structured_output: StructuredOutput, gate: Grammars) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
         await gate.admit(structured_output, "acme")
     assert ".cc" not in refused.value.message
@@ -234,7 +234,7 @@ async def test_one_group_may_have_so_many_waiting_and_equal_ones_count_once(gate
 
 
 @pytest.mark.slow
-async def test_a_gate_whose_process_is_killed_starts_another(gate: Grammars) -> None:
+async def test_grammars_start_another_process_after_one_is_killed(gate: Grammars) -> None:
     await gate.admit(SMALL, "acme")
     slow = asyncio.create_task(gate.admit(SLOW, "acme"))
     await asyncio.sleep(0.02)

@@ -52,14 +52,14 @@ def test_a_step_replays_the_graph_of_its_profile(
     assert (found.num_tokens, found.num_active_loras) == (4, int(profile))
 
 
-def test_on_a_gpu_models_are_compiled_and_captured_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_models_are_compiled_and_captured_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(current_platform, "is_cuda", lambda: True)
     assert not engine_arguments(EngineOptions("m"))["enforce_eager"]
     assert engine_arguments(EngineOptions("m", enforce_eager=True))["enforce_eager"]
 
 
 def test_a_step_that_no_graph_serves_runs_without(dispatcher: ProfileDispatcher) -> None:
-    none = {CUDAGraphMode.NONE}  # what the runner allows when it is told to be eager
+    none = {CUDAGraphMode.NONE}  # what the runner allows when it is eager
     assert dispatcher.dispatch(3, uniform_decode=True, valid_modes=none)[0] is CUDAGraphMode.NONE
 
 

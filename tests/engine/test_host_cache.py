@@ -85,7 +85,7 @@ async def test_a_repaired_program_is_loaded_anew(engine: Engine, base: BaseModel
 
 
 @pytest.mark.parametrize("harm", ["one bit flipped", "missing"])
-async def test_a_stored_program_that_is_damaged_is_told_from_one_that_does_not_fit(
+async def test_errors_of_a_damaged_program_and_of_one_that_does_not_fit_differ(
     harm: str, engine: Engine, base: BaseModel, tmp_path: Path
 ) -> None:
     path = random_programs.saved(random_programs.low_rank(base, 401), tmp_path, "stored").path

@@ -95,7 +95,7 @@ def settled(future: Future[Loaded]) -> str:
     return outcome(future)
 
 
-def test_a_step_sees_a_program_only_when_it_is_loaded_and_not_dropped(base: BaseModel) -> None:
+def test_a_step_has_a_program_only_when_it_is_loaded_and_not_dropped(base: BaseModel) -> None:
     gate = Gate(random_programs.bias(base, 1))
     loader = ProgramLoader(gate.read)
     first, second = loader.load(1, Path("one")), loader.load(2, Path("two"))

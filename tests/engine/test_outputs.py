@@ -1,4 +1,4 @@
-"""The mailbox of one request: what is handed over at once, what gathers, and that nothing is left in it."""
+"""The output collector of one request: what is handed over at once, what gathers, and that nothing is left in it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def piece(text: str, *, finished: bool = False) -> RequestOutput:
     return RequestOutput("request", None, None, None, [completion], finished)
 
 
-def mailbox(*already: RequestOutput, pace: Pace | None = None) -> PacedCollector:
+def new_collector(*already: RequestOutput, pace: Pace | None = None) -> PacedCollector:
     made = RequestOutputCollector(RequestOutputKind.DELTA, "request")
     for output in already:
         made.put(output)
@@ -44,11 +44,11 @@ async def taken(collector: PacedCollector) -> str:
 
 
 async def test_what_vllm_had_put_in_already_is_the_first_piece() -> None:
-    assert await taken(mailbox(piece("a"))) == "a"
+    assert await taken(new_collector(piece("a"))) == "a"
 
 
 async def test_pieces_gather_after_the_first_until_the_last_comes() -> None:
-    collector = mailbox()
+    collector = new_collector()
     collector.put(piece("a"))
     assert await taken(collector) == "a"
     for text in "bc":
@@ -65,7 +65,7 @@ async def test_pieces_gather_after_the_first_until_the_last_comes() -> None:
 async def test_an_error_waits_for_nothing_and_takes_the_place_of_what_gathered(
     error: Callable[[], Exception], raised: type[Exception]
 ) -> None:
-    collector = mailbox(piece("a"))
+    collector = new_collector(piece("a"))
     await taken(collector)
     collector.put(piece("b"))
     collector.put(error())
@@ -74,7 +74,7 @@ async def test_an_error_waits_for_nothing_and_takes_the_place_of_what_gathered(
 
 
 async def test_what_has_gathered_is_handed_over_though_nothing_more_comes() -> None:
-    collector = mailbox(piece("a"), pace=Pace(lambda: 10**9, 1))
+    collector = new_collector(piece("a"), pace=Pace(lambda: 10**9, 1))
     await taken(collector)
     collector.put(piece("b"))
     assert await taken(collector) == "b"
@@ -82,7 +82,7 @@ async def test_what_has_gathered_is_handed_over_though_nothing_more_comes() -> N
 
 @pytest.mark.parametrize("running", [1, 10**9])
 async def test_a_piece_that_comes_when_it_is_time_takes_the_others_along(running: int) -> None:
-    collector = mailbox(piece("a"), pace=Pace(lambda: running, 1))
+    collector = new_collector(piece("a"), pace=Pace(lambda: running, 1))
     await taken(collector)
     collector.put(piece("b"))
     await asyncio.sleep(1.1 * LONGEST_INTERVAL)
@@ -90,8 +90,8 @@ async def test_a_piece_that_comes_when_it_is_time_takes_the_others_along(running
     assert await taken(collector) == "bc"
 
 
-async def test_a_reader_that_gives_up_finds_the_next_piece_later() -> None:
-    collector = mailbox(piece("a"))
+async def test_a_reader_that_was_cancelled_gets_the_next_chunk_later() -> None:
+    collector = new_collector(piece("a"))
     await taken(collector)
     reading = asyncio.ensure_future(collector.take())
     await asyncio.sleep(0)

@@ -53,7 +53,7 @@ def test_decoding_adapters_share_the_steps_evenly_and_keep_a_slot_for_a_quantum(
     assert swaps == 4 * (2 * rounds - 1)
 
 
-def test_a_first_token_comes_before_those_who_only_decode() -> None:
+def test_a_first_token_comes_before_adapters_that_only_decode() -> None:
     slicer = AdapterTimeSlicer(2)
     work = dict.fromkeys(range(4), DECODES)
     play(slicer, work)

@@ -1,4 +1,4 @@
-"""A base that cannot run is told at the start, with the cause, and not by its first request."""
+"""A base that cannot run is refused at the start, with the cause, and not at its first request."""
 
 from __future__ import annotations
 

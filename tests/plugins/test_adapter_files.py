@@ -133,7 +133,7 @@ def test_ranks_and_scales_by_pattern_follow_the_names(
     assert set(scales.values()) == {good.config["lora_alpha"] / 4}
 
 
-def test_a_missing_tensor_is_told_with_those_that_are_there(good: Checkpoint, base: BaseModel) -> None:
+def test_a_missing_tensor_is_named_with_those_that_are_there(good: Checkpoint, base: BaseModel) -> None:
     tensors = dict(good.tensors)
     missing = tensors.popitem()[0]
     error = refusal(dict(good.config), base, tensors)
@@ -167,7 +167,7 @@ def test_trained_rows_of_the_embedding_are_named(good: Checkpoint, base: BaseMod
     assert "trained rows of the token embedding" in refusal(dict(good.config), base, {**good.tensors, **rows}).message
 
 
-def test_an_adapter_for_as_many_key_heads_as_heads_is_told_from_one_for_grouped_queries(grouped: BaseModel) -> None:
+def test_an_adapter_for_as_many_key_heads_as_heads_is_named_as_such(grouped: BaseModel) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for layer in (0, 1):
         front = f"base_model.model.model.layers.{layer}.self_attn.k_proj"
@@ -250,7 +250,7 @@ def test_integers_are_refused_as_codes_without_a_scale(good: Checkpoint, tmp_pat
 @pytest.mark.parametrize(
     "tensors", [{}, {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.empty(0)}]
 )
-def test_an_empty_file_is_told_from_a_damaged_one(
+def test_an_empty_file_and_a_damaged_one_have_different_messages(
     tensors: dict[str, torch.Tensor], base: BaseModel, tmp_path: Path
 ) -> None:
     Checkpoint({"peft_type": "LORA", "r": 4}, tensors).write(tmp_path / "empty")
@@ -295,7 +295,7 @@ def test_a_pickle_of_anything_but_dense_tensors_is_refused_in_a_sentence(
     ],
 )
 @pytest.mark.parametrize("reads", ["upload", "here"])
-def test_a_directory_without_an_adapter_is_told_by_what_it_holds(
+def test_the_message_for_a_directory_without_an_adapter_names_its_content(
     files: list[str], words: str, reads: str, tmp_path: Path
 ) -> None:
     for file in files:

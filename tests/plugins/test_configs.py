@@ -77,7 +77,7 @@ def test_a_value_out_of_range_is_refused(values: dict[str, Any]) -> None:
         Registry().get("lora").parse(values)
 
 
-def test_what_cannot_be_trained_from_is_said_when_training_begins(base: BaseModel) -> None:
+def test_what_cannot_be_trained_from_is_refused_when_training_begins(base: BaseModel) -> None:
     lora = Registry().get("lora")
     for init in (False, "eva"):
         config = lora.parse({"init_lora_weights": init})

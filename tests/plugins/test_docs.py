@@ -40,7 +40,7 @@ def test_every_hook_is_listed_with_its_exact_arguments(name: str) -> None:
     assert HOOKS[name].__doc__
 
 
-def test_every_part_of_a_schedule_is_told() -> None:
+def test_every_part_of_a_schedule_is_documented() -> None:
     parts = [name for name in vars(hookspecs.TrainingSchedule) if not name.startswith("_")]
     assert [name for name in [*parts, "state"] if f"`{name}" not in text("hooks")] == []
 

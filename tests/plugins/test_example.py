@@ -45,17 +45,17 @@ def test_the_example_passes_every_check_and_its_op_runs_in_the_mixed_batch(envir
     run("cp", "-r", EXAMPLE, source)
     install(environment, source)
     command = environment / "bin" / "python", "-m", "deltamux"
-    told = run(*command, "plugin", "check", "deltamux-red", timeout=500)
-    assert "ok     op edit: loads" in told
-    assert "ok     red: served as trained" in told
-    assert "0 failed" in told
+    output = run(*command, "plugin", "check", "deltamux-red", timeout=500)
+    assert "ok     op edit: loads" in output
+    assert "ok     red: served as trained" in output
+    assert "0 failed" in output
     assert "red\tRED" in run(*command, "methods")
 
 
 def test_a_new_plugin_can_be_installed_and_passes_its_own_tests(environment: Path, tmp_path: Path) -> None:
     command = environment / "bin" / "python", "-m", "deltamux"
-    told = run(*command, "plugin", "new", "my_bias", "--directory", tmp_path)
-    assert "deltamux-my-bias" in told
+    output = run(*command, "plugin", "new", "my_bias", "--directory", tmp_path)
+    assert "deltamux-my-bias" in output
     install(environment, tmp_path / "deltamux-my-bias")
     tests = tmp_path / "deltamux-my-bias" / "tests"
     suite = ("-p", "deltamux.conformance.pytest_plugin", "--deltamux-methods", "my_bias")
@@ -105,9 +105,9 @@ def test_a_failed_check_is_named(check: str, verdicts: list[str]) -> None:
     assert any(line.startswith("FAILED") and check in line for line in own), own
 
 
-@pytest.mark.parametrize(("package", "said"), [("deltamux-nothing", "not installed"), ("pluggy", "no entry point")])
-def test_what_is_not_installed_or_no_plugin_is_said(
-    package: str, said: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("package", "message"), [("deltamux-nothing", "not installed"), ("pluggy", "no entry point")])
+def test_what_is_not_installed_or_no_plugin_is_reported(
+    package: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plugin", "check", package]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

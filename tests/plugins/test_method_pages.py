@@ -29,7 +29,7 @@ def shown(value: Any) -> str | None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_a_page_tells_every_option_with_its_default(method: Method) -> None:
+def test_a_page_has_every_option_with_its_default(method: Method) -> None:
     lines = page(method).splitlines()
     for field in dataclasses.fields(method.info.config_class):
         value = field.default
@@ -43,7 +43,7 @@ def test_a_page_tells_every_option_with_its_default(method: Method) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_a_page_tells_its_files_its_rate_and_its_source(method: Method) -> None:
+def test_a_page_has_its_files_its_rate_and_its_source(method: Method) -> None:
     info, text = method.info, page(method)
     facts = [
         info.title,

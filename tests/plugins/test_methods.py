@@ -167,7 +167,7 @@ def test_a_method_may_be_an_instance_of_a_class(
     assert isinstance(op, Bias)
 
 
-def test_a_composition_sees_the_methods_of_its_own_registry(base: BaseModel) -> None:
+def test_a_composition_uses_the_methods_of_its_own_registry(base: BaseModel) -> None:
     adapter = Checkpoint({"peft_type": "GOOD"}, {})
     composed = compose([Component("a", adapter), Component("b", adapter)], CompositionMode.STACK)
     info_of_a_dataclass = {"deltamux_method": lambda: replace(info("good"), config_class=Empty)}

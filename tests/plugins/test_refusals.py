@@ -154,7 +154,7 @@ def test_keys_that_change_nothing_are_taken(more: dict[str, Any], base: BaseMode
 
 
 @pytest.mark.parametrize("method", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
-def test_a_file_says_how_many_virtual_tokens_there_are(method: str, base: BaseModel) -> None:
+def test_a_file_without_its_number_of_virtual_tokens_is_refused(method: str, base: BaseModel) -> None:
     error = refusal({"peft_type": method}, base)
     assert "num_virtual_tokens is null or left out, but needs a value: give one" in error.message
 
@@ -220,7 +220,7 @@ def test_a_tensor_that_is_set_against_the_bases_own_has_its_shape_or_is_refused_
     ("tokenizer", "text", "problem"),
     [("/no/such", "be brief", "tokenizer_name_or_path '/no/such' cannot be read"), (None, "", "makes no token of")],
 )
-def test_a_text_that_a_prompt_cannot_start_from_is_told(
+def test_a_text_that_a_prompt_cannot_start_from_is_refused(
     tokenizer: str | None, text: str, problem: str, base: BaseModel
 ) -> None:
     with pytest.raises(InvalidConfigError, match=problem):

@@ -265,7 +265,7 @@ async def test_a_cancelled_job_leaves_the_process_to_others(compiler: Compiler, 
     assert compiler.pid == before
 
 
-async def test_a_job_given_up_whose_files_go_is_no_failure_of_the_server(
+async def test_a_cancelled_job_without_its_files_is_no_failure_of_the_server(
     compiler: Compiler, job: Any, loras: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     await compiler.started()

@@ -233,7 +233,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("text", SHOWN)
-def test_paths_of_the_server_lose_their_directories_in_what_a_client_sees(text: str) -> None:
+def test_paths_of_the_server_lose_their_directories_in_messages_to_clients(text: str) -> None:
     assert without_paths(text.format(tmp="/tmp/store")) == SHOWN[text]
     error = InvalidAdapterError(text.format(tmp="/tmp/store"), metadata={"file": text.format(tmp="/tmp/store")})
     assert b"/tmp/store" not in status_of(error).SerializeToString()

@@ -90,20 +90,20 @@ async def test_the_callers_timeout_holds_for_all_attempts_together_and_no_retrie
 async def test_an_upload_that_is_refused_is_sent_again_from_its_beginning(
     narrow: RunningServer, loras: list[Path]
 ) -> None:
-    told: list[int] = []
+    reported: list[int] = []
     async with StalledUploads(narrow.address, loras[0]) as stalled, AsyncClient(narrow.address, timeout=60) as client:
         await stalled.begin(9, NAME)
         with pytest.raises(ResourceExhaustedError):
             async with AsyncClient(narrow.address, timeout=60, retries=0) as other:
                 await other.upload_adapter(NAME, loras[0])
         uploading = asyncio.create_task(
-            client.upload_adapter(NAME, loras[0], progress=lambda sent, total: told.append(sent))
+            client.upload_adapter(NAME, loras[0], progress=lambda sent, total: reported.append(sent))
         )
         await asyncio.sleep(0.4)
         assert not uploading.done()
         await stalled.__aexit__()
         assert (await uploading).state == "READY"
-    assert told[-1] == sum(
+    assert reported[-1] == sum(
         (loras[0] / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors", "README.md")
     )
 

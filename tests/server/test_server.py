@@ -188,7 +188,7 @@ async def test_pages_are_followed_to_the_end(client: AsyncClient, served: Runnin
     assert [tenant.name for tenant in await client.list_tenants()] == ["tenants/acme"]
 
 
-async def test_a_tenant_sees_its_own_and_nothing_else(
+async def test_a_tenant_gets_its_own_and_nothing_else(
     tiny_base: Path, tmp_path: Path, loras: list[Path], shared_compiler: Compiler
 ) -> None:
     store = tmp_path / "store"

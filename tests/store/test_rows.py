@@ -156,7 +156,7 @@ def test_a_version_without_a_digest_is_damaged_until_it_is_deleted(case: str, ro
 
 
 @pytest.mark.parametrize("number", [77, None])
-def test_an_adapter_whose_rows_do_not_say_what_serves_is_refused_by_name_until_a_version_is_promoted(
+def test_an_adapter_without_a_serving_version_in_its_rows_is_refused_by_name_until_one_is_promoted(
     number: int | None, root: Path
 ) -> None:
     sql(root, f"DELETE FROM promotions {IT}")

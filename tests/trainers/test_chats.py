@@ -73,9 +73,9 @@ def test_every_turn_is_trained_after_the_context_that_the_server_sends_for_it(
     assert [context for context, _ in turns] == [served(shape.tokenizer, messages[:index]) for index in spoken]
     for index, (context, completion) in zip(spoken, turns, strict=True):
         assert [token for token in completion if token in shape.ends] == completion[-1:]
-        said = shape.answer.format(messages[index]["content"]) + shape.end
+        reply = shape.answer.format(messages[index]["content"]) + shape.end
         text = decoded(shape.tokenizer, context + completion)
-        assert without_space(text) == without_space(render_chat(shape.tokenizer, messages[:index]) + said)
+        assert without_space(text) == without_space(render_chat(shape.tokenizer, messages[:index]) + reply)
 
 
 def without_space(text: str) -> str:
@@ -86,11 +86,11 @@ def without_space(text: str) -> str:
 def test_the_end_token_is_learnt_once_a_turn_and_is_the_templates_own(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
     messages = conversation(None, [("what is it?", "yes"), ("and again?", "(no)")])
-    said = [decoded(shape.tokenizer, ids) for row in encoded(shape, tmp_path, messages) for _, ids in learnt(row)]
+    reply = [decoded(shape.tokenizer, ids) for row in encoded(shape, tmp_path, messages) for _, ids in learnt(row)]
     expected = [shape.answer.format(content) + shape.end for content in ("yes", "(no)")]
     if shape.metaspace:  # a decoder of ▁ may drop the space that a text begins with
-        said, expected = [text.lstrip() for text in said], [text.lstrip() for text in expected]
-    assert said == expected
+        reply, expected = [text.lstrip() for text in reply], [text.lstrip() for text in expected]
+    assert reply == expected
 
 
 def test_turns_share_a_row_while_each_prompt_continues_the_last_answer(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_the_last_turn_alone_is_learnt_where_that_is_chosen(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "reply"),
     [
         ("qwen3", "<think>\nwhy\n</think>\n\nyes", "<think>\nwhy\n</think>\n\nyes"),
         ("qwen3", "<think>\nwhy\n</think>\n\nits </think> ends", "<think>\nwhy\n</think>\n\nits </think> ends"),
@@ -139,16 +139,16 @@ def test_the_last_turn_alone_is_learnt_where_that_is_chosen(tmp_path: Path) -> N
         ("chatml", "<think>\nwhy\n</think>\n\nyes", "<think>\nwhy\n</think>\n\nyes"),
     ],
 )
-def test_thinking_within_the_content_is_learnt(name: str, content: str, said: str, tmp_path: Path) -> None:
+def test_thinking_within_the_content_is_learnt(name: str, content: str, reply: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
     messages = conversation(None, [("what?", content)])
     ((context, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
     assert context == served(shape.tokenizer, messages[:1])
-    assert decoded(shape.tokenizer, completion) == said + shape.end
+    assert decoded(shape.tokenizer, completion) == reply + shape.end
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "reply"),
     [
         ("qwen3", "<think>\nwhy\n</think>\n\nyes"),
         ("qwen3-thinking", "why\n</think>\n\nyes"),
@@ -157,13 +157,13 @@ def test_thinking_within_the_content_is_learnt(name: str, content: str, said: st
     ],
 )
 def test_thinking_next_to_the_content_is_learnt_where_the_template_has_a_place_for_it(
-    name: str, said: str, tmp_path: Path
+    name: str, reply: str, tmp_path: Path
 ) -> None:
     shape = SHAPES[name]
     messages = conversation(None, [("what?", "yes")])
     messages[1]["reasoning_content"] = "why"
     ((_, completion),) = [t for row in encoded(shape, tmp_path, messages) for t in learnt(row)]
-    assert decoded(shape.tokenizer, completion) == said + shape.end
+    assert decoded(shape.tokenizer, completion) == reply + shape.end
 
 
 def test_thinking_that_a_template_drops_from_the_turn_itself_is_learnt_as_it_was_written(tmp_path: Path) -> None:
@@ -233,8 +233,8 @@ def test_arguments_as_text_stay_text_where_the_template_takes_text(text: str, tm
     shape = Shape(TAKES_TEXT, "<|im_end|>", ("<|im_start|>",))
     call = {"type": "function", "function": {"name": "look", "arguments": text}}
     (row,) = encoded(shape, tmp_path, [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}])
-    ((_, said),) = learnt(row)
-    assert decoded(shape.tokenizer, said) == f"{text}<|im_end|>"
+    ((_, reply),) = learnt(row)
+    assert decoded(shape.tokenizer, reply) == f"{text}<|im_end|>"
 
 
 READS_EVERY_KEY = CHATML.replace(
@@ -328,7 +328,7 @@ def test_keys_that_no_template_reads_are_ignored(tmp_path: Path) -> None:
     assert encoded(shape, tmp_path, given, source="x", tools=[]) == encoded(shape, tmp_path, [ASKED, YES])
 
 
-def test_a_template_that_closes_no_turn_is_learnt_whole_and_told(tmp_path: Path) -> None:
+def test_a_template_that_closes_no_turn_is_learnt_whole_without_eos(tmp_path: Path) -> None:
     opening = "{% if add_generation_prompt %}<assistant>{% endif %}"
     shape = Shape("{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}" + opening, "</s>", ())
     made = RowTokenizer(shape.tokenizer, shape.ends, LONG)(row_of(tmp_path, [ASKED, YES]))
@@ -336,19 +336,19 @@ def test_a_template_that_closes_no_turn_is_learnt_whole_and_told(tmp_path: Path)
     assert not made.ends_with_eos
 
 
-@pytest.mark.parametrize(("closing", "said"), [(";\n", "yes;"), ("\n", "yes\n"), ("<|im_end|>\n", "yes<|im_end|>")])
+@pytest.mark.parametrize(("closing", "reply"), [(";\n", "yes;"), ("\n", "yes\n"), ("<|im_end|>\n", "yes<|im_end|>")])
 def test_text_that_closes_the_turn_is_learnt_without_the_space_after_it(
-    closing: str, said: str, tmp_path: Path
+    closing: str, reply: str, tmp_path: Path
 ) -> None:
     opening = "{% if add_generation_prompt %}assistant: {% endif %}"
     shape = Shape(
         "{% for m in messages %}{{ m.role }}: {{ m.content }}" + closing + "{% endfor %}" + opening, "</s>", ()
     )
     (row,) = RowTokenizer(shape.tokenizer, shape.ends, LONG)(row_of(tmp_path, [ASKED, YES])).sequences
-    assert [decoded(shape.tokenizer, ids) for _, ids in learnt(row)] == [said]
+    assert [decoded(shape.tokenizer, ids) for _, ids in learnt(row)] == [reply]
 
 
-def test_a_token_that_closes_the_turn_but_does_not_stop_the_server_is_learnt_and_told(tmp_path: Path) -> None:
+def test_a_token_that_closes_the_turn_but_does_not_stop_the_server_is_learnt_without_eos(tmp_path: Path) -> None:
     shape = SHAPES["gemma"]
     tokenize = RowTokenizer(shape.tokenizer, frozenset([shape.tokenizer.eos_token_id]), LONG)
     made = tokenize(row_of(tmp_path, [ASKED, YES]))

@@ -38,7 +38,7 @@ def test_signs_survive_packing(features: int) -> None:
 
 
 @pytest.mark.parametrize(("form", "rank"), [("bitdelta", 1), ("svd", 4)])
-def test_what_is_told_of_the_error_is_the_error(
+def test_the_reported_error_is_the_error(
     form: str, rank: int, directory: Path, adapter: Path, tmp_path: Path
 ) -> None:
     result = compress(str(directory), adapter, tmp_path / "small", form=form, rank=rank)

@@ -217,7 +217,7 @@ LONG: dict[str, Any] = {"prompt": "what is it? " * 9, "completion": "yes"}
 SHORT: dict[str, Any] = {"prompt": "it: ", "completion": "yes"}
 
 
-def test_rows_that_teach_nothing_are_left_out_and_told_with_their_lines(
+def test_rows_without_learnt_tokens_are_left_out_and_listed_by_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = written(tmp_path, LONG, SHORT, LONG, {"text": ""}, {"prompt": "", "completion": ""})
@@ -229,7 +229,7 @@ def test_rows_that_teach_nothing_are_left_out_and_told_with_their_lines(
     assert "4 rows (line 1, 3, 4, 5)" in caplog.text
 
 
-def test_rows_that_are_cut_are_told_with_their_lines(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_that_are_cut_are_listed_by_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = written(tmp_path, SHORT, {"prompt": "it: ", "completion": "yes and no " * 20})
     with caplog.at_level(logging.WARNING):
         data = load_dataset(file, encoder(BYTES, 16))
@@ -247,7 +247,7 @@ def test_rows_that_are_cut_are_told_with_their_lines(tmp_path: Path, caplog: pyt
         ([{"prompt": "", "completion": ""}] * 7, "line 1, 2, 3, 4, 5 and 2 more"),
     ],
 )
-def test_a_file_whose_rows_all_teach_nothing_is_refused(rows: list[object], problem: str, tmp_path: Path) -> None:
+def test_a_file_without_learnt_tokens_is_refused(rows: list[object], problem: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=problem):
         load_dataset(written(tmp_path, *rows), encoder(BYTES, 16))
 
@@ -348,7 +348,7 @@ def test_the_commands_refuse_data_in_a_sentence_before_the_weights_are_loaded(
 
 
 @pytest.mark.parametrize("words", [["--max-length", "16"], ["--turns", "last", "--max-length", "16"]])
-def test_the_command_evaluates_within_a_length_and_tells_what_is_cut(
+def test_the_command_evaluates_within_a_length_and_reports_cut_rows(
     words: list[str], directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = written(tmp_path, SHORT, LONG)

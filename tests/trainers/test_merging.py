@@ -114,7 +114,7 @@ def test_a_base_that_is_only_a_pickle_is_refused_with_what_to_do(base: Path, ada
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
-def test_the_error_that_is_told_is_that_of_what_was_written(
+def test_the_reported_error_is_that_of_the_written_file(
     dtype: str, stored: str, base: Path, adapter: Path, tmp_path: Path
 ) -> None:
     if stored == "bfloat16":
@@ -193,14 +193,14 @@ def test_sigterm_leaves_nothing_behind_either(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_merges_and_tells_as_json(
+def test_the_command_merges_and_prints_json(
     base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--model", str(base), "--adapter", str(adapter), "--output", str(tmp_path / "merged")]
     assert main(["merge", *given, "--dtype", "bfloat16", "--no-verify", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert (told["dtype"], told["logit_error"]) == ("bfloat16", None)
-    assert 0 < told["error"] <= told["worst_error"]
+    report = json.loads(capsys.readouterr().out)
+    assert (report["dtype"], report["logit_error"]) == ("bfloat16", None)
+    assert 0 < report["error"] <= report["worst_error"]
 
 
 @pytest.mark.parametrize("where", ["base", "adapter", "a parent of both"])

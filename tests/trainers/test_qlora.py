@@ -21,7 +21,7 @@ from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, tr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_it_learns_over_four_bits_and_the_full_base_serves_what_was_learnt(
+def test_it_trains_over_four_bits_and_the_full_base_serves_the_result(
     optimizer: str, directory: Path, data: Path, tmp_path: Path
 ) -> None:
     options = TrainOptions(
@@ -67,7 +67,7 @@ def test_its_files_are_those_of_lora_here_and_in_peft(directory: Path, tmp_path:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_merging_into_the_dequantised_base_tells_how_far_that_is_from_the_base(directory: Path, tmp_path: Path) -> None:
+def test_merging_into_the_dequantised_base_reports_the_distance_to_the_base(directory: Path, tmp_path: Path) -> None:
     base = BaseModel.from_pretrained(directory)
     write_own("qlora", base, tmp_path / "adapter", r=4)
     exact = merge(str(directory), tmp_path / "adapter", tmp_path / "exact")

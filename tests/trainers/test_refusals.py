@@ -222,7 +222,7 @@ def _cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_base_whose_files_are_damaged_is_named_with_the_file(
+def test_a_damaged_base_is_refused_by_name_and_file(
     damage: str, data: Path, directory: Path, tmp_path: Path
 ) -> None:
     base = shutil.copytree(directory, tmp_path / "base")

@@ -84,7 +84,7 @@ def equals(output: Path, result: TrainResult, losses: Losses, straight: tuple[Lo
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interrupted_run_saves_says_how_to_go_on_and_then_loses_nothing(
+def test_an_interrupted_run_saves_names_the_option_to_resume_and_loses_nothing(
     number: signal.Signals, directory: Path, data: Path, tmp_path: Path, straight: tuple[Losses, TrainResult]
 ) -> None:
     before = signal.getsignal(number)

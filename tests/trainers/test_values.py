@@ -71,16 +71,16 @@ def test_integers_are_not_converted_as_if_they_were_floats(
 
 
 @pytest.mark.parametrize("weight", ["nan", "inf", "-1e999"])
-def test_a_weight_that_is_not_finite_is_told_as_the_weight(
+def test_a_weight_that_is_not_finite_is_named(
     weight: str, directory: Path, adapters: Callable[[str, Change], Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     lora = adapters("lora", torch.clone)
     given = [str(lora), f"{lora}={weight}", "--model", str(directory), "--mode", "sum", "--output"]
     assert main(["compose", *given, str(tmp_path / "out")]) == 1
-    told = capsys.readouterr().err
-    assert f"the weight of {lora} is" in told
-    assert "field=parts" in told
+    errors = capsys.readouterr().err
+    assert f"the weight of {lora} is" in errors
+    assert "field=parts" in errors
 
 
 def test_a_base_whose_loss_is_not_finite_is_not_evaluated(directory: Path, data: Path, tmp_path: Path) -> None:

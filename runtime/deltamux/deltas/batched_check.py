@@ -26,7 +26,7 @@ ROWS = 10
 TOLERANCE = 1e-4
 
 
-def check_batched(rows: list[PlacedOp], *, foreign_only: bool = True) -> None:
+def check_batched(placed: list[PlacedOp], *, foreign_only: bool = True) -> None:
     """Runs each class of op once per class of site.
 
     Args:
@@ -36,7 +36,7 @@ def check_batched(rows: list[PlacedOp], *, foreign_only: bool = True) -> None:
         InvalidAdapterError: an op is not registered, or is at a site that only deltamux's own ops can change.
     """
     seen: set[tuple[type[Op], type[Site]]] = set()
-    for site, op in rows:
+    for site, op in placed:
         kind = (type(op), type(site))
         if kind in seen or (foreign_only and OPS.get(op.name) is type(op)):
             continue
@@ -52,8 +52,8 @@ def _check_op(site: Site, op: Op) -> None:
             return
         raise InvalidAdapterError(f"op {op.name!r} puts virtual tokens before the prompt: plugins' ops cannot yet")
     try:
-        for runs in STEPS:
-            _compare(site, op.to(torch.float32), StepIndex(runs, ROWS, SLOTS))
+        for row_ranges in STEPS:
+            _compare(site, op.to(torch.float32), StepIndex(row_ranges, ROWS, SLOTS))
     except DeltamuxError:
         raise
     except Exception as error:
@@ -70,8 +70,8 @@ def _compare(site: Site, op: Op, step: StepIndex) -> None:
     start = after.clone()
     batch.apply(x, after, step)
     own = torch.zeros(ROWS, dtype=torch.bool)
-    for run in step.row_ranges:
-        own[run.start : run.stop] = True
+    for _, first, stop in step.row_ranges:
+        own[first:stop] = True
     expected = op.apply_input(x[own], site) if op.changes_input else op.apply(x[own], before[own], site)
     if not torch.equal(after[~own], start[~own]):
         raise _failed(op, site, "changes rows of other adapters")

@@ -101,7 +101,7 @@ def add_up(programs: Sequence[Program], weights: Sequence[float], mode: Composit
     """
     if mode is CompositionMode.STACK:
         return Program.of(placement for program in programs for placement in program)
-    rows: list[tuple[str, Op]] = []
+    others: list[tuple[str, Op]] = []
     low_rank: dict[str, list[LowRank]] = {}
     for program, weight in zip(programs, weights, strict=True):
         for site, op in program:
@@ -109,5 +109,5 @@ def add_up(programs: Sequence[Program], weights: Sequence[float], mode: Composit
             if type(weighted) is LowRank:
                 low_rank.setdefault(site, []).append(weighted)
             else:
-                rows.append((site, weighted))
-    return Program.of([*((site, LowRank.concatenated(ops)) for site, ops in low_rank.items()), *rows])
+                others.append((site, weighted))
+    return Program.of([*((site, LowRank.concatenated(ops)) for site, ops in low_rank.items()), *others])

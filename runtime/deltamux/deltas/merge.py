@@ -30,19 +30,19 @@ def merge_program(program: Program, base: BaseModel) -> dict[str, Tensor]:
     return {name: rounded(name, tensor, _tensor(base, name).dtype) for name, tensor in merged.items()}
 
 
-def _untied(base: BaseModel, rows: list[PlacedOp]) -> list[PlacedOp]:
+def _untied(base: BaseModel, placed: list[PlacedOp]) -> list[PlacedOp]:
     """Leaves a tied head's changes out, after a check that they are the embedding's: both are one weight."""
     if base.head is None or base.head.tied_to is None:
-        return rows
-    tables = [op.weight for _, op in rows if isinstance(op, DenseEmbedding)]
-    heads = [op.weight for _, op in rows if isinstance(op, DenseHead)]
+        return placed
+    tables = [op.weight for _, op in placed if isinstance(op, DenseEmbedding)]
+    heads = [op.weight for _, op in placed if isinstance(op, DenseHead)]
     if len(tables) != len(heads) or not all(map(torch.equal, tables, heads)):
         raise NotMergeableError(
             f"the base ties {base.head.name} to {base.head.tied_to}, one weight for both, but the adapter changes them "
             "differently; serve it as an adapter instead",
             metadata={"site": base.head.name},
         )
-    return [row for row in rows if not isinstance(row.op, DenseHead)]
+    return [each for each in placed if not isinstance(each.op, DenseHead)]
 
 
 def _tensor(base: BaseModel, name: str) -> Tensor:

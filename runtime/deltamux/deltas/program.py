@@ -56,24 +56,23 @@ class Program:
             InvalidAdapterError: prefixes of different lengths, or no op at all.
         """
         # Ops with virtual tokens come last: their values replace what other ops make of the virtual tokens' rows.
-        unsorted = (Placement(site, op) for site, op in placements)
-        rows = tuple(sorted(unsorted, key=lambda row: row.op.virtual_tokens() > 0))
-        if not rows:
+        made = sorted(map(Placement._make, placements), key=lambda placement: placement.op.virtual_tokens() > 0)
+        if not made:
             raise InvalidAdapterError("the adapter changes nothing: it places no op at any site of the base model")
-        lengths = {op.virtual_tokens() for _, op in rows} - {0}
+        lengths = {op.virtual_tokens() for _, op in made} - {0}
         if len(lengths) > 1:
             raise InvalidAdapterError(
                 f"prefixes of one adapter must be equally long in every layer; got {sorted(lengths)}"
             )
-        fronted = [site for site, op in rows if op.virtual_tokens()]
-        if len(set(fronted)) < len(fronted):
+        sites = [site for site, op in made if op.virtual_tokens()]
+        if len(set(sites)) < len(sites):
             raise InvalidAdapterError(
                 "an adapter has one kind of virtual tokens; here two ops with virtual tokens are at one site"
             )
-        fronts = sorted({op.name for _, op in rows if op.virtual_tokens()})
-        if len(fronts) > 1:
-            raise InvalidAdapterError(f"an adapter has one kind of virtual tokens, not both {' and '.join(fronts)}")
-        return cls(rows, lengths.pop() if lengths else 0)
+        names = sorted({op.name for _, op in made if op.virtual_tokens()})
+        if len(names) > 1:
+            raise InvalidAdapterError(f"an adapter has one kind of virtual tokens, not both {' and '.join(names)}")
+        return cls(tuple(made), lengths.pop() if lengths else 0)
 
     def __iter__(self) -> Iterator[Placement]:
         return iter(self.placements)
@@ -84,10 +83,10 @@ class Program:
         Raises:
             BaseMismatchError: a site is missing or a shape does not fit: the adapter was made for another base.
         """
-        rows = [PlacedOp(base.site(op.site_kind, site), op) for site, op in self.placements]
-        for site, op in rows:
+        placed = [PlacedOp(base.site(op.site_kind, site), op) for site, op in self.placements]
+        for site, op in placed:
             op.check(site)
-        return rows
+        return placed
 
     def check_finite(self) -> None:
         """Raises InvalidAdapterError naming the first parameter, attribute or product that is not finite."""
@@ -111,14 +110,14 @@ class Program:
         return Program(tuple(Placement(s, op.to(dtype, device)) for s, op in self.placements), self.num_virtual_tokens)
 
     def save(self, path: Path, *, base_fingerprint: str = "") -> None:
-        """Writes the compiled file: tensors ``<row>.<parameter>`` and the rows as JSON in the header.
+        """Writes the compiled file: tensors ``<index>.<parameter>``, placements as JSON (``rows``) in the header.
 
         Args:
             base_fingerprint: of the base that the program is for; "" where it is not known.
         """
         tensors = {
-            f"{row}.{field}": tensor.detach().cpu().contiguous().clone()
-            for row, (_, op) in enumerate(self.placements)
+            f"{index}.{field}": tensor.detach().cpu().contiguous().clone()
+            for index, (_, op) in enumerate(self.placements)
             for field, tensor in op.tensors().items()
         }
         rows = [{"site": site, "op": op.name, "attributes": op.attributes()} for site, op in self.placements]
@@ -128,7 +127,7 @@ class Program:
 
     @staticmethod
     def outline(path: Path) -> list[tuple[str, str]]:
-        """Returns (site, name of the op) of every row of a compiled file, of its header alone.
+        """Returns (site, name of the op) of every placement of a compiled file, by its header alone.
 
         Raises:
             OSError, SafetensorError: the file is missing or damaged.
@@ -170,8 +169,8 @@ class Program:
 def _placements(metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor]) -> tuple[Placement, ...]:
     parameters: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
-        row, _, field = name.partition(".")
-        parameters.setdefault(int(row), {})[field] = tensor
+        index, _, field = name.partition(".")
+        parameters.setdefault(int(index), {})[field] = tensor
     rows: list[dict[str, Any]] = json.loads(metadata["rows"])
     if set(parameters) != set(range(len(rows))):
         raise ValueError(f"{len(rows)} rows, but tensors of {len(parameters)}")

@@ -57,12 +57,12 @@ class EngineOptions:
     enforce_eager: Annotated[
         bool, Option("leave the model uncompiled, and without CUDA graphs: ready sooner, slower at every token")
     ] = False
-    fold_dominant: Annotated[
+    auto_merge: Annotated[
         bool,
         Option(
             "never merge the adapter that carries most of the traffic into a second copy of the weights (on a CPU, "
             "where that is measured to be faster)",
-            aliases=("auto_merge",),
+            aliases=("fold_dominant",),
         ),
     ] = True
     grammar_seconds: Annotated[
@@ -194,14 +194,14 @@ class EngineStats:
         running: requests under way (in vLLM's queue or batch).
         host_programs: programs in host memory.
         device_programs: programs in device slots, of `device_slots`.
-        folded_program: digest of the program that is merged into second weights at the moment, if any.
+        merged_program: digest of the program that is merged into second weights at the moment, if any.
     """
 
     running: int
     host_programs: int
     device_programs: int
     device_slots: int
-    folded_program: str | None = None
+    merged_program: str | None = None
 
 
 class Engine(Protocol):

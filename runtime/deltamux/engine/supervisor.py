@@ -28,7 +28,7 @@ LEAST_WAIT, MOST_WAIT = 1.0, 60.0
 
 @dataclass(frozen=True)
 class RestartPolicy:
-    """When a dead engine is restarted, and when it is given up. All times are in seconds.
+    """The rule by which a dead engine is restarted, or given up. All times are in seconds.
 
     Attributes:
         restarts: deaths within `window` that are followed by a restart; the next one ends the server. A start that

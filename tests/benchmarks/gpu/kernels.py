@@ -91,7 +91,7 @@ def _draw(*shape: int) -> Tensor:
 
 
 def vllm_wrapper(rows: int, slots: Sequence[int]) -> Any:
-    """Returns vLLM's launcher of its LoRA kernels, told which slot each row has."""
+    """Returns vLLM's launcher of its LoRA kernels, for rows of given slots."""
     from vllm.config.lora import LoRAConfig
     from vllm.lora.layers import LoRAMapping
     from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
@@ -187,7 +187,7 @@ def main() -> int:
             )
             results.append(row)
     if given.output:
-        result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_a_layer": results}
+        result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_per_layer": results}
         given.output.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 

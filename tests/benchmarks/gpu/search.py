@@ -149,7 +149,7 @@ def main() -> int:
                     flush=True,
                 )
     if given.output:
-        result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_a_layer": results}
+        result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_per_layer": results}
         given.output.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 

@@ -123,10 +123,10 @@ class Row(NamedTuple):
     between_ms: float
 
     @property
-    def ms_a_token(self) -> float:
+    def ms_per_token(self) -> float:
         return (self.base_ms + self.prompts_ms + self.adapters_ms + self.arriving_ms + self.between_ms) / self.rows
 
-    def floor_ms_a_token(self, base_ms: float) -> float:
+    def floor_ms_per_token(self, base_ms: float) -> float:
         """Returns what a token takes at least: the base's work and the adapters' own, and nothing else."""
         return (base_ms + self.prompts_ms + self.adapters_ms) / self.rows
 
@@ -167,7 +167,7 @@ async def measure(inputs: Inputs, slots: int, rounds: int) -> list[Row]:
         max_active_adapters=slots,
         max_host_adapters=1000,
         kv_cache_gib=1.0,
-        fold_dominant=False,
+        auto_merge=False,
         engine_arguments={"worker_cls": "benchmarks.studies.zipf.RecordingWorker"},
     )
     engine = VLLMEngine(options)
@@ -210,11 +210,11 @@ def show(rows: list[Row]) -> None:
         for row in (few, *many):
             # Steps of as many rows have the same base: what differs there is the machine, or loads at the same time.
             base_ms = few.base_ms if row.rows > 0.9 * few.rows else min(each.base_ms for each in many)
-            floor = few.floor_ms_a_token(few.base_ms) / row.floor_ms_a_token(base_ms)
+            floor = few.floor_ms_per_token(few.base_ms) / row.floor_ms_per_token(base_ms)
             print(
                 f"{slots:5}  {row.traffic:7}  {row.rows:6.1f}  {row.adapters:8.1f}  {row.arrived:7.2f}  "
                 f"{row.base_ms:6.2f}  {row.prompts_ms:7.2f}  {row.adapters_ms:8.2f}  {row.arriving_ms:8.2f}  "
-                f"{row.between_ms:7.2f}  {few.ms_a_token / row.ms_a_token:5.2f}  {floor:5.2f}"
+                f"{row.between_ms:7.2f}  {few.ms_per_token / row.ms_per_token:5.2f}  {floor:5.2f}"
             )
 
 

@@ -101,7 +101,7 @@ class AutoMerger:
     ) -> Self | None:
         """Returns the merger of an engine's configuration; None where no module can be merged."""
         given = config.additional_config
-        if not isinstance(given, dict) or not given.get("fold_dominant"):
+        if not isinstance(given, dict) or not given.get("auto_merge"):
             return None
         modules = mergeable_modules(linears)
         return cls(modules, config.model_config.model, dtype, num_slots, loader, slots) if modules else None

@@ -1,7 +1,7 @@
 """CUDA graphs with deltas: which graphs vLLM captures, and which of them a step replays.
 
 vLLM keys its graphs by the number of rows and by how many LoRAs are active. To the kernels of deltas the number of
-adapters is all the same; what matters is which modules have kernels. So the number stands for a `GraphProfile` here:
+adapters is all the same; what matters is which modules have kernels. So the number is that of a `GraphProfile` here:
 
 * BASE (0): captured without deltas, for steps without adapters and for those whose adapters have nothing to do, as
   prefix adapters have not once their prefix is in the cache. These are the graphs that the base alone replays.

@@ -91,7 +91,7 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         arguments["max_lora_rank"] = KERNEL_RANK
     given = dict(options.engine_arguments)
     # Part of the key under which compiled models are kept: those of a plain vLLM have no custom ops of ours.
-    own = {"deltamux": __version__, "fold_dominant": options.fold_dominant}
+    own = {"deltamux": __version__, "auto_merge": options.auto_merge}
     return {**arguments, **given, "additional_config": {**given.get("additional_config", {}), **own}}
 
 

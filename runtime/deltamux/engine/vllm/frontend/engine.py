@@ -209,7 +209,7 @@ class VLLMEngine:
             host_programs=len(resident["host"]),
             device_programs=len(resident["device"]),
             device_slots=self._num_slots,
-            folded_program=self._host.digest_of(resident["merged"][0]) if resident["merged"] else None,
+            merged_program=self._host.digest_of(resident["merged"][0]) if resident["merged"] else None,
         )
 
     async def ping(self) -> None:

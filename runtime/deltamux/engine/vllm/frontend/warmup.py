@@ -105,7 +105,7 @@ def warmup_programs(base: BaseModel, bound: Iterable[tuple[str, str]]) -> list[P
     sites = [site for (kind, name), site in base.sites.items() if (str(kind), name) in set(bound)]
     embeddings = [site for site in sites if isinstance(site, EmbeddingSite)]
     programs = (_ops(s for s in sites if s not in embeddings), _ops(embeddings))
-    return [Program.of(rows) for rows in map(list, programs) if rows]
+    return [Program.of(placements) for placements in map(list, programs) if placements]
 
 
 def _ops(sites: Iterable[Site]) -> Iterator[tuple[str, Op]]:

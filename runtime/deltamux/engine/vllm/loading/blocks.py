@@ -24,8 +24,8 @@ def in_one_block(program: Program, dtype: torch.dtype, *, pinned: bool = False) 
         pinned: whether the memory is locked, so that an accelerator can copy it by itself.
     """
     step = max(1, ALIGNMENT // dtype.itemsize)
-    rows = [(site, op, op.tensors()) for site, op in program]
-    floats = [t for _, op, tensors in rows for field, t in tensors.items() if field not in op.packed]
+    placed = [(site, op, op.tensors()) for site, op in program]
+    floats = [t for _, op, tensors in placed for field, t in tensors.items() if field not in op.packed]
     sizes = [(t.numel(), -t.numel() % step) for t in floats]
     block = torch.zeros(sum(map(sum, sizes)), dtype=dtype, pin_memory=pinned)
     parts = torch.split(block, [size for pair in sizes for size in pair])[::2]
@@ -37,7 +37,7 @@ def in_one_block(program: Program, dtype: torch.dtype, *, pinned: bool = False) 
         moved = {f: _copied(t, pinned) if f in op.packed else next(cast) for f, t in tensors.items()}
         return op.of(moved, op.attributes())
 
-    moved = Program(tuple(Placement(site, move(op, tensors)) for site, op, tensors in rows), program.num_virtual_tokens)
+    moved = Program(tuple(Placement(site, move(op, own)) for site, op, own in placed), program.num_virtual_tokens)
     _check_finite(moved, block)
     return moved
 
