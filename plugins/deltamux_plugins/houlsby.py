@@ -24,7 +24,7 @@ from deltamux_plugins.bottlenecks import BottleneckConfig, BottleneckMethod
 
 @dataclass(frozen=True)
 class HoulsbyConfig(BottleneckConfig):
-    """See `BottleneckConfig`; norms are trained."""
+    """A `BottleneckConfig` with trained norms."""
 
     train_norms: bool = True
 

@@ -15,7 +15,7 @@ from deltamux_plugins.bottlenecks import BottleneckConfig, BottleneckMethod
 
 @dataclass(frozen=True)
 class ParallelConfig(BottleneckConfig):
-    """See `BottleneckConfig`; scale and activation are the paper's."""
+    """A `BottleneckConfig` with the paper's scale and activation."""
 
     activation: str = "relu"
     scale: float = 4.0

@@ -24,7 +24,7 @@ they wake up; but a helper would not run at all while other threads never sleep,
 
 
 def end_with_parent(parent: int) -> None:
-    """Has the kernel kill this process when its parent ends, however that ends. Does nothing outside Linux.
+    """Makes the kernel kill this process when its parent ends in any way. Does nothing outside Linux.
 
     The signal comes when the *thread* that started this process ends, so that thread must live as long as the parent.
 

@@ -46,10 +46,10 @@ def settings() -> Settings:
 
 
 @pytest.fixture(scope="module")
-async def gate(settings: Settings) -> AsyncIterator[Grammars]:
-    gate = Grammars(settings, 2.0)
-    yield gate
-    await gate.close()
+async def grammars(settings: Settings) -> AsyncIterator[Grammars]:
+    grammars = Grammars(settings, 2.0)
+    yield grammars
+    await grammars.close()
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_any_json_is_taken_or_refused_as_an_argument(given: dict[str, Any]) -> N
         schema(type="object", properties={"a": {"type": "string"}, "b": {"type": "integer"}}, required=["a", "b"]),
     ],
 )
-async def test_ordinary_grammars_pass_and_are_remembered(structured_output: StructuredOutput, gate: Grammars) -> None:
-    first = await gate.admit(structured_output, "acme")
-    tried = next(gate._process._numbers)
-    assert await gate.admit(structured_output, "globex") == first
-    assert next(gate._process._numbers) == tried + 1
+async def test_ordinary_grammars_pass_and_are_remembered(structured_output: StructuredOutput, grammars: Grammars) -> None:
+    first = await grammars.admit(structured_output, "acme")
+    tried = next(grammars._process._numbers)
+    assert await grammars.admit(structured_output, "globex") == first
+    assert next(grammars._process._numbers) == tried + 1
 
 
 @pytest.mark.parametrize(
@@ -139,13 +139,13 @@ async def test_ordinary_grammars_pass_and_are_remembered(structured_output: Stru
     ],
 )
 async def test_what_cannot_be_used_is_refused_with_its_field(
-    structured_output: StructuredOutput, reason: str, gate: Grammars
+    structured_output: StructuredOutput, reason: str, grammars: Grammars
 ) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
-        await gate.admit(structured_output, "acme")
+        await grammars.admit(structured_output, "acme")
     assert refused.value.reason == reason, refused.value.message
     assert refused.value.metadata["field"].startswith("sampling.structured_output.")
-    await gate.admit(SMALL, "acme")
+    await grammars.admit(SMALL, "acme")
 
 
 @pytest.mark.parametrize(
@@ -159,57 +159,57 @@ async def test_what_cannot_be_used_is_refused_with_its_field(
     ],
 )
 async def test_what_xgrammar_would_only_warn_of_is_refused(
-    structured_output: StructuredOutput, ignored: str, gate: Grammars
+    structured_output: StructuredOutput, ignored: str, grammars: Grammars
 ) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
-        await gate.admit(structured_output, "acme")
+        await grammars.admit(structured_output, "acme")
     assert ignored in refused.value.message
 
 
 @pytest.mark.parametrize("structured_output", [StructuredOutput(regex="("), schema(type="integer", minimum=1e30)])
-async def test_a_refusal_has_no_file_name_of_xgrammars(structured_output: StructuredOutput, gate: Grammars) -> None:
+async def test_a_refusal_has_no_file_name_of_xgrammars(structured_output: StructuredOutput, grammars: Grammars) -> None:
     with pytest.raises(InvalidArgumentError) as refused:
-        await gate.admit(structured_output, "acme")
+        await grammars.admit(structured_output, "acme")
     assert ".cc" not in refused.value.message
 
 
-async def test_an_escape_that_every_dialect_reads_alike_is_taken(gate: Grammars) -> None:
-    await gate.admit(StructuredOutput(regex=r"\_\-\@"), "acme")
+async def test_an_escape_that_every_dialect_reads_alike_is_taken(grammars: Grammars) -> None:
+    await grammars.admit(StructuredOutput(regex=r"\_\-\@"), "acme")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", [{"grammar_bytes": 100_000}, {"step_seconds": 1e-9}, {"memory_bytes": 1 << 20}])
 async def test_a_grammar_beyond_its_size_or_its_cost_per_token_is_refused(
-    limit: Any, gate: Grammars, monkeypatch: pytest.MonkeyPatch
+    limit: Any, grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate._process, "settings", replace(gate._process.settings, **limit))
+    monkeypatch.setattr(grammars._process, "settings", replace(grammars._process.settings, **limit))
     with pytest.raises(InvalidArgumentError) as refused:
-        await gate.admit(wide(64, 10 + len(str(limit))), "acme")
+        await grammars.admit(wide(64, 10 + len(str(limit))), "acme")
     assert refused.value.reason == "GRAMMAR_TOO_COMPLEX"
 
 
 @pytest.mark.slow
 async def test_grammars_beyond_their_budget_are_refused_and_hold_no_other_group_up(
-    gate: Grammars, monkeypatch: pytest.MonkeyPatch
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await gate.admit(SMALL, "globex")  # the process has started
-    monkeypatch.setattr(gate, "_seconds", 0.1)
-    greedy = [asyncio.create_task(gate.admit(wide(80 + n, 20), "acme")) for n in range(20)]
+    await grammars.admit(SMALL, "globex")  # the process has started
+    monkeypatch.setattr(grammars, "_seconds", 0.1)
+    greedy = [asyncio.create_task(grammars.admit(wide(80 + n, 20), "acme")) for n in range(20)]
     await asyncio.sleep(0.01)
     for number in range(5):
         started = time.perf_counter()
-        await gate.admit(StructuredOutput(regex=f"[cd]{{{number + 1}}}"), "globex")
+        await grammars.admit(StructuredOutput(regex=f"[cd]{{{number + 1}}}"), "globex")
         assert time.perf_counter() - started < 5.0
     assert not all(task.done() for task in greedy)
     reasons = {error.reason for error in await asyncio.gather(*greedy, return_exceptions=True)}  # type: ignore[union-attr]  # all fail
     assert reasons == {"GRAMMAR_TOO_COMPLEX"}
 
 
-async def test_cancelling_ends_the_work_at_once(gate: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    await gate.admit(SMALL, "acme")
-    assert gate._process.pid is not None
-    process = psutil.Process(gate._process.pid)
-    slow = asyncio.create_task(gate.admit(SLOW, "acme"))
+async def test_cancelling_ends_the_work_at_once(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
+    await grammars.admit(SMALL, "acme")
+    assert grammars._process.pid is not None
+    process = psutil.Process(grammars._process.pid)
+    slow = asyncio.create_task(grammars.admit(SLOW, "acme"))
     while not process.children():  # noqa: ASYNC110 - another process's doing
         await asyncio.sleep(0.002)
     process.children()[0].suspend()  # it ends by being ended, and not before
@@ -219,13 +219,13 @@ async def test_cancelling_ends_the_work_at_once(gate: Grammars, monkeypatch: pyt
     async with asyncio.timeout(10):
         while process.children():  # noqa: ASYNC110 - likewise
             await asyncio.sleep(0.002)
-    await gate.admit(StructuredOutput(regex="[ab]{11}"), "acme")
+    await grammars.admit(StructuredOutput(regex="[ab]{11}"), "acme")
 
 
 @pytest.mark.slow
-async def test_one_group_may_have_so_many_waiting_and_equal_ones_count_once(gate: Grammars) -> None:
-    many = [gate.admit(StructuredOutput(regex=f"a{{{n + 1}}}"), "acme") for n in range(60)]
-    same = [gate.admit(StructuredOutput(regex="[ef]{10}"), "globex") for _ in range(200)]
+async def test_one_group_may_have_so_many_waiting_and_equal_ones_count_once(grammars: Grammars) -> None:
+    many = [grammars.admit(StructuredOutput(regex=f"a{{{n + 1}}}"), "acme") for n in range(60)]
+    same = [grammars.admit(StructuredOutput(regex="[ef]{10}"), "globex") for _ in range(200)]
     outcomes = await asyncio.gather(*many, *same, return_exceptions=True)
     assert not [outcome for outcome in outcomes[60:] if isinstance(outcome, BaseException)]
     refused = [outcome for outcome in outcomes[:60] if isinstance(outcome, BaseException)]
@@ -234,12 +234,12 @@ async def test_one_group_may_have_so_many_waiting_and_equal_ones_count_once(gate
 
 
 @pytest.mark.slow
-async def test_grammars_start_another_process_after_one_is_killed(gate: Grammars) -> None:
-    await gate.admit(SMALL, "acme")
-    slow = asyncio.create_task(gate.admit(SLOW, "acme"))
+async def test_grammars_start_another_process_after_one_is_killed(grammars: Grammars) -> None:
+    await grammars.admit(SMALL, "acme")
+    slow = asyncio.create_task(grammars.admit(SLOW, "acme"))
     await asyncio.sleep(0.02)
-    assert gate._process.pid is not None
-    psutil.Process(gate._process.pid).kill()
+    assert grammars._process.pid is not None
+    psutil.Process(grammars._process.pid).kill()
     with pytest.raises(UnavailableError):
         await slow
-    await gate.admit(StructuredOutput(regex="[ab]{12}"), "acme")
+    await grammars.admit(StructuredOutput(regex="[ab]{12}"), "acme")

@@ -15,7 +15,7 @@ from deltamux.deltas import BaseModel, Program
 
 
 class Work(NamedTuple):
-    """What one model or adapter costs.
+    """The cost of one model or adapter.
 
     Attributes:
         parameters: that every row meets, once each.

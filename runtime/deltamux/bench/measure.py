@@ -97,7 +97,7 @@ async def drive(system: System, workload: Workload, seed: str) -> Measurement:
 
 
 class _Times(NamedTuple):
-    """Of one request."""
+    """The times of one request."""
 
     tokens: int
     first: float

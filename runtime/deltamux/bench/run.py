@@ -29,7 +29,7 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What to measure.
+    """The options of a measurement.
 
     Attributes:
         adapters: directories where an engine is started, resource names on a running server.

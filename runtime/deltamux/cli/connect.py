@@ -1,4 +1,4 @@
-"""How commands reach a server."""
+"""The connection of commands to a server."""
 
 from __future__ import annotations
 

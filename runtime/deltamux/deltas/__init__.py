@@ -1,4 +1,4 @@
-"""What a delta is: sites, ops, programs, the files that hold them, and the reference executor."""
+"""Deltas: sites, ops, programs, the files that hold them, and the reference executor."""
 
 from deltamux.deltas.base_model import BaseModel
 from deltamux.deltas.checkpoint import Checkpoint

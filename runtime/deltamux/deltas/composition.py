@@ -23,7 +23,7 @@ MAX_COMPONENTS = 16
 
 
 class CompositionMode(StrEnum):
-    """How components are combined: ``stack`` applies one after the other; ``sum`` adds their changes by weight."""
+    """The combination of components: ``stack`` applies one after the other; ``sum`` adds their changes by weight."""
 
     STACK = "stack"
     SUM = "sum"

@@ -27,7 +27,7 @@ class BlockRole(StrEnum):
 
 
 class NormForm(StrEnum):
-    """How a norm centres its input: ``layer`` subtracts the mean, ``rms`` does not."""
+    """The centring of a norm: ``layer`` subtracts the mean, ``rms`` does not."""
 
     LAYER = "layer"
     RMS = "rms"

@@ -76,9 +76,9 @@ class _RunningEngine:
 
 
 class SupervisedEngine:
-    """See the module, and `deltamux.engine.base.Engine` for the methods.
+    """An `Engine` that is restarted; see the module.
 
-    While no engine runs, they raise UnavailableError with `retry_after`. Pins are set again in the next engine.
+    While no engine runs, methods raise UnavailableError with `retry_after`. Pins are set again in the next engine.
 
     Args:
         first: the engine to start with; not started yet.

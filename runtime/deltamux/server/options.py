@@ -1,4 +1,4 @@
-"""What a server is started with; the command line's options have these names."""
+"""The options of a server, which the command line has by the same names."""
 
 from __future__ import annotations
 

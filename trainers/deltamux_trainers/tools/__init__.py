@@ -1,1 +1,1 @@
-"""What is done with trained adapters and with data: merge, convert, compose, compress, evaluate, check data."""
+"""Tools for trained adapters and for data: merge, convert, compose, compress, evaluate, check data."""

@@ -126,7 +126,7 @@ class _Factors(NamedTuple):
 
 
 class _Stacked(NamedTuple):
-    """All slots' factors one below the other, at their own ranks."""
+    """The factors of all slots, stacked, at their own ranks."""
 
     a: Tensor  # [sum r, in]
     b: Tensor  # [sum r, out], finite: deselected columns are zero, and 0 * NaN would be NaN in all rows

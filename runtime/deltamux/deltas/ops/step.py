@@ -59,7 +59,7 @@ class VirtualRows(NamedTuple):
 
 
 class StackedColumns(NamedTuple):
-    """Which slot each column of stacked parameters belongs to.
+    """The owners of the columns of stacked parameters: slots.
 
     Attributes:
         layout: (slot, its number of columns) in order; equal layouts have equal owners.

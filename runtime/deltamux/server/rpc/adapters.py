@@ -33,7 +33,7 @@ log = logging.getLogger("deltamux.server")
 
 
 class AdaptersService(pb_grpc.AdaptersServicer):
-    """See adapters.proto for the contract. Disk access is in `threads`."""
+    """The service of adapters.proto. Disk access is in `threads`."""
 
     def __init__(
         self,

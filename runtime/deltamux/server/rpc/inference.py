@@ -21,7 +21,7 @@ SMALL_GRAMMAR_BYTES = 1 << 14
 
 
 class InferenceService(pb_grpc.InferenceServicer):
-    """See inference.proto for the contract."""
+    """The service of inference.proto."""
 
     def __init__(
         self, engine: Engine, router: Router, limit: ConcurrencyLimit, *, share_prefix_cache: bool = False

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class TenantsService(pb_grpc.TenantsServicer):
-    """See tenants.proto for the contract. Disk access is in `threads`."""
+    """The service of tenants.proto. Disk access is in `threads`."""
 
     def __init__(self, store: AdapterStore, events: EventHub, threads: DiskThreads) -> None:
         self._store = store

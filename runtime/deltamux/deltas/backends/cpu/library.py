@@ -57,7 +57,7 @@ class Mask(ctypes.Structure):
 
 
 class StepRowsStruct(ctypes.Structure):
-    """See ``StepRows`` in rows.h."""
+    """``StepRows`` of rows.h."""
 
     _fields_ = (
         ("num_segments", ctypes.c_int32),
@@ -68,7 +68,7 @@ class StepRowsStruct(ctypes.Structure):
 
 
 class SlotParamsStruct(ctypes.Structure):
-    """See ``SlotParams`` in rows.h."""
+    """``SlotParams`` of rows.h."""
 
     _fields_ = (
         ("kernel", ctypes.c_int64),

@@ -49,7 +49,7 @@ class CPUForm(NamedTuple):
 
 
 class CPUModuleBatch(ModuleBatch):
-    """All slices of a module in one call of a kernel."""
+    """A batch of all slices of a module by one call of a kernel."""
 
     def __init__(self, slices: Sequence[PackedSlice], params: SlotParams) -> None:
         super().__init__(slices)

@@ -1,4 +1,4 @@
-"""What the CPU kernels read: a step's rows by slot, and the parameters of all slots at a module.
+"""The CPU kernels' input: a step's rows by slot, and the parameters of all slots at a module.
 
 `SlotParams` keeps the tensors that its words point to, so that a pointer never outlives its tensor.
 """
@@ -74,7 +74,7 @@ class PrepackedFactors:
 
     @classmethod
     def of(cls, down: Tensor, up: Tensor, **rest: Any) -> PrepackedFactors:
-        """Takes the expansion `up` as [out, rank], already scaled, and packs it."""
+        """Packs the expansion `up` [out, rank], which is scaled already."""
         return cls(down.contiguous(), pack(up), **rest)
 
     @cached_property
@@ -119,7 +119,7 @@ class SlotParams:
     """The parameters of all slots at one module, for one kernel: int64 words by slot and slice, and their tensors.
 
     Attributes:
-        struct: the same as the kernels read it, at an address that stays.
+        struct: the parameters as the kernels read them, at an address that stays.
     """
 
     kernel: ClassVar[int]

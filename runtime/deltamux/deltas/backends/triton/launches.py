@@ -47,7 +47,7 @@ class Matrices(NamedTuple):
 
 
 class LaunchConfig(NamedTuple):
-    """How a launch is split into programs, by `benchmarks.gpu.search` on an H200 (docs/results.md).
+    """The split of a launch into programs, by `benchmarks.gpu.search` on an H200 (docs/results.md).
 
     Attributes:
         ranks: of a slot, per program of shrink.

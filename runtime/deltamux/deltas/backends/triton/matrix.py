@@ -21,7 +21,7 @@ _TILE_COUNT: tl.constexpr = tl.constexpr(step_records.TILE_COUNT)
 
 
 class Meta:
-    """What a slot has at a slice of a module: four int32 values, all zero for nothing."""
+    """The description of a slot at a slice of a module: four int32 values, all zero for nothing."""
 
     RANK = 0
     FLAGS = 1
@@ -39,7 +39,7 @@ class Flag:
 
 
 class Source:
-    """What shrink reads, `Meta.SOURCE`: bits, of which the ones that are set are added up."""
+    """Bits of `Meta.SOURCE`: shrink reads the sum of those that are set."""
 
     INPUT = 1
     RESIDUAL = 2
@@ -170,7 +170,7 @@ def _hidden(
     UNROLLED: tl.constexpr,
     ACTIVATES: tl.constexpr,
 ):
-    """What expand multiplies, float32: the sum of shrink's splits at `products` [rows, ranks], and its activation."""
+    """Returns expand's factors, float32: the sum of shrink's splits at `products` [rows, ranks], and its activation."""
     # All the room for ranks is loaded, since loads are wide then; what lies beyond the slot's own was never written.
     there = own[:, None] & (r < tl.where(rank > 0, max_rank, 0))[None, :]
     h = tl.load(products, mask=there, other=0.0)

@@ -29,7 +29,7 @@ class SoftPromptDeltas:
         self.mask = 0
 
     def set(self, slot: int, op: Op) -> bool:
-        """Takes a slot's prompt; False, and no change, for another op or a second prompt."""
+        """Puts a slot's prompt in place; False, and no change, for another op or a second prompt."""
         if type(op) is not SoftPrompt or self.mask & (1 << slot):
             return False
         length = op.embedding.shape[0]

@@ -47,7 +47,7 @@ LOOSE = 0.02
 
 
 class AutoMerger:
-    """Which program is merged, and the work under way; driven by `begin_step`, which it never fails.
+    """The merged program, and the work under way; driven by `begin_step`, which it never fails.
 
     Args:
         modules: those that can merge.
@@ -107,7 +107,7 @@ class AutoMerger:
         return cls(modules, config.model_config.model, dtype, num_slots, loader, slots) if modules else None
 
     def begin_step(self, rows: Mapping[int, int], index: StepIndex) -> MergedStep | None:
-        """Takes the rows of each program in the step to come, 0 for the base's; returns how it runs merged, or None.
+        """Counts the next step's rows of each program, 0 for the base's; returns how it runs merged, or None.
 
         The addresses of the weights are those that the step needs when this returns.
         """

@@ -1,4 +1,4 @@
-"""How much memory this process can still take."""
+"""The memory that this process can still take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory(cgroup: Path = CGROUP) -> int:
-    """Returns bytes, by the kernel's account and the container's (`cgroup`, version 2), whichever is less."""
+    """Returns the bytes that the kernel, and the container (`cgroup`, version 2), have left: the less of the two."""
     available = _fields(Path("/proc/meminfo"))["MemAvailable:"] << 10
     limit = cgroup / "memory.max"
     if not limit.is_file() or (most := limit.read_text().strip()) == "max":

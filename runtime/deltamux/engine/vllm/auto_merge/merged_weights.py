@@ -40,7 +40,7 @@ class MergeableModule(NamedTuple):
 
 
 class WeightChange(NamedTuple):
-    """What a program changes of one module's weight: ops in order, by name of site."""
+    """A program's change of one module's weight: ops in order, by name of site."""
 
     module: MergeableModule
     ops: Mapping[str, Sequence[Op]]

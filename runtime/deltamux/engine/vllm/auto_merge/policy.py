@@ -16,7 +16,7 @@ FORGOTTEN = 1e-3
 
 
 class Line(NamedTuple):
-    """Seconds that a number of rows takes: some for any, and some for each."""
+    """The seconds that a number of rows takes: a fixed part, and one per row."""
 
     fixed: float
     per_row: float
@@ -36,7 +36,7 @@ class Line(NamedTuple):
 
 
 class Costs(NamedTuple):
-    """What a program costs at the modules that can merge it.
+    """The costs of a program at the modules that can merge it.
 
     Attributes:
         base: the base's own projections there.
@@ -67,13 +67,13 @@ class Costs(NamedTuple):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When to merge and when to unmerge.
+    """The thresholds of merging and unmerging.
 
     Attributes:
         half_life: steps after which a step counts half.
         share: of the rows that a program needs to be measured.
         merge: gain above which it is merged; unmerge: gain below which it is no longer.
-        patience: steps in a row that must say so.
+        patience: successive steps with such a gain.
         rest: steps after an unmerging, or after a merging that failed, in which nothing is merged.
     """
 
@@ -86,7 +86,7 @@ class Thresholds:
 
 
 class Action(Enum):
-    """What is to begin after a step."""
+    """The work to begin after a step."""
 
     NOTHING = auto()
     MEASURE = auto()
@@ -122,7 +122,7 @@ class MergePolicy:
         self.merged: int | None = None
 
     def observe(self, rows: Mapping[int, int], total: int) -> Decision:
-        """Takes one step of `total` rows, and of them each program's own; returns what begins now."""
+        """Counts one step of `total` rows, with those of each program; returns the work to begin."""
         self._rest = max(0, self._rest - 1)
         self._count(rows, total)
         if self.merged is None:
@@ -133,7 +133,7 @@ class MergePolicy:
         return self._leading() if self.merged is None else self._holding(self.merged)
 
     def measured(self, program_id: int, costs: Costs) -> None:
-        """Takes what was measured."""
+        """Records the measured costs of a program."""
         self._costs[program_id] = costs
         self._measuring = None
 
@@ -141,7 +141,7 @@ class MergePolicy:
         return self._costs.get(program_id)
 
     def postpone(self) -> None:
-        """What was decided cannot be now: it may be decided again after a rest."""
+        """Drops the last decision, which cannot be carried out now; it may be repeated after a rest."""
         self.merged = self._measuring = None
         self._rest, self._streak = self._limits.rest, 0
 
@@ -152,7 +152,7 @@ class MergePolicy:
             self.postpone()
 
     def keep(self, programs: Container[int]) -> None:
-        """All other programs are gone."""
+        """Forgets all other programs, which are gone."""
         for gone in [p for p in self._costs.keys() | self._shares.keys() if p not in programs]:
             self._costs.pop(gone, None)
             self._shares.pop(gone, None)

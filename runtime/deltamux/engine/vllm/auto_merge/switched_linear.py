@@ -40,7 +40,7 @@ class SwitchedLinear:
 
     @classmethod
     def of(cls, module: nn.Module) -> Self | None:
-        """Takes a module over, before it is compiled; returns None for one that has no handler of the known kind."""
+        """Returns the switched linear of an uncompiled module; None if it has no handler of the known kind."""
         run = getattr(module, "cpu_linear", None)
         handler = inspect.getclosurevars(run).nonlocals.get("handler") if inspect.isfunction(run) else None
         if not isinstance(handler, CPUDNNLGEMMHandler) or isinstance(handler, _Borrowed):

@@ -17,7 +17,7 @@ from deltamux.engine.vllm.worker.backend import LoadedModel
 
 
 class CudaBackend:
-    """See `worker.backend.DeltaBackend`.
+    """The `DeltaBackend` of GPUs.
 
     Attributes:
         records: the rows of the step that is active, for the kernels.
@@ -77,7 +77,7 @@ class CudaBackend:
             self.current.begin(IDLE)
 
     def _warm_up(self, max_rows: int) -> None:
-        """Has Triton compile what a step may launch, for both heights of tiles, before a request waits for it."""
+        """Compiles the kernels that a step may launch, for both heights of tiles, before a request waits for it."""
         for num_rows in {1, min(max_rows, self.records.prefill_from)}:
             with self.capturing(GraphProfile.ALL, num_rows):
                 self.binding.warm_up(self.current.index)

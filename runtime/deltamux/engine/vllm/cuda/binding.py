@@ -20,7 +20,7 @@ from deltamux.engine.vllm.layers.module_ops import ModuleOps
 
 
 class CudaBinding(Binding):
-    """See the module."""
+    """The layers with deltas of a model on a GPU, by site."""
 
     def __init__(self, model: nn.Module, base: BaseModel, current: CurrentStep, sizes: BufferSizes) -> None:
         self._sizes = sizes

@@ -25,7 +25,7 @@ from deltamux.engine.vllm.layers.module_ops import ModuleOps, OpGroup, group_ops
 
 
 class BufferSizes(NamedTuple):
-    """What the static buffers are made for.
+    """The sizes of static buffers.
 
     Attributes:
         max_rank: rank of LowRank and width of Bottleneck that a slot has room for; wider ops run in torch.

@@ -10,7 +10,7 @@ from enum import IntEnum
 
 
 class GraphProfile(IntEnum):
-    """Which kernels a graph holds, and so which graph a step may replay.
+    """The kernels of a graph, which decide the steps that may replay it.
 
     LINEAR holds the kernels of linear modules alone, since most adapters are LoRA and every launch of a kernel without
     work costs its microseconds; ALL those of norms, sub-layers and scaled inputs as well.

@@ -1,4 +1,4 @@
-"""From `EngineOptions` to vLLM's configuration."""
+"""The translation of `EngineOptions` to vLLM's configuration."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ CHECK_SECONDS = 0.2
 
 
 class VLLMEngine:
-    """See `deltamux.engine.base.Engine`. One instance starts vLLM's processes once, for one base model.
+    """The `deltamux.engine.base.Engine` on vLLM. One instance starts vLLM's processes once, for one base model.
 
     Args:
         base: the model's description, where an engine of the same options has read it before.

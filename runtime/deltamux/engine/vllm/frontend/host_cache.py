@@ -73,7 +73,7 @@ class HostCache:
             self._admit(ref)
 
     async def check(self, ref: ProgramRef) -> None:
-        """Has the workers load a program, and drop it: it takes no other's place. Raises like `lease`."""
+        """Loads a program in the workers, and drops it; no other is evicted for it. Raises like `lease`."""
         self._last_id += 1
         program_id = self._last_id
         try:

@@ -29,7 +29,7 @@ LONGEST_INTERVAL = 0.1
 
 
 class Pace:
-    """How long a request's tokens gather before its reader is woken; next to nothing while few requests run.
+    """The time for which a request's tokens gather before its reader is woken; almost none while few requests run.
 
     Args:
         running: returns how many requests run.

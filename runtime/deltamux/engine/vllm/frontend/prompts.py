@@ -27,7 +27,7 @@ TEMPLATE_SECONDS = 5.0
 
 
 class Prompts:
-    """From prompts to token ids. `close` it.
+    """The tokenisation of prompts. `close` it.
 
     Args:
         tokenizer: a tokenizer of transformers; only its chat template and `encode` are used.

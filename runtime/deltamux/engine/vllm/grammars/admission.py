@@ -53,7 +53,7 @@ class Constraint(NamedTuple):
 
 
 @dataclass
-class _Flight:
+class _Trial:
     """A grammar that is tried, for one or more requests of one group."""
 
     task: asyncio.Task[str | None]
@@ -61,7 +61,7 @@ class _Flight:
 
 
 class Grammars:
-    """See the module. `close` it.
+    """The grammars that are admitted, or tried. `close` it.
 
     Args:
         seconds: CPU time that compiling one grammar may take.
@@ -75,7 +75,7 @@ class Grammars:
         self._long = FairQueue(1, MAX_WAITING, "grammars")
         self._verdicts: OrderedDict[bytes, str | None] = OrderedDict()
         self._warming: asyncio.Task[None] | None = None
-        self._flights: dict[tuple[str, bytes], _Flight] = {}
+        self._trials: dict[tuple[str, bytes], _Trial] = {}
 
     @classmethod
     def of(cls, vllm_config: Any, tokenizer: Any, seconds: float) -> Grammars | None:
@@ -120,19 +120,19 @@ class Grammars:
         if key in self._verdicts:
             self._verdicts.move_to_end(key)
             return self._verdicts[key]
-        flight = self._flights.get((group, key))
-        if flight is None or flight.task.done():
-            flight = _Flight(asyncio.create_task(self._try(constraint, key, group)))
-            self._flights[group, key] = flight
-        flight.callers += 1
+        trial = self._trials.get((group, key))
+        if trial is None or trial.task.done():
+            trial = _Trial(asyncio.create_task(self._try(constraint, key, group)))
+            self._trials[group, key] = trial
+        trial.callers += 1
         try:
-            return await asyncio.shield(flight.task)
+            return await asyncio.shield(trial.task)
         finally:
-            flight.callers -= 1
-            if not flight.callers:
-                flight.task.cancel()
-                if self._flights.get((group, key)) is flight:
-                    del self._flights[group, key]
+            trial.callers -= 1
+            if not trial.callers:
+                trial.task.cancel()
+                if self._trials.get((group, key)) is trial:
+                    del self._trials[group, key]
 
     async def _try(self, constraint: Constraint, key: bytes, group: str) -> str | None:
         first = min(QUICK_SECONDS, self._seconds)

@@ -20,7 +20,7 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Settings:
-    """What the process is started with.
+    """The settings of the process.
 
     Attributes:
         tokenizer: xgrammar's TokenizerInfo, serialised.

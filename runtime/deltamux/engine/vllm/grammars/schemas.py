@@ -1,4 +1,4 @@
-"""What of JSON Schema xgrammar holds an output to; the rest, which it would ignore without a word, is refused.
+"""The part of JSON Schema that xgrammar enforces; the rest, which it would silently ignore, is refused.
 
 xgrammar reads one form of a subschema, the first of ``$ref``, ``const``, ``enum``, ``anyOf``, ``oneOf``, ``allOf`` and
 ``type``, and none of the others in it. Checked against xgrammar 0.2.8. Torch-free.

@@ -49,7 +49,7 @@ class CurrentStep:
     Attributes:
         index: its rows by slot.
         merged: set where modules run with a program's merged weights.
-        fast_path: the same for the fast path.
+        fast_path: the step as the fast path reads it.
     """
 
     def __init__(self) -> None:

@@ -135,7 +135,7 @@ def bypass_dispatch(bypass: bool) -> None:
 
 @dataclass(slots=True)
 class _Tracing:
-    """What graphs hold that are traced from now on: names of layers, as inputs, or their numbers."""
+    """The form of ops in graphs that are traced from now on: with names of layers, as inputs, or with numbers."""
 
     by_name: bool = False
 

@@ -18,7 +18,7 @@ from deltamux.engine.vllm.layers.fast_path.fast_path import FastPathModule, Fast
 
 
 class StageKind(NamedTuple):
-    """What the ops of one stage share."""
+    """The class of a stage's ops, and what they read."""
 
     op: type[Op]
     reads_residual: bool
@@ -62,7 +62,7 @@ class ModuleOps:
     Attributes:
         slices: the sites that the module packs.
         mask: bit i set when slot i has an op here; input_mask: when it has one that changes the input.
-        fast_path: the same for the fast path; None where no CPU kernel runs.
+        fast_path: the ops as the fast path reads them; None where no CPU kernel runs.
     """
 
     def __init__(self, slices: Sequence[PackedSlice], num_slots: int, dtype: torch.dtype, device: torch.device) -> None:

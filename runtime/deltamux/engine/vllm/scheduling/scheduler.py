@@ -94,7 +94,7 @@ class AsyncTimeSlicingScheduler(TimeSlicingMixin, AsyncScheduler):
 
 
 def time_slicing_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
-    """Makes the scheduler that fits the engine's configuration, which vLLM settles only after it was named."""
+    """Makes the scheduler for the engine's configuration, which vLLM completes after `scheduler_cls` is set."""
     kind = AsyncTimeSlicingScheduler if vllm_config.scheduler_config.async_scheduling else TimeSlicingScheduler
     return kind(vllm_config=vllm_config, **kwargs)
 

@@ -28,7 +28,7 @@ EMPTY = PreparedProgram((), 0, 0, None)
 
 
 class SlotTable:
-    """Which program each device slot has; a full table evicts the program that is worth least (see `eviction`).
+    """The program of each device slot; a full table evicts the program that is worth least (see `eviction`).
 
     Attributes:
         slots: slot by program id, in the order in which the programs came.

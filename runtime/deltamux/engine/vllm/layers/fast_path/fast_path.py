@@ -1,4 +1,4 @@
-"""What the fast path (`fast_path.cpp`) reads: the step that is running, and the ops at each module."""
+"""The input of the fast path (`fast_path.cpp`): the step that is running, and the ops at each module."""
 
 from __future__ import annotations
 
