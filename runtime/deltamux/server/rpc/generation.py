@@ -67,7 +67,7 @@ class Responses:
         adapter_version: resource name of the version that serves the request; "" for the base.
     """
 
-    def __init__(self, *, alternatives: bool, adapter_version: str, request_id: str) -> None:
+    def __init__(self, alternatives: bool, *, adapter_version: str, request_id: str) -> None:
         self._alternatives = alternatives
         self._adapter_version = adapter_version
         self._request_id = request_id

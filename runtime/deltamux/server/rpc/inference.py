@@ -55,7 +55,7 @@ class InferenceService(pb_grpc.InferenceServicer):
         request_id = secrets.token_hex(8)
         tenant = self._router.tenant_of(request.adapter)
         async with self._limit.acquire(tenant), self._router.lease(request.adapter, request_id) as target:
-            emit = Responses(alternatives=bool(sampling.logprobs), adapter_version=target.name, request_id=request_id)
+            responses = Responses(bool(sampling.logprobs), adapter_version=target.name, request_id=request_id)
             chunks = self._engine.generate(
                 prompt,
                 sampling,
@@ -67,7 +67,7 @@ class InferenceService(pb_grpc.InferenceServicer):
             )
             async with aclosing(chunks):
                 async for chunk in chunks:
-                    yield emit.of(chunk)
+                    yield responses.of(chunk)
 
 
 def cache_salt(caller: Caller) -> str:
