@@ -38,6 +38,8 @@ RETIRED = (
     "PacedCalls",
     "CheckedRequests",
     "kept_upload",
+    "ClaimedTensors",
+    "GuidedDecoding",
 )
 """Names that the code base had before the field's words replaced them."""
 

@@ -120,7 +120,7 @@ def test_any_json_is_taken_or_refused_as_an_argument(given: dict[str, Any]) -> N
         schema(type="object", properties={"a": {"type": "string"}, "b": {"type": "integer"}}, required=["a", "b"]),
     ],
 )
-async def test_ordinary_grammars_are_admitted_and_cached(structured_output: StructuredOutput, grammars: Grammars) -> None:
+async def test_common_grammars_are_admitted_and_cached(structured_output: StructuredOutput, grammars: Grammars) -> None:
     first = await grammars.admit(structured_output, "acme")
     tried = next(grammars._process._numbers)
     assert await grammars.admit(structured_output, "globex") == first

@@ -122,7 +122,7 @@ class AutoMerger:
         return self._merged_step(index)
 
     def idle(self) -> None:
-        """A step in which every row is the base's, outside the traffic."""
+        """Begins a step in which every row is the base's, outside the traffic."""
         self._select(False)
 
     def drop_gone(self) -> None:
@@ -233,7 +233,7 @@ class AutoMerger:
     def _unmerge(self, reason: str) -> None:
         """Goes back to the base's weights everywhere, frees the second ones, and ends what is under way.
 
-        A merge that has begun ends by itself, and for nothing: it holds the tensors of one module until then.
+        A merge that has begun ends by itself, and its result is dropped: it holds the tensors of one module until then.
         """
         self._select(False)
         for change in self._changes:

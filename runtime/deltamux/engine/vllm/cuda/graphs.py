@@ -1,7 +1,7 @@
 """CUDA graphs with deltas: which graphs vLLM captures, and which of them a step replays.
 
-vLLM keys its graphs by the number of rows and by how many LoRAs are active. To the kernels of deltas the number of
-adapters is all the same; what matters is which modules have kernels. So the number is that of a `GraphProfile` here:
+vLLM keys its graphs by the number of rows and by how many LoRAs are active. The launches of deltas depend on the modules
+with kernels, and not on the number of adapters. So that number is one of a `GraphProfile` here:
 
 * BASE (0): captured without deltas, for steps without adapters and for those whose adapters have nothing to do, as
   prefix adapters have not once their prefix is in the cache. These are the graphs that the base alone replays.
@@ -60,7 +60,7 @@ class GraphRunnerMixin:
             force_eager = force_eager or profile is None
             force_num_active_loras = int(profile or GraphProfile.BASE)
             force_has_lora = force_num_active_loras > 0
-        return super()._determine_batch_execution_and_padding(  # type: ignore[misc]  # vLLM's runner is behind the mixin
+        return super()._determine_batch_execution_and_padding(  # type: ignore[misc]  # vLLM's runner is the next base
             *args,
             force_eager=force_eager,
             force_has_lora=force_has_lora,

@@ -64,7 +64,7 @@ class DeltaWorkerMixin:
     def init_device(self) -> None:
         end_with_engine()
         sys.setswitchinterval(SWITCH_SECONDS)
-        super().init_device()  # type: ignore[misc]  # vLLM's worker is the next base class
+        super().init_device()  # type: ignore[misc]  # vLLM's worker is the next base
         runner = self.model_runner
         runner.__class__ = type("DeltaModelRunner", (DeltaRunnerMixin, type(runner)), {"backend": self.backend})
         custom_ops.bypass_dispatch(False)
