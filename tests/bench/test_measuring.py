@@ -121,7 +121,7 @@ async def test_candidates_alternate_with_the_reference_and_the_first_round_does_
     assert (a.whole.tokens, a.whole.seconds, a.whole_reference.tokens) == (110, 2.0, 200)
 
 
-def test_the_floor_counts_each_adapter_of_the_batch_once_a_step_and_each_row_with_its_own() -> None:
+def test_the_floor_counts_each_adapter_of_the_batch_once_per_step_and_each_row_with_its_own() -> None:
     base, adapters = Work(900), {"a": Work(100), "b": Work(300)}
     one = floor(base, adapters, Workload(("a",)))
     assert (one.bytes, one.operations) == (0.9, 0.9)

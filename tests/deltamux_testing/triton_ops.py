@@ -1,4 +1,4 @@
-"""Random ops of a fused module for the Triton kernels, and what they compute alone on a CPU."""
+"""Random ops of a packed module for the Triton kernels, and what they compute alone on a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 SIZES = (96, 40, 72)
-"""Columns of the parts of a fused module: no multiples of what a program finishes at once."""
+"""Columns of the slices of a packed module: no multiples of what a program finishes at once."""
 
 
 def owners(step: list[tuple[int, int]]) -> tuple[list[RowRange], int]:

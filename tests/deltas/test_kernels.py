@@ -42,7 +42,7 @@ WIDTH = 40
 """No multiple of 16 or 32, so that every kernel has a tail."""
 
 SIZES = (48, 21, 24)
-"""Columns of the parts of a fused module: full blocks, an odd tail, an even one."""
+"""Columns of the slices of a packed module: full blocks, an odd tail, an even one."""
 
 
 def draw(seed: int, *shape: int) -> torch.Tensor:
@@ -53,7 +53,7 @@ def linear(size: int) -> LinearSite:
     return LinearSite(f"layer.{size}", WIDTH, size, True, False, 0, BlockRole.ATTENTION)
 
 
-def fused() -> list[PackedSlice]:
+def packed_slices() -> list[PackedSlice]:
     firsts = [sum(SIZES[:i]) for i in range(len(SIZES))]
     return [PackedSlice(linear(size), ColumnRange(first, size)) for first, size in zip(firsts, SIZES, strict=True)]
 
@@ -91,10 +91,10 @@ def norm_affine(seed: int, size: int) -> Op:
 
 
 CASES: dict[str, tuple[list[PackedSlice], Any]] = {
-    "low_rank, fused": (fused(), low_rank),
-    "low_rank": (fused()[:1], low_rank),
-    "bias, fused": (fused(), lambda seed, size: Bias(draw(seed, size))),
-    "scale, fused": (fused(), lambda seed, size: Scale(draw(seed, size))),
+    "low_rank, packed": (packed_slices(), low_rank),
+    "low_rank": (packed_slices()[:1], low_rank),
+    "bias, packed": (packed_slices(), lambda seed, size: Bias(draw(seed, size))),
+    "scale, packed": (packed_slices(), lambda seed, size: Scale(draw(seed, size))),
     "bottleneck": ([PackedSlice(BLOCK, ColumnRange(0, WIDTH))], bottleneck),
     "norm_affine, layer": (norm(NormForm.LAYER), norm_affine),
     "norm_affine, rms": (norm(NormForm.RMS), norm_affine),
@@ -151,7 +151,7 @@ def test_a_kernel_equals_its_torch_batch(
 @settings(max_examples=40, deadline=None)
 @given(step=steps, seed=st.integers(0, 999))
 def test_a_row_gets_the_same_bits_whatever_else_is_in_the_batch(step: list[tuple[int, int]], seed: int) -> None:
-    kernel, _ = twins(fused(), low_rank(0, SIZES[0]), torch.bfloat16)
+    kernel, _ = twins(packed_slices(), low_rank(0, SIZES[0]), torch.bfloat16)
     for slot in range(SLOTS):
         ops = (low_rank(seed + 7 * slot + part, columns) for part, columns in enumerate(SIZES))
         kernel.set(slot, dict(enumerate(op.to(torch.bfloat16) for op in ops)))
@@ -208,7 +208,7 @@ def test_however_threads_share_a_step_each_row_gets_what_it_gets_alone(
 
 @pytest.mark.parametrize(("parts", "make"), CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_slot_that_is_not_finite_spoils_no_row_but_its_own(parts: list[PackedSlice], make: Any, value: float) -> None:
+def test_a_slot_that_is_not_finite_changes_no_row_but_its_own(parts: list[PackedSlice], make: Any, value: float) -> None:
     clean, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
     spoilt, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
     for slot in range(4):
@@ -239,7 +239,7 @@ def test_a_scaled_input_changes_only_the_rows_of_its_own_adapter() -> None:
 
 
 def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
-    kernel, _ = twins(fused(), low_rank(0, SIZES[0]), torch.float32)
+    kernel, _ = twins(packed_slices(), low_rank(0, SIZES[0]), torch.float32)
     kernel.set(1, {0: low_rank(3, SIZES[0])})
     kernel.reset(1)
     kernel.reset(1)
@@ -256,7 +256,7 @@ def test_an_op_derived_from_another_never_runs_the_others_kernel() -> None:
 
     assert Doubled not in CPU_OPS
     assert GatedLowRank not in CPU_OPS
-    assert isinstance(module_batch(Doubled, fused(), SLOTS, torch.float32, "cpu"), PerSliceBatch)
+    assert isinstance(module_batch(Doubled, packed_slices(), SLOTS, torch.float32, "cpu"), PerSliceBatch)
 
 
 def test_packing_puts_pairs_of_ranks_after_each_other_and_pads_with_zeros() -> None:

@@ -61,7 +61,7 @@ def filled(step: list[tuple[int, int]], **options: Any) -> StepRecords:
 )
 @settings(max_examples=5, deadline=None)
 @given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000), padding=st.integers(0, 9))
-def test_a_fused_module_gives_each_row_its_own_adapters_ops_at_every_part(
+def test_a_packed_module_gives_each_row_its_own_adapters_ops_at_every_slice(
     dtype: torch.dtype, tall: bool, in_features: int, step: Any, present: set[int], seed: int, padding: int
 ) -> None:
     sites = parts(in_features)
@@ -113,7 +113,7 @@ def test_low_ranks_of_any_rank_and_width_are_multiplied(dtype: torch.dtype, rank
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("in_step", [True, False], ids=["in the step", "resident only"])
-def test_a_fused_modules_slot_that_is_not_finite_spoils_no_row_but_its_own(value: float, in_step: bool) -> None:
+def test_a_packed_modules_slot_that_is_not_finite_changes_no_row_but_its_own(value: float, in_step: bool) -> None:
     sites = parts(64)
     clean, spoilt = (LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE) for _ in range(2))
     for slot in range(4):
@@ -133,7 +133,7 @@ def test_a_fused_modules_slot_that_is_not_finite_spoils_no_row_but_its_own(value
     torch.testing.assert_close(actual[others], expected[others])
 
 
-def test_a_slots_next_tenant_finds_nothing_of_the_one_before() -> None:
+def test_a_slots_next_adapter_reads_nothing_of_the_one_before() -> None:
     sites = parts(64)
     deltas = LinearDeltas(sites, SLOTS, 24, torch.float32, DEVICE)
     for op in (LowRank(draw(1, 20, 64), draw(2, SIZES[0], 20)), Scale(draw(3, SIZES[0])), Bias(draw(4, SIZES[0]))):
@@ -148,7 +148,7 @@ def test_a_slots_next_tenant_finds_nothing_of_the_one_before() -> None:
     assert torch.equal(after[:, SIZES[0] :], before[:, SIZES[0] :])
 
 
-def test_a_fused_module_refuses_what_it_has_no_room_or_no_formula_for() -> None:
+def test_a_packed_module_refuses_what_it_has_no_room_or_no_formula_for() -> None:
     site = parts(64)[0]
     deltas = LinearDeltas([site], SLOTS, 4, torch.float32, DEVICE)
     assert deltas.set(0, 0, moved(LowRank(draw(1, 3, 64), draw(2, SIZES[0], 3)), torch.float32))

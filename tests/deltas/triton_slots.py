@@ -104,7 +104,7 @@ def test_prompts_and_factors_of_inputs_arrive_and_leave_without_asking_the_devic
     assert not crossings.ops
 
 
-def test_any_sequence_of_ops_arrives_at_a_fused_module_without_asking_the_device() -> None:
+def test_any_sequence_of_ops_is_set_at_a_packed_module_without_reading_the_device() -> None:
     sites = parts(64)
     deltas = LinearDeltas(sites, SLOTS, 24, torch.bfloat16, "meta")
     programs = [

@@ -38,7 +38,7 @@ def test_no_example_is_both_trained_and_evaluated(task: TenantTask) -> None:
 
 
 @each_task
-def test_written_files_hold_one_dialogue_a_line(task: TenantTask, tmp_path: Path) -> None:
+def test_written_files_hold_one_dialogue_per_line(task: TenantTask, tmp_path: Path) -> None:
     task.write(tmp_path, train=20, evaluate=5)
     train = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluate = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -49,7 +49,7 @@ def test_what_was_given_up_is_not_held_against_its_group() -> None:
             assert place.number == 0
 
 
-def test_an_idle_order_forgets_everybody() -> None:
+def test_an_idle_order_forgets_all_groups() -> None:
     order = FairOrder()
     for number in range(100):
         with order.place(f"tenant-{number}") as place:

@@ -125,7 +125,7 @@ async def test_eviction_waits_for_the_last_request(engine: Engine, base: BaseMod
         await engine.prepare(ref)
 
 
-async def test_a_pinned_program_stays_when_others_crowd_the_host_tier(
+async def test_a_pinned_program_stays_when_others_fill_the_host_cache(
     engine: Engine, base: BaseModel, tmp_path: Path
 ) -> None:
     pinned = random_programs.saved(random_programs.low_rank(base, 600), tmp_path, "pinned")

@@ -85,7 +85,7 @@ def test_a_postponed_merge_is_tried_again_later() -> None:
 
 
 @given(traffic)
-def test_whatever_the_traffic_is_nothing_flips_to_and_fro(traffic: list[tuple[Step, int]]) -> None:
+def test_whatever_the_traffic_is_merging_does_not_oscillate(traffic: list[tuple[Step, int]]) -> None:
     policy = MergePolicy()
     decisions = [decision for step, times in traffic for decision in watch(policy, step, times)]
     changes = [(at, d) for at, d in enumerate(decisions) if d.action in (Action.MERGE, Action.UNMERGE)]

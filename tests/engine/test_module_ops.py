@@ -41,7 +41,7 @@ def alone(program: list[tuple[int, Op]], y: Tensor) -> Tensor:
 
 
 @given(program=st.lists(ops, max_size=8))
-def test_rounds_keep_the_order_at_each_part_and_have_one_kind_and_one_op_a_part(
+def test_groups_keep_the_order_at_each_slice_and_have_one_kind_and_one_op_per_slice(
     program: list[tuple[int, type[Op], int]],
 ) -> None:
     given = made(program)

@@ -43,11 +43,11 @@ async def taken(collector: PacedCollector) -> str:
     return completion.text
 
 
-async def test_what_vllm_had_put_in_already_is_the_first_piece() -> None:
+async def test_what_vllm_had_put_in_already_is_the_first_chunk() -> None:
     assert await taken(new_collector(piece("a"))) == "a"
 
 
-async def test_pieces_gather_after_the_first_until_the_last_comes() -> None:
+async def test_outputs_gather_after_the_first_until_the_last_comes() -> None:
     collector = new_collector()
     collector.put(piece("a"))
     assert await taken(collector) == "a"
@@ -62,7 +62,7 @@ async def test_pieces_gather_after_the_first_until_the_last_comes() -> None:
 @pytest.mark.parametrize(
     ("error", "raised"), [(EngineDeadError, EngineDeadError), (lambda: KeyError("x"), EngineGenerateError)]
 )
-async def test_an_error_waits_for_nothing_and_takes_the_place_of_what_gathered(
+async def test_an_error_is_returned_at_once_in_place_of_what_gathered(
     error: Callable[[], Exception], raised: type[Exception]
 ) -> None:
     collector = new_collector(piece("a"))
@@ -81,7 +81,7 @@ async def test_what_has_gathered_is_handed_over_though_nothing_more_comes() -> N
 
 
 @pytest.mark.parametrize("running", [1, 10**9])
-async def test_a_piece_that_comes_when_it_is_time_takes_the_others_along(running: int) -> None:
+async def test_an_output_after_the_interval_is_returned_with_those_before_it(running: int) -> None:
     collector = new_collector(piece("a"), pace=Pace(lambda: running, 1))
     await taken(collector)
     collector.put(piece("b"))

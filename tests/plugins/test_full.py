@@ -59,19 +59,19 @@ def test_a_tied_head_that_changes_alone_is_served_and_not_merged(base: BaseModel
         )
 
 
-def test_layers_wake_from_the_top_at_equal_distances(base: BaseModel) -> None:
+def test_layers_are_unfrozen_from_the_top_at_equal_distances(base: BaseModel) -> None:
     method = Registry().get("full")
     config = method.parse({"unfreeze": True})
     names = set(method.parameters(config, base))
     schedule = method.schedule(config, base, 30)
-    awake = [names - set(schedule.frozen(step)) for step in range(30)]
+    unfrozen = [names - set(schedule.frozen(step)) for step in range(30)]
     top = {name for name in names if ".1." in name}
     bottom = {name for name in names if ".0." in name}
-    assert awake[0] == awake[9]
-    assert not awake[0] & (top | bottom)
-    assert awake[0], "something learns from the first step"
-    assert awake[10] == awake[0] | top
-    assert awake[20] == awake[29] == names
+    assert unfrozen[0] == unfrozen[9]
+    assert not unfrozen[0] & (top | bottom)
+    assert unfrozen[0], "something learns from the first step"
+    assert unfrozen[10] == unfrozen[0] | top
+    assert unfrozen[20] == unfrozen[29] == names
     assert schedule.frozen(1000) == set()
 
 

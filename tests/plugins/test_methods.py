@@ -176,7 +176,7 @@ def test_a_composition_uses_the_methods_of_its_own_registry(base: BaseModel) -> 
         Registry().load(composed, base)
 
 
-def test_what_is_skipped_is_not_imported_and_every_step_is_observed_before_it_runs(
+def test_what_is_skipped_is_not_imported_and_every_phase_is_observed_before_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(third_party.install(tmp_path, {"hangs": "raise AssertionError('imported')"}))

@@ -240,7 +240,7 @@ async def test_a_generation_beyond_the_limit_is_refused_with_retry_info(
         await first
 
 
-async def test_with_keys_and_tls_it_listens_to_everybody(
+async def test_with_keys_and_tls_it_listens_on_all_addresses(
     tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
 ) -> None:
     from dataclasses import replace

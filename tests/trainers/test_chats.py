@@ -83,7 +83,7 @@ def without_space(text: str) -> str:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_end_token_is_learnt_once_a_turn_and_is_the_templates_own(name: str, tmp_path: Path) -> None:
+def test_the_end_token_is_learnt_once_per_turn_and_is_the_templates_own(name: str, tmp_path: Path) -> None:
     shape = SHAPES[name]
     messages = conversation(None, [("what is it?", "yes"), ("and again?", "(no)")])
     reply = [decoded(shape.tokenizer, ids) for row in encoded(shape, tmp_path, messages) for _, ids in learnt(row)]

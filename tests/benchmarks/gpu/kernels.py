@@ -33,7 +33,7 @@ MAX_RANK: Literal[64] = 64
 
 
 class Module(NamedTuple):
-    """A linear module, fused of parts of so many output features each."""
+    """A linear module, packed of slices of so many output features each."""
 
     in_features: int
     parts: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""LowRank, Scale and Bias of all slots at one linear module, fused over its slices: two launches, whatever the mix.
+"""LowRank, Scale and Bias of all slots at one linear module, over all its slices: two launches, whatever the mix.
 
 Any sequence of the three is y -> s * y + B A x + b: a further low rank adds its ranks, a scale multiplies what is
 there, a bias adds. So a slot needs one description per slice, and a module one shrink and one expand.
@@ -27,7 +27,7 @@ class LinearDeltas:
     """The parameters of all slots at one linear module, in buffers that never move.
 
     Args:
-        slices: the projections that the module fuses, in the order of their columns.
+        slices: the projections that the module packs, in the order of their columns.
         max_rank: ranks that a slot has room for at a slice; its work is its own rank's, not this.
 
     Attributes:

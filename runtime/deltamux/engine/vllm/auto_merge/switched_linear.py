@@ -27,7 +27,7 @@ class SwitchedLinear:
     """A linear, its base's packed weight, which is kept as it is, and at times a second weight.
 
     Attributes:
-        in_features, out_features: of the whole module, fused parts together.
+        in_features, out_features: of the whole module, all its slices together.
     """
 
     def __init__(self, module: nn.Module, handler: CPUDNNLGEMMHandler) -> None:

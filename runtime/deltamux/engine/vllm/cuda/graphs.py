@@ -1,7 +1,7 @@
 """CUDA graphs with deltas: which graphs vLLM captures, and which of them a step replays.
 
-vLLM keys its graphs by the number of rows and by how many LoRAs are active. The launches of deltas depend on the modules
-with kernels, and not on the number of adapters. So that number is one of a `GraphProfile` here:
+vLLM keys its graphs by the number of rows and by how many LoRAs are active. The launches of deltas depend on the
+modules with kernels, and not on the number of adapters. So that number is one of a `GraphProfile` here:
 
 * BASE (0): captured without deltas, for steps without adapters and for those whose adapters have nothing to do, as
   prefix adapters have not once their prefix is in the cache. These are the graphs that the base alone replays.
