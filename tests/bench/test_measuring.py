@@ -18,7 +18,7 @@ from deltamux.errors import UnavailableError
 
 @dataclass
 class Echo:
-    """Answers in chunks of the given sizes, and remembers who was under way with whom."""
+    """Answers in chunks of the given sizes, and records which requests were under way together."""
 
     chunks: tuple[int, ...] = (1, 1, 2)
     vocab_size: int = 50

@@ -166,7 +166,7 @@ async def test_programs_damaged_before_the_start_and_programs_of_another_base(
             await tokens(client, NAME)
         assert changed.value.reason == "BASE_CHANGED"
         assert len({changed.value.metadata["compiled_for"], changed.value.metadata["base"]}) == 2
-        # What is uploaded here is compiled for this base, for everybody who has the same files.
+        # What is uploaded here is compiled for this base, for all versions of the same files.
         await client.upload_adapter("tenants/acme/adapters/fresh", loras[0])
         return await tokens(client, NAME)
 

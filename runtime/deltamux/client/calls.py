@@ -206,13 +206,13 @@ def _prompt(prompt: Prompt) -> dict[str, Any]:
 
 def _sampling(options: Mapping[str, Any]) -> inference_pb2.SamplingParameters:
     given = {name: value for name, value in options.items() if value is not None}
-    guided = {name: given.pop(name) for name in ("json_schema", "regex", "choice") if name in given}
-    if len(guided) > 1:
-        raise InvalidArgumentError(f"give one of {', '.join(guided)}", metadata={"field": "structured_output"})
-    if "choice" in guided:
-        guided["choice"] = inference_pb2.Choice(options=guided["choice"])
-    if guided:
-        given["structured_output"] = inference_pb2.StructuredOutput(**guided)
+    formats = {name: given.pop(name) for name in ("json_schema", "regex", "choice") if name in given}
+    if len(formats) > 1:
+        raise InvalidArgumentError(f"give one of {', '.join(formats)}", metadata={"field": "structured_output"})
+    if "choice" in formats:
+        formats["choice"] = inference_pb2.Choice(options=formats["choice"])
+    if formats:
+        given["structured_output"] = inference_pb2.StructuredOutput(**formats)
     if isinstance(given.get("stop"), str):
         given["stop"] = [given["stop"]]
     try:

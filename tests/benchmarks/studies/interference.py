@@ -83,7 +83,7 @@ class Row:
         return self.ratio <= GROWTH and self.health_p99 <= HEALTH_MS and not self.failed
 
 
-# The process of those who are to notice nothing: ``python -m benchmarks.studies.interference --watch ADDRESS``.
+# The process of the clients that are to notice nothing: ``python -m benchmarks.studies.interference --watch ADDRESS``.
 
 
 async def _stream(client: AsyncClient, number: int, seen: Seen, until: float) -> None:
