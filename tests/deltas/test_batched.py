@@ -94,7 +94,7 @@ def test_one_adapters_rows_never_reach_anothers(maker: Any, rows: int) -> None:
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("in_step", [True, False], ids=["in the step", "resident only"])
-def test_a_slot_that_is_not_finite_changes_no_row_but_its_own(maker: Any, value: float, in_step: bool) -> None:
+def test_a_slot_that_is_not_finite_changes_its_own_rows_alone(maker: Any, value: float, in_step: bool) -> None:
     site, _ = maker(0)
     ops = {slot: maker(slot)[1] for slot in range(4)}
     clean, spoilt = (type(ops[0]).batch(site, SLOTS, torch.float32, "cpu") for _ in range(2))

@@ -208,7 +208,9 @@ def test_however_threads_share_a_step_each_row_gets_what_it_gets_alone(
 
 @pytest.mark.parametrize(("parts", "make"), CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_slot_that_is_not_finite_changes_no_row_but_its_own(parts: list[PackedSlice], make: Any, value: float) -> None:
+def test_a_slot_that_is_not_finite_changes_its_own_rows_alone(
+    parts: list[PackedSlice], make: Any, value: float
+) -> None:
     clean, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
     spoilt, _ = twins(parts, make(0, columns_of(parts[0])), torch.bfloat16)
     for slot in range(4):

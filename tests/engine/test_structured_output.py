@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from deltamux.engine.base import StructuredOutput, SamplingOptions
+from deltamux.engine.base import SamplingOptions, StructuredOutput
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.scheduling.grammars import CachedCompiler
 from deltamux.errors import InvalidArgumentError

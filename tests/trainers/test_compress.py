@@ -38,9 +38,7 @@ def test_signs_survive_packing(features: int) -> None:
 
 
 @pytest.mark.parametrize(("form", "rank"), [("bitdelta", 1), ("svd", 4)])
-def test_the_reported_error_is_the_error(
-    form: str, rank: int, directory: Path, adapter: Path, tmp_path: Path
-) -> None:
+def test_the_reported_error_is_the_error(form: str, rank: int, directory: Path, adapter: Path, tmp_path: Path) -> None:
     result = compress(str(directory), adapter, tmp_path / "small", form=form, rank=rank)
     base = BaseModel.from_pretrained(directory)
     before, after = load_file(adapter / "adapter_model.safetensors"), read_program(tmp_path / "small", base)

@@ -222,9 +222,7 @@ def _cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_base_is_refused_by_name_and_file(
-    damage: str, data: Path, directory: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_base_is_refused_by_name_and_file(damage: str, data: Path, directory: Path, tmp_path: Path) -> None:
     base = shutil.copytree(directory, tmp_path / "base")
     if damage == "a shard missing":
         names = load_file(base / "model.safetensors")

@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deltamux.errors import DataLossError, DeltamuxError, FailedPreconditionError
-from deltamux.store.staging import StagedUploads
 from deltamux.store.database import Database
 from deltamux.store.faults import store_faults
 from deltamux.store.objects import IDENTITY_FILES, ObjectStore, content_digest
 from deltamux.store.records import CompiledAdapter, VersionRecord
+from deltamux.store.staging import StagedUploads
 
 log = logging.getLogger("deltamux.store")
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store.adapter_rows import OF_ADAPTER, OF_TENANT, OF_VERSION, AdapterRows
-from deltamux.store.staging import StagedUploads
 from deltamux.store.database import Database
 from deltamux.store.faults import store_faults
 from deltamux.store.leases import Leases
@@ -25,6 +24,7 @@ from deltamux.store.records import AdapterKey, AdapterRecord, CompiledAdapter, V
 from deltamux.store.removal import Removal, RemovalCallback
 from deltamux.store.routes import Route, check_canary
 from deltamux.store.row_checks import RowChecks
+from deltamux.store.staging import StagedUploads
 from deltamux.store.tenants import Tenants
 
 

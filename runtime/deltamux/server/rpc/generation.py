@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from deltamux.engine.base import ChatMessage, GenerationChunk, StructuredOutput, Prompt, SamplingOptions, TokenLogprobs
+from deltamux.engine.base import ChatMessage, GenerationChunk, Prompt, SamplingOptions, StructuredOutput, TokenLogprobs
 from deltamux.engine.checks import too_long
 from deltamux.errors import InvalidArgumentError, UnavailableError
 from deltamux.v1 import inference_pb2 as pb

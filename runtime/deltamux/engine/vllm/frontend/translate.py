@@ -12,7 +12,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-from deltamux.engine.base import GenerationChunk, StructuredOutput, SamplingOptions, TokenLogprobs
+from deltamux.engine.base import GenerationChunk, SamplingOptions, StructuredOutput, TokenLogprobs
 from deltamux.engine.vllm.grammars.admission import Constraint
 from deltamux.errors import InvalidArgumentError, UnavailableError
 
