@@ -6,6 +6,7 @@ All are randomised away from their fresh state, so that each visibly changes wha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +88,8 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
     "lora-bias-own": _lora(bias="lora_only"),
     "dora": _lora(use_dora=True, lora_alpha=16),
     "dora-rslora": _lora(use_dora=True, use_rslora=True),
-    "adalora": lambda architecture: _adalora(architecture),
-    "adalora-pruned": lambda architecture: _adalora(architecture),
+    "adalora": _adalora,
+    "adalora-pruned": _adalora,
     "vera": _targeting(peft.VeraConfig, r=16),
     "vera-from-seed": _targeting(peft.VeraConfig, r=16, save_projection=False, projection_prng_key=3),
     "loha": _targeting(peft.LoHaConfig, r=3),
@@ -147,9 +148,15 @@ def write_peft(name: str, architecture: str, base: Path, directory: Path) -> Any
     return model.eval()
 
 
+@cache
+def registry() -> Registry:
+    """The methods that are installed: found once, since that takes longer than to read an adapter."""
+    return Registry()
+
+
 def write_own(method_name: str, base: BaseModel, directory: Path, *, seed: int = 1, **options: Any) -> Path:
     """Writes an adapter of any method with random parameters, as our trainer would."""
-    method = Registry().get(method_name)
+    method = registry().get(method_name)
     config = method.parse(options)
     generator = torch.Generator().manual_seed(seed)
     specs = method.parameters(config, base)
@@ -160,12 +167,12 @@ def write_own(method_name: str, base: BaseModel, directory: Path, *, seed: int =
 
 def read_program(directory: Path, base: BaseModel) -> Program:
     """Reads an adapter's directory the way an upload does."""
-    return Registry().load(directory, base).program
+    return registry().load(directory, base).program
 
 
 def read_adapter(checkpoint: Checkpoint, base: BaseModel) -> Program:
     """Reads an adapter's content the way an upload does."""
-    return Registry().load(checkpoint, base).program
+    return registry().load(checkpoint, base).program
 
 
 def refusal(values: dict[str, Any], base: BaseModel, tensors: dict[str, torch.Tensor] | None = None) -> DeltamuxError:

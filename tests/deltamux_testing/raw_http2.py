@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, SETTINGS = 0, 1, 4
+DATA, HEADERS, RST_STREAM, SETTINGS = 0, 1, 3, 4
 INITIAL_WINDOW_SIZE = 4
 
 
@@ -20,7 +20,7 @@ class RawConnection:
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)), timeout=30)
         self._streams = 0
-        self._socket.sendall(PREFACE + _frame(SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)))
+        self._socket.sendall(PREFACE + frame(SETTINGS, 0, 0, struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)))
 
     def __enter__(self) -> Self:
         return self
@@ -32,14 +32,18 @@ class RawConnection:
     def call(self, path: str, message: bytes = b"") -> None:
         """Begins a call with one message, and reads nothing."""
         stream, self._streams = 2 * self._streams + 1, self._streams + 1
-        headers = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "test"}
-        headers |= {"te": "trailers", "content-type": "application/grpc"}
-        block = b"".join(b"\0" + _string(name) + _string(value) for name, value in headers.items())
         body = struct.pack(">BI", 0, len(message)) + message
-        self._socket.sendall(_frame(HEADERS, 4, stream, block) + _frame(DATA, 1, stream, body))
+        self._socket.sendall(frame(HEADERS, 4, stream, headers(path)) + frame(DATA, 1, stream, body))
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+def headers(path: str) -> bytes:
+    """Returns a call's headers as HPACK writes them without its tables."""
+    named = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "test"}
+    named |= {"te": "trailers", "content-type": "application/grpc"}
+    return b"".join(b"\0" + _string(name) + _string(value) for name, value in named.items())
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from deltamux.client import AsyncClient
-from deltamux.server.app import RunningServer, running
 from deltamux.server.compiling.compiler import Compiler
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Served, Servers
 from deltamux_testing.tiny_base import write_base, write_lora
 
 
@@ -34,15 +32,19 @@ async def shared_compiler() -> AsyncIterator[Compiler]:
 
 
 @pytest.fixture
-async def served(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> AsyncIterator[RunningServer]:
-    """A server without keys; its engine pauses a little after every token, so that a test can act meanwhile."""
-    given = options(tiny_base, tmp_path / "store")
-    engine = engine_for(tiny_base, 0.02)
-    async with running(given, lambda _: engine, shared_compiler) as server:
-        yield replace(server, engine=engine)  # type: ignore[arg-type]  # tests look into it
+def serve(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> Servers:
+    """Starts a server with the options that a test gives it."""
+    return Servers(tiny_base, tmp_path / "store", shared_compiler)
 
 
 @pytest.fixture
-async def client(served: RunningServer) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(served.address, timeout=60, retries=0) as client:
+async def served(serve: Servers) -> AsyncIterator[Served]:
+    """A server without keys; its engine pauses a little after every token, so that a test can act meanwhile."""
+    async with serve(step_seconds=0.02) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(served: Served) -> AsyncIterator[AsyncClient]:
+    async with served.client() as client:
         yield client

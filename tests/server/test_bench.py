@@ -12,7 +12,7 @@ import pytest
 from deltamux.bench.run import BenchOptions, bench_server
 from deltamux.client import AsyncClient
 from deltamux.errors import NotFoundError
-from deltamux.server.app import RunningServer
+from deltamux_testing.servers import Served
 
 NAMES = ("tenants/acme/adapters/one", "tenants/acme/adapters/two")
 
@@ -22,7 +22,7 @@ def silent(text: str) -> None:
 
 
 async def test_a_running_server_is_measured_with_the_adapters_that_it_holds(
-    served: RunningServer, client: AsyncClient, loras: list[Path]
+    served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
     for name, directory in zip(NAMES, loras, strict=True):
         await client.upload_adapter(name, directory)

@@ -17,15 +17,17 @@ import psutil
 import pytest
 
 from deltamux import errors
-from deltamux.client import AsyncClient
 from deltamux.deltas import BaseModel, Program
 from deltamux.errors import BudgetExceededError, DeltamuxError, InvalidAdapterError, PluginError, UnavailableError
 from deltamux.server.app import running
 from deltamux.server.compiling import process as compiler_process
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.compiling.job import Budgets, Job, decode_error, encode_base, encode_error
-from deltamux_testing.servers import engine_for, options
+from deltamux.server.options import ServeOptions
+from deltamux_testing.reference_engine import ReferenceEngine
+from deltamux_testing.servers import Servers
 from deltamux_testing.third_party import install, method, write_adapter
+from deltamux_testing.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -190,8 +192,7 @@ async def test_seconds_in_which_its_process_waits_for_a_core_are_not_a_plugins(
     for other in others:
         await other.wait()
     process.kill()  # the next one may use every core
-    while compiler.pid in (None, process.pid):  # noqa: ASYNC110 - another process cannot set an event
-        await asyncio.sleep(0.02)
+    await until(lambda: compiler.pid not in (None, process.pid))
     await compiler.started()
 
 
@@ -211,8 +212,8 @@ async def test_what_a_plugin_started_ends_with_its_process(compiler: Compiler, j
     await compiler.started()
     process = psutil.Process(compiler.pid)
     doomed = asyncio.create_task(compiler.compile(job(write_adapter(tmp_path / "starts", "starts"))))
-    while not (started := process.children()):  # noqa: ASYNC110 - another process cannot set an event
-        await asyncio.sleep(0.02)
+    await until(process.children)
+    started = process.children()
     with pytest.raises(PluginError, match="'starts': deltamux_program ended its process with exit status 0"):
         await doomed
     assert psutil.wait_procs(started, timeout=10)[1] == []
@@ -253,49 +254,33 @@ async def test_an_error_of_the_files_is_no_error_of_a_plugin(
     assert (refused.value.reason, refused.value.metadata) == ("METHOD_MISMATCH", {"method": "lora"})
 
 
-async def test_a_cancelled_job_leaves_the_process_to_others(compiler: Compiler, job: Any, loras: list[Path]) -> None:
-    await compiler.started()
-    before = compiler.pid
-    cancelled = asyncio.create_task(compiler.compile(job(loras[0])))
-    await asyncio.sleep(0)
-    cancelled.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await cancelled
-    assert (await compiler.compile(job(loras[0]))).method == "lora"
-    assert compiler.pid == before
-
-
-async def test_a_cancelled_job_without_its_files_is_no_failure_of_the_server(
-    compiler: Compiler, job: Any, loras: list[Path], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("files", ["stay", "go"])
+async def test_a_cancelled_job_leaves_the_process_to_others_and_is_no_failure_of_the_server(
+    files: str, compiler: Compiler, job: Any, loras: list[Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     await compiler.started()
-    asked = job(loras[0])
+    before, asked = compiler.pid, job(loras[0])
     cancelled = asyncio.create_task(compiler.compile(asked))
     await asyncio.sleep(0)
     cancelled.cancel()
     with pytest.raises(asyncio.CancelledError):
         await cancelled
-    shutil.rmtree(asked.staged)
+    if files == "go":
+        shutil.rmtree(asked.staged)
     assert (await compiler.compile(job(loras[0]))).method == "lora"
+    assert compiler.pid == before
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_a_process_that_ends_between_two_jobs_is_started_again_before_the_next(
-    compiler: Compiler, job: Any, loras: list[Path]
+@pytest.mark.parametrize("waits", [True, False], ids=["a while after", "in the moment in which"])
+async def test_a_job_is_compiled_all_the_same_where_the_process_has_ended(
+    waits: bool, compiler: Compiler, job: Any, loras: list[Path]
 ) -> None:
     await compiler.started()
     before = compiler.pid
     psutil.Process(before).kill()
-    while compiler.pid in (before, None):  # noqa: ASYNC110 - another process cannot set an event
-        await asyncio.sleep(0.05)
-    assert (await compiler.compile(job(loras[0]))).method == "lora"
-
-
-async def test_a_job_in_the_moment_in_which_the_process_ends_is_compiled_all_the_same(
-    compiler: Compiler, job: Any, loras: list[Path]
-) -> None:
-    await compiler.started()
-    psutil.Process(compiler.pid).kill()
+    if waits:
+        await until(lambda: compiler.pid not in (before, None))
     assert (await compiler.compile(job(loras[0]))).method == "lora"
 
 
@@ -316,8 +301,9 @@ async def test_a_server_whose_compiler_does_not_start_raises_and_is_never_ready(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiler_process, "CHILD_MODULE", "deltamux.server.nothing")
+    options = ServeOptions(model=str(tiny_base), store=tmp_path / "store", listen="127.0.0.1:0")
     with pytest.raises(UnavailableError, match="compiler process does not start"):
-        async with running(options(tiny_base, tmp_path / "store"), lambda _: engine_for(tiny_base)):
+        async with running(options, lambda _: ReferenceEngine(tiny_base)):
             raise AssertionError("a server is ready that cannot take an upload")
 
 
@@ -367,8 +353,8 @@ def test_the_process_ends_with_a_killed_server_even_in_a_hook_that_hangs(tiny_ba
 async def test_a_server_serves_on_while_a_hook_hangs(
     compiler: Compiler, tiny_base: Path, tmp_path: Path, loras: list[Path]
 ) -> None:
-    shared = running(options(tiny_base, tmp_path / "store"), lambda _: engine_for(tiny_base), compiler)
-    async with shared as server, AsyncClient(server.address) as client:
+    serve = Servers(tiny_base, tmp_path / "store", compiler)
+    async with serve() as server, server.client() as client:
         bad = write_adapter(tmp_path / "hangs", "hangs")
         upload = asyncio.create_task(client.upload_adapter("tenants/acme/adapters/bad", bad, timeout=60))
         generated = 0

@@ -13,11 +13,11 @@ import pytest
 
 from deltamux.client import AsyncClient
 from deltamux.errors import DeltamuxError
-from deltamux.server.app import RunningServer
 from deltamux.server.transport.completion import run_to_completion
 from deltamux.store.inspection import inspect
 from deltamux.store.objects import ObjectStore
 from deltamux.store.store import AdapterStore
+from deltamux_testing.servers import Served
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -65,7 +65,7 @@ async def received(events: list[tuple[str, int | None]]) -> None:
 
 
 async def test_an_upload_that_is_cancelled_while_it_is_stored_is_stored_whole(
-    served: RunningServer, client: AsyncClient, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+    served: Served, client: AsyncClient, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     events: list[tuple[str, int | None]] = []

@@ -15,12 +15,10 @@ from deltamux.cli import main
 from deltamux.client import AsyncClient
 from deltamux.deltas import BaseModel
 from deltamux.errors import DataLossError, FailedPreconditionError
-from deltamux.server.app import RunningServer, running
-from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.compiling.job import Job
 from deltamux.store import AdapterKey, VersionKey
 from deltamux_testing.adapters import write_own
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Served, Servers
 from deltamux_testing.tiny_base import write_base
 
 NAME = "tenants/acme/adapters/tickets"
@@ -49,7 +47,7 @@ async def tokens(client: AsyncClient, name: str | None) -> tuple[int, ...]:
     return (await client.generate("hello", adapter=name, **GREEDY)).token_ids
 
 
-async def harmed(served: RunningServer, harm: Callable[[Path], None]) -> Path:
+async def harmed(served: Served, harm: Callable[[Path], None]) -> Path:
     """Damages the program of the first adapter's first version, and evicts it from the engine."""
     record = served.store.versions(AdapterKey("acme", "tickets"))[0]
     harm(record.program)
@@ -59,7 +57,7 @@ async def harmed(served: RunningServer, harm: Callable[[Path], None]) -> Path:
 
 @pytest.mark.parametrize("harm", [flip, remove])
 async def test_a_damaged_program_is_named_and_repaired_by_the_same_files_of_any_tenant(
-    harm: Callable[[Path], None], served: RunningServer, client: AsyncClient, loras: list[Path]
+    harm: Callable[[Path], None], served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
     version = await client.upload_adapter(NAME, loras[0])
     second = await client.upload_adapter(NAME, loras[1])
@@ -80,7 +78,7 @@ async def test_a_damaged_program_is_named_and_repaired_by_the_same_files_of_any_
 
 
 async def test_a_program_that_is_whole_again_needs_no_upload(
-    served: RunningServer, client: AsyncClient, loras: list[Path]
+    served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
     version = await client.upload_adapter(NAME, loras[0])
     expected = await tokens(client, NAME)
@@ -93,14 +91,14 @@ async def test_a_program_that_is_whole_again_needs_no_upload(
     assert (await client.get_adapter_version(version.name)).state == "READY"
 
 
-def harm_row(served: RunningServer, change: str) -> None:
+def harm_row(served: Served, change: str) -> None:
     with closing(sqlite3.connect(served.store.root / "db.sqlite3", timeout=10)) as connection, connection:
         connection.execute(f"UPDATE versions SET {change} WHERE tenant = 'acme' AND number = 1")
 
 
 @pytest.mark.parametrize("number", [3, -1, "'x'"])
 async def test_a_row_with_other_virtual_tokens_than_its_program_is_refused_until_it_is_repaired(
-    number: object, served: RunningServer, client: AsyncClient, soft_prompt: Path, capsys: pytest.CaptureFixture[str]
+    number: object, served: Served, client: AsyncClient, soft_prompt: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     version = await client.upload_adapter(NAME, soft_prompt)
     harm_row(served, f"num_virtual_tokens = {number}")
@@ -114,7 +112,7 @@ async def test_a_row_with_other_virtual_tokens_than_its_program_is_refused_until
 
 
 async def test_rows_that_cannot_be_read_leave_their_adapter_and_its_lists_usable(
-    served: RunningServer, client: AsyncClient, loras: list[Path]
+    served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     expected = await tokens(client, NAME)
@@ -131,7 +129,7 @@ async def test_rows_that_cannot_be_read_leave_their_adapter_and_its_lists_usable
 
 
 async def test_a_composition_of_a_damaged_upload_is_refused(
-    served: RunningServer, client: AsyncClient, loras: list[Path]
+    served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     await client.upload_adapter(OTHER, loras[1])
@@ -144,16 +142,13 @@ async def test_a_composition_of_a_damaged_upload_is_refused(
 
 @pytest.mark.slow
 async def test_programs_damaged_before_the_start_and_programs_of_another_base(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+    tiny_base: Path, tmp_path: Path, serve: Servers, loras: list[Path]
 ) -> None:
     """Two bases of equal shapes, one store: refused per version, or recompiled with the option."""
-    store, similar = tmp_path / "store", write_base(tmp_path / "similar", seed=1)
+    store, similar = serve.store, write_base(tmp_path / "similar", seed=1)
 
     async def on(base: Path, work: Callable[[AsyncClient], Any], **given: Any) -> Any:
-        async with (
-            running(options(base, store, **given), lambda _: engine_for(base), shared_compiler) as server,
-            AsyncClient(server.address, timeout=60) as client,
-        ):
+        async with serve(base=base, **given) as server, server.client() as client:
             return await work(client)
 
     async def upload(client: AsyncClient) -> tuple[int, ...]:
@@ -198,29 +193,23 @@ async def test_programs_damaged_before_the_start_and_programs_of_another_base(
 
 
 async def test_what_cannot_be_compiled_for_another_base_is_named_and_tried_once_and_others_are_served(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path], monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, serve: Servers, loras: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, similar = tmp_path / "store", write_base(tmp_path / "similar", seed=1)
+    similar = write_base(tmp_path / "similar", seed=1)
     # An adapter of our own says which base it was trained on; one of PEFT's does not.
     own = write_own("ia3", BaseModel.from_pretrained(tiny_base), tmp_path / "own")
-    async with (
-        running(options(tiny_base, store), lambda _: engine_for(tiny_base), shared_compiler) as server,
-        AsyncClient(server.address, timeout=60) as client,
-    ):
+    async with serve() as server, server.client() as client:
         await client.upload_adapter(NAME, own)
         await client.upload_adapter(OTHER, loras[0])
     compiled: list[str] = []
-    compiling = shared_compiler.compile
+    compiling = serve.compiler.compile
 
     async def counted(job: Job, tenant: str) -> Any:
         compiled.append(tenant)
         return await compiling(job, tenant)
 
-    monkeypatch.setattr(shared_compiler, "compile", counted)
-    async with (
-        running(options(similar, store, recompile=True), lambda _: engine_for(similar), shared_compiler) as server,
-        AsyncClient(server.address, timeout=60) as client,
-    ):
+    monkeypatch.setattr(serve.compiler, "compile", counted)
+    async with serve(base=similar, recompile=True) as server, server.client() as client:
         for _ in range(3):
             with pytest.raises(FailedPreconditionError, match="cannot be compiled for this server's base") as refused:
                 await tokens(client, NAME)

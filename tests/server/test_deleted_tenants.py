@@ -10,15 +10,15 @@ import pytest
 
 from deltamux.client import AsyncClient
 from deltamux.errors import FailedPreconditionError, NotFoundError
-from deltamux.server.app import RunningServer
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
+from deltamux_testing.servers import Served
 
 NAME = "tenants/acme/adapters/tickets"
 
 
 async def test_an_upload_that_began_before_its_tenant_was_deleted_is_refused(
-    served: RunningServer, client: AsyncClient, loras: list[Path]
+    served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     files = {name: (loras[1] / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from deltamux.server.app import RunningServer
 from deltamux_testing.pages import DOCS, ROOT, Block, blocks
+from deltamux_testing.servers import Served
 
 EXAMPLES = [
     block
@@ -20,7 +20,7 @@ EXAMPLES = [
 
 @pytest.mark.parametrize("block", EXAMPLES, ids=str)
 async def test_an_example_of_the_client_runs(
-    block: Block, served: RunningServer, loras: list[Path], capsys: pytest.CaptureFixture[str]
+    block: Block, served: Served, loras: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code = block.text.replace("127.0.0.1:8470", served.address).replace("path/to/adapter", str(loras[0]))
     assert code != block.text

@@ -7,27 +7,18 @@ from typing import Any
 
 import pytest
 
-from deltamux.client import AsyncClient
 from deltamux.errors import NotFoundError, ResourceExhaustedError
-from deltamux.server.app import running
-from deltamux.server.compiling.compiler import Compiler
 from deltamux_testing.disks import fill, small_disk
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Servers
 
 NAME = "tenants/acme/adapters/tickets"
 GREEDY: dict[str, Any] = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
 
 
-async def test_a_full_disk_refuses_uploads_and_nothing_else(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
-) -> None:
+async def test_a_full_disk_refuses_uploads_and_nothing_else(tmp_path: Path, serve: Servers, loras: list[Path]) -> None:
     size = sum((loras[1] / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors"))
     with small_disk(tmp_path / "disk") as disk:
-        given = options(tiny_base, disk / "store")
-        async with (
-            running(given, lambda _: engine_for(tiny_base), shared_compiler) as server,
-            AsyncClient(server.address, timeout=60, retries=0) as client,
-        ):
+        async with serve(store=disk / "store") as server, server.client() as client:
             await client.upload_adapter(NAME, loras[0])
             # No room for the files; then room for these, but not for the program that is made of them.
             for leave in (0, size // 4096 * 4096 + 3 * 4096):

@@ -9,7 +9,8 @@ import grpc
 import pytest
 
 from deltamux.client import AsyncClient
-from deltamux.server.app import SERVICES, RunningServer
+from deltamux.server.app import SERVICES
+from deltamux_testing.servers import Served
 from fuzz.messages import ADAPTER, METHODS
 from fuzz.rpcs import Known, drawn, send
 
@@ -18,9 +19,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("number", range(4))
 async def test_random_calls_are_answered_and_change_no_other_answer(
-    number: int, served: RunningServer, client: AsyncClient, loras: list[Path]
+    number: int, served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
-    served.engine.step_seconds = 0.0  # type: ignore[attr-defined]  # the tests' engine
+    served.engine.step_seconds = 0.0
     known = Known(client)
     await known.learn()
     batch = drawn(number, 100)

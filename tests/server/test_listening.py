@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import resource
 import socket
@@ -28,7 +27,7 @@ from deltamux.errors import (
     InvalidArgumentError,
     UnavailableError,
 )
-from deltamux.server.app import SERVICES, RunningServer, running
+from deltamux.server.app import SERVICES
 from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.transport.listening import MAX_DESCRIPTORS, raise_descriptor_limit
 from deltamux.server.transport.status import status_of, without_paths
@@ -37,7 +36,7 @@ from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.tenants_pb2_grpc import TenantsStub
 from deltamux_testing.certificates import write_certificate
 from deltamux_testing.reference_engine import ReferenceEngine
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Served, Servers
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -47,10 +46,9 @@ async def guarded(
     tiny_base: Path, tmp_path_factory: pytest.TempPathFactory, shared_compiler: Compiler
 ) -> AsyncIterator[tuple[str, str]]:
     """The address of a server with keys, and its administrator's key."""
-    store = tmp_path_factory.mktemp("guarded") / "store"
-    given = options(tiny_base, store, auth="keys")
-    async with running(given, lambda _: engine_for(tiny_base), shared_compiler) as server:
-        yield server.address, (store / "admin.key").read_text().strip()
+    serve = Servers(tiny_base, tmp_path_factory.mktemp("guarded") / "store", shared_compiler)
+    async with serve(auth="keys") as server:
+        yield server.address, server.admin_key
 
 
 async def listed(address: str, *metadata: tuple[str, str]) -> str:
@@ -97,7 +95,7 @@ async def test_compressed_messages_are_refused_before_they_are_unpacked(
 
 @pytest.mark.slow
 async def test_a_client_that_pings_often_keeps_its_idle_stream(
-    served: RunningServer, client: AsyncClient, loras: list[Path]
+    served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     pings = [
@@ -115,9 +113,7 @@ async def test_a_client_that_pings_often_keeps_its_idle_stream(
         assert (await watch.read()).type == adapters_pb2.AdapterEvent.UPDATED
 
 
-async def test_a_server_that_loads_its_engine_answers_that_it_starts(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> None:
+async def test_a_server_that_loads_its_engine_answers_that_it_starts(serve: Servers) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -126,11 +122,10 @@ async def test_a_server_that_loads_its_engine_answers_that_it_starts(
     def load(_: EngineOptions) -> ReferenceEngine:
         loading.set()
         assert goes_on.wait(60)
-        return engine_for(tiny_base)
+        return ReferenceEngine(serve.base)
 
-    async def serve() -> None:
-        given = dataclasses.replace(options(tiny_base, tmp_path / "store"), listen=address)
-        async with running(given, load, shared_compiler), AsyncClient(address, timeout=20) as client:
+    async def serving() -> None:
+        async with serve(load, listen=address) as server, server.client() as client:
             assert len((await client.generate("x", max_tokens=2, ignore_eos=True)).token_ids) == 2
             assert await health(address) == health_pb2.HealthCheckResponse.SERVING
             async with grpc.aio.insecure_channel(address) as channel:
@@ -138,7 +133,7 @@ async def test_a_server_that_loads_its_engine_answers_that_it_starts(
                 with pytest.raises(grpc.aio.AioRpcError, match="UNIMPLEMENTED"):
                     await unknown(b"")
 
-    serving = asyncio.create_task(serve())
+    started = asyncio.create_task(serving())
     assert await asyncio.to_thread(loading.wait, 60)
     assert await health(address) == health_pb2.HealthCheckResponse.NOT_SERVING
     async with AsyncClient(address, timeout=20, retries=0) as client:
@@ -148,21 +143,18 @@ async def test_a_server_that_loads_its_engine_answers_that_it_starts(
                 await call
             assert (refused.value.reason, refused.value.retry_after) == ("SERVER_STARTING", 5.0)
     goes_on.set()
-    await serving
+    await started
 
 
-async def test_an_address_is_free_again_after_a_start_that_failed(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> None:
+async def test_an_address_is_free_again_after_a_start_that_failed(serve: Servers) -> None:
     def broken(_: EngineOptions) -> ReferenceEngine:
         raise FailedPreconditionError("no such base")
 
-    given = options(tiny_base, tmp_path / "store")
-    async with running(given, lambda _: engine_for(tiny_base), shared_compiler) as server:
-        given = dataclasses.replace(given, listen=server.address)
+    async with serve() as server:
+        pass
     for _ in range(2):
         with pytest.raises(FailedPreconditionError, match="no such base"):
-            async with running(given, broken, shared_compiler):
+            async with serve(broken, listen=server.address):
                 pass
 
 
@@ -173,12 +165,9 @@ async def health(address: str) -> int:
 
 
 @pytest.mark.slow
-async def test_a_client_with_wrong_tls_gets_the_cause_at_once(
-    served: RunningServer, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> None:
+async def test_a_client_with_wrong_tls_gets_the_cause_at_once(served: Served, serve: Servers, tmp_path: Path) -> None:
     cert, key = write_certificate(tmp_path)
-    given = options(tiny_base, tmp_path / "other", tls_cert=cert, tls_key=key)
-    async with running(given, lambda _: engine_for(tiny_base), shared_compiler) as server:
+    async with serve(store=tmp_path / "other", tls_cert=cert, tls_key=key) as server:
         port = server.address.rpartition(":")[2]
         cases: list[tuple[str, bool | bytes, str]] = [
             (f"127.0.0.1:{port}", False, "as one with TLS does to a client without"),
@@ -194,9 +183,7 @@ async def test_a_client_with_wrong_tls_gets_the_cause_at_once(
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
-async def test_reflection_lists_and_describes_every_service_in_both_versions(
-    version: str, served: RunningServer
-) -> None:
+async def test_reflection_lists_and_describes_every_service_in_both_versions(version: str, served: Served) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         call: Any = channel.stream_stream(
             f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
@@ -240,7 +227,7 @@ def test_paths_of_the_server_lose_their_directories_in_messages_to_clients(text:
 
 
 async def test_an_error_over_a_lost_file_names_no_directory_of_the_store(
-    served: RunningServer, client: AsyncClient, loras: list[Path], tmp_path: Path
+    served: Served, client: AsyncClient, loras: list[Path], tmp_path: Path
 ) -> None:
     await client.upload_adapter(NAME, loras[0], promote=False)
     await served.engine.evict((await client.get_adapter_version(f"{NAME}/versions/1")).digest)

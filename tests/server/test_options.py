@@ -12,15 +12,12 @@ from typing import Any
 import pytest
 
 from deltamux.cli import main
-from deltamux.client import AsyncClient
 from deltamux.engine.base import Engine, EngineOptions
-from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux.errors import DeltamuxError, FailedPreconditionError, InvalidConfigError
 from deltamux.options import declared
-from deltamux.server.app import running
-from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.options import ServeOptions
 from deltamux_testing.certificates import write_certificate
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Servers
 
 OPTIONS = declared(ServeOptions)
 RANGES = {name: each.option.allowed for name, each in OPTIONS.items() if each.option.allowed}
@@ -116,7 +113,15 @@ def test_the_command_refuses_a_value_out_of_range(
 
 
 def never(_: EngineOptions) -> Engine:
-    raise AssertionError("the engine is made before the address and the TLS files are known to be good")
+    raise AssertionError("the engine is made before the options are known to be good")
+
+
+async def refusal(serve: Servers, match: str, **given: Any) -> DeltamuxError:
+    """Returns the error with which a server is refused before its engine is made."""
+    with pytest.raises((FailedPreconditionError, InvalidConfigError), match=match) as refused:
+        async with serve(never, **given):
+            pass
+    return refused.value
 
 
 @pytest.fixture
@@ -163,38 +168,24 @@ TLS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", TLS)
 async def test_an_error_in_the_tls_files_is_raised_before_the_engine_is_made(
-    case: str, pair: tuple[Path, Path], tiny_base: Path, tmp_path: Path
+    case: str, pair: tuple[Path, Path], serve: Servers
 ) -> None:
     spoil, problem = TLS[case]
     spoil(*pair)
-    given = options(tiny_base, tmp_path / "store", tls_cert=pair[0], tls_key=pair[1])
-    with pytest.raises(FailedPreconditionError, match=problem) as refused:
-        async with running(given, never):
-            pass
-    assert refused.value.reason == "TLS_FILES"
+    assert (await refusal(serve, problem, tls_cert=pair[0], tls_key=pair[1])).reason == "TLS_FILES"
 
 
-async def test_a_taken_address_is_refused_before_the_engine_is_made(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> None:
-    first = options(tiny_base, tmp_path / "store")
-    async with running(first, lambda _: engine_for(tiny_base), shared_compiler) as server:
-        second = dataclasses.replace(first, store=tmp_path / "other", listen=server.address)
-        with pytest.raises(FailedPreconditionError, match="cannot listen on") as refused:
-            async with running(second, never, shared_compiler):
-                pass
-    assert refused.value.reason == "ADDRESS_UNAVAILABLE"
+async def test_a_taken_address_is_refused_before_the_engine_is_made(serve: Servers, tmp_path: Path) -> None:
+    async with serve() as server:
+        refused = await refusal(serve, "cannot listen on", store=tmp_path / "other", listen=server.address)
+    assert refused.reason == "ADDRESS_UNAVAILABLE"
 
 
-async def test_a_unix_socket_that_a_server_listens_on_is_not_taken_from_it(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> None:
-    first = dataclasses.replace(options(tiny_base, tmp_path / "store"), listen=f"unix:{tmp_path / 'socket'}")
-    async with running(first, lambda _: engine_for(tiny_base), shared_compiler) as server:
-        with pytest.raises(FailedPreconditionError, match="another process listens there"):
-            async with running(dataclasses.replace(first, store=tmp_path / "other"), never, shared_compiler):
-                pass
-        async with AsyncClient(server.address) as client:
+async def test_a_unix_socket_that_a_server_listens_on_is_not_taken_from_it(serve: Servers, tmp_path: Path) -> None:
+    listen = f"unix:{tmp_path / 'socket'}"
+    async with serve(listen=listen) as server:
+        await refusal(serve, "another process listens there", store=tmp_path / "other", listen=listen)
+        async with server.client() as client:
             assert await client.list_tenants() == []
     (tmp_path / "socket").unlink(missing_ok=True)
 
@@ -208,14 +199,11 @@ ADDRESSES = {
 
 @pytest.mark.parametrize("listen", ADDRESSES)
 async def test_an_unavailable_address_is_refused_with_the_systems_error(
-    listen: str, tiny_base: Path, tmp_path: Path
+    listen: str, serve: Servers, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         address = listen.format(tmp=tmp_path, taken=other.getsockname()[1])
-        given = dataclasses.replace(options(tiny_base, tmp_path / "store"), listen=address, insecure=True)
-        with pytest.raises(FailedPreconditionError, match=f"cannot listen on .*: {ADDRESSES[listen]}; choose"):
-            async with running(given, never):
-                pass
+        await refusal(serve, f"cannot listen on .*: {ADDRESSES[listen]}; choose", listen=address, insecure=True)
 
 
 KEY_FILES: dict[str, Callable[[Path], Any]] = {
@@ -231,15 +219,12 @@ KEY_FILES: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("case", KEY_FILES)
 async def test_a_key_file_without_one_key_is_refused_before_the_engine_is_made(
-    case: str, tiny_base: Path, tmp_path: Path
+    case: str, serve: Servers, tmp_path: Path
 ) -> None:
     file = tmp_path / ("nowhere/admin.key" if case == "a folder that is not there" else "admin.key")
     KEY_FILES[case](file)
-    given = options(tiny_base, tmp_path / "store", auth="keys", admin_key_file=file)
-    with pytest.raises(FailedPreconditionError, match=r"administrator's key file .* repair it") as refused:
-        async with running(given, never):
-            pass
-    assert refused.value.reason == "ADMIN_KEY"
+    refused = await refusal(serve, "administrator's key file .* repair it", auth="keys", admin_key_file=file)
+    assert refused.reason == "ADMIN_KEY"
 
 
 @pytest.mark.parametrize("store", ["file", "file/store", "link", "n" * 300])
@@ -263,15 +248,11 @@ REFUSED_AT_ONCE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("problem", REFUSED_AT_ONCE)
-async def test_what_vllm_would_refuse_later_is_refused_before_the_store_is_made(
-    problem: str, tiny_base: Path, tmp_path: Path
-) -> None:
-    given = options(tiny_base, tmp_path / "store", **REFUSED_AT_ONCE[problem])
-    with pytest.raises(InvalidConfigError, match=problem) as refused:
-        async with running(given, never):
-            pass
-    assert "\n" not in refused.value.message
-    assert not (tmp_path / "store").exists()
+async def test_what_vllm_would_refuse_later_is_refused_before_the_store_is_made(problem: str, serve: Servers) -> None:
+    refused = await refusal(serve, problem, **REFUSED_AT_ONCE[problem])
+    assert isinstance(refused, InvalidConfigError)
+    assert "\n" not in refused.message
+    assert not serve.store.exists()
 
 
 @pytest.mark.parametrize(

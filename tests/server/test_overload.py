@@ -7,7 +7,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,16 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]  # its 
 from grpc_status import rpc_status
 
 from deltamux.client import AsyncClient
+from deltamux.client.retrying import RETRIES
 from deltamux.client.uploads import upload_messages
 from deltamux.errors import ResourceExhaustedError
-from deltamux.server.app import RunningServer, running
-from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.rpc.events import MAX_WATCHES
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1 import inference_pb2
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.inference_pb2_grpc import InferenceStub
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.raw_http2 import HEADERS, PREFACE, RST_STREAM, SETTINGS, frame, headers
+from deltamux_testing.servers import Served, Servers
 from deltamux_testing.stalled_uploads import StalledUploads
 
 ACME, GLOBEX = "tenants/acme/adapters/tickets", "tenants/globex/adapters/tickets"
@@ -42,16 +42,8 @@ def retry_delay(error: grpc.RpcError) -> float | None:
     return None
 
 
-@asynccontextmanager
-async def limited(base: Path, store: Path, compiler: Compiler, **given: Any) -> AsyncIterator[RunningServer]:
-    async with running(options(base, store, **given), lambda _: engine_for(base), compiler) as server:
-        yield server
-
-
 @pytest.mark.slow
-async def test_each_of_thousands_of_concurrent_calls_is_served_or_refused_with_retry_info(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> None:
+async def test_each_of_thousands_of_concurrent_calls_is_served_or_refused_with_retry_info(serve: Servers) -> None:
     channels = 2
 
     def call(address: str) -> Counter[str]:
@@ -72,20 +64,16 @@ async def test_each_of_thousands_of_concurrent_calls_is_served_or_refused_with_r
             return "served"
         return f"{error.code().name}{'' if retry_delay(error) is None else ' with a time to come back'}"
 
-    async with limited(tiny_base, tmp_path / "store", shared_compiler, max_pending_requests=50) as server:
+    async with serve(max_pending_requests=50) as server:
         outcomes = await asyncio.to_thread(call, server.address)
     assert set(outcomes) == {"served", "RESOURCE_EXHAUSTED with a time to come back"}
     assert outcomes["served"] >= 50
 
 
-async def test_a_tenant_that_holds_its_slots_for_long_keeps_no_other_out(
-    tiny_base: Path, tmp_path: Path, loras: list[Path], shared_compiler: Compiler
-) -> None:
-    given = options(tiny_base, tmp_path / "store", max_pending_requests=4)
-    engine = engine_for(tiny_base, 0.5)
+async def test_a_tenant_that_holds_its_slots_for_long_keeps_no_other_out(serve: Servers, loras: list[Path]) -> None:
     async with (
-        running(given, lambda _: engine, shared_compiler) as server,
-        AsyncClient(server.address, timeout=60, retries=0) as client,
+        serve(max_pending_requests=4, step_seconds=0.5) as server,
+        server.client() as client,
         AsyncExitStack() as stack,
     ):
         for name, files in zip((ACME, GLOBEX), loras, strict=True):
@@ -98,31 +86,33 @@ async def test_a_tenant_that_holds_its_slots_for_long_keeps_no_other_out(
         assert (await client.generate("a", adapter=GLOBEX, max_tokens=1)).adapter_version == f"{GLOBEX}/versions/1"
 
 
+@pytest.mark.parametrize(
+    ("permits", "calls", "name"), [(4, 8, ACME), (1, 5, None)], ids=["after their header", "before it"]
+)
 async def test_uploads_of_one_tenant_that_stall_do_not_keep_another_from_uploading(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+    permits: int, calls: int, name: str | None, serve: Servers, loras: list[Path]
 ) -> None:
-    async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(
-            limited(tiny_base, tmp_path / "store", shared_compiler, max_concurrent_uploads=4)
-        )
-        client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
-        stalled = await stack.enter_async_context(StalledUploads(server.address, loras[0]))
-        await stalled.begin(8, ACME)
+    """A call that has sent nothing takes no permit."""
+    async with (
+        serve(max_concurrent_uploads=permits) as server,
+        server.client(retries=RETRIES) as client,
+        StalledUploads(server.address, loras[0]) as stalled,
+    ):
+        await stalled.begin(calls, name)
         began = time.monotonic()
         assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"
         assert time.monotonic() - began < 20
 
 
 async def test_tenants_that_stall_together_keep_another_from_uploading_for_seconds_at_most(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+    serve: Servers, loras: list[Path]
 ) -> None:
-    tenants = ("acme", "hooli", "initech")
-    async with AsyncExitStack() as stack:
-        limits: dict[str, Any] = {"max_concurrent_uploads": 4, "upload_min_bytes_per_second": 1 << 20}
-        server = await stack.enter_async_context(limited(tiny_base, tmp_path / "store", shared_compiler, **limits))
-        client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
-        for tenant in tenants:
-            stalled = await stack.enter_async_context(StalledUploads(server.address, loras[0]))
+    async with (
+        serve(max_concurrent_uploads=4, upload_min_bytes_per_second=1 << 20) as server,
+        server.client(retries=RETRIES) as client,
+        StalledUploads(server.address, loras[0]) as stalled,
+    ):
+        for tenant in ("acme", "hooli", "initech"):
             await stalled.begin(6, f"tenants/{tenant}/adapters/tickets")
         for number in range(3):
             began = time.monotonic()
@@ -131,37 +121,17 @@ async def test_tenants_that_stall_together_keep_another_from_uploading_for_secon
 
 
 @pytest.mark.slow
-async def test_an_upload_waits_for_those_that_stall_to_be_given_up(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
-) -> None:
-    given: dict[str, Any] = {"max_concurrent_uploads": 1, "upload_idle_seconds": 1.0}
-    async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(limited(tiny_base, tmp_path / "store", shared_compiler, **given))
-        client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
-        stalled = await stack.enter_async_context(StalledUploads(server.address, loras[0]))
+async def test_an_upload_waits_for_those_that_stall_to_be_given_up(serve: Servers, loras: list[Path]) -> None:
+    async with (
+        serve(max_concurrent_uploads=1, upload_idle_seconds=1.0) as server,
+        server.client(retries=RETRIES) as client,
+        StalledUploads(server.address, loras[0]) as stalled,
+    ):
         await stalled.begin(2, ACME)
         assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"
 
 
-async def test_a_call_that_sends_nothing_takes_no_permit(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
-) -> None:
-    async with AsyncExitStack() as stack:
-        server = await stack.enter_async_context(
-            limited(tiny_base, tmp_path / "store", shared_compiler, max_concurrent_uploads=1)
-        )
-        client = await stack.enter_async_context(AsyncClient(server.address, timeout=60))
-        stalled = await stack.enter_async_context(StalledUploads(server.address, loras[0]))
-        await stalled.begin(5)
-        began = time.monotonic()
-        assert (await client.upload_adapter(GLOBEX, loras[0])).state == "READY"
-        assert time.monotonic() - began < 20
-
-
-async def test_an_upload_that_trickles_is_given_up_for_its_rate(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
-) -> None:
-    given: dict[str, Any] = {"upload_idle_seconds": 1.0, "upload_min_bytes_per_second": 1 << 20}
+async def test_an_upload_that_trickles_is_given_up_for_its_rate(serve: Servers, loras: list[Path]) -> None:
     header, first, *_ = upload_messages(ACME, loras[0])
 
     async def trickle() -> AsyncIterator[pb.UploadAdapterRequest]:
@@ -171,27 +141,26 @@ async def test_an_upload_that_trickles_is_given_up_for_its_rate(
             yield pb.UploadAdapterRequest(chunk=chunk)
             await asyncio.sleep(0.05)
 
-    async with limited(tiny_base, tmp_path / "store", shared_compiler, **given) as server:
+    async with serve(upload_idle_seconds=1.0, upload_min_bytes_per_second=1 << 20) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             began = time.monotonic()
             with pytest.raises(grpc.aio.AioRpcError, match="less than 1048576 bytes per second") as refused:
                 await AdaptersStub(channel).UploadAdapter(trickle(), timeout=60)
             assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             assert time.monotonic() - began < 10
-        async with AsyncClient(server.address, timeout=60) as client:
+        async with server.client() as client:
             assert (await client.upload_adapter(ACME, loras[0])).state == "READY"
 
 
 async def test_calls_that_are_reset_at_once_are_refused_before_the_server_handles_them(
-    served: RunningServer,
+    served: Served, client: AsyncClient
 ) -> None:
     begun = 15_000
     host, port = served.address.rsplit(":", 1)
     reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(SETTINGS, 0, 0))
-    headers = b"".join(map(header, ((":method", "POST"), (":scheme", "http"), (":path", "/any"), ("te", "trailers"))))
+    writer.write(PREFACE + frame(SETTINGS, 0, 0))
     for stream in range(1, 2 * begun, 2):
-        writer.write(frame(HEADERS, 4, stream, headers) + frame(RST_STREAM, 0, stream, b"\0\0\0\x08"))
+        writer.write(frame(HEADERS, 4, stream, headers("/any")) + frame(RST_STREAM, 0, stream, b"\0\0\0\x08"))
     await writer.drain()
     refused = 0
     async with asyncio.timeout(60):
@@ -200,25 +169,11 @@ async def test_calls_that_are_reset_at_once_are_refused_before_the_server_handle
             await reader.readexactly(5 + size)
             refused += kind == RST_STREAM
     writer.close()
-    async with AsyncClient(served.address, timeout=60) as client:
-        assert await client.list_tenants() == []
-
-
-HEADERS, RST_STREAM, SETTINGS = 1, 3, 4
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    """Returns a frame of HTTP/2."""
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
-def header(pair: tuple[str, str]) -> bytes:
-    """Returns a header as HPACK writes it without its tables."""
-    return b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in pair)
+    assert await client.list_tenants() == []
 
 
 async def test_a_tenant_is_watched_so_many_times_at_once_and_another_all_the_same(
-    served: RunningServer, client: AsyncClient, loras: list[Path]
+    served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
     for name in (ACME, GLOBEX):
         await client.upload_adapter(name, loras[0])

@@ -4,39 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from deltamux.client import AsyncClient
 from deltamux.errors import ResourceExhaustedError, UnavailableError
-from deltamux.server.app import running
-from deltamux.server.compiling.compiler import Compiler
-from deltamux_testing.reference_engine import ReferenceEngine
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Servers
+from deltamux_testing.waiting import until
 
 ONE, TWO, THREE = (f"tenants/acme/adapters/{name}" for name in ("one", "two", "three"))
 OTHERS = "tenants/globex/adapters/one"
 
 
-@asynccontextmanager
-async def serving(
-    base: Path, store: Path, compiler: Compiler, **given: object
-) -> AsyncIterator[tuple[AsyncClient, ReferenceEngine]]:
-    engine = engine_for(base)
-    async with (
-        running(options(base, store, **given), lambda _: engine, compiler) as server,
-        AsyncClient(server.address, timeout=60, retries=0) as client,
-    ):
-        yield client, engine
-
-
-async def test_a_pin_belongs_to_one_adapter_and_follows_what_it_serves(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
-) -> None:
-    async with serving(tiny_base, tmp_path / "store", shared_compiler) as (client, engine):
+async def test_a_pin_belongs_to_one_adapter_and_follows_what_it_serves(serve: Servers, loras: list[Path]) -> None:
+    async with serve() as server, server.client() as client:
+        engine = server.engine
         shared = (await client.upload_adapter(ONE, loras[0])).digest
         assert (await client.upload_adapter(OTHERS, loras[0])).digest == shared
         assert (await client.pin_adapter(ONE)).pinned
@@ -51,12 +33,10 @@ async def test_a_pin_belongs_to_one_adapter_and_follows_what_it_serves(
         assert engine.pinned == set()
 
 
-async def test_pins_are_bounded_per_tenant_and_in_all(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
-) -> None:
-    limits = {"max_pinned_adapters_per_tenant": 2, "max_host_adapters": 6}
+async def test_pins_are_bounded_per_tenant_and_in_all(serve: Servers, loras: list[Path]) -> None:
     third = "tenants/initech/adapters/one"
-    async with serving(tiny_base, tmp_path / "store", shared_compiler, **limits) as (client, _):
+    limited = serve(max_pinned_adapters_per_tenant=2, max_host_adapters=6)
+    async with limited as server, server.client() as client:
         for name in (ONE, TWO, THREE, OTHERS, third):
             await client.upload_adapter(name, loras[0])
         for name in (ONE, TWO, TWO):
@@ -71,17 +51,15 @@ async def test_pins_are_bounded_per_tenant_and_in_all(
         await client.pin_adapter(third)
 
 
-async def test_a_pin_that_cannot_be_restored_is_reported_and_the_others_are(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
-) -> None:
-    store = tmp_path / "store"
-    async with serving(tiny_base, store, shared_compiler) as (client, _):
+async def test_a_pin_that_cannot_be_restored_is_reported_and_the_others_are(serve: Servers, loras: list[Path]) -> None:
+    async with serve() as server, server.client() as client:
         damaged = await client.upload_adapter(ONE, loras[0])
         whole = await client.upload_adapter(TWO, loras[1])
         for name in (ONE, TWO):
             await client.pin_adapter(name)
-    shutil.rmtree(store / "objects" / damaged.digest[:2] / damaged.digest)
-    async with serving(tiny_base, store, shared_compiler) as (client, engine):
+    shutil.rmtree(serve.store / "objects" / damaged.digest[:2] / damaged.digest)
+    async with serve() as server, server.client() as client:
+        engine = server.engine
         async with asyncio.timeout(30):
             while not (await client.get_adapter(ONE)).problem or not engine.pinned:  # noqa: ASYNC110 - as an operator
                 await asyncio.sleep(0.02)
@@ -96,30 +74,27 @@ async def test_a_pin_that_cannot_be_restored_is_reported_and_the_others_are(
 
 
 async def test_a_pinned_program_that_was_repaired_is_pinned_again_in_the_next_engine(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+    serve: Servers, loras: list[Path]
 ) -> None:
-    store = tmp_path / "store"
-    async with serving(tiny_base, store, shared_compiler, engine_restart_seconds=0.01) as (client, engine):
+    async with serve(engine_restart_seconds=0.01) as server, server.client() as client:
+        engine = server.engine
         version = await client.upload_adapter(ONE, loras[0])
         await client.pin_adapter(ONE)
-        (store / "objects" / version.digest[:2] / version.digest / "program.safetensors").unlink()
+        (serve.store / "objects" / version.digest[:2] / version.digest / "program.safetensors").unlink()
         await client.upload_adapter(OTHERS, loras[0])
         engine.host.clear()
         engine.pinned.clear()
         engine.crash()
-        async with asyncio.timeout(30):
-            while engine.pinned != {version.digest}:  # noqa: ASYNC110 - as an operator
-                await asyncio.sleep(0.02)
+        await until(lambda: engine.pinned == {version.digest})
         assert (await client.get_adapter(ONE)).problem == ""
 
 
 async def test_an_upload_while_the_engine_is_down_changes_nothing_and_has_a_retry_time(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler, loras: list[Path]
+    serve: Servers, loras: list[Path]
 ) -> None:
-    slow = {"engine_restart_seconds": 30.0}
-    async with serving(tiny_base, tmp_path / "store", shared_compiler, **slow) as (client, engine):
+    async with serve(engine_restart_seconds=30.0) as server, server.client() as client:
         await client.upload_adapter(ONE, loras[0])
-        engine.crash()
+        server.engine.crash()
         with pytest.raises(UnavailableError) as refused:
             await client.upload_adapter(ONE, loras[1], promote=True)
         assert refused.value.retry_after is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,10 +13,8 @@ from grpc_status import rpc_status
 
 from deltamux.client import AsyncClient
 from deltamux.errors import InvalidArgumentError
-from deltamux.server.app import RunningServer, running
-from deltamux.server.compiling.compiler import Compiler
 from deltamux.v1 import adapters_pb2, inference_pb2
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Served, Servers
 from deltamux_testing.tiny_base import CHAT_TEMPLATE
 
 NAME = "tenants/acme/adapters/tickets"
@@ -78,7 +75,7 @@ async def refusal(channel: grpc.aio.Channel, method: str, raw: bytes) -> tuple[g
 
 @pytest.mark.parametrize("name", MISTAKES)
 async def test_a_mistake_in_a_generation_is_refused_at_once(
-    name: str, served: RunningServer, caplog: pytest.LogCaptureFixture
+    name: str, served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "deltamux.server")
     request, reason = MISTAKES[name]
@@ -94,13 +91,13 @@ async def test_a_mistake_in_a_generation_is_refused_at_once(
 
 
 @pytest.mark.parametrize("method", [*GENERATE, "Adapters/GetAdapter", "Tenants/GetTenant"])
-async def test_bytes_that_are_not_the_message_are_refused(method: str, served: RunningServer) -> None:
+async def test_bytes_that_are_not_the_message_are_refused(method: str, served: Served) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         for raw in (b"\xff\xff\xff", b"\x0a\x02\xff\xfe"):  # not a message; a name that is not UTF-8
             assert (await refusal(channel, method, raw))[:2] == (grpc.StatusCode.INVALID_ARGUMENT, "UNDECODABLE")
 
 
-async def test_bytes_that_are_not_the_message_are_refused_in_a_stream_too(served: RunningServer) -> None:
+async def test_bytes_that_are_not_the_message_are_refused_in_a_stream_too(served: Served) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         upload: Any = channel.stream_unary("/deltamux.v1.Adapters/UploadAdapter")
         with pytest.raises(grpc.aio.AioRpcError) as raised:
@@ -109,9 +106,7 @@ async def test_bytes_that_are_not_the_message_are_refused_in_a_stream_too(served
 
 
 @pytest.mark.parametrize("token", ["x", "é", "MQ", "OTk5OTk5OTk5OTk5OTk5OTk5OTk=", "LTE=", "4pyT", "A" * 513])
-async def test_a_page_token_that_no_page_gave_is_refused(
-    token: str, served: RunningServer, client: AsyncClient
-) -> None:
+async def test_a_page_token_that_no_page_gave_is_refused(token: str, served: Served, client: AsyncClient) -> None:
     async with grpc.aio.insecure_channel(served.address) as channel:
         code, reason, metadata = await refusal(
             channel, "Adapters/ListAdapterVersions", versions(token).SerializeToString()
@@ -122,7 +117,7 @@ async def test_a_page_token_that_no_page_gave_is_refused(
 
 
 async def test_versions_with_large_labels_are_listed_page_by_page(
-    served: RunningServer, client: AsyncClient, loras: Any
+    served: Served, client: AsyncClient, loras: Any
 ) -> None:
     for number in range(2):
         await client.upload_adapter(NAME, loras[number])
@@ -134,10 +129,8 @@ async def test_versions_with_large_labels_are_listed_page_by_page(
     assert [version.version for version in await client.list_adapter_versions(NAME)] == [1, 2]
 
 
-async def test_a_chat_that_the_template_refuses_comes_back_in_its_words(
-    served: RunningServer, client: AsyncClient
-) -> None:
-    tokenizer = served.engine._tokenizer  # type: ignore[attr-defined]  # the tests' engine
+async def test_a_chat_that_the_template_refuses_comes_back_in_its_words(served: Served, client: AsyncClient) -> None:
+    tokenizer = served.engine._tokenizer
     refuse = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     tokenizer.chat_template = refuse + CHAT_TEMPLATE
     with pytest.raises(InvalidArgumentError, match="System role not supported") as raised:
@@ -167,7 +160,7 @@ async def test_what_no_message_can_hold_is_refused_by_the_client(call: Any, clie
         await call(client)
 
 
-async def test_others_are_served_while_huge_requests_are_refused(served: RunningServer, client: AsyncClient) -> None:
+async def test_others_are_served_while_huge_requests_are_refused(served: Served, client: AsyncClient) -> None:
     """No request, however large, blocks the event loop."""
     raws = [request.SerializeToString() for request, _ in MISTAKES.values()]
     async with grpc.aio.insecure_channel(served.address) as channel:
@@ -182,21 +175,16 @@ async def test_others_are_served_while_huge_requests_are_refused(served: Running
 
 
 @pytest.mark.parametrize("shared", [False, True])
-async def test_tenants_share_cached_prompts_only_with_the_option(
-    shared: bool, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> None:
-    engine = engine_for(tiny_base)
-    given = options(tiny_base, tmp_path / "store", auth="keys", share_prefix_cache=shared)
-    async with running(given, lambda _: engine, shared_compiler) as server:
-        admin_key = (tmp_path / "store" / "admin.key").read_text().strip()
-        keys = [admin_key]
-        async with AsyncClient(server.address, api_key=admin_key) as admin:
+async def test_tenants_share_cached_prompts_only_with_the_option(shared: bool, serve: Servers) -> None:
+    async with serve(auth="keys", share_prefix_cache=shared) as server:
+        keys = [server.admin_key]
+        async with server.client(api_key=server.admin_key) as admin:
             for tenant in ("acme", "globex"):
                 await admin.create_tenant(tenant)
                 keys.append((await admin.create_api_key(f"tenants/{tenant}")).secret or "")
         for key in [*keys, *keys]:
-            async with AsyncClient(server.address, api_key=key) as caller:
+            async with server.client(api_key=key) as caller:
                 await caller.generate("x", max_tokens=1)
-    first, again = engine.salts[:3], engine.salts[3:]
+    first, again = server.engine.salts[:3], server.engine.salts[3:]
     assert first == again
     assert first == [""] * 3 if shared else (len({*first}) == 3 and all(first))

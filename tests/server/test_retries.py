@@ -23,9 +23,7 @@ from deltamux.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from deltamux.server.app import RunningServer, running
-from deltamux.server.compiling.compiler import Compiler
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Served, Servers
 from deltamux_testing.stalled_uploads import StalledUploads
 
 NAME = "tenants/acme/adapters/tickets"
@@ -34,15 +32,14 @@ LONG: dict[str, Any] = {**SHORT, "max_tokens": 300}
 
 
 @pytest.fixture
-async def narrow(tiny_base: Path, tmp_path: Path, shared_compiler: Compiler) -> AsyncIterator[RunningServer]:
+async def narrow(serve: Servers) -> AsyncIterator[Served]:
     """A server with one permit of each kind."""
-    given = options(tiny_base, tmp_path / "store", max_pending_requests=1, max_concurrent_uploads=1)
-    async with running(given, lambda _: engine_for(tiny_base, 0.02), shared_compiler) as server:
+    async with serve(max_pending_requests=1, max_concurrent_uploads=1, step_seconds=0.02) as server:
         yield server
 
 
 @pytest.mark.slow
-async def test_generations_beyond_the_limit_are_sent_again_until_they_are_served(narrow: RunningServer) -> None:
+async def test_generations_beyond_the_limit_are_sent_again_until_they_are_served(narrow: Served) -> None:
     async with AsyncClient(narrow.address, timeout=60, retries=20) as client:
         whole = await asyncio.gather(*(client.generate("x", **SHORT) for _ in range(4)))
         assert [len(each.token_ids) for each in whole] == [2] * 4
@@ -54,7 +51,7 @@ async def test_generations_beyond_the_limit_are_sent_again_until_they_are_served
     assert await asyncio.gather(*(asyncio.to_thread(threads) for _ in range(2))) == [4, 4]
 
 
-async def test_a_stream_is_sent_again_before_its_first_token(narrow: RunningServer) -> None:
+async def test_a_stream_is_sent_again_before_its_first_token(narrow: Served) -> None:
     async with AsyncClient(narrow.address, timeout=60) as client:
         async with aclosing(client.generate_stream("x", **LONG)) as first:  # type: ignore[type-var]  # a generator
             async for _ in first:
@@ -70,7 +67,7 @@ async def tokens(client: AsyncClient) -> int:
 
 
 async def test_the_callers_timeout_holds_for_all_attempts_together_and_no_retries_means_none(
-    narrow: RunningServer,
+    narrow: Served,
 ) -> None:
     async with AsyncClient(narrow.address, timeout=60) as client, AsyncClient(narrow.address, retries=0) as other:
         under_way = asyncio.create_task(client.generate("x", **LONG))
@@ -78,6 +75,7 @@ async def test_the_callers_timeout_holds_for_all_attempts_together_and_no_retrie
         began = time.monotonic()
         with pytest.raises(ResourceExhaustedError) as refused:
             await other.generate("x", **SHORT)
+        assert refused.value.reason == "SERVER_BUSY"
         assert refused.value.retry_after is not None
         assert time.monotonic() - began < 1
         with pytest.raises((ResourceExhaustedError, DeadlineExceededError)):
@@ -87,9 +85,7 @@ async def test_the_callers_timeout_holds_for_all_attempts_together_and_no_retrie
 
 
 @pytest.mark.slow
-async def test_an_upload_that_is_refused_is_sent_again_from_its_beginning(
-    narrow: RunningServer, loras: list[Path]
-) -> None:
+async def test_an_upload_that_is_refused_is_sent_again_from_its_beginning(narrow: Served, loras: list[Path]) -> None:
     reported: list[int] = []
     async with StalledUploads(narrow.address, loras[0]) as stalled, AsyncClient(narrow.address, timeout=60) as client:
         await stalled.begin(9, NAME)

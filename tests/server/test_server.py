@@ -9,7 +9,6 @@ from typing import Any
 
 import grpc
 import pytest
-from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from deltamux.client import AsyncClient, Client
 from deltamux.errors import (
@@ -19,26 +18,20 @@ from deltamux.errors import (
     InvalidArgumentError,
     NotFoundError,
     PermissionDeniedError,
-    ResourceExhaustedError,
     UnauthenticatedError,
 )
-from deltamux.server.app import SERVICES, RunningServer, running
-from deltamux.server.compiling.compiler import Compiler
 from deltamux_testing.certificates import write_certificate
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Served, Servers
+from deltamux_testing.waiting import until
 
 NAME = "tenants/acme/adapters/tickets"
 LONG: dict[str, Any] = {"max_tokens": 300, "temperature": 0.0, "ignore_eos": True}
 
 
-async def settled(served: RunningServer) -> list[str]:
+async def settled(served: Served) -> list[str]:
     """Waits until nothing runs in the engine; returns the aborted requests."""
-    for _ in range(200):
-        if not served.engine.running:  # type: ignore[attr-defined]  # the tests' engine
-            break
-        await asyncio.sleep(0.02)
-    aborted: list[str] = served.engine.aborted  # type: ignore[attr-defined]  # likewise
-    return aborted
+    await until(lambda: not served.engine.running)
+    return served.engine.aborted
 
 
 async def test_a_generation_reports_what_was_used(client: AsyncClient, loras: list[Path]) -> None:
@@ -86,14 +79,14 @@ async def test_a_composition_that_cannot_be_is_refused_with_its_part(client: Asy
     assert [adapter.name for adapter in await client.list_adapters("tenants/acme")] == ["tenants/acme/adapters/one"]
 
 
-async def test_closing_a_stream_aborts_the_generation(client: AsyncClient, served: RunningServer) -> None:
+async def test_closing_a_stream_aborts_the_generation(client: AsyncClient, served: Served) -> None:
     async with aclosing(client.generate_stream("hello", **LONG)) as stream:  # type: ignore[type-var]  # a generator
         async for _ in stream:
             break
     assert len(await settled(served)) == 1
 
 
-async def test_a_deadline_aborts_the_generation(client: AsyncClient, served: RunningServer) -> None:
+async def test_a_deadline_aborts_the_generation(client: AsyncClient, served: Served) -> None:
     with pytest.raises(DeadlineExceededError):
         await client.generate("hello", timeout=0.3, **LONG)
     assert len(await settled(served)) == 1
@@ -180,7 +173,7 @@ async def test_watching_reports_the_present_and_every_change(client: AsyncClient
     ]
 
 
-async def test_pages_are_followed_to_the_end(client: AsyncClient, served: RunningServer, loras: list[Path]) -> None:
+async def test_pages_are_followed_to_the_end(client: AsyncClient, served: Served, loras: list[Path]) -> None:
     for number in range(3):
         await client.upload_adapter(f"tenants/acme/adapters/a{number}", loras[0])
     names = [adapter.name for adapter in await client.list_adapters("tenants/acme")]
@@ -188,19 +181,14 @@ async def test_pages_are_followed_to_the_end(client: AsyncClient, served: Runnin
     assert [tenant.name for tenant in await client.list_tenants()] == ["tenants/acme"]
 
 
-async def test_a_tenant_gets_its_own_and_nothing_else(
-    tiny_base: Path, tmp_path: Path, loras: list[Path], shared_compiler: Compiler
-) -> None:
-    store = tmp_path / "store"
-    given = options(tiny_base, store, auth="keys")
-    async with running(given, lambda _: engine_for(tiny_base), shared_compiler) as server:
-        admin_key = (store / "admin.key").read_text().strip()
-        async with AsyncClient(server.address, api_key=admin_key) as admin:
+async def test_a_tenant_gets_its_own_and_nothing_else(serve: Servers, loras: list[Path]) -> None:
+    async with serve(auth="keys") as server:
+        async with server.client(api_key=server.admin_key) as admin:
             for tenant in ("acme", "globex"):
                 await admin.create_tenant(tenant)
             key = await admin.create_api_key("tenants/acme")
             await admin.upload_adapter("tenants/globex/adapters/secret", loras[0])
-        async with AsyncClient(server.address, api_key=key.secret) as acme:
+        async with server.client(api_key=key.secret) as acme:
             await acme.upload_adapter(NAME, loras[1])
             assert (await acme.generate("x", adapter=NAME, max_tokens=1)).adapter_version == f"{NAME}/versions/1"
             for name in ("tenants/globex/adapters/secret", "tenants/globex/adapters/absent"):
@@ -211,63 +199,27 @@ async def test_a_tenant_gets_its_own_and_nothing_else(
             with pytest.raises(PermissionDeniedError):
                 await acme.list_tenants()
         for wrong in (None, "dmx_wrong"):
-            async with AsyncClient(server.address, api_key=wrong) as stranger:
+            async with server.client(api_key=wrong) as stranger:
                 with pytest.raises(UnauthenticatedError):
                     await stranger.generate("x")
 
 
-async def test_reflection_lists_the_services(served: RunningServer) -> None:
-    def names() -> set[str]:
-        with grpc.insecure_channel(served.address) as channel:
-            return set(ProtoReflectionDescriptorDatabase(channel).get_services())
-
-    assert set(SERVICES) <= await asyncio.to_thread(names)
-
-
-async def test_a_generation_beyond_the_limit_is_refused_with_retry_info(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> None:
-    limited = options(tiny_base, tmp_path / "store", max_pending_requests=1)
-    async with (
-        running(limited, lambda _: engine_for(tiny_base, 0.02), shared_compiler) as server,
-        AsyncClient(server.address, retries=0) as client,
-    ):
-        first = asyncio.create_task(client.generate("x", max_tokens=30, ignore_eos=True))
-        await asyncio.sleep(0.2)
-        with pytest.raises(ResourceExhaustedError) as refused:
-            await client.generate("x")
-        assert refused.value.reason == "SERVER_BUSY"
-        await first
-
-
-async def test_with_keys_and_tls_it_listens_on_all_addresses(
-    tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> None:
-    from dataclasses import replace
-
+async def test_with_keys_and_tls_it_listens_on_all_addresses(serve: Servers, tmp_path: Path) -> None:
     cert, key = write_certificate(tmp_path)
-    safe = options(tiny_base, tmp_path / "store", auth="keys", tls_cert=cert, tls_key=key)
-    everywhere = replace(safe, listen="0.0.0.0:0")
-    async with running(everywhere, lambda _: engine_for(tiny_base), shared_compiler) as server:
+    async with serve(listen="0.0.0.0:0", auth="keys", tls_cert=cert, tls_key=key) as server:
         address = f"localhost:{server.address.rpartition(':')[2]}"
-        admin_key = (tmp_path / "store" / "admin.key").read_text().strip()
-        async with AsyncClient(address, api_key=admin_key, tls=cert.read_bytes()) as client:
+        async with AsyncClient(address, api_key=server.admin_key, tls=cert.read_bytes()) as client:
             assert len((await client.generate("x", max_tokens=3, ignore_eos=True)).token_ids) == 3
 
 
 @pytest.mark.parametrize("given", [{}, {"auth": "keys"}])
-async def test_listening_beyond_loopback_needs_keys_and_tls(
-    given: dict[str, Any], tiny_base: Path, tmp_path: Path
-) -> None:
-    from dataclasses import replace
-
-    exposed = replace(options(tiny_base, tmp_path / "store", **given), listen="0.0.0.0:0")
+async def test_listening_beyond_loopback_needs_keys_and_tls(given: dict[str, Any], serve: Servers) -> None:
     with pytest.raises(FailedPreconditionError, match="--insecure"):
-        async with running(exposed, lambda _: engine_for(tiny_base)):
+        async with serve(listen="0.0.0.0:0", **given):
             pass
 
 
-async def test_the_client_for_threads_does_the_same(served: RunningServer, loras: list[Path]) -> None:
+async def test_the_client_for_threads_does_the_same(served: Served, loras: list[Path]) -> None:
     def use() -> None:
         with Client(served.address, timeout=60) as client:
             version = client.upload_adapter(NAME, loras[0])

@@ -16,10 +16,9 @@ from deltamux.client import AsyncClient
 from deltamux.engine.base import ProgramRef
 from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
 from deltamux.errors import FailedPreconditionError, UnavailableError
-from deltamux.server.app import RunningServer, running
-from deltamux.server.compiling.compiler import Compiler
 from deltamux_testing.reference_engine import ReferenceEngine
-from deltamux_testing.servers import engine_for, options
+from deltamux_testing.servers import Served, Servers
+from deltamux_testing.waiting import until
 
 NAME = "tenants/acme/adapters/tickets"
 GREEDY: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "ignore_eos": True}
@@ -40,7 +39,7 @@ class EngineFactory:
         self.broken = 0
 
     def __call__(self, *_: object) -> ReferenceEngine:
-        engine = engine_for(self.base, 0.02)
+        engine = ReferenceEngine(self.base, step_seconds=0.02)
         if self.broken:
             self.broken -= 1
             engine.refuse_to_start()
@@ -54,19 +53,13 @@ def factory(tiny_base: Path) -> EngineFactory:
 
 
 @pytest.fixture
-async def supervised(
-    factory: EngineFactory, tiny_base: Path, tmp_path: Path, shared_compiler: Compiler
-) -> AsyncIterator[tuple[RunningServer, AsyncClient]]:
-    given = options(tiny_base, tmp_path / "store", engine_restart_seconds=0.3)
-    async with (
-        running(given, factory, shared_compiler) as server,
-        AsyncClient(server.address, timeout=60, retries=0) as client,
-    ):
+async def supervised(factory: EngineFactory, serve: Servers) -> AsyncIterator[tuple[Served, AsyncClient]]:
+    async with serve(factory, engine_restart_seconds=0.3) as server, server.client() as client:
         yield server, client
 
 
 async def test_a_call_that_fails_before_the_crash_is_noticed_is_answered_that_the_engine_is_down(
-    supervised: tuple[RunningServer, AsyncClient],
+    supervised: tuple[Served, AsyncClient],
     factory: EngineFactory,
     loras: list[Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -86,7 +79,7 @@ async def test_a_call_that_fails_before_the_crash_is_noticed_is_answered_that_th
 
 
 async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(
-    supervised: tuple[RunningServer, AsyncClient], factory: EngineFactory, loras: list[Path]
+    supervised: tuple[Served, AsyncClient], factory: EngineFactory, loras: list[Path]
 ) -> None:
     server, client = supervised
     version = await client.upload_adapter(NAME, loras[0])
@@ -97,8 +90,7 @@ async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(
     )
     async with watched(server) as status:
         assert await status() == SERVING
-        while not factory.engines[0].running:  # noqa: ASYNC110 - the tests' engine tells by a set
-            await asyncio.sleep(0.01)
+        await until(lambda: factory.engines[0].running)
         factory.engines[0].crash()
         with pytest.raises(UnavailableError) as ended:
             await under_way
@@ -112,7 +104,7 @@ async def test_a_dead_engine_is_replaced_and_what_was_pinned_is_pinned_again(
 
 
 async def test_while_the_engine_is_down_the_rest_of_the_server_answers(
-    supervised: tuple[RunningServer, AsyncClient], factory: EngineFactory, loras: list[Path]
+    supervised: tuple[Served, AsyncClient], factory: EngineFactory, loras: list[Path]
 ) -> None:
     _, client = supervised
     await client.upload_adapter(NAME, loras[0])
@@ -171,14 +163,8 @@ async def whole(stream: AsyncIterator[Any]) -> list[Any]:
     return [chunk async for chunk in stream]
 
 
-async def until(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not true():  # noqa: ASYNC110 - what is looked at has no event
-            await asyncio.sleep(0.01)
-
-
 @asynccontextmanager
-async def watched(server: RunningServer) -> AsyncIterator[Callable[[], Any]]:
+async def watched(server: Served) -> AsyncIterator[Callable[[], Any]]:
     """Yields a function that returns the next status that the health service reports."""
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub: Any = health_pb2_grpc.HealthStub(channel)

@@ -8,15 +8,11 @@ from pathlib import Path
 
 import torch
 
-from deltamux.client import AsyncClient
 from deltamux.deltas import Program
 from deltamux.engine.vllm.frontend.prompts import Prompts
-from deltamux.server.app import running
-from deltamux.server.compiling.compiler import Compiler
 from deltamux_testing.chat_templates import SHAPES
 from deltamux_testing.reference_engine import ReferenceEngine
-from deltamux_testing.servers import options
-from deltamux_testing.tiny_base import write_base
+from deltamux_testing.servers import Servers
 from deltamux_trainers.data.rows import read_rows
 from deltamux_trainers.data.tokenization import IGNORE_INDEX, RowTokenizer
 
@@ -48,14 +44,10 @@ class Listening(ReferenceEngine):
 
 
 async def test_generate_sends_every_message_the_context_that_it_was_trained_with(
-    tmp_path: Path, shared_compiler: Compiler
+    tmp_path: Path, serve: Servers
 ) -> None:
-    base = write_base(tmp_path / "base")
-    engine = Listening(base)
-    async with (
-        running(options(base, tmp_path / "store"), lambda _: engine, shared_compiler) as server,
-        AsyncClient(server.address, timeout=60) as client,
-    ):
+    engine = Listening(serve.base)
+    async with serve(lambda _: engine) as server, server.client() as client:
         for name, shape in SHAPES.items():
             engine.use(shape.tokenizer)
             messages = [{"role": role, "content": content} for role, content in TURNS[not shape.system :]]

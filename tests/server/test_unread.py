@@ -14,6 +14,7 @@ from deltamux.errors import DeltamuxError
 from deltamux.server.transport import unread
 from deltamux.server.transport.interceptors import ContextManagerInterceptor, map_errors_to_statuses
 from deltamux_testing.raw_http2 import RawConnection
+from deltamux_testing.waiting import until
 
 PATH = "/test.Streams/Endless"
 PATIENCE = 30.0
@@ -68,12 +69,6 @@ async def read(address: str, count: int = 1) -> str:
             return error.code().name
         call.cancel()
         return "OK"
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - what runs in gRPC sets no event
-            await asyncio.sleep(0.01)
 
 
 async def test_a_stream_that_is_not_read_ends_while_its_client_stays(endless: tuple[str, Endless]) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from deltamux.client import AsyncClient
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidArgumentError
-from deltamux.server.app import RunningServer
 from deltamux.server.compiling.memory import is_out_of_memory
+from deltamux_testing.servers import Served
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -36,7 +36,7 @@ def adapter(loras: list[Path], tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("case", BOMBS)
 async def test_a_bomb_in_a_header_costs_the_server_neither_memory_nor_time(
-    case: str, client: AsyncClient, served: RunningServer, adapter: Path
+    case: str, client: AsyncClient, served: Served, adapter: Path
 ) -> None:
     header = BOMBS[case].encode()
     (adapter / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
