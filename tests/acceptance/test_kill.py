@@ -13,7 +13,7 @@ from storms.kill import Storm
 
 @pytest.mark.engine
 def test_what_was_acknowledged_survives_kills_of_engine_compiler_and_server(tmp_path: Path) -> None:
-    with Storm(tmp_path, seed=int(time.time())) as storm:
+    with Storm(tmp_path, num_clients=4, seed=int(time.time()), longest=2.0) as storm:
         made = shared_memory(storm.server)
         assert made, "the engine's processes talk through shared memory"
         for victim in ("compiler", "engine", "server"):

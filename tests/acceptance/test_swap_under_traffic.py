@@ -16,6 +16,9 @@ from deltamux_testing.server_process import ServerProcess
 
 STREAMS = 16
 CHANGES = 100
+TOKENS = 60
+"""That a stream generates: more than three times what is generated right after a change."""
+
 PROMPT = (5, 17, 99, 200, 3)
 SOME_MEMORY = 200 << 20
 """What the processes may differ by in resident memory, in bytes: allocators keep some."""
@@ -41,14 +44,14 @@ def test_sixteen_streams_outlive_a_hundred_changes(
     alone = {kind: greedy(client, name, 16) for kind, name in pinned.items()}
     assert len(set(map(tuple, alone.values()))) == len(alone), "every adapter must answer differently"
     jobs = list(itertools.islice(itertools.cycle([*pinned.values(), None]), STREAMS))
-    expected = [greedy(client, name, 120, i) for i, name in enumerate(jobs)]
+    expected = [greedy(client, name, TOKENS, i) for i, name in enumerate(jobs)]
     before = resident_bytes(server)
     done = threading.Event()
 
     def stream(i: int) -> int:
         rounds = 0
         while not done.is_set() or not rounds:
-            assert greedy(client, jobs[i], 120, i) == expected[i], f"stream {i} changed"
+            assert greedy(client, jobs[i], TOKENS, i) == expected[i], f"stream {i} changed"
             rounds += 1
         return rounds
 

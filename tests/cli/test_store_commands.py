@@ -6,10 +6,9 @@ import dataclasses
 import json
 import os
 import shutil
-import sqlite3
 import threading
 from collections.abc import Callable
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,18 +18,17 @@ from deltamux.errors import FailedPreconditionError
 from deltamux.store import AdapterKey, AdapterStore
 from deltamux.store.lock import Lock
 from deltamux_testing.disks import small_disk
-from deltamux_testing.uploads import KEY, copy_of, objects, upload
+from deltamux_testing.uploads import KEY, copy_of, execute, objects, opened, upload
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A closed store: one content that two tenants share, and another."""
     root = tmp_path / "store"
-    store = AdapterStore.open(root)
-    upload(store, "one")
-    upload(store, "one", AdapterKey("globex", "mails"))
-    upload(store, "two")
-    store.close()
+    with opened(root) as store:
+        upload(store, "one")
+        upload(store, "one", AdapterKey("globex", "mails"))
+        upload(store, "two")
     return root
 
 
@@ -140,9 +138,8 @@ def test_what_is_not_a_file_is_damage_of_its_object_alone_and_repaired_by_the_sa
     assert set(map(tuple, found.values())) == {tuple(ONE)}
     assert main(["store", "backup", str(root), str(tmp_path / "backup")]) == 1
     assert main(["store", "check", str(tmp_path / "backup")]) == 1
-    store = AdapterStore.open(root)
-    upload(store, "one")
-    store.close()
+    with opened(root) as store:
+        upload(store, "one")
     capsys.readouterr()
     assert check(root, capsys) == (0, {})
 
@@ -158,8 +155,7 @@ def test_what_is_not_a_file_among_an_objects_files_is_left_out_of_a_backup(
 
 
 def test_damaged_rows_are_repaired_and_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with closing(sqlite3.connect(root / "db.sqlite3")) as connection, connection:
-        connection.execute("UPDATE versions SET labels = '{' WHERE tenant = 'globex'")
+    execute(root, "UPDATE versions SET labels = '{' WHERE tenant = 'globex'")
     assert check(root, capsys) == (1, {"ROW_DAMAGED": ONE[1:]})
     assert main(["store", "check", str(root), "--repair"]) == 0
     assert f"the row of {ONE[1]} has labels that are not a JSON object" in capsys.readouterr().out
@@ -188,9 +184,8 @@ def test_a_backup_clears_away_what_one_to_the_same_place_has_left_that_was_kille
 def test_a_backup_to_a_full_disk_names_the_disk_and_leaves_nothing(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store = AdapterStore.open(root)
-    upload(store, "large " * 200_000)
-    store.close()
+    with opened(root) as store:
+        upload(store, "large " * 200_000)
     with small_disk(tmp_path / "disk", 2) as disk:
         assert main(["store", "backup", str(root), str(disk / "backup")]) == 1
         output = capsys.readouterr().err
@@ -201,10 +196,9 @@ def test_a_backup_to_a_full_disk_names_the_disk_and_leaves_nothing(
 
 
 def test_a_store_that_was_killed_is_checked_as_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store = AdapterStore.open(root)
-    upload(store, "three")
-    killed = copy_of(root, root.parent / "killed")
-    store.close()
+    with opened(root) as store:
+        upload(store, "three")
+        killed = copy_of(root, root.parent / "killed")
     assert main(["store", "check", str(killed)]) == 0
     assert "4 versions of 3 contents" in capsys.readouterr().out
 
@@ -235,10 +229,9 @@ def test_an_uploads_files_are_put_back(root: Path, tmp_path: Path, capsys: pytes
     remove_object(root)
     status, found = check(root, capsys, "--repair", str(directory))
     assert (status, found) == (1, {"PROGRAM_MISSING": ONE})
-    store = AdapterStore.open(root)
-    assert store.versions(KEY)[0].damage == "its file is missing"
-    upload(store, "one")
-    store.close()
+    with opened(root) as store:
+        assert store.versions(KEY)[0].damage == "its file is missing"
+        upload(store, "one")
     assert check(root, capsys) == (0, {})
 
 
@@ -306,11 +299,10 @@ def test_a_backup_is_the_store_and_survives_its_damage(root: Path, capsys: pytes
     aside = next(root.glob("replaced-*"))
     assert str(aside) in output
     assert len(objects(aside)) == 3
-    store = AdapterStore.open(root)
-    with store.lease(KEY) as held:
-        assert held.program.read_text() == "compiled one"
-    assert upload(store, "four").key.number == 3
-    store.close()
+    with opened(root) as store:
+        with store.lease(KEY) as held:
+            assert held.program.read_text() == "compiled one"
+        assert upload(store, "four").key.number == 3
     assert check(root, capsys) == (0, {})
     # The backup's database belongs to the backup: beside the objects of the restored store it is refused.
     shutil.copy(target / "db.sqlite3", root / "db.sqlite3")
@@ -344,24 +336,21 @@ def test_a_restore_that_is_broken_off_leaves_the_store_as_it_was_or_one_that_is_
         patch.setattr(Path, "rename", broken_off)
         with suppress(KeyboardInterrupt):
             main(["store", "restore", str(tmp_path / "backup"), str(root)])
-    with suppress(FailedPreconditionError):  # what is neither the former store nor the new one
-        store = AdapterStore.open(root)
+    # It may be neither the former store nor the new one.
+    with suppress(FailedPreconditionError), opened(root) as store:
         assert len(store.versions(KEY)) == 2
-        store.close()
     assert main(["store", "restore", str(tmp_path / "backup"), str(root)]) == 0
-    store = AdapterStore.open(root)
-    assert len(store.versions(KEY)) == 2
-    store.close()
+    with opened(root) as store:
+        assert len(store.versions(KEY)) == 2
     assert not list(root.glob(".restoring-*"))
 
 
 def test_a_store_in_use_is_neither_restored_nor_cleaned(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["store", "backup", str(root), str(root.parent / "backup")]) == 0
-    store = AdapterStore.open(root)
-    for command in (["restore", str(root.parent / "backup"), str(root)], ["gc", str(root), "--yes"]):
-        assert main(["store", *command]) == 1
-        assert "in use by another process" in capsys.readouterr().err
-    store.close()
+    with opened(root):
+        for command in (["restore", str(root.parent / "backup"), str(root)], ["gc", str(root), "--yes"]):
+            assert main(["store", *command]) == 1
+            assert "in use by another process" in capsys.readouterr().err
 
 
 def test_backups_made_while_adapters_come_and_go_are_whole(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

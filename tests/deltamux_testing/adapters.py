@@ -124,6 +124,13 @@ PEFT_ADAPTERS: dict[str, Callable[[str], peft.PeftConfig]] = {
 }
 
 
+DISTINCT = (
+    *("lora-all-linear", "lora-attention", "lora-one-layer", "lora-bias-all", "lora-bias-own", "dora"),
+    *("adalora-pruned", "vera", "loha", "lokr", "oft", "bridged-deft", "ia3", "ln-tuning"),
+    *("prompt", "p-tuning-mlp", "prefix"),
+)
+"""One adapter of each method, and one for each set of ops and sites: others are the same to an engine."""
+
 BRIDGED_ON_LINEAR = ("bridged-delora", "bridged-c3a", "bridged-miss", "bridged-shira")
 ONLY_ON_LINEAR = ("loha", "lokr", "oft", *BRIDGED_ON_LINEAR)
 """What PEFT itself does not attach to GPT-2's transposed projections."""

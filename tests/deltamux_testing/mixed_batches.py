@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from hypothesis import strategies as st
 
 from deltamux.conformance.parity import Greedy, served
@@ -23,19 +25,16 @@ NAMES = (
 )
 Request = tuple[str | None, tuple[int, ...], int]
 """Program, prompt, tokens to generate."""
-requests = st.lists(
-    st.tuples(
-        st.sampled_from((None, *NAMES)),
-        st.lists(st.integers(3, 255), min_size=1, max_size=60).map(tuple),
-        st.integers(1, 12),
-    ),
-    min_size=2,
-    max_size=12,
-)
 serial = iter(range(1_000_000))
 
 
-async def run(engine: Engine, programs: dict[str, ProgramRef], request: Request) -> Greedy:
+def requests(names: Sequence[str] = NAMES, most: int = 12, most_tokens: int = 12) -> st.SearchStrategy[list[Request]]:
+    prompts = st.lists(st.integers(3, 255), min_size=1, max_size=60).map(tuple)
+    one = st.tuples(st.sampled_from((None, *names)), prompts, st.integers(1, most_tokens))
+    return st.lists(one, min_size=2, max_size=most)
+
+
+async def run(engine: Engine, programs: Mapping[str, ProgramRef], request: Request) -> Greedy:
     name, prompt, num_tokens = request
     program = programs[name] if name else None
     return await served(engine, prompt, program, num_tokens, f"request-{next(serial)}")

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 from deltamux.store import AdapterKey, AdapterStore, CompiledAdapter, VersionRecord, content_digest
 
 KEY = AdapterKey("acme", "tickets")
+
+
+def opened(root: Path) -> closing[AdapterStore]:
+    """Opens a store for the length of a block."""
+    return closing(AdapterStore.open(root))
+
+
+def execute(root: Path, script: str) -> None:
+    """Changes a store's database behind its back."""
+    with closing(sqlite3.connect(root / "db.sqlite3", timeout=10)) as connection:
+        connection.executescript(f"PRAGMA foreign_keys = OFF; {script}")
 
 
 def upload(

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from deltamux.conformance.parity import assert_same, reference, served
 from deltamux.deltas import BaseModel, Program, attached
-from deltamux.engine.base import EngineOptions, ProgramRef
+from deltamux.engine.base import ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
-from deltamux_testing.engines import OPTIONS, PROFILES
+from deltamux_testing.engines import PROFILES, replayed, started
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
@@ -33,7 +33,7 @@ NAMES = (
     "soft-prompt",
     "everything",
 )
-TOKENS = 4
+TOKENS = 3
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +41,9 @@ async def replaying(base_directory: Path, real_engine: None) -> AsyncIterator[VL
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # the engine's processes inherit it
         worker = {"worker_cls": "deltamux_testing.replaying_worker.ReplayingWorker"}
-        options = EngineOptions(
-            str(base_directory),
-            max_active_adapters=len(NAMES),
-            enforce_eager=True,
-            engine_arguments=worker,
-            **OPTIONS,  # type: ignore[arg-type]  # a plain dict of the common ones
-        )
-        engine = VLLMEngine(options)
-        await engine.start()
-        yield engine
-        await engine.stop()
+        options = {"max_active_adapters": len(NAMES), "enforce_eager": True, "engine_arguments": worker}
+        async with started(base_directory, **options) as engine:
+            yield engine
 
 
 async def test_a_mixed_batch_by_kernels_is_what_the_reference_executor_computes(
@@ -77,13 +69,7 @@ async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
     replaying: VLLMEngine, programs: dict[str, ProgramRef]
 ) -> None:
     for name, profiles in PROFILES.items():
-        before = await _replayed(replaying)
-        await served(replaying, (9, 8, 7), programs[name], 3, f"profile-{name}")
-        after = await _replayed(replaying)
+        before = await replayed(replaying)
+        await served(replaying, (9, 8, 7), programs[name], 2, f"profile-{name}")
+        after = await replayed(replaying)
         assert {key for key, count in after.items() if count != before.get(key)} == profiles, name
-
-
-async def _replayed(engine: VLLMEngine) -> dict[str, int]:
-    (counts,) = await engine.call_workers("replayed")
-    assert isinstance(counts, dict)
-    return counts

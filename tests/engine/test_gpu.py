@@ -13,19 +13,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from transformers import AutoModelForCausalLM
 
-from deltamux.conformance.parity import TOLERANCE, Greedy, assert_same, reference, served
-from deltamux.deltas import BaseModel, Program, attached
-from deltamux.engine.base import EngineOptions, ProgramRef
+from deltamux.conformance.parity import TOLERANCE, Greedy, assert_same, served
+from deltamux.engine.base import ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
-from deltamux_testing.engines import OPTIONS, PROFILES
-from deltamux_testing.mixed_batches import NAMES, Request, requests, run
+from deltamux_testing.engines import PROFILES, replayed, started
+from deltamux_testing.mixed_batches import Request, requests, run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 
 SLOTS = 5
-TOKENS = 12
 
 
 class Way(NamedTuple):
@@ -56,50 +53,24 @@ async def on_gpu(
         "gpu_memory_utilization": 0.1,  # others may use the device as well
         "worker_cls": "deltamux_testing.graph_worker.CountingWorker",
     }
-    options = {**OPTIONS, "dtype": way.dtype}
+    options = {"dtype": way.dtype, "device": "cuda", "max_active_adapters": SLOTS, "engine_arguments": arguments}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_F32_DEFAULT", "ieee")  # vLLM's attention multiplies float32 as TF32 otherwise
-        engine = VLLMEngine(
-            EngineOptions(
-                str(base_directory),
-                device="cuda",
-                max_active_adapters=SLOTS,
-                engine_arguments=arguments,
-                **options,  # type: ignore[arg-type]  # a plain dict of the common ones
-            )
-        )
-        await engine.start()
-        yield way, engine
-        await engine.stop()
-
-
-@pytest.fixture(scope="module")
-def expected(base: BaseModel, base_directory: Path, programs: dict[str, ProgramRef]) -> dict[str | None, Greedy]:
-    """What the reference executor generates after one prompt, by each adapter and by none."""
-    model = AutoModelForCausalLM.from_pretrained(base_directory)
-    made: dict[str | None, Greedy] = {None: reference(model, PROMPT, TOKENS)}
-    for name in NAMES:
-        with attached(model, base, Program.load(programs[name].path)):
-            made[name] = reference(model, PROMPT, TOKENS)
-    return made
-
-
-PROMPT = (5, 17, 99, 200, 3, 42)
+        async with started(base_directory, **options) as engine:
+            yield way, engine
 
 
 async def test_a_mixed_batch_is_what_the_reference_executor_computes(
-    on_gpu: tuple[Way, VLLMEngine], programs: dict[str, ProgramRef], expected: dict[str | None, Greedy]
+    on_gpu: tuple[Way, VLLMEngine], programs: dict[str, ProgramRef], expected: dict[Request, Greedy]
 ) -> None:
     way, engine = on_gpu
-    together = await asyncio.gather(
-        *(served(engine, PROMPT, programs[name] if name else None, TOKENS, f"{way}-{name}") for name in (None, *NAMES))
-    )
-    for name, mixed in zip((None, *NAMES), together, strict=True):
-        assert_same(expected[name], mixed, way.tolerance)
+    together = await asyncio.gather(*(run(engine, programs, request) for request in expected))
+    for answer, mixed in zip(expected.values(), together, strict=True):
+        assert_same(answer, mixed, way.tolerance)
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(batch=requests)
+@given(batch=requests())
 async def test_a_mixed_batch_gives_each_request_what_it_gets_alone(
     batch: list[Request], on_gpu: tuple[Way, VLLMEngine], programs: dict[str, ProgramRef]
 ) -> None:
@@ -115,9 +86,9 @@ async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
     way, engine = on_gpu
     wanted: list[tuple[str | None, set[str]]] = [(None, {"BASE"}), *PROFILES.items()]
     for name, profiles in wanted:
-        before = await _replayed(engine)
+        before = await replayed(engine)
         await served(engine, (9, 8, 7), programs[name] if name else None, 4, f"profile-{way}-{name}")
-        after = await _replayed(engine)
+        after = await replayed(engine)
         new = {key for key, count in after.items() if count != before.get(key)}
         if way.eager:
             assert new == {"none"}, name
@@ -125,9 +96,3 @@ async def test_a_step_replays_the_least_graph_that_serves_its_adapters(
         assert {key.split()[-1] for key in new} == profiles, name
         # Prompts run by pieces, and what is generated after them by whole graphs.
         assert profiles == {"none"} or any(key.startswith("FULL") for key in new), name
-
-
-async def _replayed(engine: VLLMEngine) -> dict[str, int]:
-    (counts,) = await engine.call_workers("replayed")
-    assert isinstance(counts, dict)
-    return counts

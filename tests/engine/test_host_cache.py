@@ -13,22 +13,13 @@ import pytest
 
 from deltamux.conformance.parity import assert_same, served
 from deltamux.deltas import BaseModel
-from deltamux.engine.base import Engine, EngineStats, GenerationChunk, ProgramRef, SamplingOptions
+from deltamux.engine.base import Engine, GenerationChunk, ProgramRef, SamplingOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from deltamux_testing import random_programs
+from deltamux_testing.engines import settled
 
 GREEDY = SamplingOptions(max_tokens=200, temperature=0.0, ignore_eos=True)
-
-
-async def settled(engine: Engine, *, running: int = 0) -> EngineStats:
-    """Waits until the engine has `running` requests, for at most ten seconds."""
-    for _ in range(500):
-        stats = await engine.stats()
-        if stats.running == running:
-            return stats
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"still {stats.running} requests after ten seconds")
 
 
 async def test_more_adapters_than_slots_and_host_places_are_all_served(

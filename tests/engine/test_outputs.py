@@ -12,15 +12,9 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.engine.output_processor import RequestOutputCollector
 
 from deltamux.engine.vllm.frontend.outputs import LONGEST_INTERVAL, Pace, PacedCollector
+from deltamux_testing.engines import NeverDue
 
 PATIENCE = 30.0
-
-
-class NeverDue(Pace):
-    """So busy a machine that only what cannot wait is handed over."""
-
-    def interval(self) -> float:
-        return 3600.0
 
 
 def piece(text: str, *, finished: bool = False) -> RequestOutput:
@@ -33,7 +27,7 @@ def new_collector(*already: RequestOutput, pace: Pace | None = None) -> PacedCol
     made = RequestOutputCollector(RequestOutputKind.DELTA, "request")
     for output in already:
         made.put(output)
-    return PacedCollector.adopt(made, pace or NeverDue(lambda: 1, 1))
+    return PacedCollector.adopt(made, pace or NeverDue())
 
 
 async def taken(collector: PacedCollector) -> str:

@@ -10,23 +10,16 @@ import pytest
 
 from deltamux.engine.base import GenerationChunk, SamplingOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
-from deltamux.engine.vllm.frontend.outputs import Pace
+from deltamux_testing.engines import NeverDue, settled
 
 NEW_TOKENS = 100
 GREEDY = SamplingOptions(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=1)
 PROMPT = (5, 17, 99)
 
 
-class NeverDue(Pace):
-    """So busy a machine that only what cannot wait is handed over."""
-
-    def interval(self) -> float:
-        return 3600.0
-
-
 @pytest.fixture
 def never_due(engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_pace", NeverDue(lambda: 1, 1))
+    monkeypatch.setattr(engine, "_pace", NeverDue())
 
 
 def stream(engine: VLLMEngine, name: str, sampling: SamplingOptions = GREEDY) -> AsyncIterator[GenerationChunk]:
@@ -35,14 +28,6 @@ def stream(engine: VLLMEngine, name: str, sampling: SamplingOptions = GREEDY) ->
 
 async def chunks_of(engine: VLLMEngine, name: str, sampling: SamplingOptions = GREEDY) -> list[GenerationChunk]:
     return [chunk async for chunk in stream(engine, name, sampling)]
-
-
-async def engine_is_done(engine: VLLMEngine) -> None:
-    for _ in range(500):
-        if (await engine.stats()).running == 0:
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("the request still runs after ten seconds")
 
 
 def assert_same_content(expected: list[GenerationChunk], actual: list[GenerationChunk]) -> None:
@@ -66,7 +51,7 @@ async def test_a_reader_that_is_away_finds_one_chunk_with_all_that_came_meanwhil
     slow: list[GenerationChunk] = []
     async for chunk in stream(engine, "away"):
         slow.append(chunk)
-        await engine_is_done(engine)
+        await settled(engine)
     assert len(slow) == 2
     assert len(slow[0].token_ids) < NEW_TOKENS // 2
     assert_same_content(expected, slow)
@@ -76,7 +61,7 @@ async def test_on_a_busy_machine_tokens_gather_and_nothing_else_changes(
     engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = await chunks_of(engine, "calm")
-    monkeypatch.setattr(engine, "_pace", NeverDue(lambda: 1, 1))
+    monkeypatch.setattr(engine, "_pace", NeverDue())
     gathered = await chunks_of(engine, "busy")
     assert len(gathered) == 2
     assert len(gathered[0].token_ids) < NEW_TOKENS // 2

@@ -9,57 +9,31 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from deltamux.conformance.parity import Greedy, assert_same, served
+from deltamux.conformance.parity import assert_same, served
 from deltamux.deltas import BaseModel
-from deltamux.engine.base import EngineOptions, ProgramRef, SamplingOptions
+from deltamux.engine.base import ProgramRef, SamplingOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.loading.client import LoaderClient
 from deltamux.errors import FailedPreconditionError
 from deltamux_testing import random_programs
-from deltamux_testing.engines import OPTIONS
+from deltamux_testing.engines import settled, started
+from deltamux_testing.mixed_batches import Request, requests, run, serial
 
 NAMES = ("low-rank", "low-rank-other", "bottleneck", "prefix", "soft-prompt", "everything")
-serial = iter(range(1_000_000))
 
 
 @pytest.fixture(scope="module")
 async def narrow(base_directory: Path, real_engine: None) -> AsyncIterator[VLLMEngine]:
     """An engine of two slots whose cache holds too little for all of its requests, so that some are preempted."""
-    options = EngineOptions(
-        str(base_directory),
-        max_active_adapters=2,
-        max_host_adapters=4,
-        enforce_eager=True,
-        engine_arguments={"max_num_batched_tokens": 24, "block_size": 32, "num_gpu_blocks_override": 16},
-        **OPTIONS,  # type: ignore[arg-type]  # a plain dict of the common ones
-    )
-    engine = VLLMEngine(options)
-    await engine.start()
-    yield engine
-    await engine.stop()
-
-
-Request = tuple[str | None, tuple[int, ...], int]
-requests = st.lists(
-    st.tuples(
-        st.sampled_from((None, *NAMES)),
-        st.lists(st.integers(3, 255), min_size=1, max_size=60).map(tuple),
-        st.integers(1, 30),
-    ),
-    min_size=2,
-    max_size=14,
-)
-
-
-async def run(engine: VLLMEngine, programs: dict[str, ProgramRef], request: Request) -> Greedy:
-    name, prompt, num_tokens = request
-    return await served(engine, prompt, programs[name] if name else None, num_tokens, f"slice-{next(serial)}")
+    arguments = {"max_num_batched_tokens": 24, "block_size": 32, "num_gpu_blocks_override": 16}
+    slots = {"max_active_adapters": 2, "max_host_adapters": 4}
+    async with started(base_directory, enforce_eager=True, engine_arguments=arguments, **slots) as engine:
+        yield engine
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-@given(batch=requests)
+@given(batch=requests(NAMES, most=14, most_tokens=30))
 async def test_time_slicing_changes_no_request(
     batch: list[Request], narrow: VLLMEngine, programs: dict[str, ProgramRef]
 ) -> None:
@@ -108,20 +82,10 @@ class SlowFile:
         os.close(writer)
 
 
-async def settled(engine: VLLMEngine, programs: int) -> None:
-    """Waits until host memory holds so many programs, for at most ten seconds."""
-    for _ in range(500):
-        stats = await engine.stats()
-        if (stats.host_programs, stats.running) == (programs, 0):
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError(f"not {programs} programs but {stats}")
-
-
 async def emptied(engine: VLLMEngine, programs: dict[str, ProgramRef]) -> None:
     for ref in programs.values():
         await engine.evict(ref.digest)
-    await settled(engine, 0)
+    await settled(engine, programs=0)
 
 
 async def test_a_load_that_hangs_holds_up_no_other_adapter_and_fails_only_its_own_requests(
@@ -130,14 +94,14 @@ async def test_a_load_that_hangs_holds_up_no_other_adapter_and_fails_only_its_ow
     await emptied(narrow, programs)
     slow = SlowFile(tmp_path / "hangs.safetensors")
     doomed = [asyncio.create_task(served(narrow, (5, 6), slow.ref, 4, f"doomed-{i}")) for i in range(3)]
-    await settled(narrow, 1)
+    await settled(narrow, programs=1)
     cold = [served(narrow, (5, 6, 7), programs[name], 4, f"cold-{next(serial)}") for name in NAMES[:2]]
     assert [len(answer.token_ids) for answer in await asyncio.gather(*cold)] == [4, 4]
     slow.end()
     for outcome in await asyncio.gather(*doomed, return_exceptions=True):
         assert isinstance(outcome, FailedPreconditionError)
         assert outcome.reason == "PROGRAM_REFUSED"
-    await settled(narrow, 2)
+    await settled(narrow, programs=2)
 
 
 @pytest.mark.parametrize("ends", ["well", "badly"])
@@ -148,17 +112,17 @@ async def test_a_request_cancelled_while_its_adapter_loads_leaves_nothing_behind
     good = random_programs.saved(random_programs.low_rank(base, 900), tmp_path, "good").path.read_bytes()
     slow = SlowFile(tmp_path / f"cancelled-{ends}.safetensors")
     waiting = asyncio.create_task(served(narrow, (5, 6), slow.ref, 4, f"cancelled-{next(serial)}"))
-    await settled(narrow, 1)
+    await settled(narrow, programs=1)
     waiting.cancel()
     await asyncio.wait([waiting])
     assert waiting.cancelled()
     slow.end(good if ends == "well" else b"")
     if ends == "badly":
-        await settled(narrow, 0)
+        await settled(narrow, programs=0)
         slow.ref.path.write_bytes(good)
     assert len((await served(narrow, (5, 6), slow.ref, 4, f"anew-{next(serial)}")).token_ids) == 4
     await narrow.evict(slow.ref.digest)
-    await settled(narrow, 0)
+    await settled(narrow, programs=0)
 
 
 async def test_workers_without_a_socket_are_reached_between_steps(
@@ -171,7 +135,7 @@ async def test_workers_without_a_socket_are_reached_between_steps(
         await link.load(1_000_002, tmp_path / "missing.safetensors")
     await link.drop(1_000_001)
     await link.drop(1_000_002)
-    await settled(narrow, 0)
+    await settled(narrow, programs=0)
 
 
 async def test_requests_over_many_more_adapters_than_host_memory_keeps_are_all_served(

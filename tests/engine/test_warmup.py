@@ -13,11 +13,10 @@ import transformers
 
 from deltamux.conformance.bases import byte_tokenizer
 from deltamux.deltas import BaseModel, Bottleneck, KVPrefix, LowRank, NormAffine, SiteKind, SoftPrompt
-from deltamux.engine.base import EngineOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.frontend.warmup import warmup_programs
 from deltamux.errors import FailedPreconditionError
-from deltamux_testing.engines import OPTIONS
+from deltamux_testing.engines import started
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -48,9 +47,9 @@ async def test_a_base_that_cannot_run_is_refused_with_the_cause(case: str, tmp_p
     model.to(torch.float32).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     before = set(psutil.Process().children(recursive=True))
-    engine = VLLMEngine(EngineOptions(str(tmp_path), enforce_eager=True, **OPTIONS))  # type: ignore[arg-type]  # common ones
     with pytest.raises(FailedPreconditionError, match=re.escape(cause)) as refused:
-        await engine.start()
+        async with started(tmp_path, enforce_eager=True):
+            pass
     assert refused.value.reason == reason
     left = [p for p in set(psutil.Process().children(recursive=True)) - before if "EngineCore" in " ".join(p.cmdline())]
     assert not left, "an engine that is refused must leave no process"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from deltamux.store import AdapterKey, VersionKey
 from deltamux_testing.adapters import write_own
 from deltamux_testing.servers import Served, Servers
 from deltamux_testing.tiny_base import write_base
+from deltamux_testing.uploads import execute
 
 NAME = "tenants/acme/adapters/tickets"
 OTHER = "tenants/globex/adapters/mails"
@@ -91,17 +90,12 @@ async def test_a_program_that_is_whole_again_needs_no_upload(
     assert (await client.get_adapter_version(version.name)).state == "READY"
 
 
-def harm_row(served: Served, change: str) -> None:
-    with closing(sqlite3.connect(served.store.root / "db.sqlite3", timeout=10)) as connection, connection:
-        connection.execute(f"UPDATE versions SET {change} WHERE tenant = 'acme' AND number = 1")
-
-
 @pytest.mark.parametrize("number", [3, -1, "'x'"])
 async def test_a_row_with_other_virtual_tokens_than_its_program_is_refused_until_it_is_repaired(
     number: object, served: Served, client: AsyncClient, soft_prompt: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     version = await client.upload_adapter(NAME, soft_prompt)
-    harm_row(served, f"num_virtual_tokens = {number}")
+    execute(served.store.root, f"UPDATE versions SET num_virtual_tokens = {number} WHERE tenant = 'acme'")
     assert await asyncio.to_thread(main, ["store", "check", str(served.store.root)]) == 1
     assert f"ROW_DAMAGED: {version.name}" in capsys.readouterr().out
     with pytest.raises(DataLossError, match="virtual tokens") as lost:
@@ -116,10 +110,12 @@ async def test_rows_that_cannot_be_read_leave_their_adapter_and_its_lists_usable
 ) -> None:
     await client.upload_adapter(NAME, loras[0])
     expected = await tokens(client, NAME)
-    harm_row(served, "labels = '{', created = 1e300, rank = 9223372036854775807, num_bytes = -1, method = x'ff'")
-    with closing(sqlite3.connect(served.store.root / "db.sqlite3", timeout=10)) as connection, connection:
-        connection.execute("UPDATE adapters SET created = 'x', canary_number = 7, canary_percent = 500, pinned = 'x'")
-        connection.execute("INSERT INTO tenants VALUES (CAST(x'ff' AS TEXT), 0)")
+    for statement in (
+        "UPDATE versions SET labels = '{', created = 1e300, rank = 9223372036854775807, num_bytes = -1, method = x'ff'",
+        "UPDATE adapters SET created = 'x', canary_number = 7, canary_percent = 500, pinned = 'x'",
+        "INSERT INTO tenants VALUES (CAST(x'ff' AS TEXT), 0)",
+    ):
+        execute(served.store.root, statement)
     assert [version.version for version in await client.list_adapter_versions(NAME)] == [1]
     assert [adapter.serving_version for adapter in await client.list_adapters("tenants/acme")] == [1]
     assert [tenant.name for tenant in await client.list_tenants()] == ["tenants/acme"]

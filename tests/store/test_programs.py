@@ -11,16 +11,15 @@ import pytest
 from deltamux.errors import DataLossError, DeltamuxError
 from deltamux.store import AdapterKey, AdapterStore, VersionState
 from deltamux.store.objects import file_sum
-from deltamux_testing.uploads import KEY, staged_upload, upload
+from deltamux_testing.uploads import KEY, opened, staged_upload, upload
 
 OTHER = AdapterKey("globex", "mails")
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore.open(tmp_path / "store")
-    yield store
-    store.close()
+    with opened(tmp_path / "store") as store:
+        yield store
 
 
 def flip(path: Path) -> None:
@@ -93,25 +92,22 @@ def test_a_mark_of_a_program_that_was_replaced_meanwhile_is_not_set(store: Adapt
 
 
 def test_damage_is_remembered_and_forgotten(tmp_path: Path) -> None:
-    store = AdapterStore.open(tmp_path / "store")
-    record = upload(store, "one")
-    store.programs.mark_damaged(record, "its file is missing")
-    store.close()
-    store = AdapterStore.open(tmp_path / "store")
-    assert store.version(record.key).damage == "its file is missing"
-    store.programs.clear_damage(record)
-    assert store.version(record.key).state is VersionState.READY
-    store.close()
+    with opened(tmp_path / "store") as store:
+        record = upload(store, "one")
+        store.programs.mark_damaged(record, "its file is missing")
+    with opened(tmp_path / "store") as store:
+        assert store.version(record.key).damage == "its file is missing"
+        store.programs.clear_damage(record)
+        assert store.version(record.key).state is VersionState.READY
 
 
 def test_a_program_belongs_to_the_base_that_it_was_compiled_for(tmp_path: Path) -> None:
-    store = AdapterStore.open(tmp_path / "store")
-    unknown, mine, other = upload(store, "0"), upload(store, "1", base="aa"), upload(store, "2", base="bb")
-    assert store.programs.set_base("aa") == 1
-    assert [store.programs.is_of_another_base(v) for v in (unknown, mine, other)] == [False, False, True]
-    assert store.programs.set_base("") == 0
-    assert not store.programs.is_of_another_base(other)
-    store.close()
+    with opened(tmp_path / "store") as store:
+        unknown, mine, other = upload(store, "0"), upload(store, "1", base="aa"), upload(store, "2", base="bb")
+        assert store.programs.set_base("aa") == 1
+        assert [store.programs.is_of_another_base(v) for v in (unknown, mine, other)] == [False, False, True]
+        assert store.programs.set_base("") == 0
+        assert not store.programs.is_of_another_base(other)
     assert '"base_fingerprint": "aa"' in (tmp_path / "store" / "store.json").read_text()
 
 

@@ -13,7 +13,7 @@ from deltamux.store import AdapterKey, AdapterStore, VersionKey
 from deltamux.store.backup import backup
 from deltamux.store.database import is_id
 from deltamux.store.inspection import Kind, inspect
-from deltamux_testing.uploads import objects, upload
+from deltamux_testing.uploads import execute, objects, opened, upload
 
 A, B, OTHER = AdapterKey("acme", "a"), AdapterKey("acme", "b"), AdapterKey("globex", "a")
 IT = "WHERE tenant = 'acme' AND adapter = 'a'"
@@ -24,20 +24,13 @@ VERSION, ADAPTER = "tenants/acme/adapters/a/versions/1", "tenants/acme/adapters/
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A closed store: two adapters of one tenant, of two versions each, and one of another."""
-    store = AdapterStore.open(tmp_path / "store")
-    for key in (A, B, OTHER):
-        for content in ("one", "two"):
-            upload(store, f"{key} {content}", key)
-    store.promote(A, 2)
-    store.tenants.create_key("acme")
-    store.close()
+    with opened(tmp_path / "store") as store:
+        for key in (A, B, OTHER):
+            for content in ("one", "two"):
+                upload(store, f"{key} {content}", key)
+        store.promote(A, 2)
+        store.tenants.create_key("acme")
     return tmp_path / "store"
-
-
-def sql(root: Path, script: str) -> None:
-    connection = sqlite3.connect(root / "db.sqlite3")
-    connection.executescript(f"PRAGMA foreign_keys = OFF; {script}")
-    connection.close()
 
 
 def walk(store: AdapterStore) -> None:
@@ -117,41 +110,38 @@ KEPT = {
 @pytest.mark.parametrize("case", [*MENDED, *KEPT])
 def test_a_damaged_row_is_named_and_others_are_served(case: str, root: Path, caplog: pytest.LogCaptureFixture) -> None:
     script, name = (MENDED | KEPT)[case]
-    sql(root, script)
+    execute(root, script)
     rows = [finding for finding in inspect(root).of_kind(Kind.ROW_DAMAGED) if finding.versions[0].startswith(name)]
     assert [row.message[:8] for row in rows[:1]] == ["its row "]
-    store = AdapterStore.open(root)
-    assert name in caplog.text
-    assert "store check --repair" in caplog.text
-    with store.lease(OTHER) as other:
-        assert other.program.is_file()
-    walk(store)
-    assert store.adapter(OTHER).serving == 1
-    store.close()
+    with opened(root) as store:
+        assert name in caplog.text
+        assert "store check --repair" in caplog.text
+        with store.lease(OTHER) as other:
+            assert other.program.is_file()
+        walk(store)
+        assert store.adapter(OTHER).serving == 1
 
 
 @pytest.mark.parametrize("case", MENDED)
 def test_a_damaged_row_is_repaired_and_the_adapter_serves(case: str, root: Path) -> None:
-    sql(root, MENDED[case][0])
-    store = AdapterStore.open(root)
-    assert store.rows.repair()
-    assert not store.rows.repair()
-    if case != "all versions are gone":
-        with store.lease(A) as serving:
-            assert serving.program.is_file()
-    assert upload(store, "new", A).key.number > (0 if case == "all versions are gone" else 2)
-    store.close()
+    execute(root, MENDED[case][0])
+    with opened(root) as store:
+        assert store.rows.repair()
+        assert not store.rows.repair()
+        if case != "all versions are gone":
+            with store.lease(A) as serving:
+                assert serving.program.is_file()
+        assert upload(store, "new", A).key.number > (0 if case == "all versions are gone" else 2)
     assert not inspect(root).of_kind(Kind.ROW_DAMAGED)
 
 
 @pytest.mark.parametrize("case", KEPT)
 def test_a_version_without_a_digest_is_damaged_until_it_is_deleted(case: str, root: Path) -> None:
-    sql(root, KEPT[case][0])
-    store = AdapterStore.open(root)
-    store.rows.repair()
-    assert store.version(VersionKey(*A, 1)).state == "DAMAGED"
-    store.delete_version(VersionKey(*A, 1))
-    store.close()
+    execute(root, KEPT[case][0])
+    with opened(root) as store:
+        store.rows.repair()
+        assert store.version(VersionKey(*A, 1)).state == "DAMAGED"
+        store.delete_version(VersionKey(*A, 1))
     assert not inspect(root).of_kind(Kind.ROW_DAMAGED)
 
 
@@ -159,17 +149,16 @@ def test_a_version_without_a_digest_is_damaged_until_it_is_deleted(case: str, ro
 def test_an_adapter_without_a_serving_version_in_its_rows_is_refused_by_name_until_one_is_promoted(
     number: int | None, root: Path
 ) -> None:
-    sql(root, f"DELETE FROM promotions {IT}")
+    execute(root, f"DELETE FROM promotions {IT}")
     if number:
-        sql(root, f"INSERT INTO promotions VALUES (99, 'acme', 'a', {number})")
-    store = AdapterStore.open(root)
-    with pytest.raises(DataLossError, match="Promote a version") as lost, store.lease(A):
-        pass
-    assert (lost.value.reason, lost.value.metadata) == ("ROW_DAMAGED", {"name": str(A)})
-    store.promote(A, 1)
-    with store.lease(A) as serving:
-        assert serving.key.number == 1
-    store.close()
+        execute(root, f"INSERT INTO promotions VALUES (99, 'acme', 'a', {number})")
+    with opened(root) as store:
+        with pytest.raises(DataLossError, match="Promote a version") as lost, store.lease(A):
+            pass
+        assert (lost.value.reason, lost.value.metadata) == ("ROW_DAMAGED", {"name": str(A)})
+        store.promote(A, 1)
+        with store.lease(A) as serving:
+            assert serving.key.number == 1
 
 
 @pytest.mark.parametrize("digest", ["''", "'..'", "'../../..'", "'.'", "x'ff'", "7"])
@@ -177,23 +166,22 @@ def test_an_adapter_without_a_serving_version_in_its_rows_is_refused_by_name_unt
 def test_no_row_makes_the_store_remove_anything_but_the_object_of_a_digest(table: str, digest: str, root: Path) -> None:
     keep = root.parent / "keep"
     keep.write_text("kept")
-    sql(
+    execute(
         root,
         f"INSERT INTO garbage VALUES ({digest})"
         if table == "garbage"
         else f"UPDATE versions SET state = 'DRAINING', digest = {digest} {FIRST}",
     )
     before = objects(root)
-    store = AdapterStore.open(root)
-    assert objects(root) == before
-    assert upload(store, "new", B).program.is_file()
-    assert {path.name for path in root.parent.iterdir()} == {"keep", "store"}
-    store.close()
+    with opened(root) as store:
+        assert objects(root) == before
+        assert upload(store, "new", B).program.is_file()
+        assert {path.name for path in root.parent.iterdir()} == {"keep", "store"}
 
 
 @pytest.mark.parametrize("case", KEPT)
 def test_a_backup_of_a_damaged_row_stays_within_its_directory(case: str, root: Path) -> None:
-    sql(root, KEPT[case][0])
+    execute(root, KEPT[case][0])
     backup(root, root.parent / "backup")
     assert {path.name for path in root.parent.iterdir()} == {"store", "backup"}
     assert len(objects(root.parent / "backup")) == 5

@@ -15,7 +15,7 @@ import pytest
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store import AdapterKey, AdapterStore, VersionKey
-from deltamux_testing.uploads import KEY, objects, staged_upload, upload
+from deltamux_testing.uploads import KEY, objects, opened, staged_upload, upload
 
 
 @pytest.fixture
@@ -25,9 +25,8 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def store(root: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore.open(root)
-    yield store
-    store.close()
+    with opened(root) as store:
+        yield store
 
 
 def test_a_first_version_serves_at_once_and_a_later_one_when_promoted(store: AdapterStore) -> None:
@@ -89,13 +88,12 @@ def test_a_leased_version_is_kept_after_its_deletion(store: AdapterStore, root: 
 
 
 async def test_on_an_event_loop_a_released_version_is_removed_by_a_thread(root: Path) -> None:
-    store = AdapterStore.open(root)
-    threads: list[str] = []
-    store.on_removed = lambda record, last: threads.append(threading.current_thread().name)
-    upload(store, "one")
-    with store._objects_lock, store.lease(KEY):  # something is being moved, by whoever it may be
-        await asyncio.to_thread(store.delete_adapter, KEY)
-    store.close()
+    with opened(root) as store:
+        threads: list[str] = []
+        store.on_removed = lambda record, last: threads.append(threading.current_thread().name)
+        upload(store, "one")
+        with store._objects_lock, store.lease(KEY):  # something is being moved, by whoever it may be
+            await asyncio.to_thread(store.delete_adapter, KEY)
     assert [name.startswith("deltamux-removal") for name in threads] == [True]
     assert objects(root) == set()
 
@@ -221,15 +219,13 @@ def test_a_version_that_serves_cannot_be_its_own_canary(store: AdapterStore) -> 
 
 
 def test_everything_is_kept_after_reopening_and_interrupted_uploads_are_removed(root: Path) -> None:
-    store = AdapterStore.open(root)
-    record = upload(store, "one")
-    store.close()
+    with opened(root) as store:
+        record = upload(store, "one")
     (root / "staging" / "half-written").mkdir()
-    store = AdapterStore.open(root)
-    assert store.version(record.key) == record
-    assert objects(root) == {record.compiled.digest}
-    assert list((root / "staging").iterdir()) == []
-    store.close()
+    with opened(root) as store:
+        assert store.version(record.key) == record
+        assert objects(root) == {record.compiled.digest}
+        assert list((root / "staging").iterdir()) == []
 
 
 @pytest.mark.usefixtures("store")
