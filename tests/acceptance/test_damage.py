@@ -11,6 +11,7 @@ from deltamux.client import Client
 from deltamux.deltas import BaseModel
 from deltamux.errors import DataLossError
 from deltamux_testing.adapters import write_own
+from deltamux_testing.damage import flip
 from deltamux_testing.server_process import ServerProcess
 
 NAME = "tenants/acme/adapters/harmed"
@@ -33,8 +34,7 @@ def test_one_flipped_bit_of_a_stored_program_is_found_and_repaired_while_others_
     whole = client.upload_adapter(NAME, adapters["lora-1"])
     harmed = client.upload_adapter(NAME, fresh)
     program = server.store / "objects" / harmed.digest[:2] / harmed.digest / "program.safetensors"
-    data = program.read_bytes()
-    program.write_bytes(data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    flip(program)
     assert main(["store", "check", str(server.store)]) == 1
     assert harmed.name in capsys.readouterr().out
     with pytest.raises(DataLossError, match="Upload the same files again") as lost:

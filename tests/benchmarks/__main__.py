@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import os
-import platform
 import sys
 import tempfile
 import warnings
@@ -25,6 +23,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.command import machine
 from benchmarks.inputs import SIZES, Inputs, write_base
 from benchmarks.other_load import OtherLoad
 from benchmarks.parts import LONG, PARTS, Bench
@@ -132,7 +131,7 @@ def about(given: argparse.Namespace) -> dict[str, object]:
     return {
         "date": f"{date.today()}",
         "base": _size(given),
-        "machine": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "machine": machine(),
         "sequences": given.sequences,
         "tokens": given.tokens,
         "repeats": given.repeats,

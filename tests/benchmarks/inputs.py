@@ -29,28 +29,41 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 class Size(NamedTuple):
+    """Of a Llama.
+
+    Attributes:
+        head: channels of an attention head; group: query heads of a key and value head.
+        inner: of the feed-forward, as a multiple of `hidden`.
+    """
+
     hidden: int
     layers: int
+    head: int = 64
+    group: int = 2
+    inner: float = 2.75
+    vocabulary: int = 8192
 
 
 SIZES = {"tiny": Size(512, 8), "mid": Size(1024, 12)}
 
 
 def write_base(directory: Path, size: Size) -> Path:
-    """Writes a random Llama of the given size in bfloat16, with grouped queries and a small vocabulary."""
+    """Writes a random Llama of the given size in bfloat16."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
         hidden_size=size.hidden,
         num_hidden_layers=size.layers,
-        num_attention_heads=size.hidden // 64,
-        num_key_value_heads=size.hidden // 128,
-        intermediate_size=size.hidden * 11 // 4,
-        vocab_size=8192,
-        max_position_embeddings=2048,
+        num_attention_heads=size.hidden // size.head,
+        num_key_value_heads=size.hidden // size.head // size.group,
+        intermediate_size=int(size.hidden * size.inner),
+        vocab_size=size.vocabulary,
+        max_position_embeddings=4096,
+        dtype=torch.bfloat16,
     )
-    model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it so
-    model.to(torch.bfloat16).save_pretrained(directory)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # random numbers take a CPU a minute and more
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it so
+    model.save_pretrained(directory)
     byte_tokenizer().save_pretrained(directory)
     return directory
 

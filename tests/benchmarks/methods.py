@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,6 +23,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.command import machine, write_output
 from deltamux.registry import Registry
 from deltamux_trainers import EvaluateOptions, TrainOptions, compress, evaluate, train
 from deltamux_trainers.demo.base import BASE_MODEL
@@ -168,15 +167,11 @@ def line(values: Sequence[str]) -> str:
     return "  ".join([first, *rest])
 
 
-def machine() -> str:
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} of them used"
-
-
 def markdown(scores: Sequence[Score], bench: Bench, command: str) -> str:
     rows = [HEAD, tuple("---" if i == 0 else "---:" for i in range(len(HEAD))), *map(cells, scores)]
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     about = (
-        f"{date.today():%Y-%m-%d}, {machine()}: `{command}`\n\n"
+        f"{date.today():%Y-%m-%d}, {machine()}, {torch.get_num_threads()} of them used: `{command}`\n\n"
         f"Task: {bench.task.title}; {bench.steps} steps of {bench.batch_size} rows, {bench.limit} held-out rows."
     )
     return f"{about}\n\n{table}"
@@ -232,10 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _save(given: argparse.Namespace, bench: Bench, done: Sequence[Score]) -> None:
-    if given.output:
-        about = {"date": f"{date.today()}", "machine": machine(), "task": bench.task.title, "steps": given.steps}
-        about |= {"batch_size": given.batch_size, "held_out": given.limit, "seed": given.seed}
-        given.output.write_text(json.dumps({**about, "rows": [asdict(s) for s in done]}, indent=2) + "\n")
+    about = {"date": f"{date.today()}", "machine": machine(), "task": bench.task.title, "steps": given.steps}
+    about |= {"batch_size": given.batch_size, "held_out": given.limit, "seed": given.seed}
+    write_output(given.output, {**about, "rows": [asdict(s) for s in done]})
     if given.markdown:
         rewrite(given.markdown, markdown(done, bench, command(given)))
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.gpu.__main__ import DEFAULT, Measured, parse, table
 from benchmarks.gpu.engine_process import EngineProcess, EngineProcessError
 from benchmarks.gpu.engines import Load
-from benchmarks.gpu.inputs import LORAS, GPUInputs, Size
+from benchmarks.gpu.inputs import LORAS, GPUInputs
+from benchmarks.inputs import Size
 from deltamux.deltas import Program
 
 TESTS = Path(__file__).resolve().parents[1]

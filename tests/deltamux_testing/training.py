@@ -1,32 +1,41 @@
-"""Training runs in tests: the logits of what they write, and a run that stops."""
+"""What is trained: the logits of adapters, here and in PEFT, and a run that stops."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from deltamux.deltas import BaseModel, attached
+from deltamux.deltas import BaseModel, Program, attached
 from deltamux_testing.adapters import read_program
 
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 
 @torch.no_grad()
-def logits(model: Path, adapter: Path | None = None, ids: Tensor = IDS) -> Tensor:
+def logits(model: Path, adapter: Path | Program | None = None, ids: Tensor = IDS) -> Tensor:
     """Returns the logits of a model in float32, with an adapter attached where one is given."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     if adapter is None:
         alone: Tensor = loaded(ids).logits
         return alone
     base = BaseModel.from_pretrained(model)
-    with attached(loaded, base, read_program(adapter, base)):
+    with attached(loaded, base, read_program(adapter, base) if isinstance(adapter, Path) else adapter):
         adapted: Tensor = loaded(ids).logits
     return adapted
+
+
+@torch.no_grad()
+def logits_of_peft(model: Path, adapter: Path, ids: Tensor = IDS) -> Tensor:
+    """Returns the logits of a model with an adapter that PEFT has loaded, without those of its virtual tokens."""
+    loaded: Any = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(adapter))
+    found: Tensor = loaded.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -ids.shape[1] :]
+    return found
 
 
 def tensors(adapter: Path) -> dict[str, Tensor]:

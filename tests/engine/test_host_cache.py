@@ -17,6 +17,7 @@ from deltamux.engine.base import Engine, GenerationChunk, ProgramRef, SamplingOp
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from deltamux_testing import random_programs
+from deltamux_testing.damage import flip
 from deltamux_testing.engines import settled
 
 GREEDY = SamplingOptions(max_tokens=200, temperature=0.0, ignore_eos=True)
@@ -82,9 +83,7 @@ async def test_errors_of_a_damaged_program_and_of_one_that_does_not_fit_differ(
     path = random_programs.saved(random_programs.low_rank(base, 401), tmp_path, "stored").path
     whole = path.read_bytes()
     ref = ProgramRef(f"stored-{harm[:3]}", path, sha256=hashlib.sha256(whole).hexdigest())
-    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
-    if harm == "missing":
-        path.unlink()
+    flip(path) if harm == "one bit flipped" else path.unlink()
     for _ in range(2):
         with pytest.raises(DataLossError) as lost:
             await engine.prepare(ref)

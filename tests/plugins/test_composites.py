@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from deltamux.deltas import BaseModel, attached
+from deltamux.deltas import BaseModel
 from deltamux.errors import InvalidAdapterError, InvalidConfigError
 from deltamux.registry import Registry
-from deltamux_testing.adapters import read_program, write_own
+from deltamux_testing.adapters import write_own
+from deltamux_testing.training import IDS, logits
 
-IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 LAYERS = range(2)
 
 
@@ -41,21 +41,14 @@ class ByHand:
             cache.update(key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0), layer)
         mask = torch.ones(1, prefixes[0][0].shape[0] + IDS.shape[1], dtype=torch.long)
         with torch.no_grad():
-            logits: Tensor = self.model(IDS, past_key_values=cache, attention_mask=mask).logits
-        return logits
+            found: Tensor = self.model(IDS, past_key_values=cache, attention_mask=mask).logits
+        return found
 
 
 def pairs(flat: Tensor, base: BaseModel) -> list[tuple[Tensor, Tensor]]:
     """Cuts PEFT's layout of a prefix into a key and a value a layer."""
     shaped = flat.view(flat.shape[0], 2 * len(LAYERS), base.dims.num_kv_heads, base.dims.head_dim)
     return [(shaped[:, 2 * layer], shaped[:, 2 * layer + 1]) for layer in LAYERS]
-
-
-def served(base_directory: Path, adapter: Path, base: BaseModel) -> Tensor:
-    model: Any = AutoModelForCausalLM.from_pretrained(base_directory)
-    with torch.no_grad(), attached(model, base, read_program(adapter, base)):
-        logits: Tensor = model(IDS).logits
-    return logits
 
 
 def test_mam_is_a_prefix_and_a_bottleneck_parallel_to_every_feed_forward(
@@ -72,7 +65,7 @@ def test_mam_is_a_prefix_and_a_bottleneck_parallel_to_every_feed_forward(
 
         hand.hook(hand.model.model.layers[layer].mlp, change)
     expected = hand.logits(pairs(hand.tensors["prefix.prompt_embeddings"], base))
-    torch.testing.assert_close(served(base_directory, tmp_path, base), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(base_directory, tmp_path), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_unipelt_is_its_three_components_each_with_its_gate(
@@ -104,14 +97,12 @@ def test_unipelt_is_its_three_components_each_with_its_gate(
         key, value = pairs(hand.tensors["prefix.prompt_embeddings"], base)[layer]
         opening = torch.sigmoid(hand.tensors[f"gates.layers.{layer}.attention"])
         prefixes.append((opening * key, opening * value))
-    torch.testing.assert_close(served(base_directory, tmp_path, base), hand.logits(prefixes), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(base_directory, tmp_path), hand.logits(prefixes), atol=1e-4, rtol=1e-4)
 
 
 def test_a_gate_never_looks_at_tokens_to_come(base_directory: Path, base: BaseModel, tmp_path: Path) -> None:
     write_own("unipelt", base, tmp_path)
-    model: Any = AutoModelForCausalLM.from_pretrained(base_directory)
-    with torch.no_grad(), attached(model, base, read_program(tmp_path, base)):
-        whole, part = model(IDS).logits, model(IDS[:, :3]).logits
+    whole, part = logits(base_directory, tmp_path), logits(base_directory, tmp_path, IDS[:, :3])
     torch.testing.assert_close(whole[:, :3], part, atol=1e-5, rtol=1e-5)
 
 

@@ -13,12 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from deltamux.cli import main
 from deltamux.conformance.bases import save_base
-from deltamux.deltas import BaseModel, LowRank, Program, attached
+from deltamux.deltas import BaseModel, LowRank, Program
 from deltamux.errors import BaseMismatchError, DeltamuxError, InvalidAdapterError, InvalidArgumentError
 from deltamux_testing.adapters import read_program, write_own
+from deltamux_testing.training import IDS, logits
 from deltamux_trainers import compose_directories, merge
-
-IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +38,6 @@ def parts(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     }
 
 
-def logits(base_directory: Path, base: BaseModel, program: Program) -> torch.Tensor:
-    model: Any = AutoModelForCausalLM.from_pretrained(base_directory)
-    with torch.no_grad(), attached(model, base, program):
-        values: torch.Tensor = model(IDS).logits
-    return values
-
-
 def of_peft(base_directory: Path, parts: dict[str, Path]) -> Any:
     plain: Any = AutoModelForCausalLM.from_pretrained(base_directory)
     model: Any = peft.PeftModel.from_pretrained(plain, str(parts["domain"]), adapter_name="domain")
@@ -56,26 +48,23 @@ def of_peft(base_directory: Path, parts: dict[str, Path]) -> Any:
 def test_a_sum_is_that_of_peft(base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path) -> None:
     chosen = [(parts["domain"], 0.75), (parts["tenant"], 0.5)]
     compose_directories(str(base_directory), chosen, tmp_path / "sum", mode="sum")
-    program = read_program(tmp_path / "sum", base)
     model = of_peft(base_directory, parts)
     model.add_weighted_adapter(["domain", "tenant"], [0.75, 0.5], "both", combination_type="cat")
     model.set_adapter("both")
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-    torch.testing.assert_close(logits(base_directory, base, program), expected, atol=1e-4, rtol=1e-4)
-    assert [op.rank() for _, op in program] == [7] * len(base.linears), "the ranks of one site are concatenated"
+    torch.testing.assert_close(logits(base_directory, tmp_path / "sum"), expected, atol=1e-4, rtol=1e-4)
+    ranks = [op.rank() for _, op in read_program(tmp_path / "sum", base)]
+    assert ranks == [7] * len(base.linears), "the ranks of one site are concatenated"
 
 
-def test_a_stack_is_both_at_once_as_in_peft(
-    base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
-) -> None:
+def test_a_stack_is_both_at_once_as_in_peft(base_directory: Path, parts: dict[str, Path], tmp_path: Path) -> None:
     compose_directories(str(base_directory), [(parts["domain"], 1.0), (parts["tenant"], 1.0)], tmp_path / "stack")
     model = of_peft(base_directory, parts)
     model.base_model.set_adapter(["domain", "tenant"])
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-    actual = logits(base_directory, base, read_program(tmp_path / "stack", base))
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(base_directory, tmp_path / "stack"), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stack_mixes_methods_and_keeps_their_order(
@@ -84,25 +73,22 @@ def test_a_stack_mixes_methods_and_keeps_their_order(
     names = ("ia3", "domain", "houlsby", "prefix")
     compose_directories(str(base_directory), [(parts[name], 1.0) for name in names], tmp_path / "stack")
     single = [read_program(parts[name], base) for name in names]
-    expected = logits(base_directory, base, Program.of(row for program in single for row in program))
-    torch.testing.assert_close(logits(base_directory, base, read_program(tmp_path / "stack", base)), expected)
-    other = logits(base_directory, base, Program.of(row for program in reversed(single) for row in program))
+    expected = logits(base_directory, Program.of(row for program in single for row in program))
+    torch.testing.assert_close(logits(base_directory, tmp_path / "stack"), expected)
+    other = logits(base_directory, Program.of(row for program in reversed(single) for row in program))
     assert not torch.allclose(other, expected, atol=1e-3), "the order must matter, or this test could not fail"
 
 
 def test_a_composition_can_be_a_part_and_can_be_merged(
-    base_directory: Path, base: BaseModel, parts: dict[str, Path], tmp_path: Path
+    base_directory: Path, parts: dict[str, Path], tmp_path: Path
 ) -> None:
     compose_directories(
         str(base_directory), [(parts["domain"], 2.0), (parts["tenant"], -1.0)], tmp_path / "sum", mode="sum"
     )
     compose_directories(str(base_directory), [(tmp_path / "sum", 1.0), (parts["tenant"], 1.0)], tmp_path / "stack")
     merge(str(base_directory), tmp_path / "stack", tmp_path / "merged")
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    with torch.no_grad():
-        merged = model(IDS).logits
-    expected = logits(base_directory, base, read_program(tmp_path / "stack", base))
-    torch.testing.assert_close(merged, expected, atol=1e-4, rtol=1e-4)
+    expected = logits(base_directory, tmp_path / "stack")
+    torch.testing.assert_close(logits(tmp_path / "merged"), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_what_does_not_go_together_is_refused_when_it_is_made(

@@ -8,20 +8,18 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from deltamux.deltas import BaseModel, LowRank, attached
+from deltamux.deltas import BaseModel, LowRank
 from deltamux.errors import InvalidConfigError
 from deltamux.registry import Registry
 from deltamux_testing.adapters import read_program, write_own
-
-IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
+from deltamux_testing.training import IDS, logits
 
 
 def test_it_is_the_product_of_its_reflections_at_its_own_rank(base: BaseModel, tmp_path: Path) -> None:
     write_own("hra", base, tmp_path, r=4)
-    from safetensors.torch import load_file
-
     directions = load_file(tmp_path / "adapter_model.safetensors")
     for site, op in read_program(tmp_path, base):
         assert isinstance(op, LowRank)
@@ -34,17 +32,15 @@ def test_it_is_the_product_of_its_reflections_at_its_own_rank(base: BaseModel, t
 
 
 @pytest.mark.parametrize("orthogonal", [False, True])
-def test_peft_computes_the_same(orthogonal: bool, base_directory: Path, base: BaseModel, tmp_path: Path) -> None:
+def test_peft_computes_the_same(orthogonal: bool, base_directory: Path, tmp_path: Path) -> None:
     plain: Any = AutoModelForCausalLM.from_pretrained(base_directory)
     config = peft.HRAConfig(r=3, apply_GS=orthogonal, init_weights=False, target_modules=["q_proj", "down_proj"])
     theirs: Any = peft.get_peft_model(plain, config).eval()
     theirs.save_pretrained(str(tmp_path))
-    model: Any = AutoModelForCausalLM.from_pretrained(base_directory)
     with torch.no_grad():
         expected = theirs(input_ids=IDS).logits
-        with attached(model, base, read_program(tmp_path, base)):
-            torch.testing.assert_close(model(IDS).logits, expected, atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(model(IDS).logits, expected, atol=1e-2)
+    torch.testing.assert_close(logits(base_directory, tmp_path), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(base_directory), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("values", [{"r": 0}, {"bias": "hra_only"}])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,6 +13,7 @@ from deltamux.conformance.bases import save_base
 from deltamux.conformance.parity import assert_same, reference
 from deltamux.deltas import BaseModel, attached
 from deltamux_testing.adapters import ARCHITECTURES, ONLY_ON_LINEAR, peft_adapters, read_program, write_own, write_peft
+from deltamux_testing.training import logits, logits_of_peft
 
 PROMPT = (5, 17, 99, 200, 3)
 
@@ -39,18 +38,6 @@ def base(directory: Path) -> BaseModel:
     return BaseModel.from_pretrained(directory)
 
 
-def plain_model(directory: Path) -> Any:
-    model: Any = AutoModelForCausalLM.from_pretrained(directory)
-    return model.eval()
-
-
-@cache
-def logits_of_base(directory: Path) -> torch.Tensor:
-    with torch.no_grad():
-        logits: torch.Tensor = plain_model(directory)(torch.tensor([PROMPT])).logits
-    return logits
-
-
 @pytest.mark.parametrize(
     ("architecture", "name"),
     [
@@ -64,7 +51,7 @@ def test_what_peft_wrote_generates_what_peft_generates(
     name: str, architecture: str, directory: Path, base: BaseModel, tmp_path: Path
 ) -> None:
     expected = reference(write_peft(name, architecture, directory, tmp_path), PROMPT, 12)
-    model = plain_model(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
     assert reference(model, PROMPT, 12).logprobs != expected.logprobs, "the adapter must be visible"
     with attached(model, base, read_program(tmp_path, base)):
         assert_same(expected, reference(model, PROMPT, 12))
@@ -98,14 +85,6 @@ def test_what_we_write_peft_loads_with_equal_logits(
 ) -> None:
     if method in ONLY_ON_LINEAR and base.linears[0].transposed:
         pytest.skip("PEFT does not attach it to transposed projections")
-    write_own(method, base, tmp_path, **options)
-    model = plain_model(directory)
-    ids = torch.tensor([PROMPT])
-    with torch.no_grad(), attached(model, base, read_program(tmp_path, base)):
-        ours = model(ids).logits
-    loaded: Any = peft.PeftModel.from_pretrained(plain_model(directory), str(tmp_path))
-    with torch.no_grad():
-        theirs = loaded.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    theirs = theirs[:, -len(PROMPT) :]  # PEFT returns those of a soft prompt, too
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(ours, logits_of_base(directory), atol=1e-2), "the adapter must be visible"
+    ours = logits(directory, write_own(method, base, tmp_path, **options))
+    torch.testing.assert_close(ours, logits_of_peft(directory, tmp_path), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(ours, logits(directory), atol=1e-2), "the adapter must be visible"

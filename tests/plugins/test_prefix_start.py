@@ -14,9 +14,9 @@ from deltamux.conformance.bases import ARCHITECTURES, save_base
 from deltamux.deltas import BaseModel, attached
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.registry import Registry
+from deltamux_testing.training import IDS
 
 TEXT = "a ticket"
-IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
 PREFIX = Registry().get("prefix")
 
 

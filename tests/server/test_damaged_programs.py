@@ -16,6 +16,7 @@ from deltamux.errors import DataLossError, FailedPreconditionError
 from deltamux.server.compiling.job import Job
 from deltamux.store import AdapterKey, VersionKey
 from deltamux_testing.adapters import write_own
+from deltamux_testing.damage import flip
 from deltamux_testing.servers import Served, Servers
 from deltamux_testing.tiny_base import write_base
 from deltamux_testing.uploads import execute
@@ -32,21 +33,11 @@ def soft_prompt(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return write_own("prompt", base, tmp_path_factory.mktemp("prompt") / "adapter", num_virtual_tokens=2)
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1  # in a tensor: no header, no shape and no finite check would notice
-    path.write_bytes(data)
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
 async def tokens(client: AsyncClient, name: str | None) -> tuple[int, ...]:
     return (await client.generate("hello", adapter=name, **GREEDY)).token_ids
 
 
-async def harmed(served: Served, harm: Callable[[Path], None]) -> Path:
+async def harmed(served: Served, harm: Callable[[Path], object]) -> Path:
     """Damages the program of the first adapter's first version, and evicts it from the engine."""
     record = served.store.versions(AdapterKey("acme", "tickets"))[0]
     harm(record.program)
@@ -54,9 +45,9 @@ async def harmed(served: Served, harm: Callable[[Path], None]) -> Path:
     return record.program
 
 
-@pytest.mark.parametrize("harm", [flip, remove])
+@pytest.mark.parametrize("harm", [flip, Path.unlink])
 async def test_a_damaged_program_is_named_and_repaired_by_the_same_files_of_any_tenant(
-    harm: Callable[[Path], None], served: Served, client: AsyncClient, loras: list[Path]
+    harm: Callable[[Path], object], served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
     version = await client.upload_adapter(NAME, loras[0])
     second = await client.upload_adapter(NAME, loras[1])
@@ -82,7 +73,7 @@ async def test_a_program_that_is_whole_again_needs_no_upload(
     version = await client.upload_adapter(NAME, loras[0])
     expected = await tokens(client, NAME)
     whole = served.store.version(VersionKey("acme", "tickets", 1)).program.read_bytes()
-    path = await harmed(served, remove)
+    path = await harmed(served, Path.unlink)
     with pytest.raises(DataLossError):
         await tokens(client, NAME)
     path.write_bytes(whole)

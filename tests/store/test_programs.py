@@ -11,6 +11,7 @@ import pytest
 from deltamux.errors import DataLossError, DeltamuxError
 from deltamux.store import AdapterKey, AdapterStore, VersionState
 from deltamux.store.objects import file_sum
+from deltamux_testing.damage import flip, truncate
 from deltamux_testing.uploads import KEY, opened, staged_upload, upload
 
 OTHER = AdapterKey("globex", "mails")
@@ -22,28 +23,11 @@ def store(tmp_path: Path) -> Iterator[AdapterStore]:
         yield store
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
 def remove_object(path: Path) -> None:
     shutil.rmtree(path.parent)
 
 
-HARM = [flip, truncate, remove, remove_object]
-
-
-@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink, remove_object])
 def test_the_same_files_repair_a_program_for_every_version_that_has_them(
     harm: Callable[[Path], None], store: AdapterStore
 ) -> None:
@@ -65,7 +49,7 @@ def test_the_same_files_repair_a_program_for_every_version_that_has_them(
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("harm", [flip, truncate, remove])
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
 def test_the_same_files_repair_the_stored_upload(harm: Callable[[Path], None], name: str, store: AdapterStore) -> None:
     record = upload(store, "one")
     harm(record.program.parent / name)

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from deltamux.conformance.bases import save_base
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux_testing.damage import flip
 from deltamux_testing.training import assert_equal
 from deltamux_trainers import TrainOptions, train
 from deltamux_trainers.output_dir import write_errors
@@ -196,16 +197,9 @@ def cut(checkpoint: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def flip(checkpoint: Path) -> None:
-    file = checkpoint / "parameters.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
 DAMAGES: dict[str, Any] = {
     "cut": cut,
-    "a bit flipped": flip,
+    "a bit flipped": lambda checkpoint: flip(checkpoint / "parameters.safetensors"),
     "a file missing": lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
     "no manifest": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
     "an empty manifest": lambda checkpoint: (checkpoint / "manifest.json").write_text(""),

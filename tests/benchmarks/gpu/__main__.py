@@ -14,7 +14,6 @@ rented.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.command import command, write_output
 from benchmarks.gpu.engine_process import EngineProcess, EngineProcessError
 from benchmarks.gpu.engines import ENGINES, Load
 from benchmarks.gpu.inputs import SIZES, GPUInputs
@@ -47,8 +47,7 @@ DEFAULT = [name for name in ENGINES if name != "deltas-eager"]
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--size", choices=SIZES, default="1b", help="of the random base")
+    parser = command("benchmarks.gpu", __doc__, SIZES, "1b")
     parser.add_argument("--engines", choices=ENGINES, nargs="+", default=DEFAULT)
     parser.add_argument("--sequences", type=int, default=64, help="requests at once")
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -57,7 +56,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rounds, after one that warms up; figures are medians")
     parser.add_argument("--kv-cache-gib", type=float, default=8.0, help="memory of every engine's KV cache")
     parser.add_argument("--skip-tests", action="store_true", help="measure without running the tests first")
-    parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--smoke", action="store_true", help="a smoke test, on any device: its figures mean nothing")
     if parser.parse_args(arguments).smoke:
         parser.set_defaults(**SMOKE)
@@ -151,10 +149,8 @@ def main() -> int:
     except EngineProcessError as error:
         print(f"benchmarks.gpu: {error}", file=sys.stderr)
         return 1
-    if given.output:
-        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
-        result = {"device": device_name(), "settings": settings, "rows": rows}
-        given.output.write_text(json.dumps(result, indent=2) + "\n")
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(given).items()}
+    write_output(given.output, {"device": device_name(), "settings": settings, "rows": rows})
     return 0
 
 

@@ -8,19 +8,18 @@ engine is needed. `benchmarks.gpu.search` tries block sizes with it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.inputs import SIZES, Size
+from benchmarks.command import command, write_output
+from benchmarks.gpu.inputs import SIZES
+from benchmarks.inputs import Size
 from deltamux.deltas import BlockRole, LinearSite, LowRank
 from deltamux.deltas.backends.triton.linear import LinearDeltas
 from deltamux.deltas.backends.triton.step_records import StepRecords
@@ -160,15 +159,11 @@ def measure(size: Size, rows: int, adapters: Sequence[int], rank: int, *, peer: 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.gpu.kernels", description=__doc__.splitlines()[0] if __doc__ else None
-    )
-    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser = command("benchmarks.gpu.kernels", __doc__, SIZES, "8b")
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 2048])
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--no-peer", action="store_true", help="leave vLLM's kernels out")
-    parser.add_argument("--output", type=Path, help="JSON file")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.gpu.kernels: no CUDA device", file=sys.stderr)
@@ -186,9 +181,8 @@ def main() -> int:
                 flush=True,
             )
             results.append(row)
-    if given.output:
-        result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_per_layer": results}
-        given.output.write_text(json.dumps(result, indent=2) + "\n")
+    result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_per_layer": results}
+    write_output(given.output, result)
     return 0
 
 

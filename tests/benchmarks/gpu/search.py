@@ -9,19 +9,18 @@ Most of the minutes that it takes are Triton's compiler's.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Iterable
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.gpu.inputs import SIZES, Size
+from benchmarks.command import command, write_output
+from benchmarks.gpu.inputs import SIZES
 from benchmarks.gpu.kernels import LAYERS, Layer, captured, microseconds, steps
+from benchmarks.inputs import Size
 from deltamux.deltas.backends.triton import launches
 from deltamux.deltas.backends.triton.launches import LaunchConfig
 
@@ -122,14 +121,10 @@ def search(bench: Bench, start: LaunchConfig) -> dict[str, list[Timed]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="benchmarks.gpu.search", description=__doc__.splitlines()[0] if __doc__ else None
-    )
-    parser.add_argument("--size", choices=SIZES, default="8b")
+    parser = command("benchmarks.gpu.search", __doc__, SIZES, "8b")
     parser.add_argument("--rows", type=int, nargs="+", default=[64, 2048])
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--output", type=Path, help="JSON file, with every time")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         print("benchmarks.gpu.search: no CUDA device", file=sys.stderr)
@@ -148,9 +143,8 @@ def main() -> int:
                     timed.config,
                     flush=True,
                 )
-    if given.output:
-        result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_per_layer": results}
-        given.output.write_text(json.dumps(result, indent=2) + "\n")
+    result = {"device": torch.cuda.get_device_name(), "size": given.size, "microseconds_per_layer": results}
+    write_output(given.output, result)
     return 0
 
 

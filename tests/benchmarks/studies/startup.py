@@ -8,7 +8,6 @@ Each start is a new process; the two sides alternate, after one start each that 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.command import command, write_output
 from benchmarks.inputs import SIZES, write_base
 from deltamux_testing.server_process import ServerProcess
 
@@ -60,22 +60,15 @@ def serve(model: Path, folder: Path, *, eager: bool) -> Start:
 
 def plain(model: Path, *, eager: bool) -> Start:
     """Starts vLLM's AsyncLLM in a new process of this very module."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.studies.startup",
-        "--plain",
-        str(model),
-        *(["--eager"] if eager else []),
-    ]
+    words = [sys.executable, "-m", "benchmarks.studies.startup", "--plain", str(model), *["--eager"] * eager]
     began = time.perf_counter()
     process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert process.stdout is not None
     try:
         if not any(line == "ready\n" for line in process.stdout):
-            raise RuntimeError(f"vLLM did not start; run it to see why: {' '.join(command)}")
+            raise RuntimeError(f"vLLM did not start; run it to see why: {' '.join(words)}")
         return Start.of(time.perf_counter() - began, process.pid)
     finally:
         process.communicate()
@@ -126,11 +119,9 @@ def show(starts: dict[str, list[Start]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser = command("benchmarks.studies.startup", __doc__, SIZES, "tiny")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="leave the models uncompiled")
-    parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.plain:
@@ -138,9 +129,7 @@ def main() -> None:
         return
     starts = measure(given.size, given.repeats, eager=given.eager)
     show(starts)
-    if given.output:
-        rows = {side: [asdict(start) for start in made] for side, made in starts.items()}
-        given.output.write_text(json.dumps(rows, indent=2) + "\n")
+    write_output(given.output, {side: [asdict(start) for start in made] for side, made in starts.items()})
 
 
 if __name__ == "__main__":
