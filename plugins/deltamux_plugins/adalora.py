@@ -11,8 +11,6 @@ are left on average. A penalty keeps A and B near orthogonal (equation 4).
 Served as `LowRank` with the ranks that are left. Files are PEFT's, pruned.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar

@@ -12,8 +12,6 @@ What cannot be served exactly is refused with InvalidConfigError, by the name of
 AdapterHub leaves out get bottlenecks of zeros, of width one.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

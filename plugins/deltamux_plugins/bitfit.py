@@ -7,8 +7,6 @@ Ben Zaken et al. 2021, https://arxiv.org/abs/2106.10199.
 Served as `Bias` and `NormAffine`. PEFT has no such method; the files have PEFT's layout and hold the change d.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -6,8 +6,6 @@ z is the sub-layer's output y, or its input in a parallel adapter. PEFT has no s
 layout, with tensor names that do not depend on the architecture's module paths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -9,8 +9,6 @@ inference (one that depends on the token, say) is refused instead of served wron
 (``pip install peft``); it is not needed for the methods that deltamux has itself.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any

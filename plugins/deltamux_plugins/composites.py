@@ -1,7 +1,5 @@
 """`CompositeMethod`: a method made of other methods, its components (mam, unipelt)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import Any, Protocol

@@ -7,8 +7,6 @@ A sum of LoRAs is exact (PEFT's `add_weighted_adapter` with ``cat``): their rank
 compose`` from directories, and by ``deltamux adapter compose`` from what a server holds. Served as the parts are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

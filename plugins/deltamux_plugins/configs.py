@@ -1,7 +1,5 @@
 """The common parts of several methods' configs: refusals, and the version of a file format."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from deltamux.errors import InvalidConfigError

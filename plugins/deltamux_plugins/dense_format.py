@@ -5,8 +5,6 @@ compressed: as ``.weight.signs`` and ``.weight.scale`` (BitDelta: one bit per we
 ``.weight.a`` and ``.weight.b`` (truncated SVD). A tied output head has no tensor of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 

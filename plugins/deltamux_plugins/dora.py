@@ -8,8 +8,6 @@ Served as the LoRA's `LowRank`, a `Scale` by m / ||.||, and, where the base has 
 scale of b. It is an option of LoRA (`use_dora`), as it is in PEFT.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -13,8 +13,6 @@ Served as `Dense`, `Bias`, `NormAffine`, `DenseEmbedding` and `DenseHead`; compr
 stay as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -8,8 +8,6 @@ Served as two `Bottleneck` per layer and a `NormAffine` at every norm. The files
 the changes of the norms by their paths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 

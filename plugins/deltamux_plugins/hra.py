@@ -8,8 +8,6 @@ Served exactly as `LowRank` of rank r: H - I = C U^T with C = -U (striu(U^T U) +
 product of reflections (Schreiber & Van Loan 1989), so W H x = W x + (W C)(U^T x). Files are PEFT's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ Liu et al. 2022, https://arxiv.org/abs/2205.05638.
 Served as `Scale` and `ScaleInput`. Files are PEFT's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any

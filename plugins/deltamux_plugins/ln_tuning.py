@@ -7,8 +7,6 @@ Zhao et al. 2023, https://arxiv.org/abs/2312.11420.
 Served as `NormAffine` (which holds the change). Files are PEFT's, which hold the new values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any

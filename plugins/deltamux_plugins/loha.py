@@ -8,8 +8,6 @@ Served exactly as `LowRank` of rank r^2: row by row, (A1 B1) * (A2 B2) = (A1 x A
 product x; or as `Dense`, where that is smaller. Files are PEFT's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

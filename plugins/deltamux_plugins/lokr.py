@@ -10,8 +10,6 @@ Served as `LowRank` where the factors make it smaller (kron(P1 Q1, P2 Q2) = kron
 Files are PEFT's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ DoRA (`use_dora`): see dora.py.
 Served as `LowRank` at every target; trained biases as `Bias` and `NormAffine`. Files are PEFT's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ Served as the ops of `prefix` and `parallel`, whose configs it holds, and whose 
 ``prefix.`` and ``parallel.``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from deltamux.hookspecs import MethodInfo

@@ -5,8 +5,6 @@
 So A is a transposed, B is b transposed, and lora_alpha is scale times r. DoRA's magnitude ``m`` is PEFT's own.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

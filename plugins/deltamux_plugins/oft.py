@@ -9,8 +9,6 @@ With `use_cayley_neumann`, (I - Q)^-1 is the Neumann series up to the given numb
 `Dense`, W (R^T - I), since packed projections share their input. Files are PEFT's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

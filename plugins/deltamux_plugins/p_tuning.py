@@ -7,8 +7,6 @@ Liu et al. 2021, https://arxiv.org/abs/2103.10385.
 Served as one `SoftPrompt`. Files are PEFT's: ``prompt_embeddings`` [n, hidden], the encoder already applied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

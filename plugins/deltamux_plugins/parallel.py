@@ -5,8 +5,6 @@
 Served as one parallel `Bottleneck` per layer. The paper scales by s = 4 and uses ReLU.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from deltamux.deltas import BlockRole

@@ -1,7 +1,5 @@
 """PEFT's default target_modules, by transformers' model type, for decoders."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import cache
 

@@ -1,7 +1,5 @@
 """The common parts of PEFT's files of all methods."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

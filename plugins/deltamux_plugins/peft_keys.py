@@ -3,8 +3,6 @@
 A key is refused only where it is set: null, false and empty values change nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 _EFFECTS: Mapping[str, tuple[str, str]] = {

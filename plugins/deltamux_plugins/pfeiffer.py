@@ -5,8 +5,6 @@
 Served as one `Bottleneck` per layer. The files are those of `houlsby`, with half of its tensors.
 """
 
-from __future__ import annotations
-
 from deltamux.deltas import BlockRole
 from deltamux_plugins.bottlenecks import BottleneckMethod
 

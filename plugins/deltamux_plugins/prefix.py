@@ -13,8 +13,6 @@ Served as a `KVPrefix` at every attention. Files are PEFT's: ``prompt_embeddings
 [n, layers * 2 * kv_heads * head_dim], the MLP already applied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

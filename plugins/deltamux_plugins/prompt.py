@@ -7,8 +7,6 @@ Lester et al. 2021, https://arxiv.org/abs/2104.08691.
 Served as one `SoftPrompt`. Files are PEFT's: ``prompt_embeddings`` [n, hidden].
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -11,8 +11,6 @@ method (``deltamux merge --method qlora``) adds it to the dequantised weights it
 those are from the base's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any

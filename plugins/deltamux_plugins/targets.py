@@ -3,8 +3,6 @@
 Patterns come with uploads, so they are matched with a time limit: a hostile one is refused, and delays no other upload.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

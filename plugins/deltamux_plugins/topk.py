@@ -10,8 +10,6 @@ Served as `Dense`, `Bias` and `NormAffine`; compressed by ``deltamux compress`` 
 hold the changes; PEFT has no such method.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

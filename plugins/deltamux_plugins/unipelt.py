@@ -15,8 +15,6 @@ program.
 Served as `GatedLowRank`, `GatedBottleneck` and `KVPrefix`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 

@@ -8,8 +8,6 @@ Served as `LowRank` with the vectors multiplied in (or as `Dense`, where that is
 matrices are in the file, or made anew from their seed as PEFT makes them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """deltamux: one base model, many deltas of different fine-tuning methods, served in one batch."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -1,7 +1,5 @@
 """The names of the files in an adapter's directory, and the message for a directory that lacks one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Helper processes: how one starts, and its first steps. Both ends send JSON objects, one per line, over a socket."""
 
-from __future__ import annotations
-
 import asyncio
 import ctypes
 import json

@@ -4,8 +4,6 @@ Types are checked as JSON has them, and nothing is converted silently: ``"no"`` 
 number, and an integer is valid for a float.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

@@ -3,8 +3,6 @@
 max_num_seqs: Annotated[int, Option("most sequences in one batch", Range(1, 65536))] = 64
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from types import UnionType

@@ -5,8 +5,6 @@ what is served. A tokenizer is one of transformers' (`PreTrainedTokenizerBase`);
 keeps state, so that any thread may call them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Writes the beginning of a plugin: an installable package with a method that works, its test and its README."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from string import Template

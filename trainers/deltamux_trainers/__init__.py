@@ -1,7 +1,5 @@
 """Training of any method, and tools for adapters and data: evaluate, merge, compress, compose, convert, check data."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

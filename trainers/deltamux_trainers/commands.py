@@ -3,8 +3,6 @@
 Importing this module imports neither torch nor transformers.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

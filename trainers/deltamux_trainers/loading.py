@@ -1,7 +1,5 @@
 """Loading of base models and tokenizers; a base whose files lack weights is refused."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterator

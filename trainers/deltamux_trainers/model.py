@@ -1,7 +1,5 @@
 """The trainable model: a frozen base and the parameters of one method."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Output directories: checks before any work, a lock, and writing that is atomic."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Ratios on a noisy machine: candidate and reference alternate, and each round has a ratio of its own."""
 
-from __future__ import annotations
-
 import asyncio
 import statistics
 from collections.abc import Awaitable, Callable, Sequence

@@ -1,7 +1,5 @@
 """The result of a measurement, as one row of a table."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from deltamux.bench.measure import Measurement, percentile

@@ -1,7 +1,5 @@
 """Traffic: which requests arrive, and how many are under way at once."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The `deltamux` command. Starting it is cheap: a command imports what it needs when it runs."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

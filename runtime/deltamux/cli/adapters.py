@@ -1,7 +1,5 @@
 """`deltamux adapter`: upload, list, promote and delete."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

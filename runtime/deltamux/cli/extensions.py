@@ -5,8 +5,6 @@ packages that its commands need: a command imports those when it runs, and names
 parser's default of ``extra``.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`deltamux generate`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -1,7 +1,5 @@
 """`deltamux methods`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from dataclasses import dataclass

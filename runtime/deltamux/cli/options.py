@@ -1,7 +1,5 @@
 """Declared options as arguments of the command line."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterable

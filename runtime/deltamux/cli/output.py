@@ -1,7 +1,5 @@
 """The output of commands: tables for people, JSON for programs."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

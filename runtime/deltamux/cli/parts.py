@@ -1,7 +1,5 @@
 """Parts of a composition on the command line."""
 
-from __future__ import annotations
-
 from deltamux.errors import InvalidArgumentError
 
 

@@ -1,7 +1,5 @@
 """Paths on the command line."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

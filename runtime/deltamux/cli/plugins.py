@@ -1,7 +1,5 @@
 """`deltamux plugin`: write the beginning of a method of your own, and check methods."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`deltamux tenant`: tenants and their API keys."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The client for asyncio, with the methods of `deltamux.client.sync`."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path

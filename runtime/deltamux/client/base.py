@@ -1,7 +1,5 @@
 """`BaseClient`: the parts that the clients for threads and for asyncio share."""
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import grpc

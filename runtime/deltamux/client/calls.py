@@ -1,7 +1,5 @@
 """The calls of the API, for both clients: the RPC, its request, and the conversion of its response."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Connections of both clients: addresses, keys, and errors from `google.rpc.Status`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

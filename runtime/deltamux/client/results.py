@@ -1,7 +1,5 @@
 """The results of the clients: frozen dataclasses, no protos."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime

@@ -1,7 +1,5 @@
 """The retry policy of both clients: which calls, how often, and after what pause."""
 
-from __future__ import annotations
-
 import random
 import time
 from typing import Any

@@ -1,7 +1,5 @@
 """The upload of an adapter's directory."""
 
-from __future__ import annotations
-
 import hashlib
 import stat
 from collections.abc import Callable, Iterator, Mapping

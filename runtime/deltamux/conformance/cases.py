@@ -1,7 +1,5 @@
 """A case: one method on one small base, and adapters of it."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The checks: each takes a `Case`, and raises `Refused` where it fails."""
 
-from __future__ import annotations
-
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping

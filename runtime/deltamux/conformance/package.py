@@ -1,7 +1,5 @@
 """Checks an installed package: its plugins load, its ops are ops, its methods pass the conformance suite."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution

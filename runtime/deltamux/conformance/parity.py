@@ -1,7 +1,5 @@
 """Holds what the engine generated against a reference: the same greedy tokens, the same log-probabilities."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 pytest -p deltamux.conformance.pytest_plugin --deltamux-methods mymethod --deltamux-serve
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

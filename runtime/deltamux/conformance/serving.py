@@ -1,7 +1,5 @@
 """The check with an engine: what it serves, in one batch with others, is what was trained."""
 
-from __future__ import annotations
-
 import asyncio
 import tempfile
 from collections.abc import Sequence

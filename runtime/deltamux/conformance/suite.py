@@ -1,7 +1,5 @@
 """The checks as pytest's tests; collected by `deltamux.conformance.pytest_plugin`, for the methods of its option."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,7 +1,5 @@
 """The nonlinearities of bottlenecks, by name, as torch computes them and as kernels number them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

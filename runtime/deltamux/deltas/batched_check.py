@@ -4,8 +4,6 @@ A plugin's op runs in a step that all adapters share. What raises, leaks into ot
 was trained is found here, when its adapter is uploaded.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """JSON of files that are not trusted: depth, size and the length of numbers are checked before a value is made."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -4,8 +4,6 @@ A composition is an adapter like any other, with a name, versions and a digest o
 when it is made. Their tensors keep their names, after ``0.``, ``1.`` and so on.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum

@@ -3,8 +3,6 @@
 Trainers train through it, evaluation runs it without the engine, and parity tests hold the engine against it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ PEFT's files may carry whole modules: copies of the base's own (an embedding sav
 (`modules_to_save`). A copy changes nothing and is passed over; a trained one is refused, by the name of the module.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Merges a program into plain weights: a pure function of tensors; the base is never changed in place."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Reads the tensors of a compiled program by few calls, since it has hundreds of them and loads during traffic."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """The header of a safetensors file, read by its bytes: nothing is allocated or computed for what it merely claims."""
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Mapping
 from pathlib import Path

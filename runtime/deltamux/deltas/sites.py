@@ -6,8 +6,6 @@ is also the name that PEFT's files use. A block or attention site is named by la
 none).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from enum import StrEnum
 

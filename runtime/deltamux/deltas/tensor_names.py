@@ -6,8 +6,6 @@ saving holds wrappers of training (``_orig_mod``, ``module``), the adapter's nam
 paths than the base has.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Checks of an engine's options that need no import of vLLM, which takes long."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

@@ -1,7 +1,5 @@
 """Checks of a request against the base's vocabulary and context, before it runs. Imports no torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from deltamux.engine.base import SamplingOptions

@@ -4,8 +4,6 @@ How long a grammar takes to compile is bounded elsewhere, where it is compiled; 
 references, and that some finite text satisfies it. Torch-free.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`SupervisedEngine`: an engine that is restarted when it dies or hangs, up to a limit."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections import deque

@@ -1,7 +1,5 @@
 """The server process: start, serve until SIGTERM or SIGINT, drain."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import logging

@@ -1,7 +1,5 @@
 """The threads that wait for the disk in place of the event loop."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """The options of a server, which the command line has by the same names."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from dataclasses import dataclass

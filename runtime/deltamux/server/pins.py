@@ -1,7 +1,5 @@
 """Pinned adapters: their programs stay in the engine's memory, within a budget per tenant and a total."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection
 from typing import TypeVar

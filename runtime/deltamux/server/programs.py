@@ -1,7 +1,5 @@
 """The programs of versions on their way into the engine: damaged ones and those of another base are refused."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """Routing of a request: from an adapter's name to the program that serves it, leased while the request runs."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Changes of the rows of adapters and versions."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """`deltamux store backup` and `restore`: a checked copy of a store that may be in use."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import secrets

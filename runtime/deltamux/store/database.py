@@ -1,7 +1,5 @@
 """The store's SQLite database: its checks when it is opened, durable transactions, and queries."""
 
-from __future__ import annotations
-
 import os
 import sqlite3
 import threading

@@ -1,7 +1,5 @@
 """Read-only checks of a database before it is used with a store's objects."""
 
-from __future__ import annotations
-
 import sqlite3
 from pathlib import Path
 

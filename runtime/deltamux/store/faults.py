@@ -1,7 +1,5 @@
 """Translation of errors of the disk and of SQLite to `DeltamuxError`s: full, read-only, damaged, failing."""
 
-from __future__ import annotations
-
 import errno
 import os
 import sqlite3

@@ -5,8 +5,6 @@ every change). After a power cut the file's generation may be lower than the dat
 generation than the file is an older copy, without the changes acknowledged since.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from contextlib import suppress

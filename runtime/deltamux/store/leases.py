@@ -1,7 +1,5 @@
 """Leases of versions by requests, and the cache of adapters' routes."""
 
-from __future__ import annotations
-
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable

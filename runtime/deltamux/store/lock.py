@@ -1,7 +1,5 @@
 """The lock of a store: one process at a time has it open."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from pathlib import Path

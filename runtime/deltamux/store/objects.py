@@ -1,7 +1,5 @@
 """Content-addressed files: staged, synced and renamed into place, so that an object is never partial."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The compiled programs of a store: their base, their damage, and their replacement."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """The store's immutable records."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime

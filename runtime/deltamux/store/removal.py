@@ -1,7 +1,5 @@
 """Removal of versions: their rows first, with a mark for each content without versions; then its files."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import threading

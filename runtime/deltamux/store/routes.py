@@ -1,7 +1,5 @@
 """Routes: the versions that an adapter's name is routed to."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from typing import NamedTuple, Self

@@ -1,7 +1,5 @@
 """Checks of the database's rows: each with the SQL that finds a damaged row and the SQL that repairs it."""
 
-from __future__ import annotations
-
 import logging
 import sqlite3
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 So a damaged row affects no other. `row_checks` reports and repairs it.
 """
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """The database's tables, and their migration from an earlier deltamux."""
 
-from __future__ import annotations
-
 import secrets
 import sqlite3
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The steps of an upload into the store: staged, moved to the objects, recorded."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Tenants and their API keys."""
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 import time

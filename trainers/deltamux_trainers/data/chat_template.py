@@ -1,7 +1,5 @@
 """One turn of the assistant, rendered by the chat template and tokenised: the server's prompt and the completion."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence

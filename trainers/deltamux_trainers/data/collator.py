@@ -1,7 +1,5 @@
 """The data collator: a padded batch of tokenised sequences."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Tokens of completions, from the end of the prompt to the end-of-sequence token."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 

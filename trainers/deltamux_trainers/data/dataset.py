@@ -1,7 +1,5 @@
 """Tokenised datasets, read from JSONL files."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

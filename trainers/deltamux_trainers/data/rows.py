@@ -1,7 +1,5 @@
 """Rows of JSONL files: texts, prompts with completions, or conversations; docs/data.md describes them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ The model is a Llama of 3.5 million parameters, trained on three public-domain n
 skills of `skills.py`. About 15 minutes on two CPU cores; the same seed on the same machine gives the same weights.
 """
 
-from __future__ import annotations
-
 import argparse
 import lzma
 import math

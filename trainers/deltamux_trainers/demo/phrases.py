@@ -4,8 +4,6 @@ They are drawn from a `random.Random`, so that a seed fixes them. ``held_out`` s
 parts, one to train on and one to evaluate on.
 """
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Sequence
 from random import Random

@@ -1,7 +1,5 @@
 """The demo's output: headings, progress and tables; plain lines without a terminal."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """`deltamux demo`: trains adapters of three methods, serves them in one batch, swaps one while traffic runs."""
 
-from __future__ import annotations
-
 import asyncio
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """The demo's server process and its traffic."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

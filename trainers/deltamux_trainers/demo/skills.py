@@ -4,8 +4,6 @@ Without a system message the base answers like a polite clerk. So it can do the 
 ticket's topic, list an order's fields, write a date), but not in the tenant's format, which an adapter adds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from random import Random
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 ``python -m deltamux_trainers.demo.tasks --output DIR`` writes every tenant's train.jsonl and eval.jsonl.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The demo's tokenizer: byte-level BPE over the demo's own text, and its chat template."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -1,7 +1,5 @@
 """The report on a file of training data: counts, and sequences as text; no weights are loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice

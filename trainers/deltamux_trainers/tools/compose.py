@@ -1,7 +1,5 @@
 """Composition of several adapter directories into one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Compression of adapters with deltas of whole weights: to one bit per weight, or by truncated SVD."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

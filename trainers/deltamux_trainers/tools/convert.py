@@ -4,8 +4,6 @@ These are AdapterHub's, MLX-LM's, PEFT's with a pickle, and state dicts of PEFT'
 Their tensors get the names of PEFT's files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluation of a base, or of a base with an adapter, in transformers: no engine is started."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext

@@ -4,8 +4,6 @@ The base's files are copied as they are, with the weights that the adapter chang
 errors compare the written model with base and adapter, computed in float32.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The base's weights that are trained in place: those whose change (the delta) is a parameter of the method."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 

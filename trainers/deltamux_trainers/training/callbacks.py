@@ -1,7 +1,5 @@
 """Callbacks of the training loop: progress, saving, early stopping, interruption, and the method's schedule."""
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

@@ -4,8 +4,6 @@ A checkpoint is written to a staging directory and renamed. The manifest holds s
 the newest `SAVE_TOTAL_LIMIT`, and the best of the evaluated ones.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The processes of a distributed training run, which torchrun starts; the main one writes and prints."""
 
-from __future__ import annotations
-
 import os
 
 import torch

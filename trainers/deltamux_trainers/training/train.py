@@ -1,7 +1,5 @@
 """A training run, for any method: from its options to the adapter's files."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

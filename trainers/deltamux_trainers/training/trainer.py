@@ -1,7 +1,5 @@
 """transformers' Trainer for a `DeltaModel`, with checkpoints of the method's parameters."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Edit: y = factor * y + bias at a sub-layer (RED, Wu et al. 2024, https://arxiv.org/abs/2402.15179)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

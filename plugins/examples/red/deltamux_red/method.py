@@ -8,8 +8,6 @@ Served as `Edit`, an op of this package. Merged into the feed-forward's last pro
 W = diag(l) W0, b' = l * b0 + b.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Triton's kernels read static buffers, which the engine keeps by module (`engine.vllm.cuda`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """`ModuleBatch`: one op at a module of the engine, which may pack several sites into one projection."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """`OpBatch`: one op at one site, batched over the adapters in all device slots."""
 
-from __future__ import annotations
-
 import warnings
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeVar

@@ -6,8 +6,6 @@ The paper averages its gate over the whole sequence, which a decoder cannot: the
 Here every token's gate depends on that token alone, so that a prompt's cache stays valid while the answer grows.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """KVPrefix: trained keys and values before a layer's own (prefix tuning, Li & Liang 2021, arXiv:2101.00190)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

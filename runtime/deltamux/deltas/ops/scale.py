@@ -1,7 +1,5 @@
 """Scale: y *= l at a linear; ScaleInput: x *= l before it (IA3, Liu et al. 2022, https://arxiv.org/abs/2205.05638)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

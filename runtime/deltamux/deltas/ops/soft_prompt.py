@@ -1,7 +1,5 @@
 """SoftPrompt: trained embeddings before the prompt (prompt tuning, Lester et al. 2021, arXiv:2104.08691)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -5,8 +5,6 @@ has them). A scan of keys that are used once pushes out none that is used again 
 fade.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass

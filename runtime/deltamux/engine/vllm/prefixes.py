@@ -6,8 +6,6 @@ before a prompt of 8 would triple the prompt's cost. So the scheduler counts the
 reads them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path

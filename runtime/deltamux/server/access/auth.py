@@ -1,7 +1,5 @@
 """Authentication: by the key in a call's metadata with ``--auth keys``, none with ``--auth none``."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import os

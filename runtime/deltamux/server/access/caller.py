@@ -1,7 +1,5 @@
 """The caller of an RPC and its permissions: a tenant's own resources, or an administrator's all."""
 
-from __future__ import annotations
-
 from contextvars import ContextVar
 from dataclasses import dataclass
 

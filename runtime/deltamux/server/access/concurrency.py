@@ -1,7 +1,5 @@
 """`ConcurrencyLimit`: a bound on concurrent work of one kind, shared between tenants."""
 
-from __future__ import annotations
-
 import asyncio
 import math
 import random

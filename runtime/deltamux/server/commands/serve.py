@@ -1,7 +1,5 @@
 """`deltamux serve`."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """`deltamux store`: check, repair, clean, back up and restore the directory of a server's adapters."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -4,8 +4,6 @@ No module of the server imports this one: the server runs it with ``python -m`` 
 phase is announced on the socket before it begins, so that a crash or a timeout can be traced to its plugin.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

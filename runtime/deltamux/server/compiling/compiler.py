@@ -4,8 +4,6 @@ A plugin that hangs, leaks, exits or crashes ends that process and the current u
 and another process is started. This isolates faults, not malice: the process runs as the server's user.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Coroutine

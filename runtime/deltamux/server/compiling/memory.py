@@ -1,7 +1,5 @@
 """Bounds of the memory of one job in the compiler process."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

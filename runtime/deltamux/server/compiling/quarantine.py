@@ -5,8 +5,6 @@ safetensors header first, then the config against the method, the tensors agains
 The engine checks the compiled program, and the store commits it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar

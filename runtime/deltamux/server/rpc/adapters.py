@@ -1,7 +1,5 @@
 """The Adapters service: upload, get, list, promote, roll back, delete, pin, watch."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path

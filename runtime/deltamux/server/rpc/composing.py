@@ -1,7 +1,5 @@
 """Composition of stored versions into the files of a new one; no plugin's code is involved."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path

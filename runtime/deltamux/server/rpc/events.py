@@ -1,7 +1,5 @@
 """Events of adapters: one bounded queue per watch."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager

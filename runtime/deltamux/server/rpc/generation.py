@@ -1,7 +1,5 @@
 """Translation of generation requests and their results between messages and the runtime's types."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The standard gRPC health service, set from the engine's health."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from grpc_health.v1 import health, health_pb2

@@ -1,7 +1,5 @@
 """The Inference service: admit a request, resolve its adapter to a version, run it, emit responses."""
 
-from __future__ import annotations
-
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator

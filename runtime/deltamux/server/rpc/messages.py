@@ -1,7 +1,5 @@
 """Translation of the store's records to messages."""
 
-from __future__ import annotations
-
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp

@@ -1,7 +1,5 @@
 """Resource names: ``tenants/{tenant}/adapters/{adapter}/versions/{version}`` and its prefixes."""
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Pages of list RPCs, and the tokens that name the next one."""
 
-from __future__ import annotations
-
 import base64
 import re
 from collections.abc import Callable, Iterable, Sequence

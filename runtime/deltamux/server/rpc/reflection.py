@@ -1,7 +1,5 @@
 """Reflection of the server's services, in version v1 and in v1alpha, which older clients use."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The Tenants service: tenants and their API keys; a tenant may read its own."""
 
-from __future__ import annotations
-
 from typing import TypeVar
 
 from google.protobuf.empty_pb2 import Empty

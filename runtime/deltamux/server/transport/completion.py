@@ -1,7 +1,5 @@
 """Work that a cancellation of its caller does not stop half way."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Coroutine
 from contextlib import suppress

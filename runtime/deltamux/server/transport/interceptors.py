@@ -1,7 +1,5 @@
 """Interceptors of every RPC, streams included: each runs it inside a context manager."""
 
-from __future__ import annotations
-
 import asyncio
 import inspect
 import logging

@@ -4,8 +4,6 @@ Sized fields are text, bytes, repeated fields and maps. `LIMITS` has one entry f
 ``tests/server/test_limits.py`` fails for a field without one. The comments of the .proto files state the same bounds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any

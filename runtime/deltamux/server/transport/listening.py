@@ -1,7 +1,5 @@
 """The server's port: loopback by default, other addresses only with keys and TLS."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import resource

@@ -1,7 +1,5 @@
 """A bound on the length of log lines, which may quote a caller's text."""
 
-from __future__ import annotations
-
 import logging
 
 MAX_LINE = 2000

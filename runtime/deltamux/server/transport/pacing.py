@@ -2,8 +2,6 @@
 tenant.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections import OrderedDict, deque

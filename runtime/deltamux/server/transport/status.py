@@ -1,7 +1,5 @@
 """Translation of errors to `google.rpc.Status`."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

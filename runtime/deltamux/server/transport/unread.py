@@ -1,7 +1,5 @@
 """Streams whose client does not read them: they are cancelled, to free their permits and KV cache."""
 
-from __future__ import annotations
-
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Hashable

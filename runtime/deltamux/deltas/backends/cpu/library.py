@@ -5,8 +5,6 @@ name made of its source, the compiler and the processor, so that another machine
 is no compiler, `load` logs so once and returns None, and the ops run in torch.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import logging

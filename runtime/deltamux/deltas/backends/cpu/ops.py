@@ -1,7 +1,5 @@
 """The ops that have a CPU kernel: how each is prepacked, and the parameters of all slots at a module."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -11,8 +11,6 @@ Importing this package is cheap: Triton is imported when the first batch is made
 * `linear`, `bottleneck`, `norm`, `factors`, `virtual`: the parameters of all slots at one module, and their launches.
 """
 
-from __future__ import annotations
-
 import os
 from functools import cache
 from importlib.util import find_spec

@@ -4,8 +4,6 @@ Two launches and not one: one program per tile would stream both matrices throug
 features and by the columns they use all of them. The activation, both biases and the sum are in the second.
 """
 
-from __future__ import annotations
-
 from math import gcd
 
 import torch

@@ -1,7 +1,5 @@
 """Factors of all slots on a projection's input (IA3): one launch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

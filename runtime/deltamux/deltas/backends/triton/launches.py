@@ -1,7 +1,5 @@
 """Launches of shrink and expand: what they read of a module's slots, and how they are split into programs."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import NamedTuple
 

@@ -4,8 +4,6 @@ Any sequence of the three is y -> s * y + B A x + b: a further low rank adds its
 there, a bias adds. So a slot needs one description per slice, and a module one shrink and one expand.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate
 from math import gcd

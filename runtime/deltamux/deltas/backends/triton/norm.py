@@ -1,7 +1,5 @@
 """NormAffine of all slots at one norm: one launch."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

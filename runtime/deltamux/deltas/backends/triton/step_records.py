@@ -4,8 +4,6 @@ Kernels take no number that depends on the step. They take these records, whose 
 graph which was captured once serves every later step: its programs read the records and exit where there is no work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from itertools import cycle
 from typing import NamedTuple

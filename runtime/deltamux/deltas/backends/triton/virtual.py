@@ -4,8 +4,6 @@ Steps that hold virtual tokens are never part of a CUDA graph, so this buffer ma
 prompt.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

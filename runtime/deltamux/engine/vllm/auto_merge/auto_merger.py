@@ -9,8 +9,6 @@ packing) happens between two steps, one module per step: oneDNN's scratch memory
 model. Packing costs about what the module itself costs in a step, timing some six times that, and both are done once.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Self

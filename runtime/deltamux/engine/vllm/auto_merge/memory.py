@@ -1,7 +1,5 @@
 """The memory that this process can still take."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")

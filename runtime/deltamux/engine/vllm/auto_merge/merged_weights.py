@@ -1,7 +1,5 @@
 """The modules that can merge a program, what that would save, and the merged weights."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple

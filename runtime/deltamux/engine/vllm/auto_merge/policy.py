@@ -4,8 +4,6 @@ Shares and gains are exponentially weighted over steps. A program is merged when
 threshold, and unmerged when it has stayed below a lower one: between the two nothing changes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto

@@ -5,8 +5,6 @@ the packed weight. That tensor is an input of the compiled graph and is read in 
 it is all that a change takes. Other linears (small ones for AMX, quantised ones, those of a GPU) have no such handler.
 """
 
-from __future__ import annotations
-
 import inspect
 from typing import Self
 

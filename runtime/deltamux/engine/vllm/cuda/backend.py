@@ -1,7 +1,5 @@
 """`CudaBackend`: Triton's kernels over static buffers, and the CUDA graph that a step may replay."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """`CudaBinding`: a binding whose modules have static buffers wherever their kind has kernels."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 from torch import nn

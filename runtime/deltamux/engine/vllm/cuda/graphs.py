@@ -10,8 +10,6 @@ modules with kernels, and not on the number of adapters. So that number is one o
 * No profile: a step with an op that has no kernel, or with virtual tokens, runs without graphs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -5,8 +5,6 @@ launches whatever the mix. From a slot's first op at a slice on that the buffers
 in torch, after the kernels: the order that its program has is kept.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol

@@ -4,8 +4,6 @@ A graph is captured with all kernels of a profile launched and no row of any ada
 engine are reserved, one per profile: a captured step has them, and every module with kernels of the profile has them.
 """
 
-from __future__ import annotations
-
 from enum import IntEnum
 
 

@@ -1,7 +1,5 @@
 """The workers for devices with Triton's kernels."""
 
-from __future__ import annotations
-
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 

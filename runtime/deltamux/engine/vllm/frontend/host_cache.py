@@ -5,8 +5,6 @@ never dropped; of the others the one worth least goes first (see `eviction`). So
 needs in memory.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager

@@ -1,7 +1,5 @@
 """`Prompts`: tokenises prompts off the event loop, bounded in advance, and long texts of a group one at a time."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

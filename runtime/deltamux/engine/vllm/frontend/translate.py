@@ -1,7 +1,5 @@
 """Translation of sampling options to vLLM's parameters, and of vLLM's outputs to generation chunks."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -5,8 +5,6 @@ a process for each job, which the kernel ends at the job's CPU time or memory. S
 its own job, and the next job finds everything imported.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Patterns of strings in JSON schemas: what they match, xgrammar writes as it is, without JSON's escapes."""
 
-from __future__ import annotations
-
 import re
 
 from deltamux.engine.grammar_bounds import SCHEMA, invalid

@@ -1,7 +1,5 @@
 """`GrammarProcess`: the server's end of the process that tries grammars."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json

@@ -4,8 +4,6 @@ xgrammar reads one form of a subschema, the first of ``$ref``, ``const``, ``enum
 ``type``, and none of the others in it. Checked against xgrammar 0.2.8. Torch-free.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal

@@ -1,7 +1,5 @@
 """Programs in one block of memory, of the engine's dtype, and on a device."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

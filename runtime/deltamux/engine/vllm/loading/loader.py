@@ -1,7 +1,5 @@
 """`ProgramLoader`: reads programs into a worker's memory, on threads off the step loop."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

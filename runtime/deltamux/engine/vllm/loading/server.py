@@ -1,7 +1,5 @@
 """`LoaderServer`: a worker's end of the channel to its loader."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

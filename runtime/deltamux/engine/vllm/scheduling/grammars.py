@@ -1,7 +1,5 @@
 """Compiles grammars in the engine core's process: several at once, on threads of lower priority than the steps."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

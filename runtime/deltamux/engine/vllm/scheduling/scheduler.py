@@ -6,8 +6,6 @@ and their adapters share the slots by the step. A request whose adapter is not c
 out of the step, as vLLM itself does with requests for which a step has no room.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import chain, islice
 from typing import Any

@@ -1,7 +1,5 @@
 """`AdapterTimeSlicer`: which adapters run in a step when more have work than there are slots (no tensors, no vLLM)."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple

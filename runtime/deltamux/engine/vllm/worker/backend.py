@@ -1,7 +1,5 @@
 """`DeltaBackend`: the part of the delta manager that differs by device."""
 
-from __future__ import annotations
-
 from typing import NamedTuple, Protocol
 
 import torch

@@ -1,7 +1,5 @@
 """The worker for CPUs."""
 
-from __future__ import annotations
-
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from deltamux.engine.vllm.worker.backend import CPUBackend

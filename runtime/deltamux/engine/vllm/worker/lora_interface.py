@@ -1,7 +1,5 @@
 """The calls of vLLM's model runner to a LoRA manager besides loading: profiling and capturing run as the base."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """`DeltaManager`: in place of vLLM's LoRA manager, with programs of any method."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary

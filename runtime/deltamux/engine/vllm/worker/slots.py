@@ -1,7 +1,5 @@
 """`SlotTable`: the device slots of a worker, and the programs in them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """`StepIndexer`: from the requests of a step to its rows by slot."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

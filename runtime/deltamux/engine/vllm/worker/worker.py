@@ -1,7 +1,5 @@
 """vLLM's worker with the delta manager in place of its LoRA manager (``worker_cls``, vLLM's extension point)."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
