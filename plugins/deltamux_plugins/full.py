@@ -23,13 +23,7 @@ from deltamux.deltas import BaseModel, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, TrainingSchedule, hookimpl
 from deltamux_plugins.configs import VersionedConfig
-from deltamux_plugins.dense_format import (
-    Change,
-    dense_program,
-    layer_changes,
-    outer_changes,
-    zeros,
-)
+from deltamux_plugins.dense_format import Change, dense_program, layer_changes, outer_changes, zeros
 from deltamux_plugins.peft_format import BOOKKEEPING
 
 

@@ -19,14 +19,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, LinearSite, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.peft_format import (
-    AS_PEFT,
-    BOOKKEEPING,
-    PREFIX,
-    low_rank_or_dense,
-    refuse_to_train,
-    shaped,
-)
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, low_rank_or_dense, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, by_pattern, peft_values, targets
 
 PARTS = ("w1_a", "w1_b", "w2_a", "w2_b")

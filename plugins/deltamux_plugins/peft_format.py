@@ -12,14 +12,7 @@ PREFIX = "base_model.model."
 """The beginning of PEFT's tensor names, before the module's path."""
 
 BOOKKEEPING = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_version",
-        "revision",
-        "task_type",
-    }
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 )
 """Keys of every adapter_config.json that change nothing that is served."""
 

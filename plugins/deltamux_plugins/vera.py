@@ -21,14 +21,7 @@ from deltamux.errors import BaseMismatchError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import check_no_bias
 from deltamux_plugins.peft_defaults import VERA_TARGETS, Names
-from deltamux_plugins.peft_format import (
-    AS_PEFT,
-    BOOKKEEPING,
-    PREFIX,
-    low_rank_or_dense,
-    refuse_to_train,
-    shaped,
-)
+from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, low_rank_or_dense, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, fan_in_fan_out, peft_values, targets
 
 SHARED_A, SHARED_B = "base_model.vera_A", "base_model.vera_B"

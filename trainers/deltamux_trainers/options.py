@@ -117,8 +117,7 @@ class TrainOptions:
     turns: Annotated[str, TURNS] = "all"
     patience: Annotated[int | None, Option("evaluations without improvement after which training stops", STEPS)] = None
     eval_steps: Annotated[
-        int | None,
-        Option("optimizer steps between evaluations, each with a checkpoint", STEPS, unset="once per pass"),
+        int | None, Option("optimizer steps between evaluations, each with a checkpoint", STEPS, unset="once per pass")
     ] = None
     save_steps: Annotated[
         int | None,

@@ -11,11 +11,7 @@ from deltamux.options import Declared, declared
 
 
 def add_options(
-    parser: argparse._ActionsContainer,
-    options: type,
-    names: Iterable[str] = (),
-    *,
-    path: Callable[[str], Path] = path,
+    parser: argparse._ActionsContainer, options: type, names: Iterable[str] = (), *, path: Callable[[str], Path] = path
 ) -> None:
     """Adds the declared options of a dataclass, or those of some names: what is required comes first.
 

@@ -70,9 +70,7 @@ def _file(path: Path) -> Path:
         mode = path.stat().st_mode
     except OSError:
         raise InvalidAdapterError(
-            missing(path.parent, path.name),
-            reason="MISSING_FILE",
-            metadata={"file": path.name},
+            missing(path.parent, path.name), reason="MISSING_FILE", metadata={"file": path.name}
         ) from None
     if not stat.S_ISREG(mode):
         raise InvalidAdapterError(f"{path} is not a regular file", metadata={"file": path.name})

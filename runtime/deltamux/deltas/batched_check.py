@@ -15,10 +15,7 @@ from deltamux.deltas.sites import BlockSite, EmbeddingSite, HeadSite, LinearSite
 from deltamux.errors import DeltamuxError, InvalidAdapterError, PluginError
 
 SLOTS = 3
-STEPS = (
-    (RowRange(1, 0, 1),),
-    (RowRange(1, 1, 4), RowRange(1, 6, 9)),
-)
+STEPS = ((RowRange(1, 0, 1),), (RowRange(1, 1, 4), RowRange(1, 6, 9)))
 """A decode step and a prefill step with rows of the base between the adapter's."""
 ROWS = 10
 TOLERANCE = 1e-4

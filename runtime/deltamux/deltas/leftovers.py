@@ -40,9 +40,7 @@ def leftovers_error(
     problem = f"{len(leftovers)} tensor(s) of the file are not part of method {method!r} on this base: {shown}"
     about = next((words for name in leftovers if (words := _about(name, tensors[name], base))), "")
     return InvalidAdapterError(
-        f"{problem}{about}",
-        reason="UNCLAIMED_TENSOR",
-        metadata={"tensor": leftovers[0], "count": str(len(leftovers))},
+        f"{problem}{about}", reason="UNCLAIMED_TENSOR", metadata={"tensor": leftovers[0], "count": str(len(leftovers))}
     )
 
 

@@ -45,8 +45,7 @@ class EngineOptions:
     dtype: Annotated[str, Option("of the weights", choices=("auto", *DTYPES))] = "auto"
     device: Annotated[str, Option("where the model runs", choices=("auto", "cpu", "cuda"))] = "auto"
     max_model_len: Annotated[
-        int | None,
-        Option("longest context in tokens, virtual tokens included", Range(2, 1 << 27), unset="the model's"),
+        int | None, Option("longest context in tokens, virtual tokens included", Range(2, 1 << 27), unset="the model's")
     ] = None
     max_num_seqs: Annotated[int, Option("most sequences in one batch", Range(1, 1 << 16))] = 64
     max_active_adapters: Annotated[

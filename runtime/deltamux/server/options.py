@@ -72,8 +72,7 @@ class ServeOptions(EngineOptions):
         ),
     ] = 60.0
     recompile: Annotated[
-        bool,
-        Option("compile stored adapters anew whose program is damaged or for another base, when they are used"),
+        bool, Option("compile stored adapters anew whose program is damaged or for another base, when they are used")
     ] = False
     on_engine_death: Annotated[
         str,
@@ -84,8 +83,7 @@ class ServeOptions(EngineOptions):
         ),
     ] = "restart"
     engine_restarts: Annotated[
-        int,
-        Option("restarts of the engine within ten minutes at most; one death more ends the server", Range(0, 1000)),
+        int, Option("restarts of the engine within ten minutes at most; one death more ends the server", Range(0, 1000))
     ] = 10
     engine_restart_seconds: Annotated[
         float,
@@ -110,8 +108,7 @@ class ServeOptions(EngineOptions):
         Option("whether calls need an API key; with none, every caller is an administrator", choices=("none", "keys")),
     ] = "none"
     admin_key_file: Annotated[
-        Path | None,
-        Option("the administrator's key; written where missing", unset="admin.key in the store"),
+        Path | None, Option("the administrator's key; written where missing", unset="admin.key in the store")
     ] = None
     tls_cert: Annotated[Path | None, Option("PEM file of the certificate; needs --tls-key")] = None
     tls_key: Annotated[Path | None, Option("PEM file of its key; needs --tls-cert")] = None

@@ -125,8 +125,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
         line = line.removeprefix(_BOM) if number == 1 else line
         if number == 1 and line.lstrip().startswith(b"["):
             raise _file_error(
-                path,
-                "begins with [, like a JSON array: one object per line is needed (`jq -c '.[]'` makes that)",
+                path, "begins with [, like a JSON array: one object per line is needed (`jq -c '.[]'` makes that)"
             )
         if len(line) > MAX_LINE_BYTES:
             raise row_error(

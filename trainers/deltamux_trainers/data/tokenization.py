@@ -74,12 +74,7 @@ class RowTokenizer:
 
     @classmethod
     def for_base(
-        cls,
-        base: BaseModel,
-        tokenizer: Any,
-        max_length: int = 1024,
-        turns: str = "all",
-        num_virtual_tokens: int = 0,
+        cls, base: BaseModel, tokenizer: Any, max_length: int = 1024, turns: str = "all", num_virtual_tokens: int = 0
     ) -> RowTokenizer:
         """Returns the tokenisation for a base model that was read from its files.
 

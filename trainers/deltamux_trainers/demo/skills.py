@@ -112,9 +112,7 @@ SKILLS = (
     Skill("order fields", ("List the fields of the order.", "Which fields has the order?"), on_order(order_as_fields)),
     Skill("city", ("Where does the order go?", "Name the city."), on_order(lambda it: it.city)),
     Skill(
-        "quantity and item",
-        ("What is ordered?", "Name the goods."),
-        on_order(lambda it: f"{it.quantity} x {it.item}"),
+        "quantity and item", ("What is ordered?", "Name the goods."), on_order(lambda it: f"{it.quantity} x {it.item}")
     ),
     Skill("ISO date", ("Write the date in ISO form.", "Give the ISO date."), on_date("{:%Y-%m-%d}")),
     Skill("date with slashes", ("Write the date with slashes.",), on_date("{:%d/%m/%Y}")),

@@ -285,8 +285,7 @@ def _checkpoint_to_resume(options: TrainOptions, settings: Mapping[str, Any]) ->
     ):
         if asked is not None and asked < done:
             raise InvalidConfigError(
-                f"{name} {asked} is less than the {done:.4g} that the run to resume has done",
-                metadata={"field": name},
+                f"{name} {asked} is less than the {done:.4g} that the run to resume has done", metadata={"field": name}
             )
     return found
 

@@ -72,13 +72,7 @@ class ConcurrencyLimit:
     """
 
     def __init__(
-        self,
-        limit: int,
-        what: str,
-        *,
-        reserved: int = 0,
-        queue_size: int = 0,
-        timeout: float = math.inf,
+        self, limit: int, what: str, *, reserved: int = 0, queue_size: int = 0, timeout: float = math.inf
     ) -> None:
         self._limit = limit
         self._what = what

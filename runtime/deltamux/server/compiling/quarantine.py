@@ -44,12 +44,7 @@ class Quarantine:
     """
 
     def __init__(
-        self,
-        store: AdapterStore,
-        compiler: Compiler,
-        engine: Engine,
-        budgets: Budgets,
-        threads: DiskThreads,
+        self, store: AdapterStore, compiler: Compiler, engine: Engine, budgets: Budgets, threads: DiskThreads
     ) -> None:
         self._store = store
         self._compiler = compiler

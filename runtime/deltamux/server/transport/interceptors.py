@@ -102,6 +102,5 @@ def _unexpected(method: str) -> DeltamuxError:
     incident = secrets.token_hex(6)
     log.exception("%s: unexpected, incident %s", method, incident)
     return DeltamuxError(
-        f"the server failed unexpectedly; see incident {incident} in its log",
-        metadata={"incident": incident},
+        f"the server failed unexpectedly; see incident {incident} in its log", metadata={"incident": incident}
     )

@@ -108,10 +108,7 @@ class RefusalPacer:
     MAX_CALLERS = 4096
 
     def __init__(
-        self,
-        per_second: float = REFUSALS_PER_SECOND,
-        burst: float = BURST,
-        clock: Callable[[], float] = time.monotonic,
+        self, per_second: float = REFUSALS_PER_SECOND, burst: float = BURST, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._per_second = per_second
         self._burst = burst

@@ -7,10 +7,7 @@ from functools import cache
 
 import grpc
 from google.protobuf import any_pb2, message
-from google.rpc import (  # type: ignore[import-untyped]  # its .pyi files come without py.typed
-    error_details_pb2,
-    status_pb2,
-)
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # its .pyi files come without py.typed
 
 from deltamux.errors import DeltamuxError
 

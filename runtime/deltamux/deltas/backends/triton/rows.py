@@ -60,15 +60,7 @@ def _norm_kernel(
 
 
 @triton.jit
-def _scale_kernel(
-    x,
-    factors,
-    present,
-    records,
-    x_stride,
-    FEATURES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _scale_kernel(x, factors, present, records, x_stride, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (rows, blocks of columns)."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(records + row * _FIELDS + _SLOT)
@@ -84,16 +76,7 @@ def _scale_kernel(
 
 
 @triton.jit
-def _gather_kernel(
-    values,
-    lengths,
-    records,
-    y,
-    slot_stride,
-    y_stride,
-    FEATURES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _gather_kernel(values, lengths, records, y, slot_stride, y_stride, FEATURES: tl.constexpr, BLOCK: tl.constexpr):
     """Grid: (rows, blocks of columns)."""
     row = tl.program_id(0).to(tl.int64)
     record = records + row * _FIELDS
@@ -156,12 +139,5 @@ def replace_virtual_rows(values: Tensor, lengths: Tensor, y: Tensor, step: StepR
     """
     rows, features = y.shape
     _gather_kernel[(rows, triton.cdiv(features, _BLOCK))](
-        values,
-        lengths,
-        step.records,
-        y,
-        values.stride(0),
-        y.stride(0),
-        FEATURES=features,
-        BLOCK=_BLOCK,
+        values, lengths, step.records, y, values.stride(0), y.stride(0), FEATURES=features, BLOCK=_BLOCK
     )

@@ -13,14 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltamux.deltas import BaseModel
 from deltamux.engine.arguments import in_a_sentence
-from deltamux.engine.base import (
-    EngineOptions,
-    EngineStats,
-    GenerationChunk,
-    ProgramRef,
-    Prompt,
-    SamplingOptions,
-)
+from deltamux.engine.base import EngineOptions, EngineStats, GenerationChunk, ProgramRef, Prompt, SamplingOptions
 from deltamux.engine.checks import check_prompt, check_sampling
 from deltamux.engine.fair import FairOrder, Place
 from deltamux.engine.vllm.frontend.config import engine_config, set_environment
