@@ -1,21 +1,51 @@
 """The client for asyncio, with the methods of `deltamux.client.sync`."""
 
+from __future__ import annotations
+
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import grpc
 
-from deltamux.client import calls
-from deltamux.client.base import BaseClient
-from deltamux.client.calls import Call, Page, Prompt
+from deltamux.client import calls, uploads
+from deltamux.client.base import BaseClient, as_method
+from deltamux.client.calls import Call, Listing
 from deltamux.client.channel import error_of
-from deltamux.client.results import Adapter, AdapterEvent, AdapterVersion, ApiKey, Generation, Tenant
-from deltamux.client.uploads import Progress, upload_call
 
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+def _unary(build: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]]:
+    """Returns the method that sends a call and returns its result."""
+
+    async def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await client._unary(build(*args, **kwargs))
+
+    return as_method(method, build)
+
+
+def _listing(build: Callable[P, Listing[T]]) -> Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, list[T]]]:
+    """Returns the method that returns the entries of all pages."""
+
+    async def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> list[T]:
+        listing, found = build(*args, **kwargs), list[T]()
+        while True:
+            found += listing.entries(page := await client._unary(listing.call))
+            if not page.next_page_token:
+                return found
+
+    return as_method(method, build, list)
+
+
+def _stream(build: Callable[P, Call[T]]) -> Callable[Concatenate[AsyncClient, P], AsyncIterator[T]]:
+    """Returns the method that yields the results of a call as they come."""
+
+    def method(client: AsyncClient, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        return client._stream(build(*args, **kwargs))
+
+    return as_method(method, build, AsyncIterator)
 
 
 class AsyncClient(BaseClient):
@@ -33,111 +63,33 @@ class AsyncClient(BaseClient):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *raised: object) -> None:
         await self.close()
 
-    async def generate(
-        self, prompt: Prompt, *, adapter: str | None = None, timeout: float | None = None, **sampling: Any
-    ) -> Generation:
-        """Generates to the end and returns the whole text."""
-        return await self._unary(calls.generate(prompt, adapter, sampling, stream=False), timeout)
+    generate = _unary(calls.generate)
+    generate_stream = _stream(calls.generate_stream)
+    upload_adapter = _unary(uploads.upload_adapter)
+    get_adapter = _unary(calls.get_adapter)
+    get_adapter_version = _unary(calls.get_adapter_version)
+    list_adapters = _listing(calls.list_adapters)
+    list_adapter_versions = _listing(calls.list_adapter_versions)
+    compose_adapter = _unary(calls.compose_adapter)
+    promote = _unary(calls.promote)
+    rollback = _unary(calls.rollback)
+    delete_adapter = _unary(calls.delete_adapter)
+    pin_adapter = _unary(calls.pin_adapter)
+    unpin_adapter = _unary(calls.unpin_adapter)
+    watch_adapters = _stream(calls.watch_adapters)
+    create_tenant = _unary(calls.create_tenant)
+    get_tenant = _unary(calls.get_tenant)
+    list_tenants = _listing(calls.list_tenants)
+    delete_tenant = _unary(calls.delete_tenant)
+    create_api_key = _unary(calls.create_api_key)
+    list_api_keys = _listing(calls.list_api_keys)
+    delete_api_key = _unary(calls.delete_api_key)
 
-    def generate_stream(
-        self, prompt: Prompt, *, adapter: str | None = None, timeout: float | None = None, **sampling: Any
-    ) -> AsyncIterator[Generation]:
-        """Generates and yields increments as they come; closing the iterator aborts. Arguments as for `generate`."""
-        return self._stream(calls.generate(prompt, adapter, sampling, stream=True), timeout)
-
-    async def upload_adapter(
-        self,
-        name: str,
-        path: str | Path,
-        *,
-        method: str = "",
-        promote: bool | None = None,
-        labels: Mapping[str, str] | None = None,
-        progress: Progress | None = None,
-        timeout: float | None = None,
-    ) -> AdapterVersion:
-        """Uploads an adapter's directory as a new version; the same content again is the same version."""
-        call = upload_call(name, path, method=method, promote=promote, labels=labels, progress=progress)
-        return await self._unary(call, timeout)
-
-    async def get_adapter(self, name: str) -> Adapter:
-        return await self._unary(calls.get_adapter(name))
-
-    async def get_adapter_version(self, name: str) -> AdapterVersion:
-        return await self._unary(calls.get_adapter_version(name))
-
-    async def list_adapters(self, parent: str) -> list[Adapter]:
-        """Returns all adapters of ``tenants/{tenant}``."""
-        return await self._all(lambda token: calls.list_adapters(parent, token))
-
-    async def list_adapter_versions(self, name: str) -> list[AdapterVersion]:
-        return await self._all(lambda token: calls.list_adapter_versions(name, token))
-
-    async def compose_adapter(
-        self,
-        name: str,
-        parts: Mapping[str, float] | Sequence[str],
-        *,
-        mode: Literal["stack", "sum"] = "stack",
-        promote: bool | None = None,
-        labels: Mapping[str, str] | None = None,
-    ) -> AdapterVersion:
-        """Composes several versions to a new one."""
-        return await self._unary(calls.compose(name, parts, mode, promote, labels or {}))
-
-    async def promote(self, name: str, *, version: int, canary_percent: int = 0) -> Adapter:
-        """Makes a version the serving one, or the canary with a share of the traffic in percent."""
-        return await self._unary(calls.promote(name, version, canary_percent))
-
-    async def rollback(self, name: str) -> Adapter:
-        """Ends a canary; without one, returns to the version that served before."""
-        return await self._unary(calls.rollback(name))
-
-    async def delete_adapter(self, name: str) -> None:
-        """Deletes an adapter, or one version that does not serve; running requests are not affected."""
-        return await self._unary(calls.delete_adapter(name))
-
-    async def pin_adapter(self, name: str) -> Adapter:
-        """Keeps the serving version in the engine's memory until `unpin_adapter`."""
-        return await self._unary(calls.pin_adapter(name))
-
-    async def unpin_adapter(self, name: str) -> Adapter:
-        return await self._unary(calls.unpin_adapter(name))
-
-    def watch_adapters(self, parent: str) -> AsyncIterator[AdapterEvent]:
-        """Yields the present state of a tenant's adapters (or of one adapter), then every change, until closed."""
-        return self._stream(calls.watch_adapters(parent))
-
-    async def create_tenant(self, tenant: str) -> Tenant:
-        return await self._unary(calls.create_tenant(tenant))
-
-    async def get_tenant(self, name: str) -> Tenant:
-        return await self._unary(calls.get_tenant(name))
-
-    async def list_tenants(self) -> list[Tenant]:
-        return await self._all(calls.list_tenants)
-
-    async def delete_tenant(self, name: str, *, force: bool = False) -> None:
-        """Deletes a tenant and its keys; with `force` also its adapters."""
-        return await self._unary(calls.delete_tenant(name, force))
-
-    async def create_api_key(self, tenant: str) -> ApiKey:
-        """Creates a key for ``tenants/{tenant}``; its secret is in this result only."""
-        return await self._unary(calls.create_api_key(tenant))
-
-    async def list_api_keys(self, tenant: str) -> list[ApiKey]:
-        return await self._all(lambda token: calls.list_api_keys(tenant, token))
-
-    async def delete_api_key(self, name: str) -> None:
-        return await self._unary(calls.delete_api_key(name))
-
-    async def _unary(self, call: Call[T], timeout: float | None = None) -> T:
-        attempts = self._attempts(call, timeout)
+    async def _unary(self, call: Call[T]) -> T:
+        attempts = self._attempts(call)
         while True:
             try:
                 return call.read(await self._start(call, attempts))
@@ -147,8 +99,8 @@ class AsyncClient(BaseClient):
                     raise error from raised
             await asyncio.sleep(pause)
 
-    async def _stream(self, call: Call[T], timeout: float | None = None) -> AsyncIterator[T]:
-        attempts = self._attempts(call, timeout)
+    async def _stream(self, call: Call[T]) -> AsyncIterator[T]:
+        attempts = self._attempts(call)
         begun = False
         while True:
             stream = self._start(call, attempts)
@@ -165,12 +117,3 @@ class AsyncClient(BaseClient):
             finally:
                 stream.cancel()
             await asyncio.sleep(pause)
-
-    async def _all(self, page: Callable[[str], Call[Page[T]]]) -> list[T]:
-        found: list[T] = []
-        token = ""
-        while True:
-            answer = await self._unary(page(token))
-            found += answer.items
-            if not (token := answer.next_token):
-                return found

@@ -1,6 +1,9 @@
 """`BaseClient`: the parts that the clients for threads and for asyncio share."""
 
-from typing import Any, ClassVar
+import inspect
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Any, ClassVar, TypeVar, get_args
 
 import grpc
 
@@ -10,6 +13,24 @@ from deltamux.client.retrying import RETRIES, Attempts
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux.v1.inference_pb2_grpc import InferenceStub
 from deltamux.v1.tenants_pb2_grpc import TenantsStub
+
+M = TypeVar("M", bound=Callable[..., Any])
+
+
+def as_method(method: M, build: Callable[..., Any], container: Any = None) -> M:
+    """Returns a client's method with the name, docstring and signature of the function that builds its call.
+
+    Args:
+        container: what the method returns the results in, such as list; None: it returns the one result.
+    """
+    signature = inspect.signature(build)
+    (result,) = get_args(signature.return_annotation)
+    parameters = (inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD), *signature.parameters.values())
+    described: Any = update_wrapper(method, build)
+    described.__signature__ = signature.replace(
+        parameters=parameters, return_annotation=container[result] if container else result
+    )
+    return method
 
 
 class BaseClient:
@@ -35,8 +56,9 @@ class BaseClient:
             "Tenants": TenantsStub(self._channel),
         }
 
-    def _attempts(self, call: Call[Any], timeout: float | None) -> Attempts:
-        return Attempts(call, self._connection.retries, timeout if timeout is not None else self._connection.timeout)
+    def _attempts(self, call: Call[Any]) -> Attempts:
+        timeout = self._connection.timeout if call.timeout is None else call.timeout
+        return Attempts(call, self._connection.retries, timeout)
 
     def _start(self, call: Call[Any], attempts: Attempts) -> Any:
         service, _, method = call.method.partition(".")

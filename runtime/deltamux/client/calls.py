@@ -1,10 +1,13 @@
-"""The calls of the API, for both clients: the RPC, its request, and the conversion of its response."""
+"""The calls of the API: the RPC, its request, and the conversion of its response.
+
+Both clients have them as methods, with these names, arguments and descriptions.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
@@ -28,6 +31,7 @@ class Call(Generic[T]):
         idempotent: whether it may be sent again if the outcome of an attempt is unknown.
         new_request: returns the request of another attempt, if it is a stream; None: the same request.
         retry_refused: whether it may be sent again if it was refused with RetryInfo, though it is not idempotent.
+        timeout: deadline in seconds, retries included; None for the connection's.
     """
 
     method: str
@@ -36,18 +40,32 @@ class Call(Generic[T]):
     idempotent: bool = False
     new_request: Callable[[], Any] | None = None
     retry_refused: bool = False
+    timeout: float | None = None
 
     @property
     def retryable(self) -> bool:
         return self.idempotent or self.retry_refused
 
 
-@dataclass(frozen=True)
-class Page(Generic[T]):
-    """One page of a list, and the token of the next one ("" after the last)."""
+class Listing(Generic[T]):
+    """The RPC of a list, which is called again for every page.
 
-    items: list[T]
-    next_token: str
+    Args:
+        field: the entries in a response.
+
+    Attributes:
+        call: of the next page; returns the response as it is.
+    """
+
+    def __init__(self, method: str, request: Any, field: str, read: Callable[[Any], T]) -> None:
+        self.call: Call[Any] = Call(method, request, lambda page: page, idempotent=True)
+        self._field = field
+        self._read = read
+
+    def entries(self, page: Any) -> list[T]:
+        """Returns the entries of a page, after which `call` is that of the next one."""
+        self.call.request.page_token = page.next_page_token
+        return [self._read(entry) for entry in getattr(page, self._field)]
 
 
 @contextmanager
@@ -68,10 +86,27 @@ def checks_values(build: Callable[P, T]) -> Callable[P, T]:
 
 
 @checks_values
-def generate(prompt: Prompt, adapter: str | None, sampling: Mapping[str, Any], *, stream: bool) -> Call[Generation]:
-    method = "Inference.GenerateStream" if stream else "Inference.Generate"
+def generate(
+    prompt: Prompt, *, adapter: str | None = None, timeout: float | None = None, **sampling: Any
+) -> Call[Generation]:
+    """Generates to the end and returns the whole text.
+
+    Args:
+        prompt: text, token ids, or chat messages (mappings with role and content).
+        adapter: resource name of an adapter or of one of its versions; None for the base.
+        sampling: max_tokens, temperature, top_p, top_k, min_p, stop, seed, logprobs, json_schema, regex, choice and
+            the others of `SamplingParameters` in inference.proto.
+    """
     request = inference_pb2.GenerateRequest(adapter=adapter or "", sampling=_sampling(sampling), **_prompt(prompt))
-    return Call(method, request, _generation, retry_refused=True)
+    return Call("Inference.Generate", request, _generation, retry_refused=True, timeout=timeout)
+
+
+def generate_stream(
+    prompt: Prompt, *, adapter: str | None = None, timeout: float | None = None, **sampling: Any
+) -> Call[Generation]:
+    """Generates and yields increments as they come; closing the iterator aborts. Arguments as for `generate`."""
+    whole = generate(prompt, adapter=adapter, timeout=timeout, **sampling)
+    return replace(whole, method="Inference.GenerateStream")
 
 
 @checks_values
@@ -85,45 +120,59 @@ def get_adapter_version(name: str) -> Call[AdapterVersion]:
 
 
 @checks_values
-def list_adapters(parent: str, token: str) -> Call[Page[Adapter]]:
-    request = adapters_pb2.ListAdaptersRequest(parent=parent, page_token=token)
-    return Call("Adapters.ListAdapters", request, _page("adapters", _adapter), True)
+def list_adapters(parent: str) -> Listing[Adapter]:
+    """Returns all adapters of ``tenants/{tenant}``."""
+    return Listing("Adapters.ListAdapters", adapters_pb2.ListAdaptersRequest(parent=parent), "adapters", _adapter)
 
 
 @checks_values
-def list_adapter_versions(parent: str, token: str) -> Call[Page[AdapterVersion]]:
-    request = adapters_pb2.ListAdapterVersionsRequest(parent=parent, page_token=token)
-    return Call("Adapters.ListAdapterVersions", request, _page("versions", read_version), True)
+def list_adapter_versions(name: str) -> Listing[AdapterVersion]:
+    request = adapters_pb2.ListAdapterVersionsRequest(parent=name)
+    return Listing("Adapters.ListAdapterVersions", request, "versions", read_version)
 
 
 @checks_values
-def compose(
-    name: str, parts: Mapping[str, float] | Sequence[str], mode: str, promote: bool | None, labels: Mapping[str, str]
+def compose_adapter(
+    name: str,
+    parts: Mapping[str, float] | Sequence[str],
+    *,
+    mode: Literal["stack", "sum"] = "stack",
+    promote: bool | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Call[AdapterVersion]:
+    """Composes several versions to a new one.
+
+    Args:
+        parts: names of adapters or versions, in the order in which they apply; for a sum, with their weights.
+        mode: ``stack`` applies one after the other, ``sum`` adds their changes.
+    """
     weights = parts if isinstance(parts, Mapping) else dict.fromkeys(parts, 1.0)
     request = adapters_pb2.ComposeAdapterRequest(
         adapter=name,
         mode=adapters_pb2.CompositionMode.Value(f"COMPOSITION_MODE_{mode.upper()}"),
         parts=[adapters_pb2.CompositionPart(name=part, weight=weight) for part, weight in weights.items()],
         promote=promote,
-        labels=labels,
+        labels=labels or {},
     )
     return Call("Adapters.ComposeAdapter", request, read_version, retry_refused=True)
 
 
 @checks_values
-def promote(name: str, version: int, canary_percent: int) -> Call[Adapter]:
+def promote(name: str, *, version: int, canary_percent: int = 0) -> Call[Adapter]:
+    """Makes a version the serving one, or the canary with a share of the traffic in percent."""
     request = adapters_pb2.PromoteAdapterRequest(name=name, version=version, canary_percent=canary_percent)
     return Call("Adapters.PromoteAdapter", request, _adapter, True)
 
 
 @checks_values
 def rollback(name: str) -> Call[Adapter]:
+    """Ends a canary; without one, returns to the version that served before."""
     return Call("Adapters.RollbackAdapter", adapters_pb2.RollbackAdapterRequest(name=name), _adapter)
 
 
 @checks_values
 def delete_adapter(name: str) -> Call[None]:
+    """Deletes an adapter, or one version that does not serve; running requests are not affected."""
     if "/versions/" in name:
         request = adapters_pb2.DeleteAdapterVersionRequest(name=name)
         return Call("Adapters.DeleteAdapterVersion", request, _nothing)
@@ -132,6 +181,7 @@ def delete_adapter(name: str) -> Call[None]:
 
 @checks_values
 def pin_adapter(name: str) -> Call[Adapter]:
+    """Keeps the serving version in the engine's memory until `unpin_adapter`."""
     return Call("Adapters.PinAdapter", adapters_pb2.PinAdapterRequest(name=name), _adapter, True)
 
 
@@ -142,6 +192,7 @@ def unpin_adapter(name: str) -> Call[Adapter]:
 
 @checks_values
 def watch_adapters(parent: str) -> Call[AdapterEvent]:
+    """Yields the present state of a tenant's adapters (or of one adapter), then every change, until closed."""
     return Call("Adapters.WatchAdapters", adapters_pb2.WatchAdaptersRequest(parent=parent), _event, True)
 
 
@@ -155,27 +206,25 @@ def get_tenant(name: str) -> Call[Tenant]:
     return Call("Tenants.GetTenant", tenants_pb2.GetTenantRequest(name=name), _tenant, True)
 
 
-@checks_values
-def list_tenants(token: str) -> Call[Page[Tenant]]:
-    return Call(
-        "Tenants.ListTenants", tenants_pb2.ListTenantsRequest(page_token=token), _page("tenants", _tenant), True
-    )
+def list_tenants() -> Listing[Tenant]:
+    return Listing("Tenants.ListTenants", tenants_pb2.ListTenantsRequest(), "tenants", _tenant)
 
 
 @checks_values
-def delete_tenant(name: str, force: bool) -> Call[None]:
+def delete_tenant(name: str, *, force: bool = False) -> Call[None]:
+    """Deletes a tenant and its keys; with `force` also its adapters."""
     return Call("Tenants.DeleteTenant", tenants_pb2.DeleteTenantRequest(name=name, force=force), _nothing)
 
 
 @checks_values
 def create_api_key(tenant: str) -> Call[ApiKey]:
+    """Creates a key for ``tenants/{tenant}``; its secret is in this result only."""
     return Call("Tenants.CreateApiKey", tenants_pb2.CreateApiKeyRequest(parent=tenant), _api_key)
 
 
 @checks_values
-def list_api_keys(tenant: str, token: str) -> Call[Page[ApiKey]]:
-    request = tenants_pb2.ListApiKeysRequest(parent=tenant, page_token=token)
-    return Call("Tenants.ListApiKeys", request, _page("api_keys", _api_key), True)
+def list_api_keys(tenant: str) -> Listing[ApiKey]:
+    return Listing("Tenants.ListApiKeys", tenants_pb2.ListApiKeysRequest(parent=tenant), "api_keys", _api_key)
 
 
 @checks_values
@@ -279,10 +328,6 @@ def _tenant(message: tenants_pb2.Tenant) -> Tenant:
 
 def _api_key(message: tenants_pb2.ApiKey) -> ApiKey:
     return ApiKey(message.name, _time(message.create_time), message.secret or None)
-
-
-def _page(field: str, read: Callable[[Any], T]) -> Callable[[Any], Page[T]]:
-    return lambda message: Page([read(item) for item in getattr(message, field)], message.next_page_token)
 
 
 def _nothing(message: Any) -> None:

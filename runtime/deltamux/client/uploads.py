@@ -3,9 +3,9 @@
 import hashlib
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from deltamux.adapter_files import REQUIRED_FILES, missing
 from deltamux.client.calls import Call, checked_values, read_version
@@ -20,10 +20,27 @@ Progress = Callable[[int, int], None]
 """Called with the bytes sent and all bytes."""
 
 
-def upload_call(name: str, path: str | Path, **header: Any) -> Call[AdapterVersion]:
-    """Returns the call of an upload; arguments and errors are those of `upload_messages`."""
-    messages = partial(upload_messages, name, path, **header)
-    return Call("Adapters.UploadAdapter", messages(), read_version, new_request=messages, retry_refused=True)
+def upload_adapter(
+    name: str,
+    path: str | Path,
+    *,
+    method: str = "",
+    promote: bool | None = None,
+    labels: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    timeout: float | None = None,
+) -> Call[AdapterVersion]:
+    """Uploads an adapter's directory as a new version; the same content again is the same version.
+
+    Args:
+        name: ``tenants/{tenant}/adapters/{adapter}``.
+        path: directory with adapter_config.json and adapter_model.safetensors.
+        promote: True serves the version at once; None does so for an adapter's first version only.
+        progress: called with the bytes sent and all bytes.
+    """
+    messages = partial(upload_messages, name, path, method=method, promote=promote, labels=labels, progress=progress)
+    call = Call("Adapters.UploadAdapter", messages(), read_version, timeout=timeout)
+    return replace(call, new_request=messages, retry_refused=True)
 
 
 def upload_messages(

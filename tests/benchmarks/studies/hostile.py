@@ -89,7 +89,7 @@ async def upload(client: AsyncClient, header: adapters_pb2.UploadHeader, silence
 
     from deltamux.client.calls import Call, read_version
 
-    return await client._unary(Call("Adapters.UploadAdapter", messages(), read_version), 10.0)
+    return await client._unary(Call("Adapters.UploadAdapter", messages(), read_version, timeout=10.0))
 
 
 async def burst(client: AsyncClient, number: int) -> object:
