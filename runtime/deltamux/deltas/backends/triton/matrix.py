@@ -84,28 +84,11 @@ def _activated(h, code):
 
 @triton.jit(do_not_specialize=["slices"])
 def shrink_kernel(
-    x,
-    residual,
-    y,
-    a,
-    meta,
-    records,
-    products,
-    x_stride,
-    residual_stride,
-    y_stride,
-    split_stride,
-    features,
-    chunk,
-    slices,
-    max_rank,
-    MIXED: tl.constexpr,
-    DOT: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
+    x, residual, y, a, meta, records, products, x_stride, residual_stride, y_stride, split_stride, features, chunk,
+    slices, max_rank,
+    MIXED: tl.constexpr, DOT: tl.constexpr, OVERLAPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_RANK: tl.constexpr,
     BLOCK_IN: tl.constexpr,
-):
+):  # fmt: skip
     """Grid: (tiles, slices x blocks of ranks, splits of the input's columns)."""
     if OVERLAPS:
         # All that was launched before is over now, and expand, which may start, finds the output complete.
@@ -158,18 +141,9 @@ def shrink_kernel(
 
 @triton.jit
 def _hidden(
-    products,
-    split_stride,
-    inner_bias,
-    described,
-    own,
-    r,
-    rank,
-    max_rank,
-    SPLITS: tl.constexpr,
-    UNROLLED: tl.constexpr,
-    ACTIVATES: tl.constexpr,
-):
+    products, split_stride, inner_bias, described, own, r, rank, max_rank,
+    SPLITS: tl.constexpr, UNROLLED: tl.constexpr, ACTIVATES: tl.constexpr,
+):  # fmt: skip
     """Returns expand's factors, float32: the sum of shrink's splits at `products` [rows, ranks], and its activation."""
     # All the room for ranks is loaded, since loads are wide then; what lies beyond the slot's own was never written.
     there = own[:, None] & (r < tl.where(rank > 0, max_rank, 0))[None, :]
@@ -202,30 +176,11 @@ def _store(at_y, result, total, own, n, end, flags, scale, bias, SCALES: tl.cons
 
 @triton.jit
 def _expand_at_once(
-    products,
-    split_stride,
-    inner_bias,
-    described,
-    b,
-    scale,
-    bias,
-    at_rows,
-    own,
-    first,
-    end,
-    out_features,
-    rank,
-    max_rank,
-    flags,
-    RANKS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SCALES: tl.constexpr,
-    ACTIVATES: tl.constexpr,
-    DOT: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    products, split_stride, inner_bias, described, b, scale, bias, at_rows, own, first, end, out_features, rank,
+    max_rank, flags,
+    RANKS: tl.constexpr, SPLITS: tl.constexpr, SCALES: tl.constexpr, ACTIVATES: tl.constexpr, DOT: tl.constexpr,
+    OVERLAPS: tl.constexpr, BLOCK_OUT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Expand for a slot of RANKS ranks at most: what is multiplied stays where it is, and columns stream past."""
     r = tl.arange(0, RANKS)
     # The first block is loaded before the wait, so that its latency passes while shrink still works.
@@ -251,31 +206,11 @@ def _expand_at_once(
 
 @triton.jit(do_not_specialize=["slices"])
 def expand_kernel(
-    products,
-    b,
-    scale,
-    bias,
-    inner_bias,
-    meta,
-    columns,
-    records,
-    y,
-    y_stride,
-    split_stride,
-    out_features,
-    slices,
+    products, b, scale, bias, inner_bias, meta, columns, records, y, y_stride, split_stride, out_features, slices,
     max_rank,
-    SPLITS: tl.constexpr,
-    SCALES: tl.constexpr,
-    ACTIVATES: tl.constexpr,
-    DOT: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-    WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_OUT: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    SPLITS: tl.constexpr, SCALES: tl.constexpr, ACTIVATES: tl.constexpr, DOT: tl.constexpr, OVERLAPS: tl.constexpr,
+    WIDE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Grid: (tiles, spans of columns)."""
     record = records + tl.program_id(0) * _FIELDS
     slot = tl.load(record + _TILE_SLOT)
@@ -304,56 +239,16 @@ def expand_kernel(
     bias += wide
     if rank <= _FEW_RANKS:
         _expand_at_once(
-            products,
-            split_stride,
-            inner_bias,
-            described,
-            b,
-            scale,
-            bias,
-            at_rows,
-            own,
-            first,
-            end,
-            out_features,
-            rank,
-            max_rank,
-            flags,
-            _FEW_RANKS,
-            SPLITS,
-            SCALES,
-            ACTIVATES,
-            DOT,
-            OVERLAPS,
-            BLOCK_OUT,
-            STAGES,
-        )
+            products, split_stride, inner_bias, described, b, scale, bias, at_rows, own, first, end, out_features, rank,
+            max_rank, flags,
+            _FEW_RANKS, SPLITS, SCALES, ACTIVATES, DOT, OVERLAPS, BLOCK_OUT, STAGES,
+        )  # fmt: skip
     elif (not WIDE) or rank <= _MANY_RANKS:
         _expand_at_once(
-            products,
-            split_stride,
-            inner_bias,
-            described,
-            b,
-            scale,
-            bias,
-            at_rows,
-            own,
-            first,
-            end,
-            out_features,
-            rank,
-            max_rank,
-            flags,
-            _MANY_RANKS,
-            SPLITS,
-            SCALES,
-            ACTIVATES,
-            DOT,
-            OVERLAPS,
-            BLOCK_OUT,
-            STAGES,
-        )
+            products, split_stride, inner_bias, described, b, scale, bias, at_rows, own, first, end, out_features, rank,
+            max_rank, flags,
+            _MANY_RANKS, SPLITS, SCALES, ACTIVATES, DOT, OVERLAPS, BLOCK_OUT, STAGES,
+        )  # fmt: skip
     else:
         if OVERLAPS:
             tl.extra.cuda.gdc_wait()
