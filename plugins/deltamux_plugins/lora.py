@@ -32,15 +32,9 @@ CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 TRAINED_FROM = (True, "gaussian")
 IGNORED = BOOKKEEPING | {
-    "corda_config",
-    "eva_config",
-    "fan_in_fan_out",
-    "loftq_config",
-    "lora_ga_config",
-    "megatron_core",
-    "qalora_group_size",
-    "runtime_config",
-}
+    "corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_ga_config", "megatron_core",
+    "qalora_group_size", "runtime_config",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

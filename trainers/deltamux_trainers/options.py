@@ -17,32 +17,15 @@ if TYPE_CHECKING:
 OPTIMIZERS = {"adamw": "adamw_torch", "adamw_8bit": "adamw_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
 """Optimizers, by our names, and transformers' names of them."""
 SCHEDULERS = (
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
     "reduce_lr_on_plateau",
-)
+)  # fmt: skip
 """transformers' learning-rate schedules that need no options of their own."""
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 DETERMINING = (
-    "method",
-    "batch_size",
-    "gradient_accumulation",
-    "optimizer",
-    "scheduler",
-    "warmup_ratio",
-    "weight_decay",
-    "max_grad_norm",
-    "max_length",
-    "turns",
-    "eval_fraction",
-    "seed",
-    "dtype",
-)
+    "method", "batch_size", "gradient_accumulation", "optimizer", "scheduler", "warmup_ratio", "weight_decay",
+    "max_grad_norm", "max_length", "turns", "eval_fraction", "seed", "dtype",
+)  # fmt: skip
 """Options that determine a run's losses: a run does not resume with others."""
 CHANGEABLE = ("epochs", "max_steps", "eval_steps", "save_steps", "patience", "log_steps", "device", "output")
 """Options that may change when a run resumes. Its schedules follow the new number of steps."""

@@ -9,16 +9,6 @@ from deltamux.bench.systems import ClientSystem, EngineSystem
 from deltamux.bench.traffic import Request, Workload
 
 __all__ = [
-    "Candidate",
-    "ClientSystem",
-    "Comparison",
-    "EngineSystem",
-    "Figure",
-    "Measurement",
-    "Request",
-    "System",
-    "Workload",
-    "drive",
-    "interleave",
-    "percentile",
-]
+    "Candidate", "ClientSystem", "Comparison", "EngineSystem", "Figure", "Measurement", "Request", "System", "Workload",
+    "drive", "interleave", "percentile",
+]  # fmt: skip

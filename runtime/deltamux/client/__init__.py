@@ -6,14 +6,6 @@ from deltamux.client.sync import Client
 from deltamux.errors import DeltamuxError
 
 __all__ = [
-    "Adapter",
-    "AdapterEvent",
-    "AdapterVersion",
-    "ApiKey",
-    "AsyncClient",
-    "Client",
-    "DeltamuxError",
-    "Generation",
-    "Tenant",
-    "Usage",
-]
+    "Adapter", "AdapterEvent", "AdapterVersion", "ApiKey", "AsyncClient", "Client", "DeltamuxError", "Generation",
+    "Tenant", "Usage",
+]  # fmt: skip

@@ -15,16 +15,6 @@ from deltamux.store.records import (
 from deltamux.store.store import AdapterStore
 
 __all__ = [
-    "PROGRAM_FILE",
-    "AdapterKey",
-    "AdapterRecord",
-    "AdapterStore",
-    "ApiKeyRecord",
-    "Canary",
-    "CompiledAdapter",
-    "TenantRecord",
-    "VersionKey",
-    "VersionRecord",
-    "VersionState",
-    "content_digest",
-]
+    "PROGRAM_FILE", "AdapterKey", "AdapterRecord", "AdapterStore", "ApiKeyRecord", "Canary", "CompiledAdapter",
+    "TenantRecord", "VersionKey", "VersionRecord", "VersionState", "content_digest",
+]  # fmt: skip

@@ -69,26 +69,7 @@ def op_class(name: str) -> type[Op]:
 
 
 __all__ = [
-    "ENTRY_POINT_GROUP",
-    "OPS",
-    "Bias",
-    "Bottleneck",
-    "Dense",
-    "DenseEmbedding",
-    "DenseHead",
-    "GatedBottleneck",
-    "GatedLowRank",
-    "KVPrefix",
-    "LowRank",
-    "NormAffine",
-    "Op",
-    "OpBatch",
-    "RowRange",
-    "Scale",
-    "ScaleInput",
-    "SignDense",
-    "SoftPrompt",
-    "StepIndex",
-    "VirtualRows",
-    "op_class",
-]
+    "ENTRY_POINT_GROUP", "OPS", "Bias", "Bottleneck", "Dense", "DenseEmbedding", "DenseHead", "GatedBottleneck",
+    "GatedLowRank", "KVPrefix", "LowRank", "NormAffine", "Op", "OpBatch", "RowRange", "Scale", "ScaleInput",
+    "SignDense", "SoftPrompt", "StepIndex", "VirtualRows", "op_class",
+]  # fmt: skip

@@ -36,20 +36,10 @@ OF_TYPE: Mapping[str, frozenset[str]] = {
 
 UNSUPPORTED = frozenset(
     [
-        "not",
-        "if",
-        "dependentRequired",
-        "dependentSchemas",
-        "dependencies",
-        "$dynamicRef",
-        "$recursiveRef",
-        "contains",
-        "minContains",
-        "maxContains",
-        "uniqueItems",
-        "multipleOf",
+        "not", "if", "dependentRequired", "dependentSchemas", "dependencies", "$dynamicRef", "$recursiveRef",
+        "contains", "minContains", "maxContains", "uniqueItems", "multipleOf",
     ]
-)
+)  # fmt: skip
 IMPLIED = {
     "object": ("properties", "additionalProperties", "unevaluatedProperties"),
     "array": ("items", "prefixItems", "unevaluatedItems"),
