@@ -100,30 +100,11 @@ def shrink(matrices: Matrices, x: Tensor, step: StepRecords, y: Tensor, residual
     grid = (step.max_tiles(rows), slices * triton.cdiv(max_rank, config.ranks), splits)
     early = {"launch_pdl": True} if overlaps(x.device) else {}
     shrink_kernel[grid](
-        x,
-        stream,
-        y,
-        matrices.a,
-        matrices.meta,
-        step.records,
-        products,
-        x.stride(0),
-        stream.stride(0),
-        y.stride(0),
-        products.stride(0),
-        features,
-        chunk,
-        slices,
-        max_rank,
-        MIXED=mixed,
-        DOT=_dot_type(matrices.a.dtype),
-        OVERLAPS=bool(early),
-        BLOCK_ROWS=step.tile_rows,
-        BLOCK_RANK=config.ranks,
-        BLOCK_IN=inner,
-        num_warps=config.shrink_warps,
-        **early,
-    )
+        x, stream, y, matrices.a, matrices.meta, step.records, products, x.stride(0), stream.stride(0), y.stride(0),
+        products.stride(0), features, chunk, slices, max_rank,
+        MIXED=mixed, DOT=_dot_type(matrices.a.dtype), OVERLAPS=bool(early), BLOCK_ROWS=step.tile_rows,
+        BLOCK_RANK=config.ranks, BLOCK_IN=inner, num_warps=config.shrink_warps, **early,
+    )  # fmt: skip
     return products
 
 
@@ -140,33 +121,14 @@ def expand(matrices: Matrices, products: Tensor | None, y: Tensor, step: StepRec
     if products is None:
         products = y.new_empty((1, 1, 1), dtype=torch.float32)  # never read
     expand_kernel[step.max_tiles(y.shape[0]), columns.shape[0]](
-        products,
-        matrices.b,
-        matrices.bias if matrices.scale is None else matrices.scale,
-        matrices.bias,
-        matrices.bias if matrices.inner_bias is None else matrices.inner_bias,
-        matrices.meta,
-        columns,
-        step.records,
-        y,
-        y.stride(0),
-        products.stride(0),
-        matrices.b.shape[2],
-        matrices.slices,
-        matrices.max_rank,
-        SPLITS=products.shape[0],
-        SCALES=matrices.scale is not None,
-        ACTIVATES=matrices.inner_bias is not None,
-        DOT=_dot_type(matrices.b.dtype),
-        OVERLAPS=bool(early),
-        WIDE=matrices.max_rank > MANY_RANKS,
-        ALIGNED=matrices.aligned,
-        BLOCK_ROWS=step.tile_rows,
-        BLOCK_OUT=config.out_columns(y.dtype),
-        STAGES=config.stages,
-        num_warps=config.expand_warps,
-        **early,
-    )
+        products, matrices.b, matrices.bias if matrices.scale is None else matrices.scale, matrices.bias,
+        matrices.bias if matrices.inner_bias is None else matrices.inner_bias, matrices.meta, columns, step.records, y,
+        y.stride(0), products.stride(0), matrices.b.shape[2], matrices.slices, matrices.max_rank,
+        SPLITS=products.shape[0], SCALES=matrices.scale is not None, ACTIVATES=matrices.inner_bias is not None,
+        DOT=_dot_type(matrices.b.dtype), OVERLAPS=bool(early), WIDE=matrices.max_rank > MANY_RANKS,
+        ALIGNED=matrices.aligned, BLOCK_ROWS=step.tile_rows, BLOCK_OUT=config.out_columns(y.dtype),
+        STAGES=config.stages, num_warps=config.expand_warps, **early,
+    )  # fmt: skip
 
 
 @cache

@@ -23,19 +23,9 @@ _BLOCK = 1024
 
 @triton.jit
 def _norm_kernel(
-    x,
-    y,
-    weight,
-    bias,
-    changes,
-    records,
-    x_stride,
-    y_stride,
-    eps,
-    FEATURES: tl.constexpr,
-    CENTRES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x, y, weight, bias, changes, records, x_stride, y_stride, eps,
+    FEATURES: tl.constexpr, CENTRES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Grid: (rows,)."""
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(records + row * _FIELDS + _SLOT)
@@ -103,20 +93,9 @@ def add_norm_change(
     rows, features = y.shape
     block = triton.next_power_of_2(features)
     _norm_kernel[(rows,)](
-        x,
-        y,
-        weight,
-        bias,
-        changes,
-        step.records,
-        x.stride(0),
-        y.stride(0),
-        eps,
-        FEATURES=features,
-        CENTRES=centres,
-        BLOCK=block,
-        num_warps=min(16, max(4, block // 512)),
-    )
+        x, y, weight, bias, changes, step.records, x.stride(0), y.stride(0), eps,
+        FEATURES=features, CENTRES=centres, BLOCK=block, num_warps=min(16, max(4, block // 512)),
+    )  # fmt: skip
 
 
 def scale_rows(x: Tensor, factors: Tensor, present: Tensor, step: StepRecords) -> None:
