@@ -18,7 +18,7 @@ from deltamux.deltas.composition import MAX_COMPONENTS, PEFT_TYPE, ComponentTens
 from deltamux.errors import DeltamuxError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux.registry import Registry
-from deltamux_plugins.configs import VersionedConfig
+from deltamux_plugins.configs import VersionedConfig, invalid
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class CompositionConfig(VersionedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode not in set(CompositionMode):
-            raise InvalidConfigError(f"mode is stack or sum, not {self.mode!r}", metadata={"field": "mode"})
+            raise invalid("mode", f"is stack or sum, not {self.mode!r}")
         if len(self.parts) > MAX_COMPONENTS:
             raise InvalidConfigError(f"a composition has at most {MAX_COMPONENTS} parts", metadata={"field": "parts"})
 

@@ -20,9 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Program
-from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, TrainingSchedule, hookimpl
-from deltamux_plugins.configs import VersionedConfig
+from deltamux_plugins.configs import VersionedConfig, invalid
 from deltamux_plugins.dense_format import Change, dense_program, layer_changes, outer_changes, zeros
 from deltamux_plugins.peft_format import BOOKKEEPING
 
@@ -46,9 +45,7 @@ class FullConfig(VersionedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers_per_stage < 1:
-            raise InvalidConfigError(
-                f"layers_per_stage is at least 1, not {self.layers_per_stage}", metadata={"field": "layers_per_stage"}
-            )
+            raise invalid("layers_per_stage", f"is at least 1, not {self.layers_per_stage}")
 
 
 # Train.

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, LinearSite, LowRank, Program
-from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.configs import check_no_bias
+from deltamux_plugins.configs import check_no_bias, invalid
 from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, peft_values, targets
 
@@ -43,7 +42,7 @@ class HRAConfig(Targeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r < 1:
-            raise InvalidConfigError(f"r is positive, not {self.r}", metadata={"field": "r"})
+            raise invalid("r", f"is positive, not {self.r}")
         check_no_bias(self.bias)
 
 
@@ -54,9 +53,8 @@ class HRAConfig(Targeted):
 def deltamux_parameters(config: HRAConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     refuse_to_train(config, "modules_to_save")
     if config.r % 2 or (config.apply_GS and config.init_weights):
-        raise InvalidConfigError(
-            "r is even in training, and without apply_GS: only equal pairs of reflections begin as the identity",
-            metadata={"field": "r"},
+        raise invalid(
+            "r", "is even in training, and without apply_GS: only equal pairs of reflections begin as the identity"
         )
 
     def init(tensor: Tensor) -> None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, BlockRole, Checkpoint, LinearSite, Op, Program, Scale, ScaleInput
-from deltamux.errors import InvalidAdapterError, InvalidConfigError
+from deltamux.errors import InvalidAdapterError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import adapterhub
+from deltamux_plugins.configs import invalid
 from deltamux_plugins.peft_defaults import IA3_FEEDFORWARD, IA3_TARGETS, Names, default_targets, model_types
 from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train
 from deltamux_plugins.targets import is_left_out, listed, matches, nothing_matches
@@ -48,10 +49,8 @@ class IA3Config:
     def __post_init__(self) -> None:
         inputs, targets = self.feedforward_modules, self.target_modules
         if isinstance(inputs, tuple) and isinstance(targets, tuple) and not set(inputs) <= set(targets):
-            raise InvalidConfigError(
-                f"feedforward_modules ({listed(inputs)}) must all be among target_modules ({listed(targets)})",
-                metadata={"field": "feedforward_modules"},
-            )
+            problem = f"({listed(inputs)}) must all be among target_modules ({listed(targets)})"
+            raise invalid("feedforward_modules", problem)
 
 
 # Train.

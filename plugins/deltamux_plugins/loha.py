@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, LinearSite, Program
-from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.configs import invalid
 from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, low_rank_or_dense, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, by_pattern, peft_values, targets
 
@@ -48,7 +48,7 @@ class LoHaConfig(Targeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         if any(r < 1 for r in (self.r, *self.rank_pattern.values())):
-            raise InvalidConfigError("r and rank_pattern hold positive integers", metadata={"field": "r"})
+            raise invalid("r", "and rank_pattern hold positive integers")
 
     def rank(self, site: LinearSite) -> int:
         return by_pattern(self.rank_pattern, site.name) or self.r
@@ -64,16 +64,17 @@ class LoHaConfig(Targeted):
 @hookimpl
 def deltamux_parameters(config: LoHaConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     refuse_to_train(config, "rank_dropout", "module_dropout", "modules_to_save")
-
-    def he(tensor: Tensor) -> None:
-        torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
-
-    inits = (he, he, he, torch.nn.init.zeros_ if config.init_weights else he)
+    inits = (*[kaiming_uniform] * 3, torch.nn.init.zeros_ if config.init_weights else kaiming_uniform)
     return {
         name: ParameterSpec(shape, init)
         for site in targets(config, base)
         for (name, shape), init in zip(_tensors(config, site), inits, strict=True)
     }
+
+
+def kaiming_uniform(tensor: Tensor) -> None:
+    """Fills a tensor as torch's Linear starts."""
+    torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
 
 
 @hookimpl

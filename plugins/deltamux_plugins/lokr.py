@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Dense, LinearSite, LowRank, Program
-from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.loha import LoHaConfig
+from deltamux_plugins.configs import invalid
+from deltamux_plugins.loha import LoHaConfig, kaiming_uniform
 from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import peft_values, targets
 
@@ -44,14 +44,9 @@ class LoKrConfig(LoHaConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.init_weights, str) and self.init_weights != "lycoris":
-            raise InvalidConfigError(
-                f"init_weights is true, false or lycoris, not {self.init_weights!r}", metadata={"field": "init_weights"}
-            )
+            raise invalid("init_weights", f"is true, false or lycoris, not {self.init_weights!r}")
         if self.decompose_factor == 0 or self.decompose_factor < -1:
-            raise InvalidConfigError(
-                f"decompose_factor is positive or -1, not {self.decompose_factor}",
-                metadata={"field": "decompose_factor"},
-            )
+            raise invalid("decompose_factor", f"is positive or -1, not {self.decompose_factor}")
 
 
 # Train.
@@ -60,13 +55,9 @@ class LoKrConfig(LoHaConfig):
 @hookimpl
 def deltamux_parameters(config: LoKrConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     refuse_to_train(config, "rank_dropout", "module_dropout", "modules_to_save")
-
-    def he(tensor: Tensor) -> None:
-        torch.nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
-
     zero = {True: ("w1", "w1_a"), "lycoris": ("w2", "w2_b"), False: ()}[config.init_weights]
     return {
-        _name(site, part): ParameterSpec(shape, torch.nn.init.zeros_ if part in zero else he)
+        _name(site, part): ParameterSpec(shape, torch.nn.init.zeros_ if part in zero else kaiming_uniform)
         for site in targets(config, base)
         for part, shape in _shapes(config, site).items()
     }

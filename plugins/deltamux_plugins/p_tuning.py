@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from deltamux.deltas import BaseModel
-from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.configs import VirtualTokensConfig, invalid
 from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM
 from deltamux_plugins.prompt import TENSOR, deltamux_merge, deltamux_program, described
 
@@ -32,32 +32,25 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class PTuningConfig:
+class PTuningConfig(VirtualTokensConfig):
     """PEFT's PromptEncoderConfig.
 
     Attributes:
-        num_virtual_tokens: n, the length of the prompt.
         encoder_reparameterization_type: MLP (three layers) or LSTM (bidirectional, two layers of MLP after it).
         encoder_hidden_size: inner width; None takes the hidden size.
         encoder_num_layers: layers of the LSTM.
     """
 
-    num_virtual_tokens: int = 16
     encoder_reparameterization_type: str = "MLP"
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
-    token_dim: int | None = None
-    num_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_transformer_submodules: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.encoder_reparameterization_type not in ("MLP", "LSTM"):
-            raise InvalidConfigError(
-                f"encoder_reparameterization_type is MLP or LSTM, not {self.encoder_reparameterization_type!r}",
-                metadata={"field": "encoder_reparameterization_type"},
-            )
+            kind = self.encoder_reparameterization_type
+            raise invalid("encoder_reparameterization_type", f"is MLP or LSTM, not {kind!r}")
 
 
 class Encoder(nn.Module):

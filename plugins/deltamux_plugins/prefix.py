@@ -23,7 +23,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
 from deltamux.hookspecs import Initialiser, MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.configs import invalid
+from deltamux_plugins.configs import VirtualTokensConfig, invalid
 from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM
 from deltamux_plugins.prompt import text_ids
 
@@ -31,35 +31,27 @@ TENSOR = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
-class PrefixConfig:
+class PrefixConfig(VirtualTokensConfig):
     """PEFT's PrefixTuningConfig.
 
     Attributes:
-        num_virtual_tokens: n, the length of the prefix.
         prefix_projection: whether training goes through the MLP; the files are the same either way.
         encoder_hidden_size: inner width of the MLP; None takes kv_heads * head_dim.
         init_weights: None (the base's keys and values for a text or for random tokens of its vocabulary; with
             prefix_projection as torch's Embedding and Linear start), "normal" (as PEFT starts) or "zero".
         init_text: the text to start from, its tokens repeated or cut to n; None takes random tokens.
         tokenizer_name_or_path: for init_text; None takes the base's own. PEFT's files hold neither.
-        token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the base
-            (token_dim is kv_heads * head_dim, num_attention_heads is kv_heads); checked where given.
+        token_dim, num_layers, num_attention_heads: kv_heads * head_dim, layers and kv_heads; checked where given.
     """
 
-    num_virtual_tokens: int = 16
     prefix_projection: bool = False
     encoder_hidden_size: int | None = None
     init_weights: str | None = None
     init_text: str | None = None
     tokenizer_name_or_path: str | None = None
-    token_dim: int | None = None
-    num_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_transformer_submodules: int | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.num_virtual_tokens, int) and self.num_virtual_tokens > 0):
-            raise invalid("num_virtual_tokens", f"is a positive integer, not {self.num_virtual_tokens!r}")
+        super().__post_init__()
         if self.init_weights not in (None, "normal", "zero"):
             raise invalid("init_weights", f"is null, 'normal' or 'zero', not {self.init_weights!r}")
         if self.init_text and (self.prefix_projection or self.init_weights):

@@ -17,41 +17,31 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, Program, SoftPrompt
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidConfigError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux_plugins.configs import VirtualTokensConfig, invalid
 from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM
 
 TENSOR = "prompt_embeddings"
 
 
 @dataclass(frozen=True)
-class PromptConfig:
+class PromptConfig(VirtualTokensConfig):
     """PEFT's PromptTuningConfig.
 
     Attributes:
-        num_virtual_tokens: n, the length of the prompt.
         prompt_tuning_init: SAMPLE_VOCAB (embeddings of random tokens of the vocabulary), RANDOM (normal, as torch's
             Embedding starts) or TEXT (embeddings of a text's tokens, repeated or cut to n).
         prompt_tuning_init_text, tokenizer_name_or_path: for TEXT.
-        token_dim, num_layers, num_attention_heads, num_transformer_submodules: PEFT's description of the base;
-            token_dim (the hidden size) is checked where given.
+        token_dim: the hidden size; checked where given.
     """
 
-    num_virtual_tokens: int = 16
     prompt_tuning_init: str = "SAMPLE_VOCAB"
     prompt_tuning_init_text: str | None = None
     tokenizer_name_or_path: str | None = None
-    token_dim: int | None = None
-    num_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_transformer_submodules: int | None = None
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.num_virtual_tokens, int) and self.num_virtual_tokens > 0):
-            raise InvalidConfigError(f"num_virtual_tokens is a positive integer, not {self.num_virtual_tokens!r}")
+        super().__post_init__()
         if self.prompt_tuning_init not in ("SAMPLE_VOCAB", "RANDOM", "TEXT"):
-            raise InvalidConfigError(
-                f"prompt_tuning_init is SAMPLE_VOCAB, RANDOM or TEXT, not {self.prompt_tuning_init!r}",
-                metadata={"field": "prompt_tuning_init"},
-            )
+            raise invalid("prompt_tuning_init", f"is SAMPLE_VOCAB, RANDOM or TEXT, not {self.prompt_tuning_init!r}")
 
 
 # Train.

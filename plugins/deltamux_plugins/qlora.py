@@ -21,6 +21,7 @@ from deltamux.deltas import BaseModel, Program, merge_program
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import lora
+from deltamux_plugins.configs import invalid
 from deltamux_plugins.lora import LoRAConfig
 
 
@@ -41,9 +42,7 @@ class QLoRAConfig(LoRAConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quant_type not in ("nf4", "fp4"):
-            raise InvalidConfigError(
-                f"quant_type is nf4 or fp4, not {self.quant_type!r}", metadata={"field": "quant_type"}
-            )
+            raise invalid("quant_type", f"is nf4 or fp4, not {self.quant_type!r}")
         if self.use_dora or self.bias != "none":
             raise InvalidConfigError(
                 "QLoRA trains neither magnitudes (use_dora) nor biases", metadata={"field": "bias"}

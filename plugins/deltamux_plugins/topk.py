@@ -17,9 +17,8 @@ from typing import Any
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, Program
-from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.configs import VersionedConfig
+from deltamux_plugins.configs import VersionedConfig, invalid
 from deltamux_plugins.dense_format import Change, dense_program, layer_changes, outer_changes, zeros
 from deltamux_plugins.peft_format import BOOKKEEPING
 
@@ -39,9 +38,7 @@ class TopKConfig(VersionedConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_layers is not None and self.num_layers < 1:
-            raise InvalidConfigError(
-                f"num_layers is at least 1, not {self.num_layers}", metadata={"field": "num_layers"}
-            )
+            raise invalid("num_layers", f"is at least 1, not {self.num_layers}")
 
 
 # Train.

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, LinearSite, Program
-from deltamux.errors import BaseMismatchError, InvalidConfigError
+from deltamux.errors import BaseMismatchError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
-from deltamux_plugins.configs import check_no_bias
+from deltamux_plugins.configs import check_no_bias, invalid
 from deltamux_plugins.peft_defaults import VERA_TARGETS, Names
 from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, low_rank_or_dense, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, fan_in_fan_out, peft_values, targets
@@ -54,7 +54,7 @@ class VeRAConfig(Targeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.r < 1 or not 0 <= self.vera_dropout < 1:
-            raise InvalidConfigError("r is positive, and vera_dropout a probability below 1", metadata={"field": "r"})
+            raise invalid("r", "is positive, and vera_dropout a probability below 1")
         check_no_bias(self.bias)
 
 
