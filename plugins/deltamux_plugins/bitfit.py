@@ -18,7 +18,6 @@ from deltamux.deltas import BaseModel, Bias, LinearSite, NormAffine, NormSite, O
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import VersionedConfig
-from deltamux_plugins.peft_format import BOOKKEEPING
 from deltamux_plugins.targets import matches
 
 
@@ -91,7 +90,6 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2106.10199",
         peft_type="DELTAMUX_BITFIT",
         config_class=BitFitConfig,
-        ignored_keys=BOOKKEEPING,
         merges=True,
         in_peft=False,
         learning_rate=1e-3,

@@ -20,7 +20,6 @@ from deltamux.errors import InvalidAdapterError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec
 from deltamux_plugins import adapterhub
 from deltamux_plugins.configs import VersionedConfig, invalid
-from deltamux_plugins.peft_format import BOOKKEEPING
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,6 @@ class BottleneckMethod:
             paper=paper,
             peft_type=f"DELTAMUX_{name.upper()}",
             config_class=config_class,
-            ignored_keys=BOOKKEEPING,
             merges=False,
             in_peft=False,
             learning_rate=1e-3,

@@ -25,9 +25,9 @@ from deltamux.errors import (
     InvalidConfigError,
     UnknownMethodError,
 )
-from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
+from deltamux.hookspecs import BOOKKEEPING, MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.peft_defaults import model_types
-from deltamux_plugins.peft_format import BOOKKEEPING, PREFIX
+from deltamux_plugins.peft_format import PREFIX
 
 OWN_TYPE = "DELTAMUX_BRIDGE"
 RANK = 64

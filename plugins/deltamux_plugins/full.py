@@ -23,7 +23,6 @@ from deltamux.deltas import BaseModel, Program
 from deltamux.hookspecs import MethodInfo, ParameterSpec, TrainingSchedule, hookimpl
 from deltamux_plugins.configs import VersionedConfig, invalid
 from deltamux_plugins.dense_format import Change, dense_program, layer_changes, outer_changes, zeros
-from deltamux_plugins.peft_format import BOOKKEEPING
 
 
 @dataclass(frozen=True)
@@ -117,7 +116,6 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/1801.06146",
         peft_type="DELTAMUX_FULL",
         config_class=FullConfig,
-        ignored_keys=BOOKKEEPING,
         merges=True,
         in_peft=False,
         learning_rate=2e-5,

@@ -19,7 +19,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, LinearSite, LowRank, Program
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import check_no_bias, invalid
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, peft_values, targets
 
 
@@ -115,7 +115,6 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2405.17484",
         peft_type="HRA",
         config_class=HRAConfig,
-        ignored_keys=BOOKKEEPING,
         file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,

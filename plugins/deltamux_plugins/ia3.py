@@ -21,7 +21,7 @@ from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import adapterhub
 from deltamux_plugins.configs import invalid
 from deltamux_plugins.peft_defaults import IA3_FEEDFORWARD, IA3_TARGETS, Names, default_targets, model_types
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train
+from deltamux_plugins.peft_format import CAUSAL_LM, PREFIX, refuse_to_train
 from deltamux_plugins.targets import is_left_out, listed, matches, nothing_matches
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
@@ -141,7 +141,7 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2205.05638",
         peft_type="IA3",
         config_class=IA3Config,
-        ignored_keys=BOOKKEEPING | {"fan_in_fan_out"},
+        ignored_keys=frozenset({"fan_in_fan_out"}),
         merges=True,
         in_peft=True,
         learning_rate=3e-3,

@@ -16,7 +16,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, NormAffine, NormSite, Program
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.peft_defaults import LN_TARGETS, default_targets
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, CAUSAL_LM, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, CAUSAL_LM, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import is_left_out, matches, nothing_matches
 
 ALL_NORMS = "all-norms"
@@ -105,7 +105,6 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2312.11420",
         peft_type="LN_TUNING",
         config_class=LNTuningConfig,
-        ignored_keys=BOOKKEEPING,
         file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,

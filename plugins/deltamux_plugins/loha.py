@@ -19,7 +19,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, LinearSite, Program
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import invalid
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, low_rank_or_dense, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, PREFIX, low_rank_or_dense, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, by_pattern, peft_values, targets
 
 PARTS = ("w1_a", "w1_b", "w2_a", "w2_b")
@@ -112,7 +112,7 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2108.06098",
         peft_type="LOHA",
         config_class=LoHaConfig,
-        ignored_keys=BOOKKEEPING | {"use_effective_conv2d"},
+        ignored_keys=frozenset({"use_effective_conv2d"}),
         file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,

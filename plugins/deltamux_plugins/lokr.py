@@ -22,7 +22,7 @@ from deltamux.deltas import BaseModel, Dense, LinearSite, LowRank, Program
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import invalid
 from deltamux_plugins.loha import LoHaConfig, kaiming_uniform
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import peft_values, targets
 
 
@@ -133,7 +133,7 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2309.14859",
         peft_type="LOKR",
         config_class=LoKrConfig,
-        ignored_keys=BOOKKEEPING | {"use_effective_conv2d"},
+        ignored_keys=frozenset({"use_effective_conv2d"}),
         file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,

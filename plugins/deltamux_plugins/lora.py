@@ -22,7 +22,7 @@ from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import adapterhub, mlx
 from deltamux_plugins.configs import invalid
 from deltamux_plugins.dora import magnitude_ops, row_norms
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.peft_keys import LORA_REFUSED
 from deltamux_plugins.targets import Targeted, by_pattern, fan_in_fan_out, peft_values, targets
 
@@ -31,10 +31,10 @@ CHANGES_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 # These only choose the first values; a trained file does not depend on them.
 INITIALISATIONS = ("gaussian", "eva", "orthogonal", "mica")
 TRAINED_FROM = (True, "gaussian")
-IGNORED = BOOKKEEPING | {
+IGNORED = frozenset([
     "corda_config", "eva_config", "fan_in_fan_out", "loftq_config", "lora_ga_config", "megatron_core",
     "qalora_group_size", "runtime_config",
-}  # fmt: skip
+])  # fmt: skip
 
 
 @dataclass(frozen=True)

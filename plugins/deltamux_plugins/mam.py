@@ -13,7 +13,6 @@ from deltamux_plugins import parallel, prefix
 from deltamux_plugins.composites import CompositeMethod
 from deltamux_plugins.configs import VersionedConfig
 from deltamux_plugins.parallel import ParallelConfig
-from deltamux_plugins.peft_format import BOOKKEEPING
 from deltamux_plugins.prefix import PrefixConfig
 
 
@@ -33,7 +32,6 @@ METHOD = CompositeMethod(
         paper="https://arxiv.org/abs/2110.04366",
         peft_type="DELTAMUX_MAM",
         config_class=MAMConfig,
-        ignored_keys=BOOKKEEPING,
         merges=False,
         in_peft=False,
         learning_rate=2e-3,

@@ -20,7 +20,7 @@ from deltamux.deltas import BaseModel, Dense, LinearSite, Program
 from deltamux.errors import InvalidConfigError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import check_no_bias
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, PREFIX, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, fan_in_fan_out, peft_values, targets
 
 PEFT_VERSION = "0.21.0"
@@ -158,7 +158,7 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2306.07280",
         peft_type="OFT",
         config_class=OFTConfig,
-        ignored_keys=BOOKKEEPING | {"fan_in_fan_out"},
+        ignored_keys=frozenset({"fan_in_fan_out"}),
         file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,

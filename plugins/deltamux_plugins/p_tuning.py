@@ -18,7 +18,7 @@ from torch.func import functional_call
 from deltamux.deltas import BaseModel
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import VirtualTokensConfig, invalid
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM
+from deltamux_plugins.peft_format import CAUSAL_LM
 from deltamux_plugins.prompt import TENSOR, deltamux_merge, deltamux_program, described
 
 __all__ = [
@@ -114,7 +114,6 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2103.10385",
         peft_type="P_TUNING",
         config_class=PTuningConfig,
-        ignored_keys=BOOKKEEPING,
         file_defaults={"num_virtual_tokens": None},
         merges=False,
         in_peft=True,

@@ -11,11 +11,6 @@ from deltamux.errors import BaseMismatchError, InvalidConfigError
 PREFIX = "base_model.model."
 """The beginning of PEFT's tensor names, before the module's path."""
 
-BOOKKEEPING = frozenset(
-    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-)
-"""Keys of every adapter_config.json that change nothing that is served."""
-
 AS_PEFT = {"target_modules": None}
 """A file without target_modules has PEFT's default ones, not every projection."""
 

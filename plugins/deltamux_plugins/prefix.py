@@ -24,7 +24,7 @@ from deltamux.deltas import BaseModel, KVPrefix, Program
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, NotMergeableError
 from deltamux.hookspecs import Initialiser, MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import VirtualTokensConfig, invalid
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM
+from deltamux_plugins.peft_format import CAUSAL_LM
 from deltamux_plugins.prompt import text_ids
 
 TENSOR = "prompt_embeddings"
@@ -188,7 +188,6 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2101.00190",
         peft_type="PREFIX_TUNING",
         config_class=PrefixConfig,
-        ignored_keys=BOOKKEEPING,
         file_defaults={"num_virtual_tokens": None},
         merges=False,
         in_peft=True,

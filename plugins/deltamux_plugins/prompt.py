@@ -18,7 +18,7 @@ from deltamux.deltas import BaseModel, Program, SoftPrompt
 from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidConfigError, NotMergeableError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import VirtualTokensConfig, invalid
-from deltamux_plugins.peft_format import BOOKKEEPING, CAUSAL_LM
+from deltamux_plugins.peft_format import CAUSAL_LM
 
 TENSOR = "prompt_embeddings"
 
@@ -143,7 +143,7 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2104.08691",
         peft_type="PROMPT_TUNING",
         config_class=PromptConfig,
-        ignored_keys=BOOKKEEPING | {"tokenizer_kwargs"},
+        ignored_keys=frozenset({"tokenizer_kwargs"}),
         file_defaults={"num_virtual_tokens": None},
         merges=False,
         in_peft=True,

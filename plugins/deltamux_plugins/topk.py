@@ -20,7 +20,6 @@ from deltamux.deltas import BaseModel, Program
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import VersionedConfig, invalid
 from deltamux_plugins.dense_format import Change, dense_program, layer_changes, outer_changes, zeros
-from deltamux_plugins.peft_format import BOOKKEEPING
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,6 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/1801.06146",
         peft_type="DELTAMUX_TOPK",
         config_class=TopKConfig,
-        ignored_keys=BOOKKEEPING,
         merges=True,
         in_peft=False,
         learning_rate=2e-5,

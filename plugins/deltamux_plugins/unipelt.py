@@ -30,7 +30,6 @@ from deltamux_plugins.bottlenecks import BottleneckConfig
 from deltamux_plugins.composites import CompositeMethod
 from deltamux_plugins.configs import VersionedConfig
 from deltamux_plugins.lora import LoRAConfig
-from deltamux_plugins.peft_format import BOOKKEEPING
 from deltamux_plugins.prefix import PrefixConfig
 from deltamux_plugins.targets import targets
 
@@ -103,7 +102,6 @@ METHOD = UniPELT(
         paper="https://arxiv.org/abs/2110.07577",
         peft_type="DELTAMUX_UNIPELT",
         config_class=UniPELTConfig,
-        ignored_keys=BOOKKEEPING,
         merges=False,
         in_peft=False,
         learning_rate=5e-4,

@@ -21,7 +21,7 @@ from deltamux.errors import BaseMismatchError
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.configs import check_no_bias, invalid
 from deltamux_plugins.peft_defaults import VERA_TARGETS, Names
-from deltamux_plugins.peft_format import AS_PEFT, BOOKKEEPING, PREFIX, low_rank_or_dense, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, PREFIX, low_rank_or_dense, refuse_to_train, shaped
 from deltamux_plugins.targets import Targeted, fan_in_fan_out, peft_values, targets
 
 SHARED_A, SHARED_B = "base_model.vera_A", "base_model.vera_B"
@@ -141,7 +141,7 @@ def deltamux_method() -> MethodInfo:
         paper="https://arxiv.org/abs/2310.11454",
         peft_type="VERA",
         config_class=VeRAConfig,
-        ignored_keys=BOOKKEEPING | {"fan_in_fan_out"},
+        ignored_keys=frozenset({"fan_in_fan_out"}),
         file_defaults=AS_PEFT,
         merges=True,
         in_peft=True,

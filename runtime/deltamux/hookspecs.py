@@ -31,6 +31,11 @@ ENTRY_POINT_GROUP = "deltamux.methods"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
+BOOKKEEPING = frozenset(
+    {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+)
+"""Keys of PEFT's adapter_config.json files that change nothing that is served; every method skips them."""
+
 Initialiser = Callable[["Tensor"], Any]
 """Fills a float32 tensor in place (`torch.nn.init` style)."""
 
@@ -47,7 +52,7 @@ class MethodInfo:
         peft_type: the ``peft_type`` of its checkpoints' adapter_config.json; PEFT's own where PEFT has the method.
         config_class: a frozen dataclass; its fields are the keys of adapter_config.json and of ``--set``, and it checks
             its values in ``__post_init__`` (raise InvalidConfigError).
-        ignored_keys: keys of foreign adapter_config.json files that do not change what is served, and are skipped.
+        ignored_keys: further keys, next to `BOOKKEEPING`, that do not change what is served, and are skipped.
         refused_keys: keys that change what is computed and are not served, each with the reason and a way out.
         file_defaults: values of keys that a file lacks, where they are not training's defaults.
         merges: whether its deltas can be merged into plain weights.

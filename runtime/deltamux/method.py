@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltamux.configs import build_config
 from deltamux.errors import BaseMismatchError, DeltamuxError, PluginError
-from deltamux.hookspecs import MethodInfo, ParameterSpec, TrainingSchedule
+from deltamux.hookspecs import BOOKKEEPING, MethodInfo, ParameterSpec, TrainingSchedule
 from deltamux.plugin_manager import PLUGIN_ERRORS, HookCaller, PhaseObserver, plugin_error
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Method:
         """
         self._on_phase(self.name, "its config class")
         info, needed = self.info, self.info.file_defaults
-        ignored = info.ignored_keys | {"peft_type", "base_model_name_or_path"}
+        ignored = info.ignored_keys | BOOKKEEPING | {"peft_type"}
         try:
             return build_config(
                 info.config_class, values, method=info.name, ignored=ignored, refused=info.refused_keys, needed=needed
