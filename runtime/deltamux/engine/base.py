@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Protocol
 
-from deltamux.engine.grammar_bounds import check_choice, check_regex, check_schema
-from deltamux.errors import InvalidArgumentError
+from deltamux.engine.grammar_bounds import check_choice, check_regex, check_schema, invalid
 from deltamux.options import DTYPES, Option, Range, check_declared
 
 if TYPE_CHECKING:
@@ -105,7 +104,7 @@ class StructuredOutput:
 
     def __post_init__(self) -> None:
         if [self.json_schema is not None, self.regex is not None, bool(self.choice)].count(True) != 1:
-            raise _invalid("structured_output", "needs exactly one of json_schema, regex and choice")
+            raise invalid("structured_output", "needs exactly one of json_schema, regex and choice", "INVALID_SAMPLING")
         if self.json_schema is not None:
             check_schema(self.json_schema)
         elif self.regex is not None:
@@ -150,7 +149,7 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name, (fits, requirement) in _checks(self).items():
             if not fits:
-                raise _invalid(name, f"must be {requirement}, not {str(getattr(self, name))[:80]}")
+                raise invalid(name, f"must be {requirement}, not {str(getattr(self, name))[:80]}", "INVALID_SAMPLING")
 
 
 @dataclass(frozen=True)
@@ -306,7 +305,3 @@ def _checks(o: SamplingOptions) -> dict[str, tuple[bool, str]]:
         ),
         "logit_bias": (all(-100.0 <= v <= 100.0 for v in o.logit_bias.values()), "values between -100 and 100"),
     }
-
-
-def _invalid(name: str, problem: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{name} {problem}", reason="INVALID_SAMPLING", metadata={"field": f"sampling.{name}"})

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Collection
-from typing import TypeVar
 
 from deltamux.engine.base import Engine
 from deltamux.errors import DeltamuxError, NotFoundError, ResourceExhaustedError
@@ -10,7 +9,6 @@ from deltamux.server.disk import DiskThreads
 from deltamux.server.programs import Programs
 from deltamux.store import AdapterKey, AdapterRecord, AdapterStore, VersionKey, VersionRecord
 
-T = TypeVar("T")
 log = logging.getLogger("deltamux.server")
 
 

@@ -5,33 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
-from deltamux.deltas.ops.batch import OpBatch
+from deltamux.deltas.ops.batch import OpBatch, SlotOps
 from deltamux.deltas.ops.step import StepIndex, add_rows, bits
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
 
-class DenseBatch(OpBatch):
+class DenseBatch(SlotOps["Dense"]):
     """Each slot's matrix over the slot's own rows: nothing is shared, so nothing is stacked."""
-
-    def __init__(self, site: Site, num_slots: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        super().__init__(site, num_slots, dtype, device)
-        self._weights: dict[int, Tensor] = {}
-
-    def _set(self, slot: int, op: Op) -> None:
-        self._weights[slot] = op.tensors()["weight"]
-
-    def _reset(self, slot: int) -> None:
-        del self._weights[slot]
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         for slot in bits(active):
             rows = step.rows(slot)
-            add_rows(y, rows, F.linear(x[rows], self._weights[slot]))
+            add_rows(y, rows, F.linear(x[rows], self._ops[slot].weight))
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltamux.deltas.ops.base import Op, ReadTensor
 from deltamux.deltas.ops.batch import OpBatch
-from deltamux.deltas.ops.dense import DenseBatch
+from deltamux.deltas.ops.dense import Dense, DenseBatch
 from deltamux.deltas.sites import LinearSite, Site, SiteKind
 
 
@@ -37,7 +37,7 @@ class SignDenseBatch(DenseBatch):
     def _set(self, slot: int, op: Op) -> None:
         assert isinstance(op, SignDense)
         assert isinstance(self.site, LinearSite)
-        self._weights[slot] = op.weight(self.site.in_features, self.dtype)
+        self._ops[slot] = Dense(op.weight(self.site.in_features, self.dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,6 @@ The engine checks the compiled program, and the store commits it.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from deltamux.engine.base import Engine, ProgramRef
 from deltamux.errors import InvalidAdapterError
@@ -15,8 +14,6 @@ from deltamux.server.compiling.compiler import Compiler
 from deltamux.server.compiling.job import Budgets, Job, encode_base
 from deltamux.server.disk import DiskThreads
 from deltamux.store import PROGRAM_FILE, AdapterKey, AdapterStore, CompiledAdapter, VersionRecord, content_digest
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)

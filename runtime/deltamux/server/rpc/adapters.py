@@ -2,8 +2,8 @@
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 
@@ -26,32 +26,21 @@ from deltamux.store import AdapterKey, AdapterRecord, AdapterStore, VersionKey, 
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1 import adapters_pb2_grpc as pb_grpc
 
-T = TypeVar("T")
 log = logging.getLogger("deltamux.server")
 
 
+@dataclass(frozen=True, eq=False)
 class AdaptersService(pb_grpc.AdaptersServicer):
     """The service of adapters.proto. Disk access is in `threads`."""
 
-    def __init__(
-        self,
-        store: AdapterStore,
-        programs: Programs,
-        pins: Pins,
-        quarantine: Quarantine,
-        events: EventHub,
-        uploads: ConcurrencyLimit,
-        limits: UploadLimits,
-        threads: DiskThreads,
-    ) -> None:
-        self._store = store
-        self._programs = programs
-        self._pins = pins
-        self._quarantine = quarantine
-        self._events = events
-        self._uploads = uploads
-        self._limits = limits
-        self._threads = threads
+    _store: AdapterStore
+    _programs: Programs
+    _pins: Pins
+    _quarantine: Quarantine
+    _events: EventHub
+    _uploads: ConcurrencyLimit
+    _limits: UploadLimits
+    _threads: DiskThreads
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[pb.UploadAdapterRequest], context: Context

@@ -5,6 +5,7 @@ from typing import Any
 
 from deltamux.engine.base import ChatMessage, GenerationChunk, Prompt, SamplingOptions, StructuredOutput, TokenLogprobs
 from deltamux.engine.checks import too_long
+from deltamux.engine.grammar_bounds import invalid
 from deltamux.errors import InvalidArgumentError, UnavailableError
 from deltamux.v1 import inference_pb2 as pb
 
@@ -34,7 +35,7 @@ def sampling_of(message: pb.SamplingParameters) -> SamplingOptions:
     given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
     if given.pop("fill_context", False):
         if "max_tokens" in given:
-            raise _invalid("fill_context", "excludes max_tokens: set one of them")
+            raise invalid("fill_context", "excludes max_tokens: set one of them", "INVALID_SAMPLING")
         given["max_tokens"] = None
     for name, convert in _CONVERSIONS.items():
         if name in given:
@@ -114,7 +115,3 @@ def _finish_reason(reason: str | None) -> pb.FinishReason.ValueType:
     if reason not in _FINISH_REASONS:
         raise UnavailableError(f"the engine aborted the generation ({reason}); it may be sent again")
     return _FINISH_REASONS[reason]
-
-
-def _invalid(name: str, problem: str) -> InvalidArgumentError:
-    return InvalidArgumentError(f"{name} {problem}", reason="INVALID_SAMPLING", metadata={"field": f"sampling.{name}"})

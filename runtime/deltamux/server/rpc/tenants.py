@@ -1,7 +1,5 @@
 """The Tenants service: tenants and their API keys; a tenant may read its own."""
 
-from typing import TypeVar
-
 from google.protobuf.empty_pb2 import Empty
 
 from deltamux.server.access.caller import current_caller
@@ -16,8 +14,6 @@ from deltamux.store import AdapterStore
 from deltamux.v1 import adapters_pb2
 from deltamux.v1 import tenants_pb2 as pb
 from deltamux.v1 import tenants_pb2_grpc as pb_grpc
-
-T = TypeVar("T")
 
 
 class TenantsService(pb_grpc.TenantsServicer):

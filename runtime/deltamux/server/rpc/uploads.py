@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
 
 from deltamux.adapter_files import CONFIG_FILE, REQUIRED_FILES, TENSORS_FILE
@@ -131,9 +130,7 @@ class _IncomingFiles:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         with ExitStack() as stack:  # on a full disk any of them may fail
             for file in self._files.values():
                 stack.callback(file.stream.close)
