@@ -20,7 +20,6 @@ PEFT_READ = (0, 21)
 SHOWN = 6
 """How many names a message lists at most."""
 
-
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
 

@@ -33,7 +33,6 @@ NARROWER_BY = 16.0
 WIDER_BY = 4.0
 """Limits of the rule for learning rates, on bases narrower and wider than those that a rate was found on."""
 
-
 MODEL = Option("directory or Hugging Face id of the base")
 BATCH_SIZE = Range(1, 65536)
 MIN_LENGTH = 2

@@ -18,7 +18,6 @@ OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
-
 TLS_FAILED = "TLS_FAILED"
 """Reason of an error that is not retried."""
 

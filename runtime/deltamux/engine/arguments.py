@@ -22,7 +22,6 @@ LENGTH_KEYS = (
 )
 """Keys of a base's config, any of which may be the longest context."""
 
-
 MAX_SENTENCE = 1000
 """Characters of an error of vLLM's in a message."""
 

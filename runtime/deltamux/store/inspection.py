@@ -21,7 +21,6 @@ from deltamux.store.row_checks import RowFault, row_faults
 ATTEMPTS = 5
 """Attempts with a store that is in use and changes between the reads of the database and of the files."""
 
-
 Progress = Callable[[int, int], None]
 """Called with the number of checked contents and of all."""
 

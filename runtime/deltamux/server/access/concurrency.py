@@ -17,7 +17,6 @@ RECENT = 5.0
 MIN_RETRY, MAX_RETRY = 0.5, 30.0
 """Bounds of a refusal's `retry_after` in seconds, before it is spread by half."""
 
-
 CHECK_SECONDS = 0.5
 """How often a waiting caller checks for a permit whose holder is overdue."""
 

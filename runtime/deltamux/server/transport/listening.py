@@ -45,7 +45,6 @@ SERVER_OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.keepalive_timeout_ms", 20_000),
 )
 
-
 MAX_DESCRIPTORS = 1 << 16
 """Each connection takes one, idle or not. Many systems have a soft limit of 1024 per process."""
 
