@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from deltamux.deltas import BaseModel, BlockRole, Checkpoint, LinearSite, Op, Program, Scale, ScaleInput
-from deltamux.errors import InvalidAdapterError
+from deltamux.errors import InvalidAdapterError, listed
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import adapterhub
 from deltamux_plugins.configs import invalid
 from deltamux_plugins.peft_defaults import IA3_FEEDFORWARD, IA3_TARGETS, Names, default_targets, model_types
 from deltamux_plugins.peft_format import CAUSAL_LM, PREFIX, refuse_to_train
-from deltamux_plugins.targets import is_left_out, listed, matches, nothing_matches
+from deltamux_plugins.targets import is_left_out, matches, nothing_matches
 
 KEYS_AND_VALUES = ("k_proj", "v_proj", "c_attn", "query_key_value", "qkv_proj")
 
@@ -49,7 +49,7 @@ class IA3Config:
     def __post_init__(self) -> None:
         inputs, targets = self.feedforward_modules, self.target_modules
         if isinstance(inputs, tuple) and isinstance(targets, tuple) and not set(inputs) <= set(targets):
-            problem = f"({listed(inputs)}) must all be among target_modules ({listed(targets)})"
+            problem = f"({listed(inputs, chars=80)}) must all be among target_modules ({listed(targets, chars=80)})"
             raise invalid("feedforward_modules", problem)
 
 

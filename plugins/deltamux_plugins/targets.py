@@ -13,15 +13,13 @@ from typing import Any, ClassVar
 import regex
 
 from deltamux.deltas import BaseModel, LinearSite
-from deltamux.errors import InvalidConfigError
+from deltamux.errors import InvalidConfigError, listed
 from deltamux_plugins.configs import invalid
 from deltamux_plugins.peft_defaults import LORA_TARGETS, Names, default_targets
 from deltamux_plugins.peft_format import CAUSAL_LM
 
 ALL_LINEAR = "all-linear"
 SECONDS_PER_MATCH = 0.05
-SHOWN = 6
-"""How many names a message lists at most."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def nothing_matches(
         narrowed: the options that leave out matches of target_modules; "" for none.
     """
     endings = sorted({path.rpartition(".")[2] for path in paths})
-    has = f"this base has: {listed(endings, 12)}"
+    has = f"this base has: {listed(endings, 12, 80)}"
     if not names:
         problem = f"target_modules is empty: name the modules that the adapter was trained at; {has}"
     elif isinstance(names, str) and not is_all_linear(names) and any(matches((names,), path) for path in paths):
@@ -103,19 +101,12 @@ def nothing_matches(
     elif narrowed and any(matches(names, path) for path in paths):
         problem = f"{narrowed} leave none of the {kind}s that target_modules names; {has}"
     else:
-        shown = names if isinstance(names, str) else listed(names)
+        shown = names if isinstance(names, str) else listed(names, chars=80)
         problem = (
             f"target_modules ({shown}) names no {kind} of {base.architecture}; {has}. The adapter was made for a model "
             "of another family: serve it on that one"
         )
     return InvalidConfigError(problem, metadata={"field": "target_modules"})
-
-
-def listed(names: Any, most: int = SHOWN) -> str:
-    """Returns names for a message: the first few, and how many more there are."""
-    known = [str(name)[:80] for name in names]
-    more = f" and {len(known) - most} more" if len(known) > most else ""
-    return ", ".join(known[:most]) + more
 
 
 def _narrowed(config: Targeted) -> str:

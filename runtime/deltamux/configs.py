@@ -12,13 +12,10 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
-from deltamux.errors import InvalidConfigError
+from deltamux.errors import InvalidConfigError, listed
 
 PEFT_READ = (0, 21)
 """The newest PEFT whose files are read."""
-
-SHOWN = 6
-"""How many names a message lists at most."""
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
 
@@ -88,15 +85,11 @@ def _check_keys(
                 metadata={"field": key, "method": method},
             )
     if unknown:
+        wrong = listed(f"{key[:80]!r}" for key in unknown)
         raise InvalidConfigError(
-            f"method {method!r} has no option {_listed(unknown)}; it has: {', '.join(sorted(fields))}{_origin(values)}",
+            f"method {method!r} has no option {wrong}; it has: {', '.join(sorted(fields))}{_origin(values)}",
             metadata={"field": unknown[0], "method": method},
         )
-
-
-def _listed(keys: list[str]) -> str:
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(f"{key[:80]!r}" for key in keys[:SHOWN]) + more
 
 
 def _origin(values: Mapping[str, Any]) -> str:

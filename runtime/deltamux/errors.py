@@ -7,11 +7,17 @@ stable upper-case word for programs; the message is for people and has the remed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     import grpc
+
+
+def listed(names: Iterable[object], most: int = 6, chars: int = 160) -> str:
+    """Returns names for a message: the first few, each cut to so many characters, and how many more there are."""
+    known = [str(name)[:chars] for name in names]
+    return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
 
 
 class DeltamuxError(Exception):

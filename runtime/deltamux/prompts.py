@@ -21,15 +21,6 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Returns the token ids of a conversation, ready for the assistant's next turn.
-
-    Raises:
-        FailedPreconditionError, InvalidArgumentError: as `render_chat`.
-    """
-    return encode_rendered(tokenizer, render_chat(tokenizer, messages))
-
-
 def render_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **arguments: Any
 ) -> str:

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from deltamux.adapter_files import CONFIG_FILE
 from deltamux.deltas import BaseModel
-from deltamux.errors import FailedPreconditionError
+from deltamux.errors import FailedPreconditionError, listed
 
 SHOWN = 3
 """Names of weights that an error lists."""
@@ -40,10 +40,9 @@ def describe_base(model: str) -> BaseModel:
         raise _with_adapter(model)
     missing = sorted(loaded[1]["missing_keys"])
     if missing:
-        shown = ", ".join(missing[:SHOWN]) + (f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else "")
         raise FailedPreconditionError(
-            f"the files of base model {model!r} lack {shown}, which would be initialised at random: it is not a whole "
-            f"{base.architecture}. Give a base that was saved with its output head",
+            f"the files of base model {model!r} lack {listed(missing, SHOWN)}, which would be initialised at random: "
+            f"it is not a whole {base.architecture}. Give a base that was saved with its output head",
             reason="BASE_INCOMPLETE",
             metadata={"tensor": missing[0]},
         )

@@ -14,7 +14,7 @@ from deltamux.deltas.base_model import BaseModel
 from deltamux.deltas.checkpoint import check_filled
 from deltamux.deltas.sites import SiteKind
 from deltamux.deltas.tensor_names import PREFIX, Reading, read_names
-from deltamux.errors import DeltamuxError, InvalidAdapterError
+from deltamux.errors import DeltamuxError, InvalidAdapterError, listed
 
 SHOWN = 3
 NAMING = frozenset({"MISSING_TENSOR", "UNCLAIMED_TENSOR", "INVALID_CONFIG", "RANK_MISMATCH", "BASE_MISMATCH"})
@@ -36,7 +36,7 @@ def leftovers_error(
     leftovers: list[str], method: str, tensors: Mapping[str, Tensor], base: BaseModel
 ) -> InvalidAdapterError:
     """Returns the refusal of a file with leftovers."""
-    shown = listed(leftovers)
+    shown = listed(leftovers, SHOWN)
     problem = f"{len(leftovers)} tensor(s) of the file are not part of method {method!r} on this base: {shown}"
     about = next((words for name in leftovers if (words := _about(name, tensors[name], base))), "")
     return InvalidAdapterError(
@@ -67,7 +67,7 @@ def explained(error: DeltamuxError, tensors: Mapping[str, Tensor], base: BaseMod
     if reading.marks:
         return _misnamed(error, reading)
     if error.reason == "MISSING_TENSOR":
-        message = f"{error.message}; it holds {len(tensors)} tensor(s): {listed(sorted(tensors))}"
+        message = f"{error.message}; it holds {len(tensors)} tensor(s): {listed(sorted(tensors), SHOWN)}"
     elif hint := _grouped_query(tensors, base):
         message = f"{error.message}. {hint}"
     else:
@@ -75,18 +75,12 @@ def explained(error: DeltamuxError, tensors: Mapping[str, Tensor], base: BaseMod
     return _with_message(error, message)
 
 
-def listed(names: list[str]) -> str:
-    """Returns names for a message: the first few, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(name[:160] for name in names[:SHOWN]) + more
-
-
 def _misnamed(error: DeltamuxError, reading: Reading) -> DeltamuxError:
     """Returns the refusal of a file whose tensors are named otherwise than PEFT names them."""
     name, own = next((name, own) for name, own in reading.names.items() if name != own)
     several = ""
     if len(reading.adapters) > 1:
-        names = listed([adapter or "(no name)" for adapter in reading.adapters])
+        names = listed([adapter or "(no name)" for adapter in reading.adapters], SHOWN)
         several = f" The keys hold {len(reading.adapters)} adapters: {names}."
     message = (
         f"the tensors are not named as PEFT names them in a file; their names hold {', '.join(reading.marks[:6])}. "

@@ -27,8 +27,6 @@ LEAVES = ("weight", "bias")
 SHARED = ("base_model",)
 """Before the tensors that all modules of an adapter share: ``base_model.vera_A``."""
 
-SHOWN = 3
-
 
 class Parsed(NamedTuple):
     """A tensor's name in pieces.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from deltamux.errors import InvalidArgumentError
+from deltamux.errors import InvalidArgumentError, listed
 from deltamux_trainers.data.rows import Row, read_rows
 from deltamux_trainers.data.tokenization import RowTokenizer, TokenizedSequence
 from deltamux_trainers.training import distributed
@@ -92,6 +92,4 @@ def _report(path: Path, dataset: TokenizedDataset, max_length: int, too_long: bo
 
 
 def _lines(numbers: Sequence[int]) -> str:
-    shown = ", ".join(map(str, numbers[:SHOWN_LINES]))
-    more = f" and {len(numbers) - SHOWN_LINES} more" if len(numbers) > SHOWN_LINES else ""
-    return f"{len(numbers)} row{'s' if len(numbers) > 1 else ''} (line {shown}{more})"
+    return f"{len(numbers)} row{'s' if len(numbers) > 1 else ''} (line {listed(numbers, SHOWN_LINES)})"

@@ -36,10 +36,6 @@ def check_id(value: str, field: str) -> str:
     return value
 
 
-def tenant_name(tenant: str) -> str:
-    return f"tenants/{tenant}"
-
-
 def parse_tenant(name: str, field: str = "name") -> str:
     """Returns the tenant's id; all parsers raise InvalidArgumentError naming the request's field."""
     return _match(_TENANT, name, field, "tenants/{tenant}")["tenant"]
