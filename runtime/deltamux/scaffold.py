@@ -37,8 +37,6 @@ METHOD = '''\
 Served as `Bias`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 
