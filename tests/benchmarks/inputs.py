@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deltamux.bench.floor import Floor, Work, floor
-from deltamux.bench.run import compile_adapter
+from deltamux.bench.run import compile_adapters
 from deltamux.bench.traffic import Workload
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import ProgramRef
@@ -91,7 +91,7 @@ class Inputs:
         base = BaseModel.from_pretrained(model)
         (compiled := folder / "compiled").mkdir(parents=True)
         directories = _write_adapters(base, folder / "adapters")
-        made = {name: compile_adapter(directory, base, compiled) for name, directory in directories.items()}
+        made = compile_adapters(directories, base, compiled)
         works = {name: Work.of_program(each.program) for name, each in made.items()}
         return cls(folder, model, base, directories, {name: each.ref for name, each in made.items()}, works)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltamux.bench.run import compile_adapter
+from deltamux.bench.run import compile_adapters
 from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.errors import BaseMismatchError
@@ -23,7 +23,9 @@ COMMANDS: dict[str, Callable[[str, Path, Path, Path], Any]] = {
     "evaluate": lambda base, adapter, data, output: evaluate(EvaluateOptions(base, data, adapter)),
     "merge": lambda base, adapter, data, output: merge(base, adapter, output),
     "compress": lambda base, adapter, data, output: compress(base, adapter, output),
-    "bench": lambda base, adapter, data, output: compile_adapter(adapter, BaseModel.from_pretrained(base), output),
+    "bench": lambda base, adapter, data, output: compile_adapters(
+        {"a": adapter}, BaseModel.from_pretrained(base), output
+    ),
     "compose": lambda base, adapter, data, output: compose_directories(base, [(adapter, 1.0)] * 2, output, mode="sum"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +121,7 @@ async def _started(options: BenchOptions, given: EngineOptions, progress: Progre
 
     engine = VLLMEngine(given)
     with tempfile.TemporaryDirectory(prefix="deltamux-bench-") as folder:
-        compiled = {name: compile_adapter(Path(name), engine.base, Path(folder)) for name in options.adapters}
+        compiled = compile_adapters({name: Path(name) for name in options.adapters}, engine.base, Path(folder))
         base, works = Work.of_base(engine.base), {n: Work.of_program(c.program) for n, c in compiled.items()}
         progress("starting the engine")
         await engine.start()
@@ -139,19 +139,22 @@ class CompiledAdapter(NamedTuple):
     ref: ProgramRef
 
 
-def compile_adapter(directory: Path, base: BaseModel, folder: Path) -> CompiledAdapter:
-    """Compiles an adapter's directory into `folder`, as an upload is compiled; its plugin runs in this process."""
+def compile_adapters(directories: Mapping[str, Path], base: BaseModel, folder: Path) -> dict[str, CompiledAdapter]:
+    """Compiles adapters' directories into `folder`, as uploads are compiled; their plugins run in this process."""
     import torch
 
     from deltamux.engine.base import ProgramRef
     from deltamux.registry import Registry
 
-    with torch.no_grad():
-        program = Registry().load(directory, base).program
-    digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()
-    path = folder / f"{digest}.safetensors"
-    program.save(path)
-    return CompiledAdapter(program, ProgramRef(digest, path, program.num_virtual_tokens))
+    registry, compiled = Registry(), dict[str, CompiledAdapter]()
+    for name, directory in directories.items():
+        with torch.no_grad():
+            program = registry.load(directory, base).program
+        digest = hashlib.sha256(str(directory.resolve()).encode()).hexdigest()
+        path = folder / f"{digest}.safetensors"
+        program.save(path)
+        compiled[name] = CompiledAdapter(program, ProgramRef(digest, path, program.num_virtual_tokens))
+    return compiled
 
 
 def _invalid(name: str, problem: str) -> InvalidArgumentError:
