@@ -5,10 +5,8 @@ with the base's and with its own adapter's (operations). What is slower than bas
 the two bounds the machine, is overhead.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from deltamux.bench.traffic import Workload
 from deltamux.deltas import BaseModel, Program
@@ -26,13 +24,13 @@ class Work(NamedTuple):
     virtual_tokens: int = 0
 
     @classmethod
-    def of_base(cls, base: BaseModel) -> Work:
+    def of_base(cls, base: BaseModel) -> Self:
         """Counts the projections and the output head; norms and attention itself are left out."""
         head = base.head.in_features * base.head.vocab_size if base.head else 0
         return cls(sum(s.in_features * s.out_features for s in base.linears) + head)
 
     @classmethod
-    def of_program(cls, program: Program) -> Work:
+    def of_program(cls, program: Program) -> Self:
         """Counts the parameters of all ops but those of virtual tokens, which no row meets."""
         met = (op for _, op in program if not op.virtual_tokens())
         return cls(sum(t.numel() for op in met for t in op.tensors().values()), program.num_virtual_tokens)

@@ -1,14 +1,12 @@
 """An adapter's files, in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``, nothing else."""
 
-from __future__ import annotations
-
 import codecs
 import json
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,7 +45,7 @@ class Checkpoint:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, directory: str | Path) -> Checkpoint:
+    def read(cls, directory: str | Path) -> Self:
         """Reads an adapter's directory.
 
         Raises:

@@ -1,12 +1,10 @@
 """Reads single tensors out of a base model's safetensors files, without loading the model."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ class WeightFiles:
         self._files = dict(files)
 
     @classmethod
-    def locate(cls, model: str | Path) -> WeightFiles:
+    def locate(cls, model: str | Path) -> Self:
         """Finds the safetensors of a directory or of a Hugging Face id (downloading them as transformers would).
 
         Raises:

@@ -1,13 +1,12 @@
 """`deltamux store check`: programs against checksums, rows against files, files against rows; read-only."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Self
 
 from deltamux.errors import FailedPreconditionError
 from deltamux.store import rows, schema
@@ -104,7 +103,7 @@ class Snapshot:
     virtual_tokens: dict[str, dict[str, object]]
 
     @classmethod
-    def of(cls, connection: sqlite3.Connection) -> Snapshot:
+    def of(cls, connection: sqlite3.Connection) -> Self:
         connection.execute("BEGIN")
         virtual_tokens: dict[str, dict[str, object]] = {}
         for tenant, adapter, number, digest, tokens in connection.execute(

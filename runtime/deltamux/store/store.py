@@ -5,12 +5,11 @@ survives ``kill -9`` and a power cut; that of any other is undone when the store
 objects that this store has marked before.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Self
 
 from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.store.adapter_rows import OF_ADAPTER, OF_TENANT, OF_VERSION, AdapterRows
@@ -60,7 +59,7 @@ class AdapterStore:
             self.rows.log_faults()
 
     @classmethod
-    def open(cls, root: str | Path, *, adopt: bool = False) -> AdapterStore:
+    def open(cls, root: str | Path, *, adopt: bool = False) -> Self:
         """Opens a store, creates it if it does not exist, and removes the remains of a crash.
 
         Args:

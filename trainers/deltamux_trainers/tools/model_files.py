@@ -1,13 +1,11 @@
 """The files of a model directory: weights, read and written file by file, and all others, copied as they are."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
@@ -49,7 +47,7 @@ class ModelFiles:
     weights: WeightFiles
 
     @classmethod
-    def locate(cls, model: str) -> ModelFiles:
+    def locate(cls, model: str) -> Self:
         """Finds a directory, or downloads all of a Hugging Face id but weights in other formats.
 
         Raises:

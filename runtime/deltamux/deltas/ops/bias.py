@@ -1,7 +1,5 @@
 """Bias: y += b at a linear, also where the base has no bias (BitFit, Ben Zaken et al. 2021, arXiv:2106.10199)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,7 +32,7 @@ class Bias(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = BiasBatch
 
-    def weighted(self, weight: float) -> Bias:
+    def weighted(self, weight: float) -> Op:
         return Bias(self.bias * weight)
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

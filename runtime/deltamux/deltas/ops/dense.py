@@ -1,7 +1,5 @@
 """Dense: y += dW x, a full change of a projection's weight (full and top-layer fine-tuning)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,7 +32,7 @@ class Dense(Op):
     batch: ClassVar[type[OpBatch]] = DenseBatch
     changes_weight: ClassVar[bool] = True
 
-    def weighted(self, weight: float) -> Dense:
+    def weighted(self, weight: float) -> Op:
         return Dense(self.weight * weight)
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,5 @@
 """DenseEmbedding: a full change of the input embedding's table (full fine-tuning)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -33,7 +31,7 @@ class DenseEmbedding(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.EMBEDDING
     batch: ClassVar[type[OpBatch]] = DenseEmbeddingBatch
 
-    def weighted(self, weight: float) -> DenseEmbedding:
+    def weighted(self, weight: float) -> Op:
         return DenseEmbedding(self.weight * weight)
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,5 @@
 """DenseHead: a full change of the output head's weight (full fine-tuning)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,7 +25,7 @@ class DenseHead(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.HEAD
     batch: ClassVar[type[OpBatch]] = DenseBatch
 
-    def weighted(self, weight: float) -> DenseHead:
+    def weighted(self, weight: float) -> Op:
         return DenseHead(self.weight * weight)
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

@@ -1,7 +1,5 @@
 """NormAffine: a layer norm's weight and bias change (adapter tuning trains them; LN tuning, arXiv:2312.11420)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -50,7 +48,7 @@ class NormAffine(Op):
     site_kind: ClassVar[SiteKind] = SiteKind.NORM
     batch: ClassVar[type[OpBatch]] = NormAffineBatch
 
-    def weighted(self, weight: float) -> NormAffine:
+    def weighted(self, weight: float) -> Op:
         return NormAffine(**{name: tensor * weight for name, tensor in self.tensors().items()})
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

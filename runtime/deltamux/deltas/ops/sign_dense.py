@@ -1,7 +1,5 @@
 """SignDense: a full change kept as one bit per weight and one scale (BitDelta, Liu et al. 2024, arXiv:2402.10193)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,7 +56,7 @@ class SignDense(Op):
     changes_weight: ClassVar[bool] = True
     packed: ClassVar[frozenset[str]] = frozenset({"signs"})
 
-    def weighted(self, weight: float) -> SignDense:
+    def weighted(self, weight: float) -> Op:
         return SignDense(self.signs, self.scale * weight)
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

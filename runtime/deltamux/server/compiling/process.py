@@ -1,14 +1,12 @@
 """`CompilerProcess`: one compiler process, as the server calls it."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import signal
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from deltamux.child_process import HelperProcess, start_helper
 
@@ -80,7 +78,7 @@ class CompilerProcess:
         self._watching = asyncio.create_task(self._watch())
 
     @classmethod
-    async def open(cls) -> CompilerProcess:
+    async def open(cls) -> Self:
         """Starts a process; it ends with the calling thread."""
         return cls(await start_helper(CHILD_MODULE, MAX_LINE))
 

@@ -1,9 +1,7 @@
 """Validation of requests: one that cannot be decoded, or is larger than its bounds, is INVALID_ARGUMENT."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import grpc
 
@@ -90,7 +88,7 @@ class _ValidatedStream:
     def __init__(self, requests: AsyncIterator[Any]) -> None:
         self._requests = aiter(requests)
 
-    def __aiter__(self) -> _ValidatedStream:
+    def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Any:

@@ -3,13 +3,11 @@
 `SlotParams` keeps the tensors that its words point to, so that a pointer never outlives its tensor.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +71,7 @@ class PrepackedFactors:
     reads: int = FROM_X
 
     @classmethod
-    def of(cls, down: Tensor, up: Tensor, **rest: Any) -> PrepackedFactors:
+    def of(cls, down: Tensor, up: Tensor, **rest: Any) -> Self:
         """Packs the expansion `up` [out, rank], which is scaled already."""
         return cls(down.contiguous(), pack(up), **rest)
 

@@ -5,15 +5,13 @@ share. So each grammar is first compiled and followed for some tokens in another
 CPU time, memory, and time per token. Verdicts are cached.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import logging
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from deltamux.engine.base import StructuredOutput
 from deltamux.engine.fair import FairQueue
@@ -78,7 +76,7 @@ class Grammars:
         self._trials: dict[tuple[str, bytes], _Trial] = {}
 
     @classmethod
-    def of(cls, vllm_config: Any, tokenizer: Any, seconds: float) -> Grammars | None:
+    def of(cls, vllm_config: Any, tokenizer: Any, seconds: float) -> Self | None:
         """Returns that of an engine; None where its backend of grammars is not xgrammar."""
         settings = settings_of(vllm_config, tokenizer)
         return cls(settings, seconds) if settings is not None else None
