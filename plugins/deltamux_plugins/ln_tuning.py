@@ -16,7 +16,7 @@ from torch import Tensor
 from deltamux.deltas import BaseModel, NormAffine, NormSite, Program
 from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins.peft_defaults import LN_TARGETS, default_targets
-from deltamux_plugins.peft_format import AS_PEFT, CAUSAL_LM, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, CAUSAL_LM, PREFIX, copy_of, refuse_to_train, shaped
 from deltamux_plugins.targets import is_left_out, matches, nothing_matches
 
 ALL_NORMS = "all-norms"
@@ -44,12 +44,8 @@ class LNTuningConfig:
 @hookimpl
 def deltamux_parameters(config: LNTuningConfig, base: BaseModel) -> dict[str, ParameterSpec]:
     refuse_to_train(config, "modules_to_save")
-
-    def copy_of(name: str) -> Any:
-        return lambda tensor: tensor.copy_(base.tensor(name))
-
     return {
-        name: ParameterSpec((site.features,), copy_of(f"{site.name}.{field}"))
+        name: ParameterSpec((site.features,), copy_of(base, f"{site.name}.{field}"))
         for site in _targets(config, base)
         for field, name in _tensors(site)
     }

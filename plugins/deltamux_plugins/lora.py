@@ -22,7 +22,7 @@ from deltamux.hookspecs import MethodInfo, ParameterSpec, hookimpl
 from deltamux_plugins import adapterhub, mlx
 from deltamux_plugins.configs import invalid
 from deltamux_plugins.dora import magnitude_ops, row_norms
-from deltamux_plugins.peft_format import AS_PEFT, PREFIX, refuse_to_train, shaped
+from deltamux_plugins.peft_format import AS_PEFT, PREFIX, copy_of, refuse_to_train, shaped
 from deltamux_plugins.peft_keys import LORA_REFUSED
 from deltamux_plugins.targets import Targeted, by_pattern, fan_in_fan_out, peft_values, targets
 
@@ -112,7 +112,7 @@ def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, Parame
             parameters[_magnitude(site)] = ParameterSpec((site.out_features,), _row_norms_of(base, site))
     for site_with_bias, name in _biases(config, base):
         features = site_with_bias.out_features if isinstance(site_with_bias, LinearSite) else site_with_bias.features
-        parameters[name] = ParameterSpec((features,), _copy_of(base, f"{site_with_bias.name}.bias"))
+        parameters[name] = ParameterSpec((features,), copy_of(base, f"{site_with_bias.name}.bias"))
     return parameters
 
 
@@ -179,10 +179,6 @@ def _magnitude(site: LinearSite) -> str:
 
 def _row_norms_of(base: BaseModel, site: LinearSite) -> Any:
     return lambda tensor: tensor.copy_(row_norms(base, site))
-
-
-def _copy_of(base: BaseModel, name: str) -> Any:
-    return lambda tensor: tensor.copy_(base.tensor(name))
 
 
 @hookimpl

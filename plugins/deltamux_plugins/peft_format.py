@@ -7,6 +7,7 @@ from torch import Tensor
 
 from deltamux.deltas import BaseModel, Dense, LowRank
 from deltamux.errors import BaseMismatchError, InvalidConfigError
+from deltamux.hookspecs import Initialiser
 
 PREFIX = "base_model.model."
 """The beginning of PEFT's tensor names, before the module's path."""
@@ -39,6 +40,11 @@ def low_rank_or_dense(a: Tensor, b: Tensor, scale: float = 1.0, dropout: float =
     if dropout or rank * (in_features + b.shape[0]) < in_features * b.shape[0]:
         return LowRank(a, b, scale, dropout)
     return Dense(scale * (b @ a))
+
+
+def copy_of(base: BaseModel, name: str) -> Initialiser:
+    """Returns what fills a parameter with one of the base's."""
+    return lambda tensor: tensor.copy_(base.tensor(name))
 
 
 def refuse_to_train(config: Any, *names: str) -> None:

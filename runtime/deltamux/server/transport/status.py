@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
 from functools import cache
+from itertools import islice
 
 import grpc
 from google.protobuf import any_pb2, message
@@ -22,7 +22,7 @@ _PATHS = re.compile(r"""'/[^'\n]*'|"/[^"\n]*"|(?<![\w.#-])/+[^\s'"`<>:,;()\[\]{}
 
 def status_of(error: DeltamuxError) -> status_pb2.Status:
     """Returns an error's status with ErrorInfo, and BadRequest or RetryInfo if it has a field or a retry time."""
-    shown = {k: without_paths(v) for k, v in _first(error.metadata).items()}
+    shown = {k: without_paths(v) for k, v in islice(error.metadata.items(), MAX_METADATA)}
     metadata = {_clip(k, MAX_VALUE_BYTES): _clip(v, MAX_VALUE_BYTES) for k, v in shown.items()}
     text = _clip(without_paths(error.message), MAX_MESSAGE_BYTES)
     details: list[message.Message] = [
@@ -68,10 +68,6 @@ def _packed(detail: message.Message) -> any_pb2.Any:
     packed = any_pb2.Any()
     packed.Pack(detail)
     return packed
-
-
-def _first(metadata: Mapping[str, str]) -> dict[str, str]:
-    return dict(list(metadata.items())[:MAX_METADATA])
 
 
 def _clip(text: str, max_bytes: int) -> str:
