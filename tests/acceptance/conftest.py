@@ -8,21 +8,15 @@ from pathlib import Path
 import pytest
 
 from deltamux.client import Client
-from deltamux.deltas import BaseModel
-from deltamux_testing.adapters import write_own
 from deltamux_testing.server_process import ServerProcess
+from storms.kill import KINDS, write_adapter
 
 
 @pytest.fixture(scope="session")
-def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def adapters(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directories of adapters: two of each method, different in content."""
     root = tmp_path_factory.mktemp("adapters")
-    options = {"lora": {"r": 4}, "houlsby": {"bottleneck": 8}, "prefix": {"num_virtual_tokens": 5}}
-    return {
-        f"{method}-{seed}": write_own(method, base, root / f"{method}-{seed}", seed=seed, **given)
-        for method, given in options.items()
-        for seed in (1, 2)
-    }
+    return {kind: write_adapter(base_directory, root / kind, kind) for kind in KINDS}
 
 
 @pytest.fixture(scope="session")

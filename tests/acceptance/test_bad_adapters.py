@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import struct
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,46 +22,39 @@ from deltamux.errors import DeltamuxError
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux_testing.adapters import write_own
-from deltamux_testing.server_process import ServerProcess
+from deltamux_testing.server_process import ServerProcess, streaming
+
+pytestmark = pytest.mark.usefixtures("_traffic")
 
 NAME = "tenants/mallory/adapters/bad"
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
-def change_tensors(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    tensors = load_file(directory / TENSORS)
-    change(tensors)
-    save_file(tensors, directory / TENSORS)
+Change = Callable[[Path], object]
 
 
-def change_config(directory: Path, **values: Any) -> None:
-    config = json.loads((directory / CONFIG).read_text())
-    (directory / CONFIG).write_text(json.dumps({**config, **values}))
+def tensors(change: Callable[[dict[str, Any], str], object]) -> Change:
+    """Returns what changes an adapter's tensors, given with the name of the first."""
+
+    def spoil(directory: Path) -> None:
+        found = load_file(directory / TENSORS)
+        change(found, min(found))
+        save_file(found, directory / TENSORS)
+
+    return spoil
 
 
-def first(tensors: dict[str, Any]) -> str:
-    return next(iter(sorted(tensors)))
+def config(**values: Any) -> Change:
+    def spoil(directory: Path) -> None:
+        (directory / CONFIG).write_text(json.dumps({**json.loads((directory / CONFIG).read_text()), **values}))
+
+    return spoil
 
 
-def wrong_shapes(directory: Path) -> None:
-    change_tensors(directory, lambda t: t.update({first(t): torch.zeros(4, 96)}))
-
-
-def missing_tensor(directory: Path) -> None:
-    change_tensors(directory, lambda t: t.pop(first(t)))
-
-
-def unknown_tensor(directory: Path) -> None:
-    change_tensors(directory, lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.zeros(4, 64)}))
-
-
-def not_finite(directory: Path) -> None:
-    change_tensors(directory, lambda t: t[first(t)].view(-1)[7:8].fill_(float("nan")))
-
-
-def integers(directory: Path) -> None:
-    change_tensors(directory, lambda t: t.update({first(t): t[first(t)].to(torch.int8)}))
+def content(data: bytes) -> Change:
+    """Returns what puts other bytes in the place of the tensors."""
+    return lambda directory: (directory / TENSORS).write_bytes(data)
 
 
 def truncated(directory: Path) -> None:
@@ -69,84 +62,53 @@ def truncated(directory: Path) -> None:
     (directory / TENSORS).write_bytes(data[: len(data) // 2])
 
 
-def a_pickle(directory: Path) -> None:
-    (directory / TENSORS).write_bytes(pickle.dumps({"weights": [1.0] * 100}))
-
-
-def ten_gigabytes(directory: Path) -> None:
-    claim = {"x": {"dtype": "F32", "shape": [50_000, 50_000], "data_offsets": [0, 10_000_000_000]}}
-    header = json.dumps(claim).encode()
-    (directory / TENSORS).write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 64)
-
-
-def endless_header(directory: Path) -> None:
-    (directory / TENSORS).write_bytes(struct.pack("<Q", 10_000_000_000) + b"{}")
-
-
-def no_json(directory: Path) -> None:
-    (directory / CONFIG).write_text("{" * 2000)
-
-
-BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "tensors of another base": (wrong_shapes, "FAILED_PRECONDITION", "BASE_MISMATCH"),
-    "a missing tensor": (missing_tensor, "INVALID_ARGUMENT", "MISSING_TENSOR"),
-    "an unknown tensor": (unknown_tensor, "INVALID_ARGUMENT", "UNCLAIMED_TENSOR"),
-    "a NaN": (not_finite, "INVALID_ARGUMENT", "NOT_FINITE"),
-    "int8 factors": (integers, "INVALID_ARGUMENT", "INVALID_ADAPTER"),
-    "a truncated file": (truncated, "INVALID_ARGUMENT", "TRUNCATED_FILE"),
-    "a pickle in disguise": (a_pickle, "INVALID_ARGUMENT", "PICKLE"),
-    "a claim of ten gigabytes": (ten_gigabytes, "INVALID_ARGUMENT", "TRUNCATED_FILE"),
-    "an endless header": (endless_header, "INVALID_ARGUMENT", "DAMAGED_FILE"),
-    "a config that is not JSON": (no_json, "INVALID_ARGUMENT", "INVALID_ADAPTER"),
-    "another rank than its config's": (lambda d: change_config(d, r=2), "INVALID_ARGUMENT", "RANK_MISMATCH"),
-    "an unknown method": (lambda d: change_config(d, peft_type="XYZ"), "INVALID_ARGUMENT", "UNKNOWN_METHOD"),
-    "another method's config": (
-        lambda d: change_config(d, peft_type="PREFIX_TUNING"),
-        "INVALID_ARGUMENT",
-        "INVALID_CONFIG",
+CLAIM = json.dumps({"x": {"dtype": "F32", "shape": [50_000, 50_000], "data_offsets": [0, 10_000_000_000]}}).encode()
+STRAY = "base_model.model.lm_head.lora_A.weight"
+INVALID = "INVALID_ARGUMENT"
+BAD: dict[str, tuple[Change, str, str]] = {
+    "tensors of another base": (
+        tensors(lambda t, first: t.update({first: torch.zeros(4, 96)})),
+        "FAILED_PRECONDITION",
+        "BASE_MISMATCH",
     ),
-    "an option that is not served": (
-        lambda d: change_config(d, alora_invocation_tokens=[1]),
-        "INVALID_ARGUMENT",
-        "INVALID_CONFIG",
+    "a missing tensor": (tensors(lambda t, first: t.pop(first)), INVALID, "MISSING_TENSOR"),
+    "an unknown tensor": (tensors(lambda t, _: t.update({STRAY: torch.zeros(4, 64)})), INVALID, "UNCLAIMED_TENSOR"),
+    "a NaN": (tensors(lambda t, first: t[first].view(-1)[7:8].fill_(float("nan"))), INVALID, "NOT_FINITE"),
+    "int8 factors": (
+        tensors(lambda t, first: t.update({first: t[first].to(torch.int8)})),
+        INVALID,
+        "INVALID_ADAPTER",
     ),
+    "a truncated file": (truncated, INVALID, "TRUNCATED_FILE"),
+    "a pickle in disguise": (content(pickle.dumps({"weights": [1.0] * 100})), INVALID, "PICKLE"),
+    "a claim of ten gigabytes": (
+        content(struct.pack("<Q", len(CLAIM)) + CLAIM + bytes(64)),
+        INVALID,
+        "TRUNCATED_FILE",
+    ),
+    "an endless header": (content(struct.pack("<Q", 10_000_000_000) + b"{}"), INVALID, "DAMAGED_FILE"),
+    "a config that is not JSON": (lambda d: (d / CONFIG).write_text("{" * 2000), INVALID, "INVALID_ADAPTER"),
+    "another rank than its config's": (config(r=2), INVALID, "RANK_MISMATCH"),
+    "an unknown method": (config(peft_type="XYZ"), INVALID, "UNKNOWN_METHOD"),
+    "another method's config": (config(peft_type="PREFIX_TUNING"), INVALID, "INVALID_CONFIG"),
+    "an option that is not served": (config(alora_invocation_tokens=[1]), INVALID, "INVALID_CONFIG"),
 }
 
 
 @pytest.fixture(scope="module")
 def _traffic(server: ServerProcess) -> Iterator[None]:
     """A stream that runs during all of this module, and must end as it would have alone."""
-    prompt = [5, 6, 7]
-    options: dict[str, Any] = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
-    problems: list[str] = []
-    done = threading.Event()
-    with server.client() as client:
-        alone = client.generate(prompt, **options).token_ids
-        workers = {worker.pid for worker in server.workers()}
-
-        def stream() -> None:
-            while not done.is_set():
-                got = tuple(t for chunk in client.generate_stream(prompt, **options) for t in chunk.token_ids)
-                if got != alone:
-                    problems.append("a stream changed")
-
-        thread = threading.Thread(target=stream)
-        thread.start()
+    workers = {worker.pid for worker in server.workers()}
+    with server.client() as client, streaming(client):
         yield
-        done.set()
-        thread.join()
-    assert not problems
     assert workers <= {worker.pid for worker in server.workers()}, "the engine's processes must never restart"
 
 
 @pytest.fixture
 def adapter(adapters: dict[str, Path], tmp_path: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(adapters["lora-1"], tmp_path / "adapter"))
 
 
-@pytest.mark.usefixtures("_traffic")
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_adapter_is_refused_with_its_reason(case: str, client: Client, adapter: Path) -> None:
     spoil, status, reason = BAD[case]
@@ -157,7 +119,6 @@ def test_a_bad_adapter_is_refused_with_its_reason(case: str, client: Client, ada
     assert client.list_adapters("tenants/mallory") == []
 
 
-@pytest.mark.usefixtures("_traffic")
 def test_a_rank_beyond_the_budget_is_refused(client: Client, base_directory: Path, tmp_path: Path) -> None:
     directory = write_own("lora", BaseModel.from_pretrained(base_directory), tmp_path / "wide", r=32)
     with pytest.raises(DeltamuxError, match="at most 16") as refused:
@@ -165,16 +126,13 @@ def test_a_rank_beyond_the_budget_is_refused(client: Client, base_directory: Pat
     assert (refused.value.code.name, refused.value.reason) == ("FAILED_PRECONDITION", "BUDGET_EXCEEDED")
 
 
-@pytest.mark.usefixtures("_traffic")
 def test_an_adapter_of_another_base_is_refused_by_its_fingerprint(client: Client, adapter: Path) -> None:
-    tensors = load_file(adapter / TENSORS)
-    save_file(tensors, adapter / TENSORS, metadata={"base_fingerprint": "0" * 32})
+    save_file(load_file(adapter / TENSORS), adapter / TENSORS, metadata={"base_fingerprint": "0" * 32})
     with pytest.raises(DeltamuxError, match="fingerprint") as refused:
         client.upload_adapter(NAME, adapter)
     assert refused.value.reason == "BASE_MISMATCH"
 
 
-@pytest.mark.usefixtures("_traffic")
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", "a/b", "adapter_model.bin", "evil.py", ""])
 def test_a_file_name_that_plays_tricks_is_refused(path: str, server: ServerProcess) -> None:
     header = pb.UploadHeader(adapter=NAME)
@@ -186,7 +144,6 @@ def test_a_file_name_that_plays_tricks_is_refused(path: str, server: ServerProce
     assert error_of(raised.value).code is grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.usefixtures("_traffic")
 @pytest.mark.parametrize(
     "name", ["tenants/../adapters/x", "tenants/a/adapters/..", "tenants/A/adapters/x", "adapters/x"]
 )
@@ -196,7 +153,6 @@ def test_a_resource_name_that_plays_tricks_is_refused(name: str, client: Client,
     assert refused.value.reason == "INVALID_NAME"
 
 
-@pytest.mark.usefixtures("_traffic")
 def test_what_only_the_engine_refuses_is_refused_before_it_is_stored(
     client: Client, base_directory: Path, adapters: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from deltamux.errors import PluginCrashedError, PluginError, PluginTimeoutError
-from deltamux_testing.server_process import ServerProcess
+from deltamux_testing.server_process import ServerProcess, streaming
 from deltamux_testing.third_party import install, method, write_adapter
 
 PLUGINS = {
@@ -20,7 +18,6 @@ PLUGINS = {
     "leaves": method("leaves", "os._exit(7)"),
     "good": method("good"),
 }
-STREAM: dict[str, Any] = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
@@ -40,31 +37,16 @@ def plagued(
 def test_a_stream_runs_on_while_a_plugin_hangs_or_exits(
     name: str, kind: type[PluginError], plagued: ServerProcess, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
-    done = threading.Event()
-    streams: list[tuple[int, ...]] = []
     with plagued.client() as client:
-        alone = client.generate([5, 6, 7], **STREAM).token_ids
-
-        def stream() -> None:
-            while not done.is_set():
-                got = client.generate_stream([5, 6, 7], **STREAM)
-                streams.append(tuple(token for chunk in got for token in chunk.token_ids))
-
-        thread = threading.Thread(target=stream)
-        thread.start()
-        try:
+        with streaming(client) as streams:
             with pytest.raises(kind, match=f"'{name}': deltamux_program"):
                 client.upload_adapter(f"tenants/mallory/adapters/{name}", write_adapter(tmp_path / name, name))
             version = client.upload_adapter(f"tenants/acme/adapters/{name}", adapters["lora-1"])
             own = client.upload_adapter(f"tenants/acme/adapters/own-{name}", write_adapter(tmp_path / "good", "good"))
-        finally:
-            done.set()
-            thread.join()
         assert (version.method, own.method) == ("lora", "good")
         assert client.generate([5, 6, 7], adapter=f"tenants/acme/adapters/{name}", max_tokens=4).token_ids
         assert client.list_adapters("tenants/mallory") == []
     assert len(streams) > 1
-    assert set(streams) == {alone}
 
 
 def test_a_plugin_that_is_left_out_is_named_in_the_log(plagued: ServerProcess) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.inputs import METHODS, NUM_LORAS, Inputs
 from benchmarks.other_load import OtherLoad
-from benchmarks.results import BEYOND_WARM, Row, first_token_row, gap_row, rate_row
+from benchmarks.results import BEYOND_WARM, FIRST_TOKEN, GAP, RATE, Row, row
 from benchmarks.running_systems import PEFT_LORAS, RunningSystems, served_name
 from deltamux.bench import Candidate, Comparison, EngineSystem, Measurement, System, Workload, drive, interleave
 from deltamux.bench.floor import Floor
@@ -84,14 +84,27 @@ class Bench:
                 settle_seconds=SETTLE_SECONDS if self.systems.is_shared else 0.0,
             )
 
+    async def rows(
+        self,
+        part: str,
+        against: str,
+        reference: Candidate,
+        *candidates: Candidate,
+        metrics: Sequence[str] = (RATE,),
+        floors: Mapping[str, Floor] | None = None,
+    ) -> list[Row]:
+        compared = await self.compare(part, reference, *candidates)
+        known = floors or {}
+        return [row(part, c, against, metric, known.get(c.name), self.size) for c in compared for metric in metrics]
+
     async def against_base(self, part: str, loads: Mapping[str, Workload], *more: Candidate) -> list[Row]:
         """Compares workloads of one prompt length with the base's on the same engine."""
         ours = await self.systems.ours()
         first = next(iter(loads.values()))
         base = self.candidate(part, "base", ours, replace(first, adapters=(None,)))
-        compared = await self.compare(part, base, *(self.settled(part, n, ours, w) for n, w in loads.items()), *more)
         floors = {name: self.inputs.floor(load) for name, load in loads.items()}
-        return [rate_row(part, c, "base", floors.get(c.name), self.size) for c in compared]
+        own = (self.settled(part, name, ours, load) for name, load in loads.items())
+        return await self.rows(part, "base", base, *own, *more, floors=floors)
 
 
 async def loras(bench: Bench) -> list[Row]:
@@ -127,8 +140,7 @@ async def plain(bench: Bench) -> list[Row]:
     """Base traffic on our engine against vLLM without deltamux, compiled as vLLM does by default."""
     part, load = "plain", bench.load()
     reference = bench.candidate(part, "vLLM", await bench.systems.vllm(loras=False), load)
-    compared = await bench.compare(part, reference, bench.candidate(part, "base", await bench.systems.ours(), load))
-    return [rate_row(part, c, "vLLM", None, bench.size) for c in compared]
+    return await bench.rows(part, "vLLM", reference, bench.candidate(part, "base", await bench.systems.ours(), load))
 
 
 async def vllm_lora(bench: Bench) -> list[Row]:
@@ -143,8 +155,7 @@ async def vllm_lora(bench: Bench) -> list[Row]:
         reference = bench.candidate(part, "vLLM's LoRA", theirs, load)
         own = bench.settled(part, f"16 LoRAs, prompt {prompt}", ours, load)
         bound = bench.candidate(part, f"base, prompt {prompt}", ours, replace(load, adapters=(None,)))
-        compared = await bench.compare(part, reference, own, bound)
-        rows += [rate_row(part, c, "vLLM's LoRA", None, bench.size) for c in compared]
+        rows += await bench.rows(part, "vLLM's LoRA", reference, own, bound)
     return rows
 
 
@@ -154,17 +165,10 @@ async def peft(bench: Bench) -> list[Row]:
     load = bench.load(*bench.inputs.loras(PEFT_LORAS))
     ours, theirs = await bench.systems.ours(), bench.systems.peft()
     for threads, label in {1: "1 thread", os.cpu_count() or 1: "all threads"}.items():
-        run: Callable[[str], Awaitable[Measurement]] = partial(_peft, theirs.run, load, threads)
+        run = partial(theirs.run, load, threads)
         own = bench.settled(part, f"16 LoRAs, {label}", ours, load)
-        compared = await bench.compare(part, Candidate("PEFT", run), own)
-        rows += [rate_row(part, c, f"PEFT, {label}", None, bench.size) for c in compared]
+        rows += await bench.rows(part, f"PEFT, {label}", Candidate("PEFT", run), own)
     return rows
-
-
-async def _peft(
-    run: Callable[[Workload, str, int], Awaitable[Measurement]], load: Workload, threads: int, seed: str
-) -> Measurement:
-    return await run(load, seed, threads)
 
 
 async def zipf(bench: Bench) -> list[Row]:
@@ -184,11 +188,9 @@ async def zipf(bench: Bench) -> list[Row]:
     for slots in (8, bench.systems.sequences):
         ours = await bench.systems.ours(slots, programs)
         reference = bench.candidate(part, "few", ours, few)
-        compared = await bench.compare(
-            part, reference, bench.candidate(part, f"{MANY} adapters, {slots} slots", ours, many)
-        )
-        least = _zipf_floor(bench, many, few, slots)
-        rows += [rate_row(part, c, f"{FEW} adapters", least, bench.size) for c in compared]
+        own = bench.candidate(part, f"{MANY} adapters, {slots} slots", ours, many)
+        floors = {own.name: _zipf_floor(bench, many, few, slots)}
+        rows += await bench.rows(part, f"{FEW} adapters", reference, own, floors=floors)
     return rows
 
 
@@ -214,8 +216,7 @@ async def slots(bench: Bench) -> list[Row]:
     load = replace(bench.load(*bench.inputs.loras(16)), requests=4 * bench.systems.sequences)
     reference = bench.candidate(part, "16 slots", await bench.systems.ours(16), load)
     own = bench.candidate(part, "16 LoRAs, 8 slots", await bench.systems.ours(8), load)
-    compared = await bench.compare(part, reference, own)
-    return [first_token_row(part, c, "16 slots", bench.size) for c in compared]
+    return await bench.rows(part, "16 slots", reference, own, metrics=(FIRST_TOKEN,))
 
 
 async def grpc(bench: Bench) -> list[Row]:
@@ -226,8 +227,7 @@ async def grpc(bench: Bench) -> list[Row]:
         load = bench.load(*adapters)
         served = replace(load, adapters=tuple(served_name(a) if a is not None else None for a in adapters))
         reference = bench.candidate(part, "in process", ours, load)
-        compared = await bench.compare(part, reference, bench.candidate(part, name, server, served))
-        rows += [rate_row(part, c, "in process", None, bench.size) for c in compared]
+        rows += await bench.rows(part, "in process", reference, bench.candidate(part, name, server, served))
     return rows
 
 
@@ -243,8 +243,8 @@ async def swap(bench: Bench) -> list[Row]:
             return await drive(server, load, f"{part} {seed}")
 
     reference = bench.candidate(part, "left alone", server, load)
-    [compared] = await bench.compare(part, reference, Candidate("16 LoRAs during uploads", during_changes))
-    return [row(part, compared, reference.name, None, bench.size) for row in (rate_row, gap_row)]
+    own = Candidate("16 LoRAs during uploads", during_changes)
+    return await bench.rows(part, reference.name, reference, own, metrics=(RATE, GAP))
 
 
 @asynccontextmanager

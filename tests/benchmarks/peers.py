@@ -106,7 +106,7 @@ class PEFT:
         gc.freeze()  # its many modules would make this process's collections, and so the other side, slower
         return cls(adapted, vocab_size)
 
-    async def run(self, workload: Workload, seed: str, threads: int) -> Measurement:
+    async def run(self, workload: Workload, threads: int, seed: str) -> Measurement:
         """Runs a workload whose sequences all fit into one batch, with so many of torch's threads."""
         requests = workload.traffic(seed, self._vocab_size)
         before = torch.get_num_threads()

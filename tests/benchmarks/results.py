@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,28 +111,14 @@ class Row:
         return change if self.at_most else -change
 
 
-def rate_row(part: str, compared: Comparison, against: str, floor: Floor | None, size: str) -> Row:
-    """Returns the row of a comparison of rates."""
-    return _row(part, compared, against, RATE, floor, size)
-
-
-def first_token_row(part: str, compared: Comparison, against: str, size: str) -> Row:
-    """Returns the row of a comparison of median times to the first token."""
-    return _row(part, compared, against, FIRST_TOKEN, None, size)
-
-
-def gap_row(part: str, compared: Comparison, against: str, floor: Floor | None, size: str) -> Row:
-    """Returns the row of a comparison of the times between tokens that one in a hundred exceeds."""
-    return replace(_row(part, compared, against, GAP, floor, size), name=f"{compared.name}, gaps")
-
-
-def _row(part: str, compared: Comparison, against: str, metric: str, floor: Floor | None, size: str) -> Row:
+def row(part: str, compared: Comparison, against: str, metric: str, floor: Floor | None, size: str) -> Row:
+    """Returns the row of a comparison by one metric."""
     figure = FIGURES[metric]
     ratios = compared.ratios(figure)
     target = TARGETS.get(f"{part}/{compared.name}")
     return Row(
         part,
-        compared.name,
+        f"{compared.name}, gaps" if metric == GAP else compared.name,
         against,
         metric,
         own=round(statistics.median(map(figure, compared.own)), 1),

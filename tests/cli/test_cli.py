@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
+from importlib.metadata import EntryPoint
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
 import pytest
 
@@ -132,14 +129,6 @@ def test_both_clients_have_the_same_surface() -> None:
     assert surface(Client) == surface(AsyncClient)
 
 
-def test_the_readme_names_only_commands_that_exist() -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    named = set(re.findall(r"^deltamux (\w+)", text, re.MULTILINE))
-    assert named
-    known = next(a.choices for a in parser()._actions if a.choices)
-    assert named <= set(known or ())
-
-
 @pytest.mark.slow
 def test_a_whole_session_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = save_base(tmp_path / "base", "llama")
@@ -170,20 +159,11 @@ def test_a_whole_session_on_the_command_line(tmp_path: Path, capsys: pytest.Capt
         assert server.stop() == 0
 
 
-class Registered(NamedTuple):
-    """An entry point of the group ``deltamux.commands``."""
-
-    name: str
-    value: str
-
-    def load(self) -> ModuleType:
-        return import_module(self.value)
-
-
 def test_a_package_whose_commands_cannot_be_imported_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    points = [Registered("broken", "no_such_module"), Registered("trainers", "deltamux_trainers.commands")]
+    modules = {"broken": "no_such_module", "trainers": "deltamux_trainers.commands"}
+    points = [EntryPoint(name, value, "deltamux.commands") for name, value in modules.items()]
     monkeypatch.setattr("deltamux.cli.extensions.entry_points", lambda group: points)
     listed = {words for words, _ in commands(parser())}
     assert "train" in listed

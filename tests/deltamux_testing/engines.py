@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from deltamux.conformance.parity import Greedy, assert_same
 from deltamux.engine.base import Engine, EngineOptions, EngineStats
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.frontend.outputs import Pace
@@ -34,6 +35,11 @@ async def started(base_directory: Path, **options: Any) -> AsyncIterator[VLLMEng
         yield engine
     finally:
         await engine.stop()
+
+
+def assert_all_same(expected: Iterable[Greedy], actual: Iterable[Greedy]) -> None:
+    for one, other in zip(expected, actual, strict=True):
+        assert_same(one, other)
 
 
 async def settled(engine: Engine, *, running: int = 0, programs: int | None = None) -> EngineStats:

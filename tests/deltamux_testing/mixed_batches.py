@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from hypothesis import strategies as st
 
 from deltamux.conformance.parity import Greedy, served
+from deltamux.deltas import BaseModel, Program
 from deltamux.engine.base import Engine, ProgramRef
+from deltamux_testing import random_programs
 
-NAMES = (
-    "low-rank",
-    "low-rank-wide",
-    "low-rank-other",
-    "bottleneck",
-    "bottleneck-parallel",
-    "bottleneck-residual",
-    "prefix",
-    "prefix-long",
-    "bias",
-    "scale",
-    "soft-prompt",
-    "everything",
-)
+PROGRAMS: dict[str, Callable[[BaseModel], Program]] = {
+    "low-rank": lambda base: random_programs.low_rank(base, 1),
+    "low-rank-wide": lambda base: random_programs.low_rank(base, 2, rank=16),
+    "low-rank-other": lambda base: random_programs.low_rank(base, 3),
+    "bottleneck": lambda base: random_programs.bottleneck(base, 4),
+    "bottleneck-parallel": lambda base: random_programs.bottleneck(base, 5, parallel=True, activation="gelu"),
+    "bottleneck-residual": lambda base: random_programs.bottleneck(base, 12, residual=True),
+    "prefix": lambda base: random_programs.prefix(base, 6),
+    "prefix-long": lambda base: random_programs.prefix(base, 7, length=40),
+    "bias": lambda base: random_programs.bias(base, 8),
+    "scale": lambda base: random_programs.scale(base, 10),
+    "soft-prompt": lambda base: random_programs.soft_prompt(base, 11, length=30),
+    "everything": lambda base: random_programs.everything(base, 9),
+}
+"""One program of every kind, and the same kinds of other tenants."""
+
+NAMES = tuple(PROGRAMS)
 Request = tuple[str | None, tuple[int, ...], int]
 """Program, prompt, tokens to generate."""
 serial = iter(range(1_000_000))

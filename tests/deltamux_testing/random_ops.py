@@ -27,7 +27,6 @@ from deltamux.deltas import (
     SignDense,
     Site,
 )
-from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.ops.sign_dense import pack_signs
 from deltamux.deltas.sites import NormForm
 from deltamux_testing.steps import step_of
@@ -92,9 +91,7 @@ MAKERS = {
 steps = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 20)), min_size=1, max_size=12)
 """A step's requests: (slot, or -1 for the base; rows)."""
 
-
-def index_of(step: list[tuple[int, int]]) -> StepIndex:
-    return step_of(step, SLOTS)
+index_of = partial(step_of, num_slots=SLOTS)
 
 
 def poisoned(op: Op, value: float) -> Op:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -100,6 +102,28 @@ class ServerProcess:
         finally:
             timer.cancel()
         raise AssertionError(f"the server did not start:\n{self.log()[-4000:]}")
+
+
+@contextmanager
+def streaming(client: Client) -> Iterator[list[tuple[int, ...]]]:
+    """Generates again and again for the length of the block, each time what is generated alone; yields what came."""
+    options: dict[str, Any] = {"max_tokens": 100, "temperature": 0.0, "ignore_eos": True}
+    alone = client.generate([5, 6, 7], **options).token_ids
+    over, answers = threading.Event(), list[tuple[int, ...]]()
+
+    def stream() -> None:
+        while not over.is_set():
+            chunks = client.generate_stream([5, 6, 7], **options)
+            answers.append(tuple(token for chunk in chunks for token in chunk.token_ids))
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        thread.join()
+    assert set(answers) == {alone}
 
 
 def await_none(processes: list[psutil.Process]) -> None:

@@ -49,7 +49,14 @@ def peft_type_of(name: str) -> str:
     return f"THIRD_{name.upper()}"
 
 
-def install(directory: Path, plugins: dict[str, str], *, distribution: str = "third_party", value: str = "") -> Path:
+def install(
+    directory: Path,
+    plugins: dict[str, str],
+    *,
+    distribution: str = "third_party",
+    value: str = "",
+    group: str = "deltamux.methods",
+) -> Path:
     """Writes a distribution with a plugin for each name and source; put the directory on the import path.
 
     Args:
@@ -61,7 +68,7 @@ def install(directory: Path, plugins: dict[str, str], *, distribution: str = "th
     for name, source in plugins.items():
         (directory / f"{distribution}_{name}.py").write_text(source)
     points = "".join(f"{name} = {distribution}_{name}{value}\n" for name in plugins)
-    (metadata / "entry_points.txt").write_text(f"[deltamux.methods]\n{points}")
+    (metadata / "entry_points.txt").write_text(f"[{group}]\n{points}")
     return directory
 
 

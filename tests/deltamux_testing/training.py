@@ -13,8 +13,15 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux_testing.adapters import read_program
+from deltamux_trainers import TrainOptions
 
+COMMON: dict[str, Any] = {"max_steps": 1, "batch_size": 16, "learning_rate": 1e-2, "quiet": True}
 IDS = torch.tensor([[5, 17, 99, 200, 3, 42]])
+
+
+def options(method: str, model: Path, data: Path, output: Path, **given: Any) -> TrainOptions:
+    """Returns the options of a short run, with those that are given."""
+    return TrainOptions(method=method, model=str(model), data=data, output=output, **{**COMMON, **given})
 
 
 @torch.no_grad()

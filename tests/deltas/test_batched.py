@@ -14,10 +14,11 @@ from deltamux.deltas import (
     DenseEmbedding,
     KVPrefix,
     LowRank,
+    Op,
     ScaleInput,
     SoftPrompt,
 )
-from deltamux.deltas.ops import RowRange, StepIndex, VirtualRows, low_rank
+from deltamux.deltas.ops import OpBatch, RowRange, StepIndex, VirtualRows, low_rank
 from deltamux.deltas.ops import bottleneck as bottlenecks
 from deltamux.deltas.ops.step import VirtualToken
 from deltamux.deltas.sites import EmbeddingSite
@@ -32,6 +33,7 @@ from deltamux_testing.random_ops import (
     poisoned,
     steps,
 )
+from deltamux_testing.steps import rows_of
 
 
 @pytest.fixture(params=["own choice", "segments", "stacked"])
@@ -44,6 +46,14 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return name
 
 
+def batch_of(kind: type[Op], site: Any, ops: dict[int, Any]) -> OpBatch:
+    """Returns a batch of a kind of ops, with the given ones in their slots."""
+    batch: OpBatch = kind.batch(site, SLOTS, torch.float32, "cpu")
+    for slot, op in ops.items():
+        batch.set(slot, op)
+    return batch
+
+
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
 # The path is the same for all examples of one parameter, which is what the health check asks about.
@@ -54,19 +64,14 @@ def test_a_mixed_step_equals_each_adapter_alone(
 ) -> None:
     site = maker(0)[0]
     ops = {slot: maker(seed + slot)[1] for slot in present}
-    batch = type(maker(0)[1]).batch(site, SLOTS, torch.float32, "cpu")
-    for slot, op in ops.items():
-        batch.set(slot, op)
+    batch = batch_of(type(maker(0)[1]), site, ops)
     index = index_of(step)
     x, before = draw(seed, index.num_rows, FEATURES), draw(seed + 1, index.num_rows, FEATURES)
     after = before.clone()
     batch.apply(x, after, index)
-    row = 0
-    for slot, rows in step:
-        own = slice(row, row + rows)
+    for slot, own in rows_of(step):
         expected = ops[slot].apply(x[own], before[own], site) if slot in ops else before[own]
         torch.testing.assert_close(after[own], expected, atol=1e-5, rtol=1e-5)
-        row += rows
 
 
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
@@ -75,10 +80,7 @@ def test_one_adapters_rows_never_reach_anothers(maker: Any, rows: int) -> None:
     """Slot 2 computes nothing but NaN, which must not reach other slots or the base."""
     site, _ = maker(0)
     ops = {slot: maker(slot)[1] for slot in range(4)}
-    clean, spoilt = (type(ops[0]).batch(site, SLOTS, torch.float32, "cpu") for _ in range(2))
-    for slot, op in ops.items():
-        clean.set(slot, op)
-        spoilt.set(slot, op)
+    clean, spoilt = (batch_of(type(ops[0]), site, ops) for _ in range(2))
     step = [(0, rows), (1, rows), (2, rows), (-1, rows), (3, rows)]
     index = index_of(step)
     x, y = draw(1, index.num_rows, FEATURES), draw(2, index.num_rows, FEATURES)
@@ -97,10 +99,8 @@ def test_one_adapters_rows_never_reach_anothers(maker: Any, rows: int) -> None:
 def test_a_slot_that_is_not_finite_changes_its_own_rows_alone(maker: Any, value: float, in_step: bool) -> None:
     site, _ = maker(0)
     ops = {slot: maker(slot)[1] for slot in range(4)}
-    clean, spoilt = (type(ops[0]).batch(site, SLOTS, torch.float32, "cpu") for _ in range(2))
-    for slot, op in ops.items():
-        clean.set(slot, op)
-        spoilt.set(slot, poisoned(op, value) if slot == 2 else op)
+    clean = batch_of(type(ops[0]), site, ops)
+    spoilt = batch_of(type(ops[0]), site, ops | {2: poisoned(ops[2], value)})
     index = index_of([(0, 3), (1, 3), *([(2, 3)] if in_step else []), (-1, 3), (3, 3)])
     x, y = draw(1, index.num_rows, FEATURES), draw(2, index.num_rows, FEATURES)
     expected, actual = y.clone(), y.clone()
@@ -114,19 +114,14 @@ def test_a_slot_that_is_not_finite_changes_its_own_rows_alone(maker: Any, value:
 @settings(max_examples=40, deadline=None)
 def test_a_scaled_input_is_each_adapters_own(step: list[tuple[int, int]], present: set[int], seed: int) -> None:
     ops = {slot: ScaleInput(draw(seed + slot, FEATURES)) for slot in present}
-    batch = ScaleInput.batch(LINEAR, SLOTS, torch.float32, "cpu")
-    for slot, op in ops.items():
-        batch.set(slot, op)
+    batch = batch_of(ScaleInput, LINEAR, ops)
     index = index_of(step)
     before = draw(seed, index.num_rows, FEATURES)
     after = before.clone()
     batch.apply(after, after, index)
-    row = 0
-    for slot, rows in step:
-        own = slice(row, row + rows)
+    for slot, own in rows_of(step):
         expected = ops[slot].apply_input(before[own], LINEAR) if slot in ops else before[own]
         torch.testing.assert_close(after[own], expected)
-        row += rows
 
 
 @given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000))
@@ -134,25 +129,19 @@ def test_a_scaled_input_is_each_adapters_own(step: list[tuple[int, int]], presen
 def test_a_changed_embedding_is_each_adapters_own(step: list[tuple[int, int]], present: set[int], seed: int) -> None:
     site = EmbeddingSite("embed", 16, FEATURES)
     ops = {slot: DenseEmbedding(draw(seed + slot, 16, FEATURES)) for slot in present}
-    batch = DenseEmbedding.batch(site, SLOTS, torch.float32, "cpu")
-    for slot, op in ops.items():
-        batch.set(slot, op)
+    batch = batch_of(DenseEmbedding, site, ops)
     index = index_of(step)
     ids, before = torch.arange(index.num_rows) % 16, draw(seed, index.num_rows, FEATURES)
     after = before.clone()
     batch.apply(ids, after, index)
-    row = 0
-    for slot, rows in step:
-        own = slice(row, row + rows)
+    for slot, own in rows_of(step):
         expected = ops[slot].apply(ids[own], before[own], site) if slot in ops else before[own]
         torch.testing.assert_close(after[own], expected)
-        row += rows
 
 
 def test_an_empty_slot_leaves_its_rows_alone_after_its_op_was_cleared() -> None:
     site, op = factors(3)
-    batch = LowRank.batch(site, SLOTS, torch.float32, "cpu")
-    batch.set(1, op)
+    batch = batch_of(LowRank, site, {1: op})
     batch.reset(1)
     batch.reset(1)
     y = draw(1, 4, FEATURES)
@@ -173,10 +162,7 @@ def two_prefixed_requests() -> StepIndex:
 def test_virtual_rows_and_no_others_get_their_adapters_keys_and_values() -> None:
     site = AttentionSite("layers.0.attention", "attn", 2, 3, 0)
     prefixes = {slot: KVPrefix(draw(slot, 4, 2, 3), draw(slot + 9, 4, 2, 3)) for slot in (0, 2)}
-    batch = KVPrefix.batch(site, SLOTS, torch.float32, "cpu")
-    for slot, prefix in prefixes.items():
-        batch.set(slot, prefix)
-    batch.set(1, poisoned(prefixes[0], float("nan")))
+    batch = batch_of(KVPrefix, site, prefixes | {1: poisoned(prefixes[0], float("nan"))})
     index = two_prefixed_requests()
     key, value = draw(20, 8, 6), draw(21, 8, 6)
     new_key, new_value = key.clone(), value.clone()
@@ -192,10 +178,7 @@ def test_virtual_rows_and_no_others_get_their_adapters_keys_and_values() -> None
 def test_virtual_rows_and_no_others_get_their_adapters_embeddings() -> None:
     site = EmbeddingSite("embed", 16, FEATURES)
     prompts = {slot: SoftPrompt(draw(slot, 4, FEATURES)) for slot in (0, 2)}
-    batch = SoftPrompt.batch(site, SLOTS, torch.float32, "cpu")
-    for slot, prompt in prompts.items():
-        batch.set(slot, prompt)
-    batch.set(1, poisoned(prompts[0], float("nan")))
+    batch = batch_of(SoftPrompt, site, prompts | {1: poisoned(prompts[0], float("nan"))})
     before = draw(20, 8, FEATURES)
     after = before.clone()
     batch.apply(torch.zeros(8), after, two_prefixed_requests())

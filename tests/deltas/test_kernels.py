@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,6 @@ from deltamux.deltas.backends.cpu import library
 from deltamux.deltas.backends.cpu.ops import CPU_OPS, CPUModuleBatch, prepack, prepacked
 from deltamux.deltas.backends.cpu.slot_params import PrepackedFactors, pack
 from deltamux.deltas.backends.module_batch import ColumnRange, ModuleBatch, PackedSlice, PerSliceBatch
-from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.sites import NormForm
 from deltamux_testing.steps import step_of
 
@@ -103,9 +103,7 @@ CASES: dict[str, tuple[list[PackedSlice], Any]] = {
 steps = st.lists(st.tuples(st.integers(-1, SLOTS - 1), st.integers(1, 9)), min_size=1, max_size=8)
 """A step's requests: (slot, or -1 for the base; rows)."""
 
-
-def index_of(step: list[tuple[int, int]]) -> StepIndex:
-    return step_of(step, SLOTS)
+index_of = partial(step_of, num_slots=SLOTS)
 
 
 def twins(parts: list[PackedSlice], op: Op, dtype: torch.dtype) -> tuple[ModuleBatch, ModuleBatch]:

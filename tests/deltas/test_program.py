@@ -156,23 +156,21 @@ def test_a_site_that_the_base_lacks_is_named(base: BaseModel) -> None:
         Program.of([("model.layers.9.mlp.up_proj", LowRank(torch.zeros(1, 64), torch.zeros(128, 1)))]).placed(base)
 
 
-def test_prefixes_of_unequal_length_are_refused() -> None:
-    prefixes = [
-        (f"layers.{n}.attention", KVPrefix(torch.zeros(n + 1, 1, 32), torch.zeros(n + 1, 1, 32))) for n in (0, 1)
-    ]
-    with pytest.raises(InvalidAdapterError, match="equally long"):
-        Program.of(prefixes)
+PREFIX, LONGER = (KVPrefix(torch.zeros(n, 1, 32), torch.zeros(n, 1, 32)) for n in (1, 2))
 
 
-def test_two_prefixes_at_one_site_are_refused() -> None:
-    prefix = KVPrefix(torch.zeros(2, 1, 32), torch.zeros(2, 1, 32))
-    with pytest.raises(InvalidAdapterError, match="two ops with virtual tokens are at one site"):
-        Program.of([("layers.0.attention", prefix), ("layers.0.attention", prefix)])
-
-
-def test_a_program_without_ops_is_refused() -> None:
-    with pytest.raises(InvalidAdapterError, match="changes nothing"):
-        Program.of([])
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([("layers.0.attention", PREFIX), ("layers.1.attention", LONGER)], "equally long"),
+        ([("layers.0.attention", PREFIX)] * 2, "two ops with virtual tokens are at one site"),
+        ([], "changes nothing"),
+    ],
+    ids=["prefixes of unequal length", "two prefixes at one site", "no ops"],
+)
+def test_ops_that_make_no_program_are_refused(rows: list[tuple[str, Op]], problem: str) -> None:
+    with pytest.raises(InvalidAdapterError, match=problem):
+        Program.of(rows)
 
 
 def test_a_value_that_is_finite_in_float32_only_is_found_after_the_cast(base: BaseModel) -> None:

@@ -28,6 +28,7 @@ from deltamux.deltas.backends.triton.virtual import SoftPromptDeltas
 from deltamux.deltas.ops.step import RowRange, VirtualToken
 from deltamux.deltas.sites import BlockSite
 from deltamux_testing.random_ops import BLOCK, FEATURES, MAKERS, SLOTS, draw, index_of, poisoned, steps
+from deltamux_testing.steps import rows_of
 from deltamux_testing.triton_batches import BUFFERS, buffer_batch
 from deltamux_testing.triton_ops import (
     DEVICE,
@@ -78,15 +79,13 @@ def test_a_packed_module_gives_each_row_its_own_adapters_ops_at_every_slice(
     x, before = (draw(seed + i, rows, n).to(DEVICE, dtype) for i, n in ((0, in_features), (1, sum(SIZES))))
     after = before.clone()
     deltas.apply(x, after, records)
-    row = 0
-    for slot, count in [*step, (-1, padding)]:
-        own, column = slice(row, row + count), 0
+    for slot, own in rows_of([*step, (-1, padding)]):
+        column = 0
         for part, site in enumerate(sites):
             span = slice(column, column + site.out_features)
             expected = alone(programs[slot][part] if slot in programs else [], x[own], before[own, span], site)
             assert_close(after[own, span], expected, dtype)
             column += site.out_features
-        row += count
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -215,20 +214,15 @@ def test_sequential_parallel_and_residual_bottlenecks_share_one_launch(
         assert deltas.set(slot, ops[slot])
     rows = sum(count for _, count in step)
     x, stream, before = (draw(seed + i, rows, features).to(DEVICE, dtype) for i in range(3))
-    row = 0
-    for slot, count in step:
+    for slot, own in rows_of(step):
         unread = x if slot in ops and (ops[slot].residual or not ops[slot].parallel) else stream
-        unread[row : row + count] = float("nan")
-        row += count
+        unread[own] = float("nan")
     after = before.clone()
     deltas.apply(x, after, filled(step), residual=stream)
-    row = 0
-    for slot, count in step:
-        own = slice(row, row + count)
+    for slot, own in rows_of(step):
         read = stream if slot in ops and ops[slot].residual else x
         expected = alone([ops[slot]] if slot in ops else [], read[own], before[own], site)
         assert_close(after[own], expected, dtype)
-        row += count
 
 
 def test_a_bottleneck_that_is_too_wide_or_the_second_is_refused() -> None:

@@ -22,6 +22,7 @@ from deltamux.deltas.backends.triton.step_records import StepRecords
 from deltamux.deltas.backends.triton.virtual import SoftPromptDeltas
 from deltamux_testing.device_transfers import DeviceTransfers
 from deltamux_testing.random_ops import BLOCK, FEATURES, MAKERS, SLOTS, draw
+from deltamux_testing.steps import rows_of
 from deltamux_testing.triton_batches import BUFFERS, buffer_batch
 from deltamux_testing.triton_ops import DEVICE, EMBEDDING, SIZES, alone, assert_close, moved, owners, parts, sequence
 
@@ -68,12 +69,9 @@ def test_what_was_launched_for_many_rows_serves_a_step_of_few() -> None:
         x, before = draw(1, 64, 64).to(DEVICE), draw(2, 64, sum(SIZES)).to(DEVICE)
         after = before.clone()
         deltas.apply(x, after, records)
-        row = 0
-        for slot, count in [*step, (-1, 64 - sum(count for _, count in step))]:
-            own = slice(row, row + count)
+        for slot, own in rows_of([*step, (-1, 64 - sum(count for _, count in step))]):
             expected = alone(ops.get(slot, []), x[own], before[own, : SIZES[0]], sites[0])
             assert_close(after[own, : SIZES[0]], expected, torch.float32)
-            row += count
 
 
 @pytest.mark.parametrize("name", [name for name in MAKERS if type(MAKERS[name](0)[1]) in BUFFERS])
@@ -161,10 +159,8 @@ if DEVICE == "cuda":
             before = draw(seed + 1, 64, sum(SIZES)).to(DEVICE)
             y.copy_(before)
             graph.replay()
-            row = 0
-            for slot, count in step:
-                own = slice(row, row + count)
+            for slot, own in rows_of(step):
                 expected = alone(ops if slot == 1 else [], x[own], before[own, : SIZES[0]], sites[0])
                 assert_close(y[own, : SIZES[0]], expected, torch.float32)
-                row += count
-            assert torch.equal(y[row:], before[row:])
+            rest = sum(count for _, count in step)
+            assert torch.equal(y[rest:], before[rest:])

@@ -14,7 +14,7 @@ from deltamux.engine.base import ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux_testing import random_programs
 from deltamux_testing.engines import started
-from deltamux_testing.mixed_batches import NAMES, Request
+from deltamux_testing.mixed_batches import NAMES, PROGRAMS, Request
 
 SLOTS = 4
 """Fewer than the programs below, so that mixed batches make slots change hands."""
@@ -31,23 +31,8 @@ async def engine(base_directory: Path, real_engine: None) -> AsyncIterator[VLLME
 
 @pytest.fixture(scope="session")
 def programs(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, ProgramRef]:
-    """One program of every kind, and the same kinds of other tenants."""
     directory = tmp_path_factory.mktemp("programs")
-    made = {
-        "low-rank": random_programs.low_rank(base, 1),
-        "low-rank-wide": random_programs.low_rank(base, 2, rank=16),
-        "low-rank-other": random_programs.low_rank(base, 3),
-        "bottleneck": random_programs.bottleneck(base, 4),
-        "bottleneck-parallel": random_programs.bottleneck(base, 5, parallel=True, activation="gelu"),
-        "bottleneck-residual": random_programs.bottleneck(base, 12, residual=True),
-        "prefix": random_programs.prefix(base, 6),
-        "prefix-long": random_programs.prefix(base, 7, length=40),
-        "bias": random_programs.bias(base, 8),
-        "scale": random_programs.scale(base, 10),
-        "soft-prompt": random_programs.soft_prompt(base, 11, length=30),
-        "everything": random_programs.everything(base, 9),
-    }
-    return {name: random_programs.saved(program, directory, name) for name, program in made.items()}
+    return {name: random_programs.saved(make(base), directory, name) for name, make in PROGRAMS.items()}
 
 
 @pytest.fixture(scope="session")

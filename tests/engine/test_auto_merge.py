@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from vllm.model_executor.layers.utils import cpu_unquantized_gemm, dispatch_cpu_unquantized_gemm
 
-from deltamux.conformance.parity import Greedy, assert_same, served
+from deltamux.conformance.parity import Greedy, served
 from deltamux.deltas import BaseModel, Dense, LinearSite, LowRank, Program, Scale
 from deltamux.deltas.backends.module_batch import ColumnRange, PackedSlice
 from deltamux.deltas.ops import RowRange, StepIndex
@@ -31,6 +31,7 @@ from deltamux.engine.vllm.layers.module_ops import ModuleOps, group_ops
 from deltamux.engine.vllm.loading.loader import ProgramLoader
 from deltamux.errors import FailedPreconditionError
 from deltamux_testing import random_programs
+from deltamux_testing.engines import assert_all_same
 
 SLOTS, ROWS = 2, 8
 FULL, LORA = 0, 1
@@ -289,13 +290,8 @@ async def traffic_until(
     for _ in range(20):
         if done(await merged(engine)):
             return
-        check(expected, await crowd(engine, refs))
+        assert_all_same(expected, await crowd(engine, refs))
     pytest.fail(f"after 20 rounds, merged is {await merged(engine)}")
-
-
-def check(expected: Sequence[Greedy], actual: Sequence[Greedy]) -> None:
-    for one, other in zip(expected, actual, strict=True):
-        assert_same(one, other)
 
 
 @pytest.fixture
@@ -313,15 +309,15 @@ async def test_the_engine_merges_under_traffic_answers_all_alike_and_unmerges(
 
     await traffic_until(engine, alone, expected_alone, bool)
     assert (await engine.stats()).merged_program == dominant.digest
-    check(expected_alone, await crowd(engine, alone))
-    check(expected_mixed, await crowd(engine, mixed))
+    assert_all_same(expected_alone, await crowd(engine, alone))
+    assert_all_same(expected_mixed, await crowd(engine, mixed))
 
     await traffic_until(engine, bases, expected_bases, lambda programs: not programs)
     assert (await engine.stats()).merged_program is None
-    check(expected_mixed, await crowd(engine, mixed))
+    assert_all_same(expected_mixed, await crowd(engine, mixed))
 
     await traffic_until(engine, alone, expected_alone, bool)
     await engine.evict(dominant.digest)
     assert not await merged(engine), "a program that is gone is merged no longer"
-    check(expected_bases, await crowd(engine, bases))
-    check(expected_alone, await crowd(engine, alone))
+    assert_all_same(expected_bases, await crowd(engine, bases))
+    assert_all_same(expected_alone, await crowd(engine, alone))

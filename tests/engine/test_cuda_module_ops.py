@@ -18,21 +18,11 @@ from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux_testing.engines import PROFILES, replayed, started
+from deltamux_testing.mixed_batches import PROGRAMS
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
-NAMES = (
-    "low-rank",
-    "low-rank-wide",
-    "bottleneck",
-    "bottleneck-parallel",
-    "bottleneck-residual",
-    "prefix",
-    "bias",
-    "scale",
-    "soft-prompt",
-    "everything",
-)
+NAMES = [name for name in PROGRAMS if name not in ("low-rank-other", "prefix-long")]
 TOKENS = 3
 
 
@@ -40,7 +30,7 @@ TOKENS = 3
 async def replaying(base_directory: Path, real_engine: None) -> AsyncIterator[VLLMEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")  # the engine's processes inherit it
-        worker = {"worker_cls": "deltamux_testing.replaying_worker.ReplayingWorker"}
+        worker = {"worker_cls": "deltamux_testing.workers.ReplayingWorker"}
         options = {"max_active_adapters": len(NAMES), "enforce_eager": True, "engine_arguments": worker}
         async with started(base_directory, **options) as engine:
             yield engine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,8 +162,7 @@ def fallbacks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return called
 
 
-def index_of(step: list[tuple[int, int]]) -> StepIndex:
-    return step_of(step, SLOTS)
+index_of = partial(step_of, num_slots=SLOTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -51,7 +51,7 @@ async def on_gpu(
         "attention_backend": way.backend,
         "kv_cache_memory_bytes": 1 << 28,
         "gpu_memory_utilization": 0.1,  # others may use the device as well
-        "worker_cls": "deltamux_testing.graph_worker.CountingWorker",
+        "worker_cls": "deltamux_testing.workers.CountingWorker",
     }
     options = {"dtype": way.dtype, "device": "cuda", "max_active_adapters": SLOTS, "engine_arguments": arguments}
     with pytest.MonkeyPatch.context() as patch:

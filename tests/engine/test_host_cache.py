@@ -18,7 +18,7 @@ from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from deltamux_testing import random_programs
 from deltamux_testing.damage import flip
-from deltamux_testing.engines import settled
+from deltamux_testing.engines import assert_all_same, settled
 
 GREEDY = SamplingOptions(max_tokens=200, temperature=0.0, ignore_eos=True)
 
@@ -30,8 +30,7 @@ async def test_more_adapters_than_slots_and_host_places_are_all_served(
     alone = [await served(engine, (5, 6, i + 3), ref, 6, f"alone-{i}") for i, ref in enumerate(refs)]
     assert len({tuple(a.token_ids) for a in alone}) > 10, "different adapters must answer differently"
     jobs = (served(engine, (5, 6, i + 3), ref, 6, f"many-{i}") for i, ref in enumerate(refs))
-    for expected, actual in zip(alone, await asyncio.gather(*jobs), strict=True):
-        assert_same(expected, actual)
+    assert_all_same(alone, await asyncio.gather(*jobs))
     stats = await settled(engine)
     assert stats.host_programs <= 6
     assert stats.device_programs <= stats.device_slots

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from deltamux.conformance.parity import assert_same, served
+from deltamux.conformance.parity import served
 from deltamux.deltas import BaseModel
 from deltamux.engine.base import ProgramRef, SamplingOptions
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.loading.client import LoaderClient
 from deltamux.errors import FailedPreconditionError
 from deltamux_testing import random_programs
-from deltamux_testing.engines import settled, started
+from deltamux_testing.engines import assert_all_same, settled, started
 from deltamux_testing.mixed_batches import Request, requests, run, serial
 
 NAMES = ("low-rank", "low-rank-other", "bottleneck", "prefix", "soft-prompt", "everything")
@@ -39,8 +39,7 @@ async def test_time_slicing_changes_no_request(
 ) -> None:
     alone = [await run(narrow, programs, request) for request in batch]
     together = await asyncio.gather(*(run(narrow, programs, request) for request in batch))
-    for expected, actual in zip(alone, together, strict=True):
-        assert_same(expected, actual)
+    assert_all_same(alone, together)
 
 
 async def test_every_adapter_has_its_first_token_before_any_generation_ends(
@@ -145,6 +144,5 @@ async def test_requests_over_many_more_adapters_than_host_memory_keeps_are_all_s
     alone = [await served(narrow, (5, 6, i + 3), ref, 6, f"alone-{i}") for i, ref in enumerate(refs)]
     order = [i for i in range(24) for _ in range(3)]
     jobs = (served(narrow, (5, 6, i + 3), refs[i], 6, f"many-{next(serial)}") for i in order)
-    for i, answer in zip(order, await asyncio.gather(*jobs), strict=True):
-        assert_same(alone[i], answer)
+    assert_all_same([alone[i] for i in order], await asyncio.gather(*jobs))
     assert (await narrow.stats()).host_programs <= 4

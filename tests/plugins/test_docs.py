@@ -7,7 +7,6 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
@@ -18,15 +17,15 @@ from deltamux.conformance import CHECKS, Case, cases
 from deltamux.deltas import Site
 from deltamux.deltas.ops import OPS
 from deltamux.registry import Registry, create_plugin_manager
-from deltamux_testing.pages import blocks
+from deltamux_testing import pages
+from deltamux_testing.pages import ROOT, blocks
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs" / "plugins"
+DOCS = pages.DOCS / "plugins"
 EXAMPLE = ROOT / "plugins" / "examples" / "red"
 
 
 def text(name: str) -> str:
-    return (DOCS / f"{name}.md").read_text(encoding="utf-8")
+    return pages.text(DOCS / f"{name}.md")
 
 
 HOOKS = {name: spec for name, spec in vars(hookspecs).items() if name.startswith("deltamux_")}

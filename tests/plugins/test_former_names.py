@@ -11,6 +11,7 @@ from deltamux.conformance.cases import base_directory
 from deltamux.deltas import BaseModel, Program
 from deltamux.deltas.batched_check import check_batched
 from deltamux.deltas.ops import OpBatch, RowRange, StepIndex, op_class
+from deltamux_testing.third_party import install
 
 EDIT = Path(__file__).parents[2] / "plugins" / "examples" / "red" / "deltamux_red" / "edit.py"
 DEPRECATED = r"EditBatch\._(place|clear) is called _(set|reset) now"
@@ -19,12 +20,7 @@ DEPRECATED = r"EditBatch\._(place|clear) is called _(set|reset) now"
 def test_an_op_written_with_the_former_names_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = EDIT.read_text()
     former = source.replace("def _set(", "def _place(").replace("def _reset(", "def _clear(")
-    (tmp_path / "former_edit.py").write_text(former)
-    metadata = tmp_path / "former_edit-1.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: former_edit\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text("[deltamux.ops]\nedit = former_edit:Edit\n")
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.syspath_prepend(install(tmp_path, {"edit": former}, value=":Edit", group="deltamux.ops"))
     with pytest.warns(DeprecationWarning, match=DEPRECATED) as warned:
         edit = op_class("edit")
     assert len(warned) == 2

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deltamux.conformance import cases
 from deltamux.registry import Method, Registry
+from deltamux_testing.pages import DOCS, text
 
-PAGES = Path(__file__).parents[2] / "docs" / "methods"
+PAGES = DOCS / "methods"
 METHODS = [method for method in Registry().methods() if method.plugin == method.name]
 
 
 def page(method: Method) -> str:
-    return (PAGES / f"{method.name}.md").read_text(encoding="utf-8")
+    return text(PAGES / f"{method.name}.md")
 
 
 def shown(value: Any) -> str | None:
@@ -44,7 +44,7 @@ def test_a_page_has_every_option_with_its_default(method: Method) -> None:
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_a_page_has_its_files_its_rate_and_its_source(method: Method) -> None:
-    info, text = method.info, page(method)
+    info, told = method.info, page(method)
     facts = [
         info.title,
         f"`peft_type` {info.peft_type}",
@@ -55,7 +55,7 @@ def test_a_page_has_its_files_its_rate_and_its_source(method: Method) -> None:
         width = f" at hidden size {info.learning_rate_width}," if info.learning_rate_width else ";"
         facts += [f"| learning rate | {info.learning_rate:g}{width}", info.learning_rate_source]
         facts.append(f"--method {method.name}")
-    assert [fact for fact in facts if fact not in text] == []
+    assert [fact for fact in facts if fact not in told] == []
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.info.trains], ids=lambda method: method.name)

@@ -18,6 +18,7 @@ from deltamux.store.inspection import inspect
 from deltamux.store.objects import ObjectStore
 from deltamux.store.store import AdapterStore
 from deltamux_testing.servers import Served
+from deltamux_testing.waiting import until
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -39,8 +40,7 @@ class Slow:
     async def cancelled(self, call: Awaitable[Any]) -> None:
         """Begins a call, and cancels it while the method runs."""
         task = asyncio.ensure_future(call)
-        while not self.begun:  # noqa: ASYNC110 - a thread says so
-            await asyncio.sleep(0.01)
+        await until(lambda: self.begun)
         task.cancel()
         with suppress(asyncio.CancelledError, DeltamuxError):
             await task
@@ -52,16 +52,8 @@ async def watched(client: AsyncClient, events: list[tuple[str, int | None]]) -> 
             events.append((event.type, event.version))  # noqa: PERF401 - looked at meanwhile
 
     task = asyncio.create_task(watch())
-    while not events:  # noqa: ASYNC110 - the first event is the sign that the watch has begun
-        await asyncio.sleep(0.02)
+    await until(lambda: events)  # the first is the sign that the watch has begun
     return task
-
-
-async def received(events: list[tuple[str, int | None]]) -> None:
-    """Waits for an event after the first."""
-    async with asyncio.timeout(20):
-        while len(events) < 2:  # noqa: ASYNC110 - another task appends
-            await asyncio.sleep(0.02)
 
 
 async def test_an_upload_that_is_cancelled_while_it_is_stored_is_stored_whole(
@@ -72,7 +64,7 @@ async def test_an_upload_that_is_cancelled_while_it_is_stored_is_stored_whole(
     watching = await watched(client, events)
     await Slow(ObjectStore, "put", monkeypatch).cancelled(client.upload_adapter(NAME, loras[1]))
     monkeypatch.undo()
-    await received(events)
+    await until(lambda: len(events) > 1)
     assert [version.version for version in await client.list_adapter_versions(NAME)] == [1, 2]
     assert ("VERSION_CREATED", 2) in events
     report = await asyncio.to_thread(inspect, served.store.root)
@@ -101,7 +93,7 @@ async def test_watches_receive_a_change_whose_caller_was_cancelled(
     watching = await watched(client, events)
     change, event = CHANGES[method]
     await Slow(AdapterStore, method, monkeypatch).cancelled(change(client))
-    await received(events)
+    await until(lambda: len(events) > 1)
     assert events[1:] == [event]
     watching.cancel()
 

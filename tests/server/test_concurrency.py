@@ -15,8 +15,9 @@ from deltamux.errors import ResourceExhaustedError
 from deltamux.server.access.concurrency import ConcurrencyLimit
 
 
-async def hold(limit: ConcurrencyLimit, tenant: str, stack: AsyncExitStack) -> None:
-    await stack.enter_async_context(limit.acquire(tenant))
+async def hold(limit: ConcurrencyLimit, tenant: str, stack: AsyncExitStack, times: int = 1) -> None:
+    for _ in range(times):
+        await stack.enter_async_context(limit.acquire(tenant))
 
 
 async def refused(limit: ConcurrencyLimit, tenant: str) -> float:
@@ -31,8 +32,7 @@ async def refused(limit: ConcurrencyLimit, tenant: str) -> float:
 async def test_one_tenant_alone_may_have_every_slot_and_no_more() -> None:
     limit = ConcurrencyLimit(3, "uploads")
     async with AsyncExitStack() as stack:
-        for _ in range(3):
-            await hold(limit, "acme", stack)
+        await hold(limit, "acme", stack, times=3)
         assert 0.25 <= await refused(limit, "acme") <= 45
     assert limit.used == 0
 
@@ -42,8 +42,7 @@ async def test_a_tenant_that_was_refused_gets_the_next_slot_before_one_that_hold
     async with AsyncExitStack() as stack:
         one = await stack.enter_async_context(AsyncExitStack())
         await hold(limit, "acme", one)
-        for _ in range(3):
-            await hold(limit, "acme", stack)
+        await hold(limit, "acme", stack, times=3)
         await refused(limit, "globex")
         await one.aclose()
         await refused(limit, "acme")
@@ -53,8 +52,7 @@ async def test_a_tenant_that_was_refused_gets_the_next_slot_before_one_that_hold
 async def test_the_last_slots_go_to_tenants_that_hold_none() -> None:
     limit = ConcurrencyLimit(4, "uploads", reserved=2)
     async with AsyncExitStack() as stack:
-        for _ in range(2):
-            await hold(limit, "acme", stack)
+        await hold(limit, "acme", stack, times=2)
         await refused(limit, "acme")
         for tenant in ("globex", "initech"):
             await hold(limit, tenant, stack)
@@ -169,8 +167,7 @@ async def refused_later(limit: ConcurrencyLimit, tenant: str) -> None:
 async def test_the_more_are_refused_the_later_and_the_further_apart_they_come_back() -> None:
     limit = ConcurrencyLimit(10, "generations")
     async with AsyncExitStack() as stack:
-        for _ in range(10):
-            await hold(limit, "acme", stack)
+        await hold(limit, "acme", stack, times=10)
         times = [await refused(limit, "acme") for _ in range(200)]
     assert sum(times[150:]) > 2 * sum(times[:50])
     assert max(times[150:]) > 1.5 * min(times[150:])

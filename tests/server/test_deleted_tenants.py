@@ -13,6 +13,7 @@ from deltamux.errors import FailedPreconditionError, NotFoundError
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
 from deltamux_testing.servers import Served
+from deltamux_testing.waiting import until
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -28,8 +29,7 @@ async def test_an_upload_that_began_before_its_tenant_was_deleted_is_refused(
         await call.write(pb.UploadAdapterRequest(header=pb.UploadHeader(adapter=NAME, files=infos)))
         for name, data in files.items():
             await call.write(pb.UploadAdapterRequest(chunk=pb.FileChunk(path=name, data=data)))
-        while not list((served.store.root / "staging").iterdir()):  # noqa: ASYNC110 - until it has begun
-            await asyncio.sleep(0.01)
+        await until(lambda: list((served.store.root / "staging").iterdir()))
         await client.delete_tenant("tenants/acme", force=True)
         await call.done_writing()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
@@ -56,8 +56,7 @@ async def test_watchers_of_a_deleted_tenant_hear_of_every_adapter(client: AsyncC
                 return
 
     watching = [asyncio.create_task(watch("tenants/acme", 6)), asyncio.create_task(watch(names[1], 2))]
-    while len(seen["tenants/acme"]) < 3 or not seen[names[1]]:  # noqa: ASYNC110 - until the watches have begun
-        await asyncio.sleep(0.01)
+    await until(lambda: len(seen["tenants/acme"]) == 3 and seen[names[1]])  # the watches have begun
     await client.delete_tenant("tenants/acme", force=True)
     await asyncio.wait_for(asyncio.gather(*watching), 10)
     assert seen["tenants/acme"][3:] == [("DELETED", name) for name in names]

@@ -157,8 +157,7 @@ async def test_watching_reports_the_present_and_every_change(client: AsyncClient
                 return
 
     watching = asyncio.create_task(watch())
-    while not events:  # noqa: ASYNC110 - the first event is the sign that the watch has begun
-        await asyncio.sleep(0.02)
+    await until(lambda: events)  # the first is the sign that the watch has begun
     await client.upload_adapter(NAME, loras[1])
     await client.promote(NAME, version=2)
     await client.delete_adapter(f"{NAME}/versions/1")

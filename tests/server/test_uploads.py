@@ -1,4 +1,4 @@
-"""Uploads over a real socket: bombs, stalls, many at once, and a compiler process that ends."""
+"""Uploads over a real socket: bombs, files that do not fit their config, and a disk that is full."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deltamux.client import AsyncClient
-from deltamux.errors import BaseMismatchError, InvalidAdapterError, InvalidArgumentError
+from deltamux.errors import (
+    BaseMismatchError,
+    InvalidAdapterError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
 from deltamux.server.compiling.memory import is_out_of_memory
-from deltamux_testing.servers import Served
+from deltamux_testing.disks import fill, small_disk
+from deltamux_testing.servers import Served, Servers
 
 NAME = "tenants/acme/adapters/tickets"
 
@@ -61,14 +68,6 @@ async def test_a_tensor_of_another_shape_is_refused_as_another_bases(
     assert "lora" in refused.value.message or "low_rank" in refused.value.message
 
 
-def test_a_chain_of_errors_that_leads_back_into_itself_is_no_shortage_of_memory() -> None:
-    first, second = ValueError("first"), KeyError("second")
-    first.__context__, second.__context__ = second, first
-    assert not is_out_of_memory(first)
-    second.__cause__ = MemoryError()
-    assert is_out_of_memory(first)
-
-
 async def test_a_config_with_a_key_twice_is_refused_with_the_key(client: AsyncClient, adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config)[:-1] + ', "r": 8}')
@@ -103,11 +102,36 @@ def _compilers() -> set[int]:
     return {child.pid for child in psutil.Process().children() if "deltamux.server.compiling.child" in child.cmdline()}
 
 
+@pytest.mark.parametrize("link", ["__cause__", "__context__"])
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_a_ring_of_causes_is_walked_once(length: int) -> None:
+def test_a_ring_of_errors_is_walked_once_to_find_a_shortage_of_memory(length: int, link: str) -> None:
     errors: list[BaseException] = [ValueError(str(number)) for number in range(length)]
     for number, error in enumerate(errors):
-        error.__cause__ = errors[(number + 1) % length]
+        setattr(error, link, errors[(number + 1) % length])
     assert not is_out_of_memory(errors[0])
-    errors[-1].__context__ = MemoryError()
-    assert is_out_of_memory(errors[-1].__context__)
+    errors[-1].__cause__ = MemoryError()
+    assert is_out_of_memory(errors[0])
+
+
+async def test_a_full_disk_refuses_uploads_and_nothing_else(tmp_path: Path, serve: Servers, loras: list[Path]) -> None:
+    size = sum((loras[1] / name).stat().st_size for name in ("adapter_config.json", "adapter_model.safetensors"))
+    with small_disk(tmp_path / "disk") as disk:
+        async with serve(store=disk / "store") as server, server.client() as client:
+            await client.upload_adapter(NAME, loras[0])
+            # No room for the files; then room for these, but not for the program that is made of them.
+            for leave in (0, size // 4096 * 4096 + 3 * 4096):
+                filler = fill(disk, leave=leave)
+                with pytest.raises(ResourceExhaustedError, match="is full: free space") as full:
+                    await client.upload_adapter(NAME, loras[1])
+                assert full.value.reason == "STORE_FULL"
+                done = await client.generate("hello", adapter=NAME, max_tokens=3, ignore_eos=True)
+                assert len(done.token_ids) == 3
+                assert list((disk / "store" / "staging").iterdir()) == []
+                filler.unlink()
+            fill(disk)
+            assert [a.name for a in await client.list_adapters("tenants/acme")] == [NAME]
+            await client.delete_adapter(NAME)
+            with pytest.raises(NotFoundError):
+                await client.get_adapter(NAME)
+            (disk / "filler").unlink()
+            assert (await client.upload_adapter(NAME, loras[1])).version == 2

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
 from deltamux.errors import NotMergeableError
-from deltamux_testing.training import IDS, StopAt, Stopped, assert_equal, logits, tensors
+from deltamux_testing import training
+from deltamux_testing.training import IDS, logits, tensors
 from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
 from deltamux_trainers.data.collator import DataCollator
 from deltamux_trainers.data.dataset import load_dataset
@@ -38,8 +39,8 @@ class Watch(TrainerCallback):
 
 
 def options(method: str, directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:
-    common = {"max_steps": STEPS, "batch_size": 64, "learning_rate": RATE, "scheduler": "constant", "quiet": True}
-    return TrainOptions(method=method, model=str(directory), data=data, output=output, **{**common, **given})
+    common = {"max_steps": STEPS, "batch_size": 64, "learning_rate": RATE, "scheduler": "constant"}
+    return training.options(method, directory, data, output, **{**common, **given})
 
 
 def plainly_tuned(directory: Path, data: Path, trained: set[str]) -> Any:
@@ -95,15 +96,6 @@ def test_over_a_bfloat16_base_the_weights_are_float32_and_small_changes_stay(
         assert 1e-6 < moved < 1e-3, name
     before, after = (evaluate(EvaluateOptions(str(directory), data, adapter=a)) for a in (None, tmp_path / "adapter"))
     assert after.loss < before.loss
-
-
-def test_a_run_that_is_resumed_equals_one_that_is_not(directory: Path, data: Path, tmp_path: Path) -> None:
-    given: dict[str, Any] = {"batch_size": 16, "save_steps": 2, "config": {"unfreeze": True}}
-    with pytest.raises(Stopped):
-        train(options("full", directory, data, tmp_path / "stopped", **given), StopAt(3))
-    train(options("full", directory, data, tmp_path / "stopped", **given, resume=True))
-    train(options("full", directory, data, tmp_path / "straight", **given))
-    assert_equal(tmp_path / "stopped", tmp_path / "straight")
 
 
 def test_where_the_embedding_is_scaled_the_change_itself_is_trained(data: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,10 @@ def before(directory: Path, data: Path) -> EvalResult:
 def test_a_method_with_its_defaults_beats_the_base_clearly(
     method: str, directory: Path, data: Path, before: EvalResult, tmp_path: Path
 ) -> None:
-    train(
-        TrainOptions(
-            method=method, model=str(directory), data=data, output=tmp_path, max_steps=STEPS, batch_size=16, quiet=True
-        )
-    )
+    options = TrainOptions(method, str(directory), data, tmp_path, max_steps=STEPS, batch_size=16, quiet=True)
+    result = train(options)
     after = evaluate(EvaluateOptions(str(directory), data, adapter=tmp_path))
     assert after.loss < before.loss - MARGIN
+    assert json.loads((tmp_path / "train_report.json").read_text())["parameters"] == result.parameters > 0
+    files = {"adapter_config.json", "adapter_model.safetensors", "train_report.json"}
+    assert {file.name for file in tmp_path.iterdir()} == files

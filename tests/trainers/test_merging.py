@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from deltamux.cli import main
 from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
-from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError
+from deltamux.errors import FailedPreconditionError, InvalidAdapterError, InvalidArgumentError, NotMergeableError
 from deltamux_testing import training
 from deltamux_testing.adapters import write_own
 from deltamux_trainers import convert, merge
@@ -215,6 +215,8 @@ def test_what_is_read_is_never_overwritten(where: str, base: Path, adapter: Path
 def test_nothing_but_a_model_is_overwritten(base: Path, adapter: Path, tmp_path: Path) -> None:
     (output := tmp_path / "home").mkdir()
     (output / "letters.txt").write_text("dear")
+    with pytest.raises(FailedPreconditionError, match="not empty"):
+        merge(str(base), adapter, output)
     with pytest.raises(FailedPreconditionError, match="it is not a model's directory, and is not overwritten"):
         merge(str(base), adapter, output, overwrite=True)
     assert (output / "letters.txt").read_text() == "dear"
@@ -223,6 +225,13 @@ def test_nothing_but_a_model_is_overwritten(base: Path, adapter: Path, tmp_path:
 def test_a_dtype_that_is_not_known_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="dtype is auto, float32"):
         merge(str(base), adapter, tmp_path / "merged", dtype="int8")
+
+
+def test_what_cannot_be_merged_is_refused_and_nothing_is_written(base: Path, tmp_path: Path) -> None:
+    houlsby = write_own("houlsby", BaseModel.from_pretrained(base), tmp_path / "adapter")
+    with pytest.raises(NotMergeableError, match="nonlinearity"):
+        merge(str(base), houlsby, tmp_path / "merged")
+    assert left(tmp_path / "merged") == []
 
 
 def test_a_weight_that_overflows_the_written_dtype_is_named(base: Path, tmp_path: Path) -> None:

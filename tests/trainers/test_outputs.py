@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from deltamux.errors import FailedPreconditionError
-from deltamux_trainers import EvaluateOptions, TrainOptions, convert, evaluate, merge, train
+from deltamux_testing.training import options
+from deltamux_trainers import EvaluateOptions, convert, evaluate, merge, train
 
 
 def run(directory: Path, data: Path, output: Path) -> None:
-    train(TrainOptions("lora", str(directory), data, output, max_steps=1, quiet=True))
+    train(options("lora", directory, data, output))
 
 
 @pytest.fixture(scope="module")

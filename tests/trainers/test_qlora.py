@@ -14,8 +14,8 @@ from deltamux.errors import InvalidArgumentError, InvalidConfigError
 from deltamux.registry import Registry
 from deltamux_plugins.qlora import dequantised
 from deltamux_testing.adapters import write_own
-from deltamux_testing.training import logits, logits_of_peft
-from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, train
+from deltamux_testing.training import logits, logits_of_peft, options
+from deltamux_trainers import EvaluateOptions, evaluate, merge, train
 
 
 @pytest.mark.slow
@@ -23,19 +23,7 @@ from deltamux_trainers import EvaluateOptions, TrainOptions, evaluate, merge, tr
 def test_it_trains_over_four_bits_and_the_full_base_serves_the_result(
     optimizer: str, directory: Path, data: Path, tmp_path: Path
 ) -> None:
-    options = TrainOptions(
-        method="qlora",
-        model=str(directory),
-        data=data,
-        output=tmp_path,
-        config={"r": 4},
-        learning_rate=1e-2,
-        max_steps=40,
-        batch_size=16,
-        optimizer=optimizer,
-        quiet=True,
-    )
-    train(options)
+    train(options("qlora", directory, data, tmp_path, config={"r": 4}, max_steps=40, optimizer=optimizer))
     before = evaluate(EvaluateOptions(str(directory), data))
     after = evaluate(EvaluateOptions(str(directory), data, adapter=tmp_path))
     assert after.loss < before.loss - 1.0

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deltamux_testing.training import tensors
-from deltamux_trainers import TrainOptions, train
+from deltamux_testing.training import options, tensors
+from deltamux_trainers import train
 
 pytestmark = pytest.mark.slow
 
@@ -41,21 +41,8 @@ def test_two_processes_write_one_output_equal_to_that_of_one(directory: Path, da
     run = subprocess.run(command(directory, data, output, *more), capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout)
-    one = train(
-        TrainOptions(
-            "lora",
-            str(directory),
-            data,
-            tmp_path / "one",
-            config={"r": 2},
-            batch_size=8,
-            learning_rate=1e-2,
-            scheduler="constant",
-            max_steps=steps,
-            device="cpu",
-            quiet=True,
-        )
-    )
+    given = {"config": {"r": 2}, "batch_size": 8, "scheduler": "constant", "max_steps": steps, "device": "cpu"}
+    one = train(options("lora", directory, data, tmp_path / "one", **given))
     assert (result["ranks"], result["steps"]) == (2, steps)
     assert result["loss"] == pytest.approx(one.loss, rel=1e-4)
     files = sorted(path.name for path in output.iterdir())

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from deltamux.conformance.bases import save_base
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
+from deltamux_testing import training
 from deltamux_testing.damage import flip
 from deltamux_testing.training import assert_equal
 from deltamux_trainers import TrainOptions, train
@@ -53,16 +54,9 @@ class Losses(TrainerCallback):
 
 
 def options(directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:
-    own = {"method": "lora", "model": str(directory), "data": data, "output": output}
-    common: dict[str, Any] = {
-        "config": {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj"]},
-        "max_steps": STEPS,
-        "batch_size": 4,
-        "learning_rate": 1e-2,
-        "log_steps": 1,
-        "quiet": True,
-    }
-    return TrainOptions(**{**own, **common, **given})
+    config = {"r": 2, "lora_dropout": 0.2, "target_modules": ["q_proj"]}
+    common = {"config": config, "max_steps": STEPS, "batch_size": 4, "log_steps": 1}
+    return training.options(given.pop("method", "lora"), directory, data, output, **{**common, **given})
 
 
 def saved(output: Path) -> list[str]:
@@ -275,7 +269,7 @@ def test_going_on_with_another_run_is_refused_with_the_difference(
         given = {"data": tmp_path / "other.jsonl"}
         given["data"].write_text(data.read_text() + '{"text": "more"}\n')
     if "model" in given:
-        given = {"model": str(save_base(tmp_path / "other", "qwen2"))}
+        given, directory = {}, save_base(tmp_path / "other", "qwen2")
     with pytest.raises(FailedPreconditionError) as refused:
         train(options(directory, **{"data": data, "output": stopped, "resume": True, **given}))
     assert any(shown.strip().startswith(line) for shown in refused.value.message.splitlines())

@@ -12,10 +12,10 @@ from transformers import TrainerCallback
 
 from deltamux.deltas import BaseModel
 from deltamux_testing.adapters import read_program
-from deltamux_testing.training import StopAt, Stopped, assert_equal
-from deltamux_trainers import TrainOptions, train
+from deltamux_testing.training import StopAt, Stopped, assert_equal, options
+from deltamux_trainers import train
 
-STEPS = 20
+RANKS = {"init_r": 6, "target_r": 2}
 
 
 class Watch(TrainerCallback):
@@ -32,15 +32,9 @@ class Watch(TrainerCallback):
         self.moved.append({name for name, start in self._start.items() if not torch.equal(present[name], start)})
 
 
-def options(directory: Path, data: Path, output: Path, **given: Any) -> TrainOptions:
-    common: dict[str, Any] = {"max_steps": STEPS, "batch_size": 8, "learning_rate": 1e-2, "quiet": True}
-    return TrainOptions(model=str(directory), data=data, output=output, **{**common, **given})
-
-
 @pytest.mark.slow
 def test_adalora_ends_with_its_target_ranks(directory: Path, data: Path, tmp_path: Path) -> None:
-    config = {"init_r": 6, "target_r": 2}
-    train(options(directory, data, tmp_path, method="adalora", config=config))
+    train(options("adalora", directory, data, tmp_path, config=RANKS, max_steps=20, batch_size=8))
     base = BaseModel.from_pretrained(directory)
     ranks = [op.rank() for _, op in read_program(tmp_path, base)]
     assert sum(ranks) == 2 * len(base.linears)
@@ -50,18 +44,27 @@ def test_adalora_ends_with_its_target_ranks(directory: Path, data: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_adalora_resumes_with_its_state(directory: Path, data: Path, tmp_path: Path) -> None:
-    given: dict[str, Any] = {"method": "adalora", "config": {"init_r": 6, "target_r": 2}, "eval_steps": 8}
+@pytest.mark.parametrize(
+    ("method", "stops", "given"),
+    [
+        ("adalora", 11, {"config": RANKS, "eval_steps": 8, "max_steps": 20, "batch_size": 8}),
+        ("full", 3, {"config": {"unfreeze": True}, "save_steps": 2, "max_steps": 5, "learning_rate": 1e-3}),
+    ],
+)
+def test_a_run_that_is_resumed_equals_one_that_is_not(
+    method: str, stops: int, given: dict[str, Any], directory: Path, data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(Stopped):
-        train(options(directory, data, tmp_path / "stopped", **given), StopAt(11))
-    train(options(directory, data, tmp_path / "stopped", resume=True, **given))
-    train(options(directory, data, tmp_path / "straight", **given))
+        train(options(method, directory, data, tmp_path / "stopped", **given), StopAt(stops))
+    train(options(method, directory, data, tmp_path / "stopped", resume=True, **given))
+    train(options(method, directory, data, tmp_path / "straight", **given))
     assert_equal(tmp_path / "stopped", tmp_path / "straight")
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_unfreezes_its_layers_from_the_top(directory: Path, data: Path, tmp_path: Path) -> None:
     watch = Watch()
-    train(options(directory, data, tmp_path, method="full", config={"unfreeze": True}, max_steps=9), watch)
+    train(options("full", directory, data, tmp_path, config={"unfreeze": True}, max_steps=9), watch)
     top = {name for name in watch.moved[-1] if ".layers.1." in name}
     bottom = {name for name in watch.moved[-1] if ".layers.0." in name}
     assert top

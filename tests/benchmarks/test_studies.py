@@ -1,10 +1,33 @@
-"""How the figures of `interference` come from what was seen."""
+"""The arithmetic of the studies: what their figures are made of."""
 
 from __future__ import annotations
 
-import pytest
+import random
 
+import pytest
+from torch import nn
+
+from benchmarks.steps import row
 from benchmarks.studies.interference import Seen, _row
+from benchmarks.studies.overhead import overrides
+
+
+def test_a_difference_is_found_under_noise_that_both_steps_of_a_pair_share() -> None:
+    draw = random.Random(0)
+    noise = [draw.uniform(0.02, 0.2) for _ in range(400)]
+    pairs = [(0.04 + each, 0.04 + each + draw.uniform(0.0019, 0.0021)) for each in noise]
+    measured = row("a workload", pairs, "floor")
+    assert measured.difference_ms == pytest.approx(2.0, abs=0.02)
+    assert measured.ratio == pytest.approx(measured.base_ms / (measured.base_ms + 2.0), abs=1e-3)
+    assert measured.low <= measured.ratio <= measured.high
+    assert measured.high - measured.low < 0.001
+
+
+def test_overrides_of_a_models_own_methods_are_found() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    assert overrides(model) == []
+    model[1].forward = print
+    assert [(each.owner, each.name, each.value) for each in overrides(model)] == [(model[1], "forward", print)]
 
 
 def seen(calm: float, loud: float, health: float = 0.001) -> Seen:
