@@ -11,7 +11,7 @@ from deltamux.client import Client
 from deltamux.deltas import BaseModel
 from deltamux.errors import DataLossError
 from deltamux_testing.adapters import write_own
-from deltamux_testing.damage import flip
+from deltamux_testing.disks import flip
 from deltamux_testing.server_process import ServerProcess
 
 NAME = "tenants/acme/adapters/harmed"

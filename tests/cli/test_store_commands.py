@@ -103,36 +103,23 @@ def test_damage_of_every_kind_is_found_also_while_the_store_is_in_use(
         store.close()
 
 
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+NO_FILE: dict[str, Callable[[Path], object]] = {
+    "pipe": os.mkfifo,
+    "folder": Path.mkdir,
+    "loop": lambda path: path.symlink_to(path),
+}
 
 
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def loop(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)
-
-
-def file_for_object(path: Path) -> None:
-    shutil.rmtree(path.parent)
-    path.parent.write_text("")
-
-
-def file_for_objects(path: Path) -> None:
-    shutil.rmtree(path.parent.parent)
-    path.parent.parent.write_text("")
-
-
-@pytest.mark.parametrize("harm", [pipe, folder, loop, file_for_object, file_for_objects])
+@pytest.mark.parametrize(
+    ("kind", "above"), [("pipe", 0), ("folder", 0), ("loop", 0), ("file", 1), ("file", 2)], ids=str
+)
 def test_what_is_not_a_file_is_damage_of_its_object_alone_and_repaired_by_the_same_upload(
-    harm: Callable[[Path], None], root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, above: int, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    harm(program(root, "one"))
+    path = program(root, "one")
+    place = [path, *path.parents][above]
+    shutil.rmtree(place) if above else place.unlink()
+    NO_FILE.get(kind, Path.touch)(place)
     status, found = check(root, capsys)
     assert status == 1
     assert set(map(tuple, found.values())) == {tuple(ONE)}
@@ -144,11 +131,11 @@ def test_what_is_not_a_file_is_damage_of_its_object_alone_and_repaired_by_the_sa
     assert check(root, capsys) == (0, {})
 
 
-@pytest.mark.parametrize("add", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to(path)])
+@pytest.mark.parametrize("kind", NO_FILE)
 def test_what_is_not_a_file_among_an_objects_files_is_left_out_of_a_backup(
-    add: Callable[[Path], None], root: Path, tmp_path: Path
+    kind: str, root: Path, tmp_path: Path
 ) -> None:
-    add(program(root, "one").parent / "README.md")
+    NO_FILE[kind](program(root, "one").parent / "README.md")
     assert main(["store", "backup", str(root), str(tmp_path / "backup")]) == 0
     assert main(["store", "restore", str(tmp_path / "backup"), str(tmp_path / "restored")]) == 0
     assert not list((tmp_path / "restored").rglob("README.md"))

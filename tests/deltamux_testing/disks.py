@@ -1,4 +1,4 @@
-"""Disks that are full, for real: small file systems in memory, where this process may mount them."""
+"""Faults of disks, for real: full ones, which are small file systems in memory, and files that are damaged."""
 
 from __future__ import annotations
 
@@ -34,3 +34,14 @@ def fill(disk: Path, *, leave: int = 0) -> Path:
             file.write(bytes(4096))
     room.unlink()
     return filler
+
+
+def flip(path: Path) -> None:
+    """Flips a bit near a file's end, which of a safetensors file is in a tensor."""
+    data = bytearray(path.read_bytes())
+    data[max(0, len(data) - 5)] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])

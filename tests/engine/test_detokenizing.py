@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from vllm import SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 
@@ -21,11 +22,7 @@ END = 256
 
 def byte_level() -> PreTrainedTokenizerFast:
     """One token per byte, its id the byte, and a special one."""
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    names = {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
-    assert set(names) == set(letters)
+    names = {letter: byte for byte, letter in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]  # transformers
     made = tokenizers.Tokenizer(models.BPE(vocab=names, merges=[]))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     made.add_special_tokens(["<end>"])

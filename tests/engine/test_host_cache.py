@@ -17,7 +17,7 @@ from deltamux.engine.base import Engine, GenerationChunk, ProgramRef, SamplingOp
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from deltamux_testing import random_programs
-from deltamux_testing.damage import flip
+from deltamux_testing.disks import flip
 from deltamux_testing.engines import assert_all_same, settled
 
 GREEDY = SamplingOptions(max_tokens=200, temperature=0.0, ignore_eos=True)

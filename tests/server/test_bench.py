@@ -17,10 +17,6 @@ from deltamux_testing.servers import Served
 NAMES = ("tenants/acme/adapters/one", "tenants/acme/adapters/two")
 
 
-def silent(text: str) -> None:
-    """Ignores progress."""
-
-
 async def test_a_running_server_is_measured_with_the_adapters_that_it_holds(
     served: Served, client: AsyncClient, loras: list[Path]
 ) -> None:
@@ -43,4 +39,4 @@ async def test_a_running_server_is_measured_with_the_adapters_that_it_holds(
 async def test_an_adapter_that_the_server_lacks_is_named_by_its_own_error(client: AsyncClient) -> None:
     options = BenchOptions(("tenants/acme/adapters/none",), new_tokens=1, sequences=1, repeats=1)
     with pytest.raises(NotFoundError, match="none"):
-        await bench_server(options, client, silent)
+        await bench_server(options, client, lambda progress: None)

@@ -16,7 +16,7 @@ from deltamux.errors import DataLossError, FailedPreconditionError
 from deltamux.server.compiling.job import Job
 from deltamux.store import AdapterKey, VersionKey
 from deltamux_testing.adapters import write_own
-from deltamux_testing.damage import flip
+from deltamux_testing.disks import flip
 from deltamux_testing.servers import Served, Servers
 from deltamux_testing.tiny_base import write_base
 from deltamux_testing.uploads import execute

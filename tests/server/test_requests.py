@@ -29,10 +29,6 @@ def chat(*turns: tuple[str, str]) -> inference_pb2.GenerateRequest:
     return inference_pb2.GenerateRequest(chat=inference_pb2.Chat(messages=messages))
 
 
-def versions(token: str) -> adapters_pb2.ListAdapterVersionsRequest:
-    return adapters_pb2.ListAdapterVersionsRequest(parent=NAME, page_token=token)
-
-
 GENERATE = ("Inference/Generate", "Inference/GenerateStream")
 MISTAKES: dict[str, tuple[Any, str]] = {
     "stop strings": (sampling(stop=["x"] * 100_000), "LIMIT_EXCEEDED"),
@@ -107,10 +103,9 @@ async def test_bytes_that_are_not_the_message_are_refused_in_a_stream_too(served
 
 @pytest.mark.parametrize("token", ["x", "é", "MQ", "OTk5OTk5OTk5OTk5OTk5OTk5OTk=", "LTE=", "4pyT", "A" * 513])
 async def test_a_page_token_that_no_page_gave_is_refused(token: str, served: Served, client: AsyncClient) -> None:
+    raw = adapters_pb2.ListAdapterVersionsRequest(parent=NAME, page_token=token).SerializeToString()
     async with grpc.aio.insecure_channel(served.address) as channel:
-        code, reason, metadata = await refusal(
-            channel, "Adapters/ListAdapterVersions", versions(token).SerializeToString()
-        )
+        code, reason, metadata = await refusal(channel, "Adapters/ListAdapterVersions", raw)
     assert code is grpc.StatusCode.INVALID_ARGUMENT
     assert reason in ("INVALID_PAGE_TOKEN", "LIMIT_EXCEEDED")
     assert metadata["field"] == "page_token"

@@ -11,7 +11,7 @@ import pytest
 from deltamux.errors import DataLossError, DeltamuxError
 from deltamux.store import AdapterKey, AdapterStore, VersionState
 from deltamux.store.objects import file_sum
-from deltamux_testing.damage import flip, truncate
+from deltamux_testing.disks import flip, truncate
 from deltamux_testing.uploads import KEY, opened, staged_upload, upload
 
 OTHER = AdapterKey("globex", "mails")

@@ -287,6 +287,7 @@ def test_an_evaluation_counts_what_it_cuts_and_leaves_out(directory: Path, tmp_p
     assert done.perplexity > 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "config"), [("lora", {}), ("prompt", {"num_virtual_tokens": 8})])
 def test_no_sequence_with_its_virtual_tokens_is_longer_than_the_bases_context(
     method: str, config: dict[str, Any], tmp_path: Path

@@ -49,6 +49,7 @@ def test_an_output_that_the_adapter_does_not_go_with_is_refused_before_any_work(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_files_of_others_in_the_output_stay(directory: Path, data: Path, tmp_path: Path) -> None:
     """Also those in folders of the names that training once took for its own."""
     others = [tmp_path / name / "mine.txt" for name in ("checkpoints", "writing", "notes")]
@@ -61,6 +62,7 @@ def test_files_of_others_in_the_output_stay(directory: Path, data: Path, tmp_pat
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_write_has_left_does_not_hinder_the_next(directory: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / ".writing").mkdir()
     for file in (".writing/adapter_config.json", "train_report.json", "adapter_model.safetensors"):
@@ -73,6 +75,7 @@ def test_what_a_killed_write_has_left_does_not_hinder_the_next(directory: Path, 
     }
 
 
+@pytest.mark.slow
 def test_a_base_with_an_adapter_next_to_its_weights_is_refused(
     directory: Path, data: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -94,6 +97,7 @@ def test_a_base_with_an_adapter_next_to_its_weights_is_refused(
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_link_as_output_is_followed(is_there: bool, adapter: Path, tmp_path: Path) -> None:
     if is_there:

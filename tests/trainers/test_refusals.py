@@ -116,6 +116,7 @@ def test_the_schedules_are_those_of_transformers_that_need_no_options() -> None:
     assert set(SCHEDULERS) <= {kind.value for kind in SchedulerType}
 
 
+@pytest.mark.slow
 def test_stdout_is_one_json_document_and_progress_goes_to_stderr(
     directory: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 from deltamux.conformance.bases import save_base
 from deltamux.errors import FailedPreconditionError, InvalidConfigError
 from deltamux_testing import training
-from deltamux_testing.damage import flip
+from deltamux_testing.disks import flip
 from deltamux_testing.training import assert_equal
 from deltamux_trainers import TrainOptions, train
 from deltamux_trainers.output_dir import write_errors

@@ -1,4 +1,4 @@
-"""Schedules of methods in training runs: pruning, gradual unfreezing, and resuming."""
+"""Schedules of methods in training runs: pruning, gradual unfreezing, and resuming; and default learning rates."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 from transformers import TrainerCallback
 
 from deltamux.deltas import BaseModel
+from deltamux.registry import Registry
 from deltamux_testing.adapters import read_program
 from deltamux_testing.training import StopAt, Stopped, assert_equal, options
-from deltamux_trainers import train
+from deltamux_trainers import TrainOptions, train
+from deltamux_trainers.options import default_rate
 
 RANKS = {"init_r": 6, "target_r": 2}
 
@@ -73,3 +75,26 @@ def test_full_fine_tuning_unfreezes_its_layers_from_the_top(directory: Path, dat
     assert top <= watch.moved[3]
     assert not watch.moved[5] & bottom
     assert bottom <= watch.moved[6]
+
+
+@pytest.mark.parametrize(
+    ("method", "hidden_size", "expected"),
+    [
+        ("lora", 4096, 2e-4),
+        ("lora", 8192, 1e-4),  # as QLoRA's table 9 has it
+        ("lora", 512, 1.6e-3),
+        ("lora", 64, 3.2e-3),
+        ("lora", 65536, 5e-5),
+        ("ia3", 64, 3e-3),
+        ("prompt", 8192, 3e-2),
+    ],
+)
+def test_rates_of_matrices_go_with_one_over_the_width_and_those_of_vectors_stay(
+    method: str, hidden_size: int, expected: float
+) -> None:
+    assert default_rate(Registry().get(method).info, hidden_size) == pytest.approx(expected)
+
+
+def test_a_given_learning_rate_is_used() -> None:
+    options = TrainOptions(method="lora", model="", data=Path(), output=Path(), learning_rate=0.5)
+    assert options.rate(Registry().get("lora").info, 64) == 0.5

@@ -78,13 +78,6 @@ def test_gradient_accumulation_equals_the_larger_batch(directory: Path, data: Pa
         torch.testing.assert_close(large[name], small[name], atol=1e-4, rtol=1e-3)
 
 
-def test_training_stops_when_the_evaluation_no_longer_improves(directory: Path, data: Path, tmp_path: Path) -> None:
-    held_out = tmp_path / "held-out.jsonl"
-    held_out.write_text('{"prompt": "0: ", "completion": "nothing like it"}\n')
-    given = {"eval_data": held_out, "eval_steps": 2, "patience": 2, "max_steps": 200}
-    assert train(options("lora", directory, data, tmp_path / "adapter", **given)).steps < 200
-
-
 def test_the_loss_is_the_mean_over_the_completion(directory: Path, data: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(directory)
     row = load_dataset(data, RowTokenizer.for_base(BaseModel.from_pretrained(directory), tokenizer)).sequences[0]
