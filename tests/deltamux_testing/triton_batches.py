@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from deltamux.deltas import Bias, Bottleneck, LowRank, NormAffine, Op, Scale, ScaleInput, SoftPrompt
@@ -70,6 +71,8 @@ def buffer_batch(op: type[Op]) -> type[OpBatch]:
 
 
 def pytest_configure() -> None:
+    settings.register_profile("interpreted", max_examples=20, deadline=None)
+    settings.load_profile("interpreted")
     for op in BUFFERS:
         op.batch = buffer_batch(op)
 

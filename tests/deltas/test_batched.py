@@ -35,6 +35,9 @@ from deltamux_testing.random_ops import (
 )
 from deltamux_testing.steps import rows_of
 
+EXAMPLES = min(40, settings().max_examples)
+"""Fewer where kernels are interpreted, which is slow (`deltamux_testing.triton_batches`)."""
+
 
 @pytest.fixture(params=["own choice", "segments", "stacked"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -57,7 +60,7 @@ def batch_of(kind: type[Op], site: Any, ops: dict[int, Any]) -> OpBatch:
 @pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("maker", MAKERS.values(), ids=MAKERS.keys())
 # The path is the same for all examples of one parameter, which is what the health check asks about.
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000))
 def test_a_mixed_step_equals_each_adapter_alone(
     maker: Any, step: list[tuple[int, int]], present: set[int], seed: int
@@ -111,7 +114,7 @@ def test_a_slot_that_is_not_finite_changes_its_own_rows_alone(maker: Any, value:
 
 
 @given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_a_scaled_input_is_each_adapters_own(step: list[tuple[int, int]], present: set[int], seed: int) -> None:
     ops = {slot: ScaleInput(draw(seed + slot, FEATURES)) for slot in present}
     batch = batch_of(ScaleInput, LINEAR, ops)
@@ -125,7 +128,7 @@ def test_a_scaled_input_is_each_adapters_own(step: list[tuple[int, int]], presen
 
 
 @given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 def test_a_changed_embedding_is_each_adapters_own(step: list[tuple[int, int]], present: set[int], seed: int) -> None:
     site = EmbeddingSite("embed", 16, FEATURES)
     ops = {slot: DenseEmbedding(draw(seed + slot, 16, FEATURES)) for slot in present}
