@@ -75,6 +75,8 @@ async def grammars(settings: Settings) -> AsyncIterator[Grammars]:
         ({"regex": "a{1," + "9" * 3000 + "}"}, "repeats"),
         ({"regex": "a" * 5000}, "characters"),
         ({"regex": "\0"}, "NUL"),
+        ({"regex": r"x[\ud800-\udfff]"}, "surrogate"),
+        ({"regex": r"\\\uDC00"}, "surrogate"),
         ({"choice": tuple(f"{n}" for n in range(20_000))}, "options"),
         ({"choice": ("a" * 2000,)}, "option of more"),
     ],
@@ -118,6 +120,7 @@ def test_any_json_is_taken_or_refused_as_an_argument(given: dict[str, Any]) -> N
         StructuredOutput(choice=('yes "indeed"', "no", "ünïcode\n")),
         StructuredOutput(choice=tuple(f"option {n}" for n in range(1000))),
         StructuredOutput(regex=r"\d{4}-\d{2}"),
+        StructuredOutput(regex=r"\\ud800\ud7ff\u{d8}"),  # a backslash as text
         schema(type="object", properties={"a": {"type": "string"}, "b": {"type": "integer"}}, required=["a", "b"]),
     ],
 )

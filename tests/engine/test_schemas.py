@@ -72,6 +72,10 @@ def object_of(**properties: Any) -> dict[str, Any]:
         # Strings and numbers.
         ({"type": "string", "format": "date", "pattern": "^2"}, "#/pattern has no effect with format"),
         ({"type": "string", "format": "json-pointer"}, "json-pointer is not supported"),
+        ({"type": "string", "format": "phone"}, "#/format phone is not supported"),
+        ({"type": ["string", "null"], "format": {}}, "#/format {} is not supported"),
+        ({"const": {"type": "string", "format": []}}, "cannot hold to"),
+        ({"type": "string", "pattern": r"\ud800"}, "half of a surrogate pair"),
         ({"type": "string", "pattern": r"^a\\$"}, "#/pattern matches a quotation mark, a backslash"),
         ({"type": "string", "pattern": '"'}, "#/pattern matches a quotation mark"),
         ({"type": "string", "pattern": "a\\n"}, "or a control character"),

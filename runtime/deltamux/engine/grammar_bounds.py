@@ -49,6 +49,9 @@ _LENGTHS = {
 }
 _COUNTS = {"minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains"}
 _REPETITION = re.compile(r"\{(\d{1,9}|\d{10,})?(?:,(\d{1,9}|\d{10,})?)?\}")
+_SURROGATE = re.compile(
+    r"(?:^|[^\\])(?:\\\\)*\\(?:u|U0000|u\{0*(?=[0-9a-fA-F]{4}\}))[dD][89a-fA-F][0-9a-fA-F]{2}",
+)
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose values hold subschemas by name: a keyword among these is a name."""
 
@@ -76,6 +79,8 @@ def check_regex(pattern: str, field: str = REGEX) -> None:
         raise invalid(field, f"has {len(pattern)} characters; at most {MAX_REGEX_CHARS} are taken")
     if "\0" in pattern:
         raise invalid(field, "has a NUL character")
+    if _SURROGATE.search(pattern):
+        raise invalid(field, "has half of a surrogate pair, which is no text: write the character itself")
     for bounds in _REPETITION.finditer(pattern):
         if any(number and (len(number) > 9 or int(number) > MAX_REPETITIONS) for number in bounds.groups()):
             raise invalid(field, f"repeats {bounds[0][:40]}; at most {MAX_REPETITIONS} times are taken")

@@ -164,7 +164,11 @@ def constraint_of(structured_output: StructuredOutput) -> Constraint:
 
     if structured_output.json_schema is not None:
         schema = honoured(structured_output.json_schema)
-        if has_xgrammar_unsupported_json_features(json.loads(schema)):
+        try:
+            unsupported = has_xgrammar_unsupported_json_features(json.loads(schema))
+        except TypeError:  # a format that is no text, where no output is read from it
+            unsupported = True
+        if unsupported:
             raise invalid(SCHEMA, "has a keyword, or a combination of keywords, that structured output cannot hold to")
         return Constraint("json", schema, SCHEMA)
     if structured_output.regex is not None:
