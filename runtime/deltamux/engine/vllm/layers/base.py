@@ -13,6 +13,11 @@ from deltamux.engine.vllm.layers.custom_ops import CustomOpTarget
 from deltamux.engine.vllm.layers.module_ops import ModuleOps
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """Returns `x` [..., features] as [rows, features]: vLLM's backend for transformers' models keeps a batch of one."""
+    return x if x.dim() <= 2 else x.view(-1, x.shape[-1])
+
+
 class LayerWithDeltas(CustomOpTarget):
     """A module of the loaded model, its own forward, and its ops.
 

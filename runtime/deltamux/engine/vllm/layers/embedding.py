@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from deltamux.engine.vllm.layers import custom_ops
-from deltamux.engine.vllm.layers.base import LayerWithDeltas
+from deltamux.engine.vllm.layers.base import LayerWithDeltas, as_rows
 
 
 class EmbeddingWithDeltas(LayerWithDeltas):
@@ -15,5 +15,5 @@ class EmbeddingWithDeltas(LayerWithDeltas):
 
     def forward(self, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._forward(ids, *args, **kwargs)
-        custom_ops.change_output(ids, output, self._handle)
+        custom_ops.change_output(ids.flatten(), as_rows(output), self._handle)
         return output

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deltamux.deltas.ops import StepIndex
 from deltamux.engine.vllm.layers import custom_ops
-from deltamux.engine.vllm.layers.base import LayerWithDeltas
+from deltamux.engine.vllm.layers.base import LayerWithDeltas, as_rows
 from deltamux.engine.vllm.layers.current_step import CurrentStep, of_step
 from deltamux.engine.vllm.layers.module_ops import ModuleOps
 
@@ -55,11 +55,11 @@ class LinearWithDeltas(LayerWithDeltas):
         custom_ops.add_sub_layer(self._handle, sub_layer.ops)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        alone = len(self.ops.slices) == 1
+        alone, given, x = len(self.ops.slices) == 1, x, as_rows(x)
         if self.writes is not None and alone:
             custom_ops.change_input(x, self._handle)
-        output = self._forward(x, *args, **kwargs)
-        y = output[0] if isinstance(output, tuple) else output
+        output = self._forward(given, *args, **kwargs)
+        y = as_rows(output[0] if isinstance(output, tuple) else output)
         for block in self.reads:
             block.x = x
         if self.writes is None:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deltamux.engine.vllm.layers import custom_ops
-from deltamux.engine.vllm.layers.base import LayerWithDeltas
+from deltamux.engine.vllm.layers.base import LayerWithDeltas, as_rows
 from deltamux.engine.vllm.layers.current_step import CurrentStep
 from deltamux.engine.vllm.layers.linear import BlockInput
 from deltamux.engine.vllm.layers.module_ops import ModuleOps
@@ -27,7 +27,8 @@ class NormWithDeltas(LayerWithDeltas):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._forward(x, *args, **kwargs)
         y, normalised = output if isinstance(output, tuple) else (output, x)
+        normalised = as_rows(normalised)
         if self.feeds is not None:
             self.feeds.residual = normalised
-        custom_ops.change_output(normalised, y, self._handle)
+        custom_ops.change_output(normalised, as_rows(y), self._handle)
         return output

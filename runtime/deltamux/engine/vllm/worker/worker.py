@@ -24,12 +24,20 @@ The loader's threads have the step loop's priority: one of a lower would be put 
 
 
 class DeltaRunnerMixin:
-    """Overrides the two places where vLLM's model runner meets adapters."""
+    """Overrides the places where vLLM's model runner meets adapters."""
 
+    lora_config: Any
     lora_manager: DeltaManager
+    vllm_config: VllmConfig
     backend: type[DeltaBackend]
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Loads the model as vLLM does without LoRA, for which it would take other (slower) experts."""
+        self.vllm_config.lora_config = None
+        super().load_model(*args, **kwargs)  # type: ignore[misc]  # vLLM's runner is behind the mixin
+
     def load_lora_model(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> nn.Module:
+        vllm_config.lora_config = self.lora_config
         self.lora_manager = DeltaManager(model, vllm_config, device, self.backend)
         return model
 

@@ -1,0 +1,166 @@
+"""`BASES`: small random bases of the architectures that the table of bases names (`make bases`).
+
+What they differ in is what each architecture differs in: names and fusions of projections, kinds and places of norms,
+scales of embeddings and heads, experts, layers without attention. Sizes are the least that vLLM's CPU build runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from deltamux.conformance.bases import byte_tokenizer
+
+TOKENS = {"vocab_size": 256, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LINEAR_ATTENTION = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_ssm": 128}
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+
+BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
+    {
+        "llama": {},
+        "mistral": {"sliding_window": None},
+        "qwen2": {},
+        "qwen3": {},
+        "gemma": {"tie_word_embeddings": True},
+        "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, **SLIDING},
+        "gemma3_text": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, **SLIDING},
+        "phi": {"num_key_value_heads": 2},
+        "phi3": {},
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256},
+        "gpt_neox": {"num_key_value_heads": 2},
+        "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256, "rotary_dim": 16, "n_inner": 128},
+        "opt": {"word_embed_proj_dim": 64, "ffn_dim": 128},
+        "bloom": {"n_layer": 2, "n_head": 2},
+        "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
+        "falcon-new": {
+            "model_type": "falcon",
+            "new_decoder_architecture": True,
+            "num_kv_heads": 1,
+            "alibi": False,
+        },
+        "starcoder2": {},
+        "olmo": {},
+        "olmo2": {},
+        "smollm3": {"no_rope_layers": [1, 0]},
+        "stablelm": {"partial_rotary_factor": 0.5},
+        "granite": {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+        },
+        "glm": {"partial_rotary_factor": 0.5},
+        "glm4": {"partial_rotary_factor": 0.5},
+        "cohere": {"logit_scale": 0.5, "tie_word_embeddings": True},
+        "cohere2": {"logit_scale": 0.5, "tie_word_embeddings": True, **SLIDING},
+        "exaone4": {**SLIDING, "sliding_window_pattern": "LG"},
+        "nemotron": {},
+        "ernie4_5": {},
+        "apertus": {},
+        "hunyuan_v1_dense": {},
+        "seed_oss": {},
+        "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 64, "decoder_sparse_step": 1},
+        "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1, "norm_topk_prob": True},
+        "mixtral": {**LOCAL_EXPERTS, "sliding_window": None},
+        "olmoe": {**EXPERTS},
+        "gpt_oss": {**LOCAL_EXPERTS, **SLIDING},
+        "llama4_text": {
+            **LOCAL_EXPERTS,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 128,
+            "moe_layers": [1],
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 128,
+        },
+        "deepseek_v2": {
+            **MLA,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        "deepseek_v3": {
+            **MLA,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 64,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 1,
+        },
+        "granitemoehybrid": {
+            **LOCAL_EXPERTS,
+            "shared_intermediate_size": 128,
+            "layer_types": ["mamba", "attention"],
+            "mamba_n_heads": 4,
+            "mamba_d_head": 32,
+            "mamba_d_state": 16,
+            "mamba_n_groups": 1,
+        },
+        "falcon_h1": MAMBA2,
+        "qwen3_next": {
+            **EXPERTS,
+            **LINEAR_ATTENTION,
+            "shared_expert_intermediate_size": 64,
+        },
+        "mamba": {"state_size": 16, "intermediate_size": 128},
+    }
+)
+"""Overrides of SIZES, by name: the architecture's ``model_type`` unless the row gives another."""
+
+
+def base_config(name: str) -> Any:
+    """Returns the `transformers.PretrainedConfig` of a base of BASES."""
+    from transformers import AutoConfig
+
+    given = {**SIZES, **TOKENS, **BASES[name]}
+    return AutoConfig.for_model(given.pop("model_type", name), **given)
+
+
+def save_base(directory: Path, name: str) -> Path:
+    """Writes a random base of BASES with a tokenizer, as float32; its weights spread log-probabilities."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(base_config(name))  # type: ignore[no-untyped-call]  # untyped there
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            else:
+                parameter.normal_(std=0.08)
+    model.save_pretrained(directory)
+    byte_tokenizer().save_pretrained(directory)
+    return directory
