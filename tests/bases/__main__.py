@@ -18,7 +18,16 @@ def row(name: str, *, eager: bool) -> dict[str, str]:
     """Returns what comes of each kind of adapter on one base, measured in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "bases", "--one", name, "--output", str(output), *(["--eager"] if eager else [])]
+        command = [
+            sys.executable,
+            "-m",
+            "bases",
+            "--one",
+            name,
+            "--output",
+            str(output),
+            *(["--eager"] if eager else []),
+        ]
         try:
             done = subprocess.run(command, timeout=PATIENCE_SECONDS, capture_output=True, text=True, check=False)
         except subprocess.TimeoutExpired:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import peft
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -95,7 +96,8 @@ def _subject(kind: str, directory: Path, base: BaseModel, work: Path) -> Subject
         return Subject(read_program(work, base), lambda: reference(wrapped.eval(), PROMPT, NUM_TOKENS))
     program = read_program(write_own(kind, base, work), base)
     if kind == "full":
-        changes = _changes(work)
+        transposed = {f"{site.name}.weight" for site in base.linears if site.transposed}
+        changes = {name: c.T if name in transposed else c for name, c in load_file(next(work.glob("*.safetensors"))).items()}
 
         def with_weights() -> Greedy:
             changed = copy.deepcopy(model)
@@ -112,12 +114,6 @@ def _subject(kind: str, directory: Path, base: BaseModel, work: Path) -> Subject
             return reference(model, PROMPT, NUM_TOKENS)
 
     return Subject(program, with_ops)
-
-
-def _changes(work: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(next(work.glob("*.safetensors")))
 
 
 def _model(directory: Path) -> nn.Module:

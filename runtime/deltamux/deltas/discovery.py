@@ -62,7 +62,8 @@ def discover(model: nn.Module, dims: Dimensions) -> Iterator[Site]:
         FailedPreconditionError: the model is not a decoder of the usual structure.
     """
     embedding_name, embedding = _input_embedding(model)
-    yield EmbeddingSite(embedding_name, dims.vocab_size, embedding.embedding_dim)
+    scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
+    yield EmbeddingSite(embedding_name, dims.vocab_size, embedding.embedding_dim, scale)
     layers_name, layers = _layers(model, dims)
     for index, layer in enumerate(layers):
         yield from _layer_sites(f"{layers_name}.{index}", index, layer, dims)

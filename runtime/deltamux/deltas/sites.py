@@ -6,7 +6,7 @@ is also the name that PEFT's files use. A block or attention site is named by la
 none).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -99,11 +99,16 @@ class AttentionSite:
 
 @dataclass(frozen=True)
 class EmbeddingSite:
-    """The input embedding table [vocab_size, features]."""
+    """The input embedding table [vocab_size, features].
+
+    Attributes:
+        scale: what the module multiplies the table's rows by (Gemma: the root of the hidden size).
+    """
 
     name: str
     vocab_size: int
     features: int
+    scale: float = field(default=1.0, repr=False)  # what stored programs name their base by is made of the rest
     kind = SiteKind.EMBEDDING
 
 

@@ -72,6 +72,18 @@ class WeightFiles:
             tensor: Tensor = file.get_tensor(stored)
         return tensor
 
+    def rows(self, name: str, first: int, stop: int, *, transposed: bool = False) -> Tensor:
+        """Returns rows [stop - first, in_features] of a weight; KeyError where there is none of that name.
+
+        Args:
+            transposed: the weight is stored as [in_features, out_features].
+        """
+        stored = self._resolve(name)
+        with _opened(self._files[stored]) as file:
+            view = file.get_slice(stored)
+            part: Tensor = view[:, first:stop].T if transposed else view[first:stop]
+        return part
+
     def sample(self, name: str) -> np.ndarray[Any, np.dtype[np.int16]]:
         """Returns the first values of a tensor, rounded to bfloat16, as their bits."""
         with _opened(self._files[name]) as file:

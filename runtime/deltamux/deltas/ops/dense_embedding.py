@@ -18,12 +18,16 @@ class DenseEmbeddingBatch(SlotOps["DenseEmbedding"]):
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         for slot in bits(active):
             rows = step.rows(slot)
-            add_rows(y, rows, F.embedding(x[rows], self._ops[slot].weight))
+            add_rows(y, rows, self._ops[slot].change(x[rows], self.site))
 
 
 @dataclass(frozen=True, eq=False)
 class DenseEmbedding(Op):
-    """y += weight[token]; `weight` [vocab_size, features] is the change, not the new value."""
+    """y += scale * weight[token], with the site's scale.
+
+    Attributes:
+        weight: [vocab_size, features], the change, not the new value.
+    """
 
     weight: Tensor
 
@@ -39,7 +43,13 @@ class DenseEmbedding(Op):
         return {"weight": (site.vocab_size, site.features)}
 
     def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
-        return y + F.embedding(x, self.weight).to(y.dtype)
+        return y + self.change(x, site).to(y.dtype)
+
+    def change(self, ids: Tensor, site: Site) -> Tensor:
+        """Returns what is added to the embeddings of `ids`."""
+        assert isinstance(site, EmbeddingSite)
+        change = F.embedding(ids, self.weight)
+        return change if site.scale == 1.0 else change * site.scale
 
     def merge(self, site: Site, read: ReadTensor) -> dict[str, Tensor]:
         name = f"{site.name}.weight"

@@ -32,7 +32,7 @@ class CudaBackend:
         self.current = loaded.current
         self.records = StepRecords(max_rows, loaded.num_slots, loaded.device, prefill_from=max(512, largest_graph) + 1)
         sizes = BufferSizes(loaded.num_slots, config.lora_config.max_lora_rank, loaded.dtype, loaded.device)
-        self.binding: CudaBinding = CudaBinding(loaded.model, loaded.base, loaded.current, sizes)
+        self.binding: CudaBinding = CudaBinding(loaded.model, loaded.base, loaded.current, loaded.probes, sizes)
         self._profiles: dict[int, GraphProfile | None] = {}
         self._warm_up(max_rows)
 

@@ -15,14 +15,17 @@ from deltamux.engine.vllm.cuda.profiles import GraphProfile
 from deltamux.engine.vllm.layers.binding import Binding
 from deltamux.engine.vllm.layers.current_step import CurrentStep
 from deltamux.engine.vllm.layers.module_ops import ModuleOps
+from deltamux.engine.vllm.layers.probes import Probes
 
 
 class CudaBinding(Binding):
     """The layers with deltas of a model on a GPU, by site."""
 
-    def __init__(self, model: nn.Module, base: BaseModel, current: CurrentStep, sizes: BufferSizes) -> None:
+    def __init__(
+        self, model: nn.Module, base: BaseModel, current: CurrentStep, probes: Probes, sizes: BufferSizes
+    ) -> None:
         self._sizes = sizes
-        super().__init__(model, base, current, sizes.num_slots, sizes.dtype, sizes.device)
+        super().__init__(model, base, current, probes, sizes.num_slots, sizes.dtype, sizes.device)
         for linear in self.linears.values():
             # As `LinearWithDeltas.forward` has it: the projection that ends a sub-layer is the only reader of its
             # input.

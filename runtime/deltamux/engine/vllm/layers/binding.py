@@ -1,23 +1,27 @@
 """`Binding`: from the sites of a base model to the modules of the same model as vLLM has loaded it.
 
-vLLM keeps Hugging Face's module paths, but fuses projections (``qkv_proj``) by its ``packed_modules_mapping``; an
-attention sub-layer contains one ``Attention``. No model is treated by its name.
+vLLM renames Hugging Face's module paths and fuses projections (``qkv_proj``), and says so in ``hf_to_vllm_mapper`` and
+``packed_modules_mapping``, or does not. Names are tried first; what a module computes decides (`probes`). No model
+is treated by its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
 from deltamux.deltas import (
     AttentionSite,
     BaseModel,
     BlockSite,
+    DenseEmbedding,
     EmbeddingSite,
     HeadSite,
     LinearSite,
@@ -26,6 +30,7 @@ from deltamux.deltas import (
     Program,
     Site,
     SiteKind,
+    SoftPrompt,
 )
 from deltamux.deltas.backends.module_batch import ColumnRange, PackedSlice
 from deltamux.engine.vllm.layers.attention import AttentionWithDeltas
@@ -35,6 +40,11 @@ from deltamux.engine.vllm.layers.head import HeadWithDeltas
 from deltamux.engine.vllm.layers.linear import BlockInput, LinearWithDeltas, SubLayer
 from deltamux.engine.vllm.layers.module_ops import ModuleOps, OpGroup, SiteOps, group_ops
 from deltamux.engine.vllm.layers.norm import NormWithDeltas
+from deltamux.engine.vllm.layers.probes import ProbeError, Probes, layer_of
+
+
+IN_SCALE = (DenseEmbedding, SoftPrompt)
+"""Ops at the input embedding whose parameters are of the embeddings' own scale."""
 
 
 class ModulePlacement(NamedTuple):
@@ -52,6 +62,7 @@ class Binding:
         linears: the projections, by path in vLLM's model.
         unbound: sites of the base that have no counterpart in the loaded model, with the reason.
         attentions: the attention layers, by site.
+        embedding_scale: by how much the base's embeddings are larger than what vLLM's module returns.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class Binding:
         model: nn.Module,
         base: BaseModel,
         current: CurrentStep,
+        probes: Probes,
         num_slots: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -69,16 +81,21 @@ class Binding:
         self._intercepts = False
         self._model = model
         self._modules = dict(model.named_modules())
+        self._path = _path_mapping(model)
+        self._probes = probes
         self._current = current
+        self.embedding_scale = 1.0
         self.linears: dict[str, LinearWithDeltas] = {}
+        self._paths: dict[str, str] = {}
         self._norms: dict[str, NormWithDeltas] = {}
         self._columns = dict(_columns(self._modules, getattr(model, "packed_modules_mapping", {})))
+        self._absorbed = {m.kv_b_proj for m in self._modules.values() if isinstance(m, MLAAttention)}
         self._kind = (num_slots, dtype, device)
         self._bind_linears([site for site in base.sites.values() if isinstance(site, LinearSite)])
         for kind, bind in self._binders().items():
             for site in base.sites.values():
                 if isinstance(site, kind):
-                    self._bind(site, bind(site))
+                    self._try_bind(site, bind)
 
     def intercept(self, wanted: bool) -> None:
         """Puts the attention layers' deltas into the steps to come, or takes them out; see `AttentionWithDeltas`."""
@@ -95,6 +112,17 @@ class Binding:
             by_module.setdefault(module, []).append((index, op))
         return tuple(ModulePlacement(module, group_ops(ops)) for module, ops in by_module.items())
 
+    def scaled(self, program: Program) -> Program:
+        """Returns the program with what it adds to embeddings in the scale that they have in vLLM's model."""
+        if self.embedding_scale == 1.0:
+            return program
+        return Program.of((site, self._in_scale(op)) for site, op in program)
+
+    def _in_scale(self, op: Op) -> Op:
+        if op.site_kind is not SiteKind.EMBEDDING:
+            return op
+        return replace(op, **{name: tensor / self.embedding_scale for name, tensor in op.tensors().items()})
+
     def refusal(self, site: str, op: Op) -> str | None:
         """Returns why an op cannot run at a site of this engine; None when it can."""
         if (op.site_kind, site) in self.unbound:
@@ -103,6 +131,8 @@ class Binding:
         at = bound.site if bound is not None else None
         if op.reads_residual and isinstance(at, BlockSite) and at.norm not in self._norms:
             return f"vLLM's model has no norm before {site} that reads the residual stream"
+        if op.site_kind is SiteKind.EMBEDDING and self.embedding_scale != 1.0 and not isinstance(op, IN_SCALE):
+            return f"vLLM scales what {site} returns, and {op.name} is not known to follow it"
         if op.changes_input and bound is not None and len(bound.module.slices) > 1:
             return f"{site} is packed with other projections here, so that its input alone cannot be changed"
         return None
@@ -110,7 +140,7 @@ class Binding:
     def _make_ops(self, *slices: PackedSlice) -> ModuleOps:
         return ModuleOps(slices, *self._kind)
 
-    def _binders(self) -> Mapping[type[Site], Callable[..., ModuleOps | None]]:
+    def _binders(self) -> Mapping[type[Site], Callable[..., ModuleOps]]:
         """Returns how each kind of site is bound, in an order in which what one needs is there before it."""
         return {
             NormSite: self._bind_norm,
@@ -120,31 +150,48 @@ class Binding:
             HeadSite: self._bind_head,
         }
 
-    def _bind(self, site: Site, module: ModuleOps | None, index: int = 0) -> None:
-        if module is None:
-            self.unbound[site.kind, site.name] = f"vLLM's model has no counterpart of {site.name}"
-        else:
-            self.sites[site.kind, site.name] = SiteOps(module, index)
+    def _try_bind(self, site: Site, bind: Callable[..., ModuleOps]) -> None:
+        try:
+            self.sites[site.kind, site.name] = SiteOps(bind(site), 0)
+        except ProbeError as error:
+            self.unbound[site.kind, site.name] = str(error)
 
     def _bind_linears(self, sites: Sequence[LinearSite]) -> None:
         modules: dict[str, list[PackedSlice]] = {}
         for site in sites:
-            path, first, stop = self._columns.get(site.name, ("", 0, 0))
-            if stop - first == site.out_features:
-                modules.setdefault(path, []).append(PackedSlice(site, ColumnRange(first, stop - first)))
+            try:
+                path, columns = self._find_linear(site)
+            except ProbeError as error:
+                self.unbound[site.kind, site.name] = str(error)
             else:
-                self._bind(site, None)
+                self._paths[site.name] = path
+                modules.setdefault(path, []).append(PackedSlice(site, columns))
         for path, slices in modules.items():
             ops = self._make_ops(*sorted(slices, key=lambda each: each.columns))
             self.linears[path] = LinearWithDeltas(self._modules[path], self._current, ops)
             for index, each in enumerate(ops.slices):
-                self._bind(each.site, ops, index)
+                self.sites[each.site.kind, each.site.name] = SiteOps(ops, index)
 
-    def _bind_block(self, site: BlockSite) -> ModuleOps | None:
-        ends = [self.linears.get(self._columns.get(m, ("",))[0]) for m in (site.input_module, site.output_module)]
-        reader, writer = ends
+    def _find_linear(self, site: LinearSite) -> tuple[str, ColumnRange]:
+        """Returns the path and the columns of a site's projection, by its name or else by what modules compute."""
+        path, first, stop = self._columns.get(self._path(site.name), ("", 0, 0))
+        if stop - first == site.out_features:
+            found = path, ColumnRange(first, stop - first)
+            self._probes.check_linear(site, self._modules[path], found[1])
+        else:
+            paths = {each for each, _, _ in self._columns.values() if layer_of(each) == site.layer}
+            searched = self._probes.find_linear(site, {each: self._modules[each] for each in sorted(paths)})
+            if searched is None:
+                raise _missing(site)
+            found = searched
+        if self._modules[found[0]] in self._absorbed:
+            raise ProbeError(f"vLLM computes {site.name} as a part of its attention, not as a projection of its own")
+        return found
+
+    def _bind_block(self, site: BlockSite) -> ModuleOps:
+        reader, writer = (self.linears.get(self._paths.get(m, "")) for m in (site.input_module, site.output_module))
         if reader is None or writer is None or writer.writes is not None:
-            return None
+            raise _missing(site)
         ops, read = self._site_ops(site, site.features), BlockInput()
         if site.norm in self._norms:
             self._norms[site.norm].feeds = read
@@ -152,43 +199,79 @@ class Binding:
         writer.end(SubLayer(ops, read))
         return ops
 
-    def _bind_norm(self, site: NormSite) -> ModuleOps | None:
-        module = self._modules.get(site.name)
-        if module is None:
-            return None
+    def _bind_norm(self, site: NormSite) -> ModuleOps:
+        module = self._module(site)
+        self._probes.check_norm(site, module)
         ops = self._site_ops(site, site.features)
         self._norms[site.name] = NormWithDeltas(module, self._current, ops)
         return ops
 
-    def _bind_embedding(self, site: EmbeddingSite) -> ModuleOps | None:
-        module = self._modules.get(site.name)
-        if module is None:
-            return None
+    def _bind_embedding(self, site: EmbeddingSite) -> ModuleOps:
+        module = self._module(site)
+        self.embedding_scale = self._probes.embedding_scale(site, module)
         ops = self._site_ops(site, site.features)
         EmbeddingWithDeltas(module, self._current, ops)
         return ops
 
-    def _bind_head(self, site: HeadSite) -> ModuleOps | None:
+    def _bind_head(self, site: HeadSite) -> ModuleOps:
         processor = getattr(self._model, "logits_processor", None)
-        plain = processor is not None and processor.scale == 1.0 and processor.soft_cap is None
-        if not plain or not hasattr(self._model, "compute_logits"):
-            return None
+        if not isinstance(processor, LogitsProcessor) or processor.logits_as_input:
+            raise _missing(site)
         ops = self._site_ops(site, site.vocab_size)
-        HeadWithDeltas(self._model, self._current, ops)
+        head = HeadWithDeltas(processor, self._current, ops)
+        self._probes.check_head(site, lambda hidden: head.projected(self._model, hidden))
         return ops
 
-    def _bind_attention(self, site: AttentionSite) -> ModuleOps | None:
-        inside = (m for path, m in self._modules.items() if path.startswith(f"{site.module}."))
-        module = next((m for m in inside if isinstance(m, Attention)), None)
-        if module is None:
-            return None
+    def _bind_attention(self, site: AttentionSite) -> ModuleOps:
+        module = self._attention(site)
+        if (module.num_kv_heads, module.head_size) != (site.num_kv_heads, site.head_dim):
+            raise ProbeError(
+                f"vLLM's cache of {site.module} has {module.num_kv_heads} heads of {module.head_size} values, and the "
+                f"base's {site.num_kv_heads} of {site.head_dim}"
+            )
+        moved = [n for (kind, n) in self.unbound if kind is SiteKind.LINEAR and n.startswith(f"{site.module}.")]
+        if moved:
+            raise ProbeError(f"keys and values may differ from the base's: {self.unbound[SiteKind.LINEAR, moved[0]]}")
         ops = self._site_ops(site, site.num_kv_heads * site.head_dim)
         self.attentions[site.name] = AttentionWithDeltas(module, self._current, ops)
         return ops
 
+    def _attention(self, site: AttentionSite) -> Attention:
+        """Returns the attention layer inside the site's module, or else the only one of the same decoder layer."""
+        named = f"{self._path(site.module)}."
+        attentions = {path: m for path, m in self._modules.items() if isinstance(m, Attention)}
+        inside = [m for path, m in attentions.items() if path.startswith(named)]
+        found = inside or [m for path, m in attentions.items() if layer_of(path) == site.layer]
+        if len(found) != 1:
+            raise _missing(site)
+        return found[0]
+
+    def _module(self, site: Site) -> nn.Module:
+        module = self._modules.get(self._path(site.name))
+        if module is None:
+            raise _missing(site)
+        return module
+
     def _site_ops(self, site: Site, features: int) -> ModuleOps:
         """Returns the ops of a module that belongs to one site alone."""
         return self._make_ops(PackedSlice(site, ColumnRange(0, features)))
+
+
+def _missing(site: Site) -> ProbeError:
+    return ProbeError(f"vLLM's model has no counterpart of {site.name}")
+
+
+def _path_mapping(model: nn.Module) -> Callable[[str], str]:
+    """Returns what turns a path of Hugging Face's model into one of vLLM's, as far as vLLM says so."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return lambda path: path
+
+    def mapped(path: str) -> str:
+        name: str | None = mapper.map_name(f"{path}.weight")
+        return path if name is None else name.removesuffix(".weight")
+
+    return mapped
 
 
 def _columns(
@@ -201,8 +284,8 @@ def _columns(
         sizes: list[int] = getattr(module, "output_partition_sizes", None) or [module.output_size]
         parent, _, own = path.rpartition(".")
         names = packed.get(own, [own])
-        if len(names) == 1:
-            sizes = [sum(sizes)]
+        if len(names) != len(sizes):
+            names, sizes = [own], [sum(sizes)]
         start = 0
         for name, size in zip(names, sizes, strict=True):
             yield f"{parent}.{name}", (path, start, start + size)

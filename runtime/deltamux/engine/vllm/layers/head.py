@@ -13,16 +13,21 @@ from deltamux.engine.vllm.layers.module_ops import ModuleOps
 
 
 class HeadWithDeltas:
-    """The output head: the model's logits, which vLLM computes for the last row of every request alone, uncompiled."""
+    """The output head: its products, before they are scaled or capped, of the last row of every request, uncompiled.
 
-    def __init__(self, model: nn.Module, current: CurrentStep, ops: ModuleOps) -> None:
-        self._compute_logits: Callable[..., Any] = model.compute_logits  # type: ignore[assignment]  # vLLM's method
+    Args:
+        processor: the model's ``LogitsProcessor``.
+    """
+
+    def __init__(self, processor: nn.Module, current: CurrentStep, ops: ModuleOps) -> None:
+        self._processor: Any = processor
+        self._get_logits: Callable[..., Any] = self._processor._get_logits
         self._current = current
         self._ops = ops
-        model.compute_logits = self.compute_logits  # type: ignore[assignment]  # on the instance
+        self._processor._get_logits = self.get_logits
 
-    def compute_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        logits = self._compute_logits(hidden, *args, **kwargs)
+    def get_logits(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        logits = self._get_logits(hidden, *args, **kwargs)
         step = self._current.index.last_rows
         if step is not None and step.mask & self._ops.mask and logits is not None:
             if step.num_rows != hidden.shape[0]:
@@ -31,3 +36,18 @@ class HeadWithDeltas:
             assert isinstance(site, HeadSite)
             self._ops.apply(hidden, logits[:, : site.vocab_size], step)
         return logits
+
+    def projected(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """Returns the head's products [rows, vocab_size] of `hidden`, as they are before anything else."""
+        kept: list[Tensor] = []
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            kept.append(self._get_logits(*args, **kwargs))
+            return kept[-1].clone()
+
+        self._processor._get_logits = keep
+        try:
+            model.compute_logits(hidden)  # type: ignore[operator]  # vLLM's method
+        finally:
+            self._processor._get_logits = self.get_logits
+        return kept[0]

@@ -13,6 +13,7 @@ from deltamux.deltas.ops import StepIndex
 from deltamux.deltas.program import Program
 from deltamux.engine.vllm.layers.binding import Binding
 from deltamux.engine.vllm.layers.current_step import CurrentStep
+from deltamux.engine.vllm.layers.probes import Probes
 
 
 class LoadedModel(NamedTuple):
@@ -29,6 +30,7 @@ class LoadedModel(NamedTuple):
     device: torch.device
     num_slots: int
     current: CurrentStep
+    probes: Probes
 
 
 class DeltaBackend(Protocol):
@@ -62,7 +64,8 @@ class CPUBackend:
     merges = True
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self.binding = Binding(loaded.model, loaded.base, loaded.current, loaded.num_slots, loaded.dtype, loaded.device)
+        kind = (loaded.num_slots, loaded.dtype, loaded.device)
+        self.binding = Binding(loaded.model, loaded.base, loaded.current, loaded.probes, *kind)
         self._has_kernels = available(loaded.dtype, loaded.device)  # compiles them, before the first step needs them
 
     def prepack(self, program: Program) -> None:

@@ -10,8 +10,10 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.block_table import BlockTable
 
 from deltamux.deltas import BaseModel, Program
+from deltamux.deltas.weights import WeightFiles
 from deltamux.engine.vllm.auto_merge.auto_merger import AutoMerger
 from deltamux.engine.vllm.layers.current_step import IDLE, CurrentStep
+from deltamux.engine.vllm.layers.probes import Probes
 from deltamux.engine.vllm.loading.blocks import in_one_block, on_device
 from deltamux.engine.vllm.loading.loader import ProgramLoader
 from deltamux.engine.vllm.prefixes import known_prefix, slot_mapping
@@ -43,7 +45,8 @@ class DeltaManager(LoRAManagerInterface):
         assert isinstance(dtype, torch.dtype)  # vLLM resolves "auto" before a worker starts
         self.base = BaseModel.from_config(vllm_config.model_config.hf_config)
         self.current = CurrentStep()
-        loaded = LoadedModel(model, self.base, vllm_config, dtype, device, lora_config.max_loras, self.current)
+        probes = Probes(_checkpoint(vllm_config), dtype, device, quantised=vllm_config.quant_config is not None)
+        loaded = LoadedModel(model, self.base, vllm_config, dtype, device, lora_config.max_loras, self.current, probes)
         self.backend = backend(loaded)
         self.loader = ProgramLoader(self._read)
         self.table = SlotTable(loaded.num_slots)
@@ -88,6 +91,7 @@ class DeltaManager(LoRAManagerInterface):
             if (problem := self._binding.refusal(site, op)) is not None:
                 raise BaseMismatchError(problem, metadata={"site": site})
         program.placed(self.base)
+        program = self._binding.scaled(program)
         # Only the cast program matters: what is finite in float32 may overflow in float16.
         program = in_one_block(program, self._dtype, pinned=self._device.type == "cuda")
         self.backend.prepack(program)
@@ -159,3 +163,8 @@ class DeltaManager(LoRAManagerInterface):
     def remove_all_adapters(self) -> None:
         for program_id in list(self.table.slots):
             self.table.evict(program_id)
+
+
+def _checkpoint(config: VllmConfig) -> WeightFiles | None:
+    """Returns the files of the base's weights; None where the engine drew random ones."""
+    return None if config.load_config.load_format == "dummy" else WeightFiles.locate(config.model_config.model)

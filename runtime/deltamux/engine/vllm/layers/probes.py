@@ -1,0 +1,212 @@
+"""`Probes`: whether a module of the loaded model computes what the checkpoint's tensor of a site says.
+
+vLLM's loaders rename, fuse, reorder and scale what a checkpoint holds, each model in its own way. A name is therefore
+only a guess: the module's outputs for random inputs are compared with products of rows of the checkpoint, which holds
+for packed and quantised weights alike, and a module is found by them where no name leads to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deltamux.deltas import EmbeddingSite, HeadSite, LinearSite, NormSite
+from deltamux.deltas.backends.module_batch import ColumnRange
+from deltamux.deltas.ops.norm_affine import normalise
+from deltamux.deltas.weights import WeightFiles
+
+INPUTS = 4
+"""Random inputs per module: a row of another weight differs in one of them by more than any rounding."""
+RUNS, RUN = 16, 4
+"""Rows that are compared, as runs spread evenly over a weight: a loader that moves any tenth of them moves one."""
+TOLERANCE = 0.1
+"""Largest difference of a row's outputs from the checkpoint's, relative to their size; bfloat16 differs by 0.01."""
+QUANTISED_TOLERANCE = 0.6
+"""The same for a quantised base; another weight's outputs differ by 1.4."""
+
+
+class ProbeError(Exception):
+    """A module does not compute what the site says; the message is a reason that a tenant may read."""
+
+
+class _Outputs(NamedTuple):
+    """Random inputs [INPUTS, in_features] and what a linear returns for them, less its bias, in float32."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Probes:
+    """Compares modules with the checkpoint.
+
+    Args:
+        files: the checkpoint; None where the engine has none (random weights), and names are all there is.
+        quantised: whether the engine holds the base's weights at a lower precision than the checkpoint.
+    """
+
+    def __init__(self, files: WeightFiles | None, dtype: torch.dtype, device: torch.device, *, quantised: bool) -> None:
+        self._files = files
+        self._dtype, self._device = dtype, device
+        self._tolerance = QUANTISED_TOLERANCE if quantised else TOLERANCE
+        self._outputs: dict[nn.Module, _Outputs] = {}
+
+    def check_linear(self, site: LinearSite, module: nn.Module, columns: ColumnRange) -> None:
+        """Raises ProbeError unless these outputs of a linear are those of the site's weight, in order."""
+        if self._files is None:
+            return
+        rows = _sample(site.out_features)
+        x, y = self._run(module, site.in_features)
+        expected = x @ self._rows(site, rows).T
+        found = y[:, columns.first : columns.first + columns.size]
+        if self._same(found[:, rows], expected):
+            return
+        moved = self._same(expected, found[:, _nearest(expected, found)])
+        raise ProbeError(
+            f"vLLM holds the rows of {site.name} in another order than the checkpoint"
+            if moved
+            else f"vLLM's counterpart of {site.name} computes something else than the checkpoint's weight"
+        )
+
+    def find_linear(self, site: LinearSite, candidates: Mapping[str, nn.Module]) -> tuple[str, ColumnRange] | None:
+        """Returns the path and the columns of the one linear that holds a site's weight; None where there is none."""
+        if self._files is None:
+            return None
+        rows = _sample(site.out_features)
+        weight = self._rows(site, rows)
+        for path, module in candidates.items():
+            try:
+                x, y = self._run(module, site.in_features)
+            except ProbeError:
+                continue
+            expected = x @ weight.T
+            first = int(_nearest(expected[:, :1], y)[0]) - int(rows[0])
+            if 0 <= first <= y.shape[1] - site.out_features and self._same(y[:, first + rows], expected):
+                return path, ColumnRange(first, site.out_features)
+        return None
+
+    def check_norm(self, site: NormSite, module: nn.Module) -> None:
+        """Raises ProbeError unless a module's output is the site's normalised input times the checkpoint's weight."""
+        x = self._random(INPUTS, site.features)
+        x[0] *= 0.01  # where the norm's epsilon counts
+        try:
+            with torch.inference_mode():
+                y = module(x)
+        except Exception as error:
+            raise ProbeError(f"vLLM's counterpart of {site.name} does not run as a norm: {error}") from error
+        y, normalised = (y[0] if isinstance(y, tuple) else y).float(), normalise(x, site)
+        bias = torch.zeros_like(y[0]) if not site.has_bias else self._vector(site, "bias", y[0])
+        gain = ((y - bias) * normalised).sum(0) / normalised.square().sum(0)
+        if not self._same(y, normalised * gain + bias):
+            raise ProbeError(f"vLLM's counterpart of {site.name} does not normalise as the base does")
+        weight = self._vector(site, "weight", gain)
+        if not (self._same(gain, weight) or self._same(gain, weight + 1)):
+            raise ProbeError(f"vLLM's counterpart of {site.name} holds another weight than the checkpoint")
+
+    def embedding_scale(self, site: EmbeddingSite, module: nn.Module) -> float:
+        """Returns by how much the base's embeddings are larger than what vLLM's module returns.
+
+        Raises:
+            ProbeError: they are no multiples of each other.
+        """
+        if self._files is None:
+            return 1.0
+        ids = torch.linspace(0, site.vocab_size - 1, min(site.vocab_size, RUNS)).long().unique()
+        with torch.inference_mode():
+            found = module(ids.to(self._device)).float().cpu()
+        stored = torch.cat([self._files.rows(f"{site.name}.weight", int(i), int(i) + 1) for i in ids]).float()
+        expected = stored * site.scale
+        factor = float((expected * found).sum() / found.square().sum().clamp(min=1e-30))
+        if not self._same(found * factor, expected):
+            raise ProbeError(f"vLLM's counterpart of {site.name} returns something else than the checkpoint's rows")
+        # Rounding of the sample is no scale.
+        return 1.0 if abs(factor - 1) < 0.01 else factor
+
+    def check_head(self, site: HeadSite, project: Callable[[Tensor], Tensor]) -> None:
+        """Raises ProbeError unless `project` multiplies by the head's weight, or that of the embedding it shares."""
+        if self._files is None:
+            return
+        x, rows = self._random(INPUTS, site.in_features), _sample(site.vocab_size)
+        with torch.inference_mode():
+            found = project(x).float().cpu()
+        name = site.tied_to or site.name
+        weight = torch.cat([self._files.rows(f"{name}.weight", a, b) for a, b in _runs(rows)]).float()
+        if found.shape[1] < site.vocab_size or not self._same(found[:, rows], x.float().cpu() @ weight.T):
+            raise ProbeError(f"vLLM's output head computes something else than the checkpoint's {name}")
+
+    def _run(self, module: nn.Module, in_features: int) -> _Outputs:
+        if module not in self._outputs:
+            x = torch.cat([self._random(INPUTS, in_features), self._zeros(in_features)])
+            try:
+                with torch.inference_mode():
+                    y = module(x)
+            except Exception as error:
+                raise ProbeError(f"vLLM's module does not run on its own: {type(error).__name__}: {error}") from error
+            y = (y[0] if isinstance(y, tuple) else y).float().cpu()
+            self._outputs[module] = _Outputs(x[:INPUTS].float().cpu(), y[:INPUTS] - y[INPUTS])
+        made = self._outputs[module]
+        if made.x.shape[1] != in_features:
+            raise ProbeError(f"vLLM's module takes {made.x.shape[1]} features, and the base's {in_features}")
+        return made
+
+    def _rows(self, site: LinearSite, rows: Tensor) -> Tensor:
+        """Returns rows of a site's weight [len(rows), in_features], in float32."""
+        assert self._files is not None
+        name = f"{site.name}.weight"
+        try:
+            read = [self._files.rows(name, first, stop, transposed=site.transposed) for first, stop in _runs(rows)]
+        except KeyError:
+            raise ProbeError(f"the checkpoint has no {name} to compare vLLM's module with") from None
+        return torch.cat(read).float()
+
+    def _vector(self, site: NormSite, field: str, otherwise: Tensor) -> Tensor:
+        if self._files is None:
+            return otherwise
+        try:
+            return self._files.read(f"{site.name}.{field}").float().to(otherwise.device)
+        except KeyError:
+            raise ProbeError(f"the checkpoint has no {site.name}.{field} to compare vLLM's module with") from None
+
+    def _same(self, found: Tensor, expected: Tensor) -> bool:
+        """Returns whether all columns agree, each relative to its size or a tenth of the largest."""
+        if found.shape != expected.shape:
+            return False
+        found, expected = (t.float().reshape(-1, t.shape[-1]) for t in (found, expected))
+        sizes = expected.norm(dim=0)
+        return bool(
+            ((found - expected).norm(dim=0) <= self._tolerance * sizes.clamp(min=float(sizes.max()) / 10)).all()
+        )
+
+    def _random(self, *shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return drawn.to(self._dtype).to(self._device)
+
+    def _zeros(self, features: int) -> Tensor:
+        return torch.zeros(1, features, dtype=self._dtype, device=self._device)
+
+
+def _sample(count: int) -> Tensor:
+    """Returns the indices of the rows that are compared, of so many."""
+    if count <= RUNS * RUN:
+        return torch.arange(count)
+    starts = torch.linspace(0, count - RUN, RUNS).long()
+    return (starts[:, None] + torch.arange(RUN)).flatten().unique()
+
+
+def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
+    """Yields (first, stop) of the runs of consecutive indices in sorted `rows`."""
+    breaks = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist(), len(rows)]
+    for first, stop in zip(breaks, breaks[1:], strict=False):
+        yield int(rows[first]), int(rows[stop - 1]) + 1
+
+
+def _nearest(expected: Tensor, found: Tensor) -> Tensor:
+    """Returns, for each column of `expected`, the index of the column of `found` that is nearest to it."""
+    return torch.cdist(expected.T[None], found.T[None])[0].argmin(dim=1)
+
+
+def layer_of(path: str) -> int | None:
+    """Returns the first number in a module's path, the index of its layer."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
