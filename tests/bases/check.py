@@ -97,7 +97,9 @@ def _subject(kind: str, directory: Path, base: BaseModel, work: Path) -> Subject
     program = read_program(write_own(kind, base, work), base)
     if kind == "full":
         transposed = {f"{site.name}.weight" for site in base.linears if site.transposed}
-        changes = {name: c.T if name in transposed else c for name, c in load_file(next(work.glob("*.safetensors"))).items()}
+        changes = {
+            name: c.T if name in transposed else c for name, c in load_file(next(work.glob("*.safetensors"))).items()
+        }
 
         def with_weights() -> Greedy:
             changed = copy.deepcopy(model)

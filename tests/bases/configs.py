@@ -26,6 +26,9 @@ SIZES = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
+UNSET = object()
+NO_HEAD_DIM = {"head_dim": UNSET}
+MHA = {"num_key_value_heads": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LINEAR_ATTENTION = {
@@ -48,19 +51,20 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "gemma": {"tie_word_embeddings": True},
         "gemma2": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, **SLIDING},
         "gemma3_text": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, **SLIDING},
-        "phi": {"num_key_value_heads": 2},
+        "phi": MHA,
         "phi3": {},
         "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256},
-        "gpt_neox": {"num_key_value_heads": 2},
-        "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256, "rotary_dim": 16, "n_inner": 128},
+        "gpt_neox": {**MHA, **NO_HEAD_DIM},
+        "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256, "rotary_dim": 16, "n_inner": 128, **MHA},
         "opt": {"word_embed_proj_dim": 64, "ffn_dim": 128},
-        "bloom": {"n_layer": 2, "n_head": 2},
-        "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": False},
+        "bloom": {"n_layer": 2, "n_head": 2, "tie_word_embeddings": True, **MHA, **NO_HEAD_DIM},
+        "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": False, **NO_HEAD_DIM},
         "falcon-new": {
             "model_type": "falcon",
             "new_decoder_architecture": True,
             "num_kv_heads": 1,
             "alibi": False,
+            **NO_HEAD_DIM,
         },
         "starcoder2": {},
         "olmo": {},
@@ -145,7 +149,7 @@ def base_config(name: str) -> Any:
     """Returns the `transformers.PretrainedConfig` of a base of BASES."""
     from transformers import AutoConfig
 
-    given = {**SIZES, **TOKENS, **BASES[name]}
+    given = {key: value for key, value in {**SIZES, **TOKENS, **BASES[name]}.items() if value is not UNSET}
     return AutoConfig.for_model(given.pop("model_type", name), **given)
 
 

@@ -40,6 +40,7 @@ class BaseModel:
         fingerprint: 32 hex digits over sites and a sample of every weight; "" where the weights are not at hand. The
             sample is taken in bfloat16, so that a copy of the base saved in bfloat16 keeps its fingerprint.
         name: directory or Hugging Face id that it was read from; "" where it was not.
+        files: its weights; None where they are not at hand, or in memory alone.
     """
 
     architecture: str
@@ -48,6 +49,7 @@ class BaseModel:
     num_parameters: int = 0
     fingerprint: str = ""
     name: str = field(default="", compare=False)
+    files: WeightFiles | None = field(default=None, repr=False, compare=False)
     _read: TensorReader | None = field(default=None, repr=False, compare=False)
     _model: nn.Module | None = field(default=None, repr=False, compare=False)
 
@@ -58,15 +60,7 @@ class BaseModel:
         Raises:
             FailedPreconditionError: it is not a decoder.
         """
-        from transformers import AutoModelForCausalLM
-
-        _check_decoder(config)
-        try:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
-        except ValueError as error:
-            raise _not_a_decoder(config, f"not known to transformers as one that generates text ({error})") from error
-        return cls._describe(model, config)
+        return cls._describe(_without_weights(config), config)
 
     @classmethod
     def from_model(cls, model: nn.Module) -> BaseModel:
@@ -90,10 +84,20 @@ class BaseModel:
                 "safetensors, or a Hugging Face id",
                 reason="BASE_NOT_FOUND",
             ) from error
-        described = cls.from_config(config)
-        files = WeightFiles.locate(model)
-        fingerprint = _fingerprint(described, files)
-        return replace(described, fingerprint=fingerprint, name=str(model), _read=files.read)
+        described = cls.from_checkpoint(config, model)
+        assert described.files is not None
+        return replace(described, fingerprint=_fingerprint(described, described.files), name=str(model))
+
+    @classmethod
+    def from_checkpoint(cls, config: Any, model: str | Path) -> BaseModel:
+        """Describes the model of a config whose weights are in a directory, or that of a Hugging Face id.
+
+        Raises:
+            FailedPreconditionError: it is not a decoder, or the weights are missing or damaged.
+        """
+        built = _without_weights(config)
+        files = WeightFiles.locate(model).named_for(built)
+        return replace(cls._describe(built, config), files=files, _read=files.read)
 
     @classmethod
     def _describe(cls, model: nn.Module, config: Any) -> BaseModel:
@@ -183,6 +187,19 @@ class BaseModel:
         model.eval()(input_ids=rows, past_key_values=cache, use_cache=True)
         model.train(training)
         return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
+
+
+def _without_weights(config: Any) -> nn.Module:
+    """Returns the model of a config, on the meta device."""
+    from transformers import AutoModelForCausalLM
+
+    _check_decoder(config)
+    try:
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    except ValueError as error:
+        raise _not_a_decoder(config, f"not known to transformers as one that generates text ({error})") from error
+    return model
 
 
 def _check_decoder(config: Any) -> None:

@@ -7,10 +7,12 @@ registered projection back to the hidden size is a sub-layer's output.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -156,7 +158,19 @@ def _is_norm(module: nn.Module, dims: Dimensions) -> bool:
 
 
 def _norm_site(name: str, layer: int | None, module: nn.Module, dims: Dimensions) -> NormSite:
-    form = NormForm.LAYER if isinstance(module, nn.LayerNorm) else NormForm.RMS
+    form = NormForm.LAYER if _centres(module) else NormForm.RMS
     eps: Any = getattr(module, "variance_epsilon", None) or getattr(module, "eps", 1e-6)
     has_bias = getattr(module, "bias", None) is not None
     return NormSite(name, dims.hidden_size, form, float(eps), has_bias, layer)
+
+
+def _centres(module: nn.Module) -> bool:
+    """Returns whether a norm subtracts the mean: one that does returns the same for inputs that differ by a constant."""
+    if isinstance(module, nn.LayerNorm):
+        return True
+    small = copy.deepcopy(module).to_empty(device="cpu").float()
+    with torch.no_grad():
+        for parameter in small.parameters():
+            parameter.fill_(0.5)
+        x = torch.linspace(-1.0, 1.0, next(small.parameters()).shape[-1])[None]
+        return torch.allclose(small(x), small(x + 1.0), atol=1e-3)

@@ -4,14 +4,17 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltamux.errors import FailedPreconditionError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SAMPLE = 64
 """Values of each tensor in a fingerprint."""
@@ -24,8 +27,9 @@ class WeightFiles:
     (``h.0...`` for ``transformer.h.0...``): such names resolve too.
     """
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+    def __init__(self, files: Mapping[str, Path], aliases: Mapping[str, str] | None = None) -> None:
         self._files = dict(files)
+        self._aliases = dict(aliases or {})
 
     @classmethod
     def locate(cls, model: str | Path) -> Self:
@@ -50,6 +54,21 @@ class WeightFiles:
             )
         with _opened(single) as file:
             return cls(dict.fromkeys(file.keys(), single))
+
+    def named_for(self, model: nn.Module) -> Self:
+        """Returns the same files, whose tensors have the names as well that transformers loads them by into `model`."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        conversions = get_model_conversion_mapping(cast("PreTrainedModel", model))
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        aliases: dict[str, str] = {}
+        for stored in self._files:
+            name = stored
+            for renaming in renamings:
+                name, _ = renaming.rename_source_key(name)
+            aliases[name] = stored
+        return type(self)(self._files, aliases)
 
     def names(self) -> list[str]:
         return sorted(self._files)
@@ -97,6 +116,8 @@ class WeightFiles:
     def _resolve(self, name: str) -> str:
         if name in self._files:
             return name
+        if name in self._aliases:
+            return self._aliases[name]
         headless = name.partition(".")[2]
         if headless in self._files:
             return headless

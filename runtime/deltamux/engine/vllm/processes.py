@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Executor, Future, wait
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 
 from deltamux.child_process import end_with_parent
+from deltamux.engine.arguments import in_a_sentence
 
 SHARED_MEMORY = "/dev/shm/psm_"
 """What the paths of `multiprocessing`'s shared memory begin with."""
@@ -145,6 +147,31 @@ def starting(*, afresh: bool) -> Iterator[None]:
             os.environ.pop(name, None)
         else:
             os.environ[name] = before
+
+
+START_ERRORS = "DELTAMUX_START_ERRORS"
+"""The environment variable that names the file of `start_errors`."""
+
+
+@contextmanager
+def start_errors() -> Iterator[Callable[[], str | None]]:
+    """A block in which processes that are started can report why they do not start; yields what returns the reason."""
+    before = os.environ.get(START_ERRORS)
+    with tempfile.TemporaryDirectory(prefix="deltamux-start-") as directory:
+        file = Path(directory) / "error"
+        os.environ[START_ERRORS] = str(file)
+        try:
+            yield lambda: file.read_text(encoding="utf-8") if file.exists() else None
+        finally:
+            del os.environ[START_ERRORS]
+            if before is not None:
+                os.environ[START_ERRORS] = before
+
+
+def report_start_error(error: Exception) -> None:
+    """Writes why a process that starts in a block of `start_errors` does not; the first report counts."""
+    with suppress(KeyError, OSError), Path(os.environ[START_ERRORS]).open("x", encoding="utf-8") as file:
+        file.write(in_a_sentence(error))
 
 
 _ENDS = "deltamux.ends_with_parent"

@@ -20,7 +20,7 @@ from deltamux.engine.vllm.frontend.config import engine_config, set_environment
 from deltamux.engine.vllm.frontend.host_cache import HostCache
 from deltamux.engine.vllm.grammars.vocabulary import check_stop_tokens, special_tokens
 from deltamux.engine.vllm.loading.client import LoaderClient
-from deltamux.engine.vllm.processes import EngineProcesses, Launch, starting
+from deltamux.engine.vllm.processes import EngineProcesses, Launch, start_errors, starting
 from deltamux.errors import DeltamuxError, FailedPreconditionError, UnavailableError
 
 if TYPE_CHECKING:
@@ -68,16 +68,18 @@ class VLLMEngine:
         Raises:
             FailedPreconditionError: it cannot be loaded, or cannot run (see `warmup`); its processes have ended.
         """
-        try:
-            await self._start()
-        except BaseException as error:
-            await self.stop()
-            if isinstance(error, DeltamuxError) or not isinstance(error, Exception):
-                raise
-            raise FailedPreconditionError(
-                f"vLLM did not start with the base model {self._options.model}: {in_a_sentence(error)}",
-                reason="ENGINE_START_FAILED",
-            ) from error
+        with start_errors() as reported:
+            try:
+                await self._start()
+            except BaseException as error:
+                await self.stop()
+                if isinstance(error, DeltamuxError) or not isinstance(error, Exception):
+                    raise
+                raise FailedPreconditionError(
+                    f"vLLM did not start with the base model {self._options.model}: "
+                    f"{reported() or in_a_sentence(error)}",
+                    reason="ENGINE_START_FAILED",
+                ) from error
 
     async def _start(self) -> None:
         set_environment()

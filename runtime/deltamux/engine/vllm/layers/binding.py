@@ -42,7 +42,6 @@ from deltamux.engine.vllm.layers.module_ops import ModuleOps, OpGroup, SiteOps, 
 from deltamux.engine.vllm.layers.norm import NormWithDeltas
 from deltamux.engine.vllm.layers.probes import ProbeError, Probes, layer_of
 
-
 IN_SCALE = (DenseEmbedding, SoftPrompt)
 """Ops at the input embedding whose parameters are of the embeddings' own scale."""
 
@@ -201,9 +200,9 @@ class Binding:
 
     def _bind_norm(self, site: NormSite) -> ModuleOps:
         module = self._module(site)
-        self._probes.check_norm(site, module)
+        adds_residual = self._probes.check_norm(site, module)
         ops = self._site_ops(site, site.features)
-        self._norms[site.name] = NormWithDeltas(module, self._current, ops)
+        self._norms[site.name] = NormWithDeltas(module, self._current, ops, adds_residual=adds_residual)
         return ops
 
     def _bind_embedding(self, site: EmbeddingSite) -> ModuleOps:

@@ -14,20 +14,24 @@ from deltamux.engine.vllm.layers.module_ops import ModuleOps
 
 
 class NormWithDeltas(LayerWithDeltas):
-    """A norm, also one that adds the residual first: then the sum, its second output, is what it normalised.
+    """A norm.
+
+    Args:
+        adds_residual: whether it adds the residual that it is given first; its second output is then what it normalised.
 
     Attributes:
-        feeds: the sub-layer after it, if any, whose residual stream it normalises.
+        feeds: the sub-layer after it, if any, whose residual stream it normalised.
     """
 
-    def __init__(self, module: nn.Module, current: CurrentStep, ops: ModuleOps) -> None:
+    def __init__(self, module: nn.Module, current: CurrentStep, ops: ModuleOps, *, adds_residual: bool) -> None:
         super().__init__(module, current, ops)
         self.feeds: BlockInput | None = None
+        self._adds_residual = adds_residual
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self._forward(x, *args, **kwargs)
-        y, normalised = output if isinstance(output, tuple) else (output, x)
-        normalised = as_rows(normalised)
+        y, second = output if isinstance(output, tuple) else (output, None)
+        normalised = as_rows(second if second is not None and self._adds_residual else x)
         if self.feeds is not None:
             self.feeds.residual = normalised
         custom_ops.change_output(normalised, as_rows(y), self._handle)

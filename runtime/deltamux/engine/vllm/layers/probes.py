@@ -87,8 +87,12 @@ class Probes:
                 return path, ColumnRange(first, site.out_features)
         return None
 
-    def check_norm(self, site: NormSite, module: nn.Module) -> None:
-        """Raises ProbeError unless a module's output is the site's normalised input times the checkpoint's weight."""
+    def check_norm(self, site: NormSite, module: nn.Module) -> bool:
+        """Returns whether a norm that is given a residual adds it to its input first.
+
+        Raises:
+            ProbeError: its output is not the site's normalised input times the checkpoint's weight.
+        """
         x = self._random(INPUTS, site.features)
         x[0] *= 0.01  # where the norm's epsilon counts
         try:
@@ -104,6 +108,15 @@ class Probes:
         weight = self._vector(site, "weight", gain)
         if not (self._same(gain, weight) or self._same(gain, weight + 1)):
             raise ProbeError(f"vLLM's counterpart of {site.name} holds another weight than the checkpoint")
+        return self._adds_residual(module, x)
+
+    def _adds_residual(self, module: nn.Module, x: Tensor) -> bool:
+        try:
+            with torch.inference_mode():
+                output = module(x.clone(), x.clone())  # some norms change what they are given
+        except TypeError:
+            return False  # it takes no residual
+        return isinstance(output, tuple) and output[1] is not None and self._same(output[1], 2 * x)
 
     def embedding_scale(self, site: EmbeddingSite, module: nn.Module) -> float:
         """Returns by how much the base's embeddings are larger than what vLLM's module returns.

@@ -10,7 +10,6 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.block_table import BlockTable
 
 from deltamux.deltas import BaseModel, Program
-from deltamux.deltas.weights import WeightFiles
 from deltamux.engine.vllm.auto_merge.auto_merger import AutoMerger
 from deltamux.engine.vllm.layers.current_step import IDLE, CurrentStep
 from deltamux.engine.vllm.layers.probes import Probes
@@ -43,9 +42,9 @@ class DeltaManager(LoRAManagerInterface):
         assert lora_config is not None
         dtype = vllm_config.model_config.dtype
         assert isinstance(dtype, torch.dtype)  # vLLM resolves "auto" before a worker starts
-        self.base = BaseModel.from_config(vllm_config.model_config.hf_config)
+        self.base = _base(vllm_config)
         self.current = CurrentStep()
-        probes = Probes(_checkpoint(vllm_config), dtype, device, quantised=vllm_config.quant_config is not None)
+        probes = Probes(self.base.files, dtype, device, quantised=vllm_config.quant_config is not None)
         loaded = LoadedModel(model, self.base, vllm_config, dtype, device, lora_config.max_loras, self.current, probes)
         self.backend = backend(loaded)
         self.loader = ProgramLoader(self._read)
@@ -165,6 +164,9 @@ class DeltaManager(LoRAManagerInterface):
             self.table.evict(program_id)
 
 
-def _checkpoint(config: VllmConfig) -> WeightFiles | None:
-    """Returns the files of the base's weights; None where the engine drew random ones."""
-    return None if config.load_config.load_format == "dummy" else WeightFiles.locate(config.model_config.model)
+def _base(config: VllmConfig) -> BaseModel:
+    """Returns the base; without weights where the engine drew random ones."""
+    model = config.model_config
+    if config.load_config.load_format == "dummy":
+        return BaseModel.from_config(model.hf_config)
+    return BaseModel.from_checkpoint(model.hf_config, model.model)

@@ -1,6 +1,8 @@
 """vLLM's worker with the delta manager in place of its LoRA manager (``worker_cls``, vLLM's extension point)."""
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +13,7 @@ from vllm.config import VllmConfig
 
 from deltamux.engine.vllm.layers import custom_ops
 from deltamux.engine.vllm.loading.server import LoaderServer
-from deltamux.engine.vllm.processes import end_with_engine
+from deltamux.engine.vllm.processes import end_with_engine, report_start_error
 from deltamux.engine.vllm.worker.backend import DeltaBackend
 from deltamux.engine.vllm.worker.manager import DeltaManager
 from deltamux.engine.vllm.worker.step import ScheduledRequest
@@ -55,6 +57,20 @@ class DeltaRunnerMixin:
         self.lora_manager.write_prefixes(requests, input_batch.block_table[0])
 
 
+def _reported(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a step of the worker's start whose error the front end reads as well: vLLM's own says that there was one."""
+
+    @wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            report_start_error(error)
+            raise
+
+    return call
+
+
 class DeltaWorkerMixin:
     """The calls of the engine's front end, through ``collective_rpc``.
 
@@ -67,6 +83,7 @@ class DeltaWorkerMixin:
     rank: int
     _server: LoaderServer | None = None
 
+    @_reported
     def init_device(self) -> None:
         end_with_engine()
         sys.setswitchinterval(SWITCH_SECONDS)
@@ -75,6 +92,15 @@ class DeltaWorkerMixin:
         runner.__class__ = type("DeltaModelRunner", (DeltaRunnerMixin, type(runner)), {"backend": self.backend})
         custom_ops.bypass_dispatch(False)
 
+    @_reported
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        super().load_model(*args, **kwargs)  # type: ignore[misc]  # as above
+
+    @_reported
+    def determine_available_memory(self) -> Any:
+        return super().determine_available_memory()  # type: ignore[misc]  # as above
+
+    @_reported
     def compile_or_warm_up_model(self) -> Any:
         """After this, vLLM compiles and loads nothing more: what follows are steps."""
         times = super().compile_or_warm_up_model()  # type: ignore[misc]  # as above
