@@ -42,6 +42,7 @@ class ReferenceEngine:
         self.base = BaseModel.from_pretrained(model)
         self.step_seconds = step_seconds
         self.max_model_len = 0
+        self.support = None
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.salts: list[str] = []

@@ -30,6 +30,10 @@ from deltamux.deltas.sites import (
 from deltamux.errors import FailedPreconditionError
 
 
+UNBOUNDED = 2**20
+"""Positions of a base without attention, which has no longest sequence."""
+
+
 @dataclass(frozen=True)
 class Dimensions:
     """The sizes of a decoder that sites and methods need, whatever its config calls them."""
@@ -45,7 +49,7 @@ class Dimensions:
     @classmethod
     def of(cls, config: Any) -> Dimensions:
         text = config.get_text_config()
-        heads = int(text.num_attention_heads)
+        heads = int(getattr(text, "num_attention_heads", None) or 1)  # a base without attention has none
         return cls(
             hidden_size=int(text.hidden_size),
             num_layers=int(text.num_hidden_layers),
@@ -53,7 +57,7 @@ class Dimensions:
             num_kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
             head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
             vocab_size=int(text.vocab_size),
-            max_position=int(text.max_position_embeddings),
+            max_position=int(getattr(text, "max_position_embeddings", None) or UNBOUNDED),
         )
 
 
@@ -165,7 +169,7 @@ def _norm_site(name: str, layer: int | None, module: nn.Module, dims: Dimensions
 
 
 def _centres(module: nn.Module) -> bool:
-    """Returns whether a norm subtracts the mean: one that does returns the same for inputs that differ by a constant."""
+    """Returns whether a norm subtracts the mean, and so returns the same for inputs that differ by a constant."""
     if isinstance(module, nn.LayerNorm):
         return True
     small = copy.deepcopy(module).to_empty(device="cpu").float()

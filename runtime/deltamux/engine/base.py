@@ -5,6 +5,7 @@ Programs are identified by digest; methods, tenants and names are unknown to an 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,15 +203,43 @@ class EngineStats:
     merged_program: str | None = None
 
 
+@dataclass(frozen=True)
+class BaseSupport:
+    """What an engine's base takes, as it was found at the engine's start.
+
+    Attributes:
+        dtype: of the weights; dtype_reason: why that one.
+        sites: kind and name of every site that takes ops.
+        refused: the other sites of the base, with the reason.
+    """
+
+    dtype: str
+    dtype_reason: str
+    sites: frozenset[tuple[str, str]]
+    refused: Mapping[tuple[str, str], str]
+
+    def lines(self) -> list[str]:
+        """Returns a few lines for people: dtype, number of sites by kind, and one site per reason of a refusal."""
+        kinds = Counter(kind for kind, _ in self.sites)
+        counted = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+        lines = [f"weights in {self.dtype}: {self.dtype_reason}", f"takes deltas at {counted or 'no'} sites"]
+        kinds_refused = Counter(kind for kind, _ in self.refused)
+        for kind, number in sorted(kinds_refused.items()):
+            first = next(reason for (of, _), reason in self.refused.items() if of == kind)
+            lines.append(f"takes none at {number} {kind} site{'s' if number > 1 else ''}: {first}")
+        return lines
+
+
 class Engine(Protocol):
     """An engine. Methods raise the family of `deltamux.errors`; UnavailableError once the engine has died.
 
     Attributes:
-        max_model_len: longest sequence in tokens; known once it has started.
+        max_model_len: longest sequence in tokens; support: what the base takes. Both are known once it has started.
     """
 
     base: BaseModel
     max_model_len: int
+    support: BaseSupport | None
 
     async def start(self) -> None:
         """Loads the base model; returns when requests can be served."""

@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from deltamux.engine.base import Engine, EngineStats, GenerationChunk, ProgramRef, Prompt, SamplingOptions
+from deltamux.engine.base import BaseSupport, Engine, EngineStats, GenerationChunk, ProgramRef, Prompt, SamplingOptions
 from deltamux.errors import DeltamuxError, UnavailableError
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class SupervisedEngine:
     def __init__(self, first: Engine, make: Callable[[], Engine], policy: RestartPolicy | None = None) -> None:
         self.base: BaseModel = first.base
         self.max_model_len = first.max_model_len
+        self.support: BaseSupport | None = None
         self.changed = asyncio.Event()
         self._next = first
         self._make = make
@@ -202,7 +203,7 @@ class SupervisedEngine:
             await _dispose(engine)
             raise
         self._start_seconds = loop.time() - began
-        self.max_model_len = engine.max_model_len
+        self.max_model_len, self.support = engine.max_model_len, engine.support
         self._running = _RunningEngine(engine, loop.time())
         self._notify()
 

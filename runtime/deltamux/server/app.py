@@ -110,6 +110,8 @@ async def _run_until_stopped(options: ServeOptions, stop: asyncio.Event, started
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLD)
         gc.enable()
+        for line in server.engine.support.lines() if server.engine.support is not None else ():
+            print(line, flush=True)
         print(f"ready on {server.address}", flush=True)
         lost = asyncio.create_task(server.engine.lost())
         await asyncio.wait([asyncio.create_task(stop.wait()), lost], return_when=asyncio.FIRST_COMPLETED)

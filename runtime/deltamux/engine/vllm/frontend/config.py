@@ -55,8 +55,12 @@ def engine_config(options: EngineOptions) -> VllmConfig:
     return config
 
 
-def engine_arguments(options: EngineOptions) -> dict[str, Any]:
-    """Returns the arguments of vLLM's AsyncEngineArgs; those that the operator gave take precedence."""
+def device_of(options: EngineOptions) -> str:
+    """Returns "cpu" or "cuda".
+
+    Raises:
+        FailedPreconditionError: the installed vLLM is for another device.
+    """
     from vllm.platforms import current_platform
 
     device = options.device if options.device != "auto" else ("cuda" if current_platform.is_cuda() else "cpu")
@@ -66,6 +70,12 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
             "install the other build, or leave the device to be chosen",
             reason="WRONG_DEVICE",
         )
+    return device
+
+
+def engine_arguments(options: EngineOptions) -> dict[str, Any]:
+    """Returns the arguments of vLLM's AsyncEngineArgs; those that the operator gave take precedence."""
+    device = device_of(options)
     worker = "cuda.worker.GPUDeltaWorker" if device == "cuda" else "worker.cpu.CPUDeltaWorker"
     arguments: dict[str, Any] = {
         "model": str(options.model),

@@ -9,14 +9,24 @@ import time
 from collections.abc import AsyncGenerator, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, aclosing
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltamux.deltas import BaseModel
 from deltamux.engine.arguments import in_a_sentence
-from deltamux.engine.base import EngineOptions, EngineStats, GenerationChunk, ProgramRef, Prompt, SamplingOptions
+from deltamux.engine.base import (
+    BaseSupport,
+    EngineOptions,
+    EngineStats,
+    GenerationChunk,
+    ProgramRef,
+    Prompt,
+    SamplingOptions,
+)
 from deltamux.engine.checks import check_prompt, check_sampling
 from deltamux.engine.fair import FairOrder, Place
-from deltamux.engine.vllm.frontend.config import engine_config, set_environment
+from deltamux.engine.vllm.frontend.config import device_of, engine_config, set_environment
+from deltamux.engine.vllm.frontend.dtype import choose
 from deltamux.engine.vllm.frontend.host_cache import HostCache
 from deltamux.engine.vllm.grammars.vocabulary import check_stop_tokens, special_tokens
 from deltamux.engine.vllm.loading.client import LoaderClient
@@ -50,6 +60,7 @@ class VLLMEngine:
         self._options = options
         self.base = base or BaseModel.from_pretrained(options.model)
         self.max_model_len = 0
+        self.support: BaseSupport | None = None
         self._spawn = spawn
         self._llm: AsyncLLM | None = None
         self._loaders: LoaderClient | None = None
@@ -92,7 +103,8 @@ class VLLMEngine:
         from deltamux.engine.vllm.grammars.admission import Grammars
 
         detokenizing.install()
-        config = await asyncio.to_thread(engine_config, self._options)
+        dtype = await asyncio.to_thread(choose, self._options, self.base.num_parameters, device_of(self._options))
+        config = await asyncio.to_thread(engine_config, replace(self._options, dtype=dtype.name))
         assert config.lora_config is not None
         self._num_slots = config.lora_config.max_loras
 
@@ -110,6 +122,8 @@ class VLLMEngine:
         self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
         self._pace = outputs.Pace.of(llm)
         self.max_model_len = llm.model_config.max_model_len
+        used = str(llm.model_config.dtype).removeprefix("torch.")
+        self.support = await self._read_support(used, dtype.reason)
         tokenizer = llm.get_tokenizer()
         self._prompts = await asyncio.to_thread(Prompts, tokenizer, self.max_model_len)
         self._grammars = await asyncio.to_thread(Grammars.of, config, tokenizer, self._options.grammar_seconds)
@@ -214,13 +228,12 @@ class VLLMEngine:
         """
         await self._while_alive(self._engine.is_sleeping())
 
-    async def bound_sites(self) -> list[tuple[str, str]]:
-        """Returns kind and name of every site that takes ops, in every worker."""
-        answers: list[Any] = await self.call_workers("delta_bound")
-        bound = {(str(kind), str(name)) for kind, name in answers[0]}
-        for answer in answers[1:]:
-            bound &= {(str(kind), str(name)) for kind, name in answer}
-        return sorted(bound)
+    async def _read_support(self, used: str, reason: str) -> BaseSupport:
+        """Returns what the base takes in every worker."""
+        answers: list[Any] = await self.call_workers("delta_sites")
+        refused = {(kind, name): why for sites in answers for kind, name, why in sites if why is not None}
+        every = {(kind, name) for sites in answers for kind, name, _ in sites}
+        return BaseSupport(used, reason, frozenset(every - refused.keys()), refused)
 
     async def end_reason(self) -> str:
         """Returns what ended an engine that has died, as its worker sent it; "" if it did not."""

@@ -57,9 +57,11 @@ async def warm_up(engine: VLLMEngine, config: VllmConfig) -> None:
     if engine.max_model_len < LONGEST_SEQUENCE:
         return
     await _step(engine, config, (), "BASE_CANNOT_RUN", "cannot run a step")
-    bound = await engine.bound_sites()
+    assert engine.support is not None
+    if not engine.support.sites:
+        return
     with tempfile.TemporaryDirectory(prefix="deltamux-warmup-") as directory:
-        refs = [_saved(program, Path(directory)) for program in warmup_programs(engine.base, bound)]
+        refs = [_saved(program, Path(directory)) for program in warmup_programs(engine.base, engine.support.sites)]
         await _step(engine, config, refs, "BASE_TAKES_NO_DELTAS", "runs, but cannot run a step with deltas")
         for ref in refs:
             await engine.evict(ref.digest)

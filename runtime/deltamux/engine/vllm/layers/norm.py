@@ -17,7 +17,7 @@ class NormWithDeltas(LayerWithDeltas):
     """A norm.
 
     Args:
-        adds_residual: whether it adds the residual that it is given first; its second output is then what it normalised.
+        adds_residual: whether it adds the residual that it is given first, and returns the sum, which it normalised.
 
     Attributes:
         feeds: the sub-layer after it, if any, whose residual stream it normalised.

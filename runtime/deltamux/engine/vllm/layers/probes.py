@@ -8,6 +8,7 @@ for packed and quantised weights alike, and a module is found by them where no n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -211,7 +212,7 @@ def _sample(count: int) -> Tensor:
 def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
     """Yields (first, stop) of the runs of consecutive indices in sorted `rows`."""
     breaks = [0, *((rows.diff() != 1).nonzero().flatten() + 1).tolist(), len(rows)]
-    for first, stop in zip(breaks, breaks[1:], strict=False):
+    for first, stop in pairwise(breaks):
         yield int(rows[first]), int(rows[stop - 1]) + 1
 
 

@@ -71,9 +71,10 @@ class DeltaManager(LoRAManagerInterface):
         self.table.pin(program_id, False)
         self.table.evict(program_id)
 
-    def bound(self) -> list[tuple[str, str]]:
-        """Returns kind and name of every site that takes ops."""
-        return [(str(kind), name) for kind, name in self._binding.sites]
+    def sites(self) -> list[tuple[str, str, str | None]]:
+        """Returns kind and name of every site of the base, and why it takes no ops; None for one that does."""
+        unbound = self._binding.unbound
+        return [(str(kind), name, unbound.get((kind, name))) for kind, name in self.base.sites]
 
     def resident(self) -> dict[str, list[int]]:
         """Returns the program ids in host memory, in slots in the order in which they came, and of merged weights."""

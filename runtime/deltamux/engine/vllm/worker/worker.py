@@ -58,7 +58,7 @@ class DeltaRunnerMixin:
 
 
 def _reported(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a step of the worker's start whose error the front end reads as well: vLLM's own says that there was one."""
+    """Returns a step of the worker's start whose error reaches the front end, which vLLM tells only that there was one."""
 
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -130,9 +130,9 @@ class DeltaWorkerMixin:
                 self._server.report(f"{type(error).__name__}: {error}")
             raise
 
-    def delta_bound(self) -> list[tuple[str, str]]:
-        """Returns kind and name of every site that takes ops."""
-        return self._deltas.bound()
+    def delta_sites(self) -> list[tuple[str, str, str | None]]:
+        """Returns kind and name of every site of the base, and why it takes no ops; None for one that does."""
+        return self._deltas.sites()
 
     def delta_load(self, program_id: int, path: str, sha256: str) -> None:
         self._deltas.loader.load(program_id, Path(path), sha256)
