@@ -29,7 +29,6 @@ from deltamux.deltas.sites import (
 )
 from deltamux.errors import FailedPreconditionError
 
-
 UNBOUNDED = 2**20
 """Positions of a base without attention, which has no longest sequence."""
 

@@ -41,12 +41,16 @@ class Op:
 
     Never inherited: an op derived from another has another formula.
     """
+    output_rows: ClassVar[frozenset[str] | None] = None
+    """Of an op at a projection: the parameters with one row per output feature; all others do not depend on the order
+    of the outputs. None where that is not known. Never inherited either."""
     packed: ClassVar[frozenset[str]] = frozenset()
     """Parameters that hold bits (uint8), which no cast may touch; all others are floats."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.changes_weight = cls.__dict__.get("changes_weight", False)
+        cls.output_rows = cls.__dict__.get("output_rows")
 
     @property
     def reads_residual(self) -> bool:
@@ -100,6 +104,12 @@ class Op:
             f"{self.name} is not a change that is added, so it cannot be part of a weighted sum; stack it instead",
             metadata={"op": self.name},
         )
+
+    def reordered(self, order: Tensor) -> Self:
+        """Returns the op for a projection whose output i is the site's output ``order[i]``; needs `output_rows`."""
+        assert self.output_rows is not None
+        tensors = {name: t[order] if name in self.output_rows else t for name, t in self.tensors().items()}
+        return self.of(tensors, self.attributes())
 
     def num_bytes(self) -> int:
         return sum(t.nbytes for t in self.tensors().values())

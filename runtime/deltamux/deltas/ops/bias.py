@@ -31,6 +31,7 @@ class Bias(Op):
     name: ClassVar[str] = "bias"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = BiasBatch
+    output_rows: ClassVar[frozenset[str] | None] = frozenset({"bias"})
 
     def weighted(self, weight: float) -> Op:
         return Bias(self.bias * weight)

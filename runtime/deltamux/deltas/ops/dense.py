@@ -30,6 +30,7 @@ class Dense(Op):
     name: ClassVar[str] = "dense"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = DenseBatch
+    output_rows: ClassVar[frozenset[str] | None] = frozenset({"weight"})
     changes_weight: ClassVar[bool] = True
 
     def weighted(self, weight: float) -> Op:

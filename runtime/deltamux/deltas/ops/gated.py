@@ -52,6 +52,7 @@ class GatedLowRank(LowRank):
 
     name: ClassVar[str] = "gated_low_rank"
     batch: ClassVar[type[OpBatch]] = GatedBatch
+    output_rows: ClassVar[frozenset[str] | None] = frozenset({"b"})
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, LinearSite)

@@ -82,6 +82,7 @@ class LowRank(Op):
     name: ClassVar[str] = "low_rank"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = LowRankBatch
+    output_rows: ClassVar[frozenset[str] | None] = frozenset({"b"})
     changes_weight: ClassVar[bool] = True
 
     def rank(self) -> int:

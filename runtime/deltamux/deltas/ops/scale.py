@@ -32,6 +32,7 @@ class Scale(Op):
     name: ClassVar[str] = "scale"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = ScaleBatch
+    output_rows: ClassVar[frozenset[str] | None] = frozenset({"factor"})
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, LinearSite)
@@ -58,6 +59,7 @@ class ScaleInput(Op):
     name: ClassVar[str] = "scale_input"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = ScaleBatch
+    output_rows: ClassVar[frozenset[str] | None] = frozenset()
     changes_input: ClassVar[bool] = True
 
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

@@ -53,6 +53,7 @@ class SignDense(Op):
     name: ClassVar[str] = "sign_dense"
     site_kind: ClassVar[SiteKind] = SiteKind.LINEAR
     batch: ClassVar[type[OpBatch]] = SignDenseBatch
+    output_rows: ClassVar[frozenset[str] | None] = frozenset({"signs"})
     changes_weight: ClassVar[bool] = True
     packed: ClassVar[frozenset[str]] = frozenset({"signs"})
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -86,6 +86,7 @@ class Binding:
         self.embedding_scale = 1.0
         self.linears: dict[str, LinearWithDeltas] = {}
         self._paths: dict[str, str] = {}
+        self._orders: dict[str, Tensor] = {}
         self._norms: dict[str, NormWithDeltas] = {}
         self._columns = dict(_columns(self._modules, getattr(model, "packed_modules_mapping", {})))
         self._absorbed = {m.kv_b_proj for m in self._modules.values() if isinstance(m, MLAAttention)}
@@ -111,16 +112,18 @@ class Binding:
             by_module.setdefault(module, []).append((index, op))
         return tuple(ModulePlacement(module, group_ops(ops)) for module, ops in by_module.items())
 
-    def scaled(self, program: Program) -> Program:
-        """Returns the program with what it adds to embeddings in the scale that they have in vLLM's model."""
-        if self.embedding_scale == 1.0:
+    def adapted(self, program: Program) -> Program:
+        """Returns the program for vLLM's model: in its order of outputs, and in its scale of embeddings."""
+        if self.embedding_scale == 1.0 and not self._orders:
             return program
-        return Program.of((site, self._in_scale(op)) for site, op in program)
+        return Program.of((site, self._adapted(site, op)) for site, op in program)
 
-    def _in_scale(self, op: Op) -> Op:
-        if op.site_kind is not SiteKind.EMBEDDING:
-            return op
-        return replace(op, **{name: tensor / self.embedding_scale for name, tensor in op.tensors().items()})
+    def _adapted(self, site: str, op: Op) -> Op:
+        if op.site_kind is SiteKind.LINEAR and site in self._orders:
+            return op.reordered(self._orders[site])
+        if op.site_kind is SiteKind.EMBEDDING:
+            return replace(op, **{name: tensor / self.embedding_scale for name, tensor in op.tensors().items()})
+        return op
 
     def refusal(self, site: str, op: Op) -> str | None:
         """Returns why an op cannot run at a site of this engine; None when it can."""
@@ -132,6 +135,8 @@ class Binding:
             return f"vLLM's model has no norm before {site} that reads the residual stream"
         if op.site_kind is SiteKind.EMBEDDING and self.embedding_scale != 1.0 and not isinstance(op, IN_SCALE):
             return f"vLLM scales what {site} returns, and {op.name} is not known to follow it"
+        if op.site_kind is SiteKind.LINEAR and site in self._orders and op.output_rows is None:
+            return f"vLLM holds the outputs of {site} in another order, and {op.name} is not known to follow it"
         if op.changes_input and bound is not None and len(bound.module.slices) > 1:
             return f"{site} is packed with other projections here, so that its input alone cannot be changed"
         return None
@@ -176,7 +181,9 @@ class Binding:
         path, first, stop = self._columns.get(self._path(site.name), ("", 0, 0))
         if stop - first == site.out_features:
             found = path, ColumnRange(first, stop - first)
-            self._probes.check_linear(site, self._modules[path], found[1])
+            order = self._probes.check_linear(site, self._modules[path], found[1])
+            if order is not None:
+                self._orders[site.name] = order
         else:
             paths = {each for each, _, _ in self._columns.values() if layer_of(each) == site.layer}
             searched = self._probes.find_linear(site, {each: self._modules[each] for each in sorted(paths)})
@@ -228,9 +235,9 @@ class Binding:
                 f"vLLM's cache of {site.module} has {module.num_kv_heads} heads of {module.head_size} values, and the "
                 f"base's {site.num_kv_heads} of {site.head_dim}"
             )
-        moved = [n for (kind, n) in self.unbound if kind is SiteKind.LINEAR and n.startswith(f"{site.module}.")]
-        if moved:
-            raise ProbeError(f"keys and values may differ from the base's: {self.unbound[SiteKind.LINEAR, moved[0]]}")
+        for name, order in self._orders.items():
+            if name.startswith(f"{site.module}.") and not _keeps_heads(order, site.head_dim):
+                raise ProbeError(f"vLLM holds the values of each head of {name} in another order than the base")
         ops = self._site_ops(site, site.num_kv_heads * site.head_dim)
         self.attentions[site.name] = AttentionWithDeltas(module, self._current, ops)
         return ops
@@ -254,6 +261,14 @@ class Binding:
     def _site_ops(self, site: Site, features: int) -> ModuleOps:
         """Returns the ops of a module that belongs to one site alone."""
         return self._make_ops(PackedSlice(site, ColumnRange(0, features)))
+
+
+def _keeps_heads(order: Tensor, head_dim: int) -> bool:
+    """Returns whether an order of outputs moves whole heads, and nothing inside of one."""
+    if len(order) % head_dim:
+        return False
+    heads = order.view(-1, head_dim)
+    return bool((heads == heads[:, :1] + torch.arange(head_dim)).all())
 
 
 def _missing(site: Site) -> ProbeError:

@@ -29,6 +29,10 @@ QUANTISED_TOLERANCE = 0.6
 """The same for a quantised base; another weight's outputs differ by 1.4."""
 
 
+CHUNK = 1024
+"""Outputs that are compared with all others at once."""
+
+
 class ProbeError(Exception):
     """A module does not compute what the site says; the message is a reason that a tenant may read."""
 
@@ -54,22 +58,28 @@ class Probes:
         self._tolerance = QUANTISED_TOLERANCE if quantised else TOLERANCE
         self._outputs: dict[nn.Module, _Outputs] = {}
 
-    def check_linear(self, site: LinearSite, module: nn.Module, columns: ColumnRange) -> None:
-        """Raises ProbeError unless these outputs of a linear are those of the site's weight, in order."""
+    def check_linear(self, site: LinearSite, module: nn.Module, columns: ColumnRange) -> Tensor | None:
+        """Compares these outputs of a linear with those of the site's weight.
+
+        Returns:
+            The order in which vLLM holds them: its output i is the site's output order[i]; None for the site's own.
+        Raises:
+            ProbeError: they are not those of the site's weight, in any order.
+        """
         if self._files is None:
-            return
+            return None
         rows = _sample(site.out_features)
         x, y = self._run(module, site.in_features)
         expected = x @ self._rows(site, rows).T
         found = y[:, columns.first : columns.first + columns.size]
         if self._same(found[:, rows], expected):
-            return
-        moved = self._same(expected, found[:, _nearest(expected, found)])
-        raise ProbeError(
-            f"vLLM holds the rows of {site.name} in another order than the checkpoint"
-            if moved
-            else f"vLLM's counterpart of {site.name} computes something else than the checkpoint's weight"
-        )
+            return None
+        if self._same(found[:, _nearest(expected, found)], expected):
+            every = x @ self._rows(site, torch.arange(site.out_features)).T
+            order = _nearest(found, every)
+            if len(order.unique()) == len(order) and self._same(found, every[:, order]):
+                return order
+        raise ProbeError(f"vLLM's counterpart of {site.name} computes something else than the checkpoint's weight")
 
     def find_linear(self, site: LinearSite, candidates: Mapping[str, nn.Module]) -> tuple[str, ColumnRange] | None:
         """Returns the path and the columns of the one linear that holds a site's weight; None where there is none."""
@@ -218,7 +228,7 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
 
 def _nearest(expected: Tensor, found: Tensor) -> Tensor:
     """Returns, for each column of `expected`, the index of the column of `found` that is nearest to it."""
-    return torch.cdist(expected.T[None], found.T[None])[0].argmin(dim=1)
+    return torch.cat([torch.cdist(part, found.T).argmin(dim=1) for part in expected.T.split(CHUNK)])
 
 
 def layer_of(path: str) -> int | None:

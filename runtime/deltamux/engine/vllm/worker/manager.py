@@ -91,7 +91,7 @@ class DeltaManager(LoRAManagerInterface):
             if (problem := self._binding.refusal(site, op)) is not None:
                 raise BaseMismatchError(problem, metadata={"site": site})
         program.placed(self.base)
-        program = self._binding.scaled(program)
+        program = self._binding.adapted(program)
         # Only the cast program matters: what is finite in float32 may overflow in float16.
         program = in_one_block(program, self._dtype, pinned=self._device.type == "cuda")
         self.backend.prepack(program)

@@ -58,7 +58,7 @@ class DeltaRunnerMixin:
 
 
 def _reported(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a step of the worker's start whose error reaches the front end, which vLLM tells only that there was one."""
+    """Returns a step of the worker's start whose error reaches the front end, where vLLM's own says nothing of it."""
 
     @wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,137 @@
+"""Modules of a loaded model are held by what they compute, whatever their names say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from deltamux.deltas import BlockRole, EmbeddingSite, LinearSite, NormSite
+from deltamux.deltas.backends.module_batch import ColumnRange
+from deltamux.deltas.sites import NormForm
+from deltamux.deltas.weights import WeightFiles
+from deltamux.engine.vllm.layers.probes import ProbeError, Probes
+
+SITE = LinearSite("q", 32, 96, has_bias=False, transposed=False, layer=0, block=BlockRole.ATTENTION)
+WHOLE = ColumnRange(0, 96)
+
+
+def probes(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Probes:
+    save_file(dict(tensors), folder / "model.safetensors")
+    return Probes(WeightFiles.locate(folder), dtype, torch.device("cpu"), quantised=False)
+
+
+def linear(weight: Tensor, *, bias: bool = False) -> nn.Linear:
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias, dtype=weight.dtype)
+    module.weight.data.copy_(weight)
+    return module
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    return torch.randn(96, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_projection_of_the_checkpoints_weight_is_taken_in_any_dtype(
+    tmp_path: Path, weight: Tensor, dtype: torch.dtype, bias: bool
+) -> None:
+    probes(tmp_path, {"q.weight": weight}, dtype).check_linear(SITE, linear(weight.to(dtype), bias=bias), WHOLE)
+
+
+def test_the_order_of_a_projection_whose_rows_were_reordered_is_found(tmp_path: Path, weight: Tensor) -> None:
+    order = torch.arange(96).view(2, 48).T.flatten()
+    found = probes(tmp_path, {"q.weight": weight}).check_linear(SITE, linear(weight[order]), WHOLE)
+    assert found is not None
+    assert found.tolist() == order.tolist()
+
+
+@pytest.mark.parametrize("change", [lambda w: 2 * w, lambda w: -w, torch.zeros_like])
+def test_a_projection_of_another_weight_is_refused(tmp_path: Path, weight: Tensor, change: object) -> None:
+    assert callable(change)
+    with pytest.raises(ProbeError, match="something else than the checkpoint's weight"):
+        probes(tmp_path, {"q.weight": weight}).check_linear(SITE, linear(change(weight)), WHOLE)
+
+
+def test_a_projection_without_a_tensor_to_compare_with_is_refused(tmp_path: Path, weight: Tensor) -> None:
+    with pytest.raises(ProbeError, match="no q.weight"):
+        probes(tmp_path, {"other.weight": weight}).check_linear(SITE, linear(weight), WHOLE)
+
+
+def test_a_projection_is_found_in_a_packed_one_that_no_name_leads_to(tmp_path: Path, weight: Tensor) -> None:
+    other = torch.randn(64, 32, generator=torch.Generator().manual_seed(4))
+    modules = {"mlp": linear(other), "qkv": linear(torch.cat([other, weight]))}
+    searched = probes(tmp_path, {"q.weight": weight})
+    assert searched.find_linear(SITE, modules) == ("qkv", ColumnRange(64, 96))
+    assert searched.find_linear(SITE, {"mlp": modules["mlp"]}) is None
+
+
+class Norm(nn.Module):
+    """A norm of the given form, whose weight may be stored less one."""
+
+    def __init__(self, weight: Tensor, form: NormForm, *, less_one: bool = False, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.eps, self.offset, self.form = weight, eps, float(less_one), form
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        total = x if residual is None else x + residual
+        centred = total - total.mean(-1, keepdim=True) if self.form is NormForm.LAYER else total
+        y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps) * (self.weight + self.offset)
+        return y if residual is None else (y, total)
+
+
+class KeepsResidual(Norm):
+    """One that hands the residual through."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        y = super().forward(x)
+        assert isinstance(y, Tensor)
+        return y if residual is None else (y, residual)
+
+
+def norm_site(form: NormForm = NormForm.RMS) -> NormSite:
+    return NormSite("norm", 32, form, 1e-6, has_bias=False, layer=0)
+
+
+@pytest.mark.parametrize("form", list(NormForm))
+@pytest.mark.parametrize("less_one", [False, True])
+def test_a_norm_is_taken_with_its_weight_or_one_that_is_stored_less_one(
+    tmp_path: Path, form: NormForm, less_one: bool
+) -> None:
+    weight = torch.rand(32, generator=torch.Generator().manual_seed(5))
+    found = probes(tmp_path, {"norm.weight": weight}).check_norm(norm_site(form), Norm(weight, form, less_one=less_one))
+    assert found, "it adds the residual that it is given"
+
+
+def test_a_norm_that_hands_its_residual_through_does_not_add_it(tmp_path: Path) -> None:
+    weight = torch.rand(32)
+    kept = KeepsResidual(weight, NormForm.RMS)
+    assert not probes(tmp_path, {"norm.weight": weight}).check_norm(norm_site(), kept)
+
+
+@pytest.mark.parametrize(
+    ("module", "problem"),
+    [
+        (Norm(torch.ones(32), NormForm.LAYER), "does not normalise as the base does"),
+        (Norm(torch.ones(32), NormForm.RMS, eps=1e-3), "does not normalise as the base does"),
+        (Norm(torch.linspace(1, 2, 32), NormForm.RMS), "another weight"),
+        (nn.Linear(8, 8), "does not run as a norm"),
+    ],
+    ids=["centres", "epsilon", "weight", "no norm"],
+)
+def test_a_norm_that_computes_something_else_is_refused(tmp_path: Path, module: nn.Module, problem: str) -> None:
+    with pytest.raises(ProbeError, match=problem):
+        probes(tmp_path, {"norm.weight": torch.ones(32)}).check_norm(norm_site(), module)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_the_scale_of_an_embedding_is_that_of_the_base_over_vllms(tmp_path: Path, scale: float) -> None:
+    table = torch.randn(50, 32)
+    site = EmbeddingSite("embed", 50, 32, scale)
+    found = probes(tmp_path, {"embed.weight": table}).embedding_scale(site, nn.Embedding.from_pretrained(table))
+    assert found == pytest.approx(scale)
