@@ -35,10 +35,10 @@ SOURCES := runtime plugins trainers tests
 PROTOS  := $(wildcard proto/deltamux/v1/*.proto)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast bench methods docs lint format proto proto-check clean
+.PHONY: help install demo test test-fast bases bench methods docs lint format proto proto-check clean
 
 help:
-	@echo "make demo | test-fast | test | bench | methods | docs | install | lint | format | proto | proto-check | clean"
+	@echo "make demo | test-fast | test | bases | bench | methods | docs | install | lint | format | proto | proto-check | clean"
 
 install: $(STAMP)
 
@@ -80,6 +80,10 @@ bench: install
 # Trains every method on a small task; ARGS="--markdown ../docs/methods/scores.md" writes the docs' table anew.
 methods: install
 	cd tests && ../$(BIN)/python -m benchmarks.methods $(ARGS)
+
+# What adapters of each kind do on every architecture; writes the docs' table anew. ARGS="mixtral gemma2" for some.
+bases: install
+	cd tests && ../$(BIN)/python -m bases --output ../bases.json --page ../docs/bases.md $(ARGS)
 
 # The documentation as a site in site/; a link that leads nowhere is an error. Needs neither torch nor vLLM.
 docs:

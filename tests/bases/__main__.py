@@ -1,42 +1,71 @@
-"""The table of bases: every architecture in a process of its own (`make bases`)."""
+"""The table of bases: adapters of each kind on every architecture, each in a process of its own (`make bases`)."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from datetime import date
 from pathlib import Path
 
 from bases.configs import BASES, save_base
 
-PATIENCE_SECONDS = 400
+PATIENCE_SECONDS = 600
+MARK = "<!-- make bases -->"
+EXACT, REFUSED, NO_PEFT = "exact", "refused: ", "PEFT "
 
 
 def row(name: str, *, eager: bool) -> dict[str, str]:
-    """Returns what comes of each kind of adapter on one base, measured in a process of its own."""
+    """Returns what comes of each kind of adapter on one base."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "row.json"
-        command = [
-            sys.executable,
-            "-m",
-            "bases",
-            "--one",
-            name,
-            "--output",
-            str(output),
-            *(["--eager"] if eager else []),
-        ]
+        command = [sys.executable, "-m", "bases", "--one", name, "--output", str(output)]
         try:
-            done = subprocess.run(command, timeout=PATIENCE_SECONDS, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [*command, *(["--eager"] if eager else [])],
+                timeout=PATIENCE_SECONDS,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             return {"base": f"DID NOT END within {PATIENCE_SECONDS} s"}
         if not output.exists():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            return {"base": f"TRACEBACK: {lines[-1] if lines else done.returncode}"}
-        found: dict[str, str] = json.loads(output.read_text())
+            errors = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+            return {"base": f"TRACEBACK: {errors[-1] if errors else done.returncode}"}
+        found: dict[str, str] = json.loads(output.read_text(encoding="utf-8"))
         return found
+
+
+def markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
+    """Returns the rows as a table, and below it each reason of a refusal with the bases that give it."""
+    kinds = list(dict.fromkeys(kind for found in rows.values() for kind in found if found.get("base") == EXACT))
+    lines = [f"| base | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
+    reasons: dict[str, list[str]] = {}
+    for name, found in rows.items():
+        cells = [_cell(found.get(kind, found.get("base", ""))) for kind in kinds]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        for outcome in found.values():
+            if outcome != EXACT and not outcome.startswith(NO_PEFT):
+                reasons.setdefault(outcome.partition("program ")[2].partition(": ")[2] or outcome, []).append(name)
+    notes = [f"- {', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def _cell(outcome: str) -> str:
+    if outcome == EXACT:
+        return EXACT
+    return "-" if outcome.startswith(NO_PEFT) else "refused" if outcome.startswith(REFUSED) else f"**{outcome}**"
+
+
+def write_page(page: Path, rows: Mapping[str, Mapping[str, str]]) -> None:
+    """Replaces what follows the mark in a page by the table."""
+    head, _, _ = page.read_text(encoding="utf-8").partition(MARK)
+    page.write_text(f"{head}{MARK}\n\n{date.today()}.\n\n{markdown(rows)}", encoding="utf-8")
 
 
 def main() -> int:
@@ -45,22 +74,25 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="architectures (default: all)")
     parser.add_argument("--one", choices=BASES, help="this one, in this process")
     parser.add_argument("--eager", action="store_true", help="compile nothing")
-    parser.add_argument("--output", type=Path, help="JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file; rows of other architectures in it are kept")
+    parser.add_argument("--page", type=Path, help="a page whose table is replaced by that of the JSON file")
     given = parser.parse_args()
     if given.one:
         from bases.check import check_base
 
         with tempfile.TemporaryDirectory() as folder:
             found = check_base(save_base(Path(folder) / "base", given.one), Path(folder), eager=given.eager)
-        given.output.write_text(json.dumps(found))
+        given.output.write_text(json.dumps(found), encoding="utf-8")
         return 0
-    rows: dict[str, dict[str, str]] = {}
+    known = json.loads(given.output.read_text(encoding="utf-8")) if given.output and given.output.exists() else {}
     for name in given.names or BASES:
-        rows[name] = row(name, eager=given.eager)
-        print(name, *(f"\n    {kind}: {outcome}" for kind, outcome in rows[name].items()), flush=True)
+        known[name] = row(name, eager=given.eager)
+        print(name, *(f"\n    {kind}: {outcome}" for kind, outcome in known[name].items()), flush=True)
         if given.output:
-            given.output.write_text(json.dumps(rows, indent=2) + "\n")
-    return 0
+            given.output.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    if given.page:
+        write_page(given.page, {name: known[name] for name in BASES if name in known})
+    return 0 if all(found.get("base", "").startswith((EXACT, REFUSED)) for found in known.values()) else 1
 
 
 if __name__ == "__main__":

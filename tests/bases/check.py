@@ -36,8 +36,10 @@ class Subject(NamedTuple):
 
 
 PEFT_KINDS: Mapping[str, Callable[[BaseModel], peft.PeftConfig]] = {
-    "lora": lambda base: peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", **_stored_transposed(base)),
-    "ia3": lambda base: peft.IA3Config(**_stored_transposed(base)),
+    "lora": lambda base: peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", fan_in_fan_out=_stored_transposed(base)
+    ),
+    "ia3": lambda base: peft.IA3Config(fan_in_fan_out=_stored_transposed(base)),
     "norms": lambda base: peft.LNTuningConfig(target_modules=[site.name for site in base.norms]),
     "prompt": lambda _: peft.PromptTuningConfig(num_virtual_tokens=5),
     "prefix": lambda _: peft.PrefixTuningConfig(num_virtual_tokens=5),
@@ -46,8 +48,8 @@ OWN_KINDS = ("houlsby", "bitfit")
 KINDS = (*PEFT_KINDS, *OWN_KINDS, "full")
 
 
-def _stored_transposed(base: BaseModel) -> dict[str, bool]:
-    return {"fan_in_fan_out": any(site.transposed for site in base.linears)}
+def _stored_transposed(base: BaseModel) -> bool:
+    return any(site.transposed for site in base.linears)
 
 
 def check_base(directory: Path, work: Path, *, eager: bool = False) -> dict[str, str]:
@@ -74,7 +76,11 @@ def check_base(directory: Path, work: Path, *, eager: bool = False) -> dict[str,
         if isinstance(answer, str):
             found[kind] = answer
             continue
-        expected = plain if kind == BASE else subjects[kind].reference()
+        try:
+            expected = plain if kind == BASE else subjects[kind].reference()
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            found[kind] = f"PEFT runs none: {error}"
+            continue
         found[kind] = _compare(expected, answer)
         if kind != BASE and expected.logprobs == plain.logprobs:
             found[kind] = "changes nothing: the test could not fail"
@@ -119,8 +125,8 @@ def _subject(kind: str, directory: Path, base: BaseModel, work: Path) -> Subject
 
 
 def _model(directory: Path) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
-    return model
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    return model.eval()
 
 
 def _compare(expected: Greedy, actual: Greedy) -> str:

@@ -39,7 +39,7 @@ LINEAR_ATTENTION = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_ssm": 128}
-MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+MLA = {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
@@ -62,7 +62,8 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "falcon-new": {
             "model_type": "falcon",
             "new_decoder_architecture": True,
-            "num_kv_heads": 1,
+            "num_kv_heads": 2,
+            **MHA,
             "alibi": False,
             **NO_HEAD_DIM,
         },
@@ -103,7 +104,7 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "deepseek_v2": {
             **MLA,
             "num_key_value_heads": 2,
-            "head_dim": 16,
+            "head_dim": 64,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "n_shared_experts": 1,
@@ -115,7 +116,7 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "deepseek_v3": {
             **MLA,
             "num_key_value_heads": 2,
-            "head_dim": 16,
+            "head_dim": 64,
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "n_shared_experts": 1,

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deltamux.deltas import BaseModel, Program, attached
 from deltamux.engine.base import (
+    BaseSupport,
     EngineStats,
     GenerationChunk,
     ProgramRef,
@@ -42,7 +43,7 @@ class ReferenceEngine:
         self.base = BaseModel.from_pretrained(model)
         self.step_seconds = step_seconds
         self.max_model_len = 0
-        self.support = None
+        self.support: BaseSupport | None = None
         self.running: set[str] = set()
         self.aborted: list[str] = []
         self.salts: list[str] = []

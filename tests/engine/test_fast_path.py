@@ -118,7 +118,7 @@ class Attention:
             if not fast:
                 ops.fast_path = None
         read = BlockInput()
-        self.norm = NormWithDeltas(Norm(), self.step, self.ops["norm"])
+        self.norm = NormWithDeltas(Norm(), self.step, self.ops["norm"], adds_residual=True)
         self.norm.feeds = read
         self.read = LinearWithDeltas(Projection(draw(20, QUERY + KEY, WIDTH).to(dtype)), self.step, self.ops["read"])
         self.read.reads.append(read)

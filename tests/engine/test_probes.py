@@ -59,7 +59,7 @@ def test_a_projection_of_another_weight_is_refused(tmp_path: Path, weight: Tenso
 
 
 def test_a_projection_without_a_tensor_to_compare_with_is_refused(tmp_path: Path, weight: Tensor) -> None:
-    with pytest.raises(ProbeError, match="no q.weight"):
+    with pytest.raises(ProbeError, match=r"no q\.weight"):
         probes(tmp_path, {"other.weight": weight}).check_linear(SITE, linear(weight), WHOLE)
 
 
@@ -132,6 +132,7 @@ def test_a_norm_that_computes_something_else_is_refused(tmp_path: Path, module: 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_the_scale_of_an_embedding_is_that_of_the_base_over_vllms(tmp_path: Path, scale: float) -> None:
     table = torch.randn(50, 32)
-    site = EmbeddingSite("embed", 50, 32, scale)
-    found = probes(tmp_path, {"embed.weight": table}).embedding_scale(site, nn.Embedding.from_pretrained(table))
+    site, embedding = EmbeddingSite("embed", 50, 32, scale), nn.Embedding(50, 32)
+    embedding.weight.data.copy_(table)
+    found = probes(tmp_path, {"embed.weight": table}).embedding_scale(site, embedding)
     assert found == pytest.approx(scale)

@@ -253,7 +253,7 @@ class Binding:
         return found[0]
 
     def _module(self, site: Site) -> nn.Module:
-        module = self._modules.get(self._path(site.name))
+        module: nn.Module | None = self._modules.get(self._path(site.name))
         if module is None:
             raise _missing(site)
         return module

@@ -19,8 +19,8 @@ class HeadWithDeltas:
         processor: the model's ``LogitsProcessor``.
     """
 
-    def __init__(self, processor: nn.Module, current: CurrentStep, ops: ModuleOps) -> None:
-        self._processor: Any = processor
+    def __init__(self, processor: Any, current: CurrentStep, ops: ModuleOps) -> None:
+        self._processor = processor
         self._get_logits: Callable[..., Any] = self._processor._get_logits
         self._current = current
         self._ops = ops

@@ -77,7 +77,7 @@ class Probes:
         if self._same(found[:, _nearest(expected, found)], expected):
             every = x @ self._rows(site, torch.arange(site.out_features)).T
             order = _nearest(found, every)
-            if len(order.unique()) == len(order) and self._same(found, every[:, order]):
+            if len(set(order.tolist())) == len(order) and self._same(found, every[:, order]):
                 return order
         raise ProbeError(f"vLLM's counterpart of {site.name} computes something else than the checkpoint's weight")
 
@@ -137,7 +137,7 @@ class Probes:
         """
         if self._files is None:
             return 1.0
-        ids = torch.linspace(0, site.vocab_size - 1, min(site.vocab_size, RUNS)).long().unique()
+        ids = torch.linspace(0, site.vocab_size - 1, min(site.vocab_size, RUNS)).long()
         with torch.inference_mode():
             found = module(ids.to(self._device)).float().cpu()
         stored = torch.cat([self._files.rows(f"{site.name}.weight", int(i), int(i) + 1) for i in ids]).float()
@@ -216,7 +216,7 @@ def _sample(count: int) -> Tensor:
     if count <= RUNS * RUN:
         return torch.arange(count)
     starts = torch.linspace(0, count - RUN, RUNS).long()
-    return (starts[:, None] + torch.arange(RUN)).flatten().unique()
+    return (starts[:, None] + torch.arange(RUN)).flatten()
 
 
 def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
@@ -228,7 +228,8 @@ def _runs(rows: Tensor) -> Iterator[tuple[int, int]]:
 
 def _nearest(expected: Tensor, found: Tensor) -> Tensor:
     """Returns, for each column of `expected`, the index of the column of `found` that is nearest to it."""
-    return torch.cat([torch.cdist(part, found.T).argmin(dim=1) for part in expected.T.split(CHUNK)])
+    parts = (expected.T[first : first + CHUNK] for first in range(0, expected.shape[1], CHUNK))
+    return torch.cat([torch.cdist(part, found.T).argmin(dim=1) for part in parts])
 
 
 def layer_of(path: str) -> int | None:

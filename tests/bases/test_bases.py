@@ -1,0 +1,38 @@
+"""A sample of the table of bases (`make bases` runs all): exact, or refused with the reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bases.check import EXACT, KINDS, check_base
+from bases.configs import BASES, base_config, save_base
+from deltamux.deltas import BaseModel
+
+PEFT_MAKES_NO_IA3 = {"ia3": "PEFT makes none"}
+SAMPLE = {
+    "olmo2": PEFT_MAKES_NO_IA3,  # runs on vLLM's backend for transformers' models
+    "qwen3_moe": {"lora": "refused: method 'lora' is not served with target_parameters", **PEFT_MAKES_NO_IA3},
+    "bloom": {},  # vLLM reorders the rows of its projections, and PEFT's names are not vLLM's
+}
+"""What is not exact, by kind: the beginning of what is said instead."""
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("name", SAMPLE)
+def test_a_base_serves_what_peft_and_transformers_compute_or_says_why_not(name: str, tmp_path: Path) -> None:
+    found = check_base(save_base(tmp_path / "base", name), tmp_path, eager=True)
+    assert found.keys() == {"base", *KINDS}
+    others = {kind: outcome for kind, outcome in found.items() if outcome != EXACT}
+    assert others.keys() == SAMPLE[name].keys(), others
+    assert all(outcome.startswith(SAMPLE[name][kind]) for kind, outcome in others.items()), others
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_every_base_has_sites_of_every_kind_that_its_architecture_has(name: str) -> None:
+    base = BaseModel.from_config(base_config(name))
+    assert base.linears
+    assert base.blocks
+    assert bool(base.norms) == (name != "olmo"), "OLMo's norms have no weights"
+    assert len(base.attentions) == (0 if name == "mamba" else 2)
