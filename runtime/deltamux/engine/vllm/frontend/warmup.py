@@ -31,7 +31,7 @@ from deltamux.deltas import (
     SoftPrompt,
 )
 from deltamux.engine.base import ProgramRef, SamplingOptions
-from deltamux.errors import DeltamuxError, FailedPreconditionError
+from deltamux.errors import DeltamuxError, FailedPreconditionError, UnavailableError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -75,7 +75,7 @@ async def _step(engine: VLLMEngine, config: VllmConfig, refs: Iterable[ProgramRe
             for failed in [e for e in await asyncio.gather(*jobs, return_exceptions=True) if e is not None]:
                 raise failed
     except (DeltamuxError, TimeoutError) as error:
-        cause = await engine.end_reason() or str(error) or f"a step took more than {PATIENCE:g} s"
+        cause = await engine.end_reason() or _cause(error)
         raise FailedPreconditionError(
             f"the base model {engine.base.name} ({engine.base.architecture}) {problem} here: {cause}{_known(config)}",
             reason=reason,
@@ -86,6 +86,14 @@ async def _generate(engine: VLLMEngine, ref: ProgramRef | None) -> None:
     request_id = f"warm-up-{ref.digest if ref else 'base'}"
     async for _ in engine.generate(PROMPT, SAMPLING, ref, request_id=request_id, stream=False):
         pass
+
+
+def _cause(error: Exception) -> str:
+    if isinstance(error, TimeoutError):
+        return f"a step took more than {PATIENCE:g} s"
+    if isinstance(error, UnavailableError):
+        return "the engine's process ended without an error, as one does that crashes in native code or lacks memory"
+    return str(error)
 
 
 def _known(config: VllmConfig) -> str:
