@@ -1,8 +1,9 @@
 """Finds the sites of any Hugging Face decoder by walking its modules; no model is known by name.
 
-It relies on what decoders share: one ``ModuleList`` holds the layers; in a layer, one child named ``*attn*`` or
-``*attention*`` holds the attention's projections, and every other projection belongs to the feed-forward; the last
-registered projection back to the hidden size is a sub-layer's output.
+It relies on what decoders share: one ``ModuleList`` holds the layers; in a layer, a child named ``*attn*`` or
+``*attention*`` holds the attention's projections, one named as in `MIXERS` those of another mixer of tokens, and every
+other projection belongs to the feed-forward; the last registered projection back to the hidden size is a sub-layer's
+output.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from deltamux.errors import FailedPreconditionError
 
 UNBOUNDED = 2**20
 """Positions of a base without attention, which has no longest sequence."""
+
+
+MIXERS = ("mamba", "mixer", "linear_attn", "ssm", "conv", "recurrent")
+"""What the names of sub-layers contain that mix tokens without attention."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +115,12 @@ def _head_site(model: nn.Module, embedding_name: str, embedding: nn.Embedding) -
 
 
 def _layer_sites(path: str, index: int, layer: nn.Module, dims: Dimensions) -> Iterator[Site]:
-    attention = next((n for n, _ in layer.named_children() if "attn" in n.lower() or "attention" in n.lower()), None)
-    linears: dict[BlockRole, list[LinearSite]] = {BlockRole.ATTENTION: [], BlockRole.FEED_FORWARD: []}
+    roles = {name: _role(name) for name, child in layer.named_children()}
+    linears: dict[BlockRole, list[LinearSite]] = {role: [] for role in BlockRole}
     norms: list[str] = []
     for name, module in layer.named_modules():
-        inside = attention is not None and name.startswith(f"{attention}.")
-        role = BlockRole.ATTENTION if inside else BlockRole.FEED_FORWARD
         if is_linear(module):
+            role = roles[name.partition(".")[0]]
             linears[role].append(_linear_site(f"{path}.{name}", index, role, module))
         elif _is_norm(module, dims):
             norms.append(f"{path}.{name}")
@@ -124,9 +128,19 @@ def _layer_sites(path: str, index: int, layer: nn.Module, dims: Dimensions) -> I
     norms_before = _norms_before(layer, norms)
     for role, members in linears.items():
         yield from members
-        yield from _block_site(index, role, members, dims, norms_before.get(role))
-    if attention is not None:
+        if role is not BlockRole.MIXER:
+            yield from _block_site(index, role, members, dims, norms_before.get(role))
+    if linears[BlockRole.ATTENTION]:
+        attention = linears[BlockRole.ATTENTION][0].name.removeprefix(f"{path}.").partition(".")[0]
         yield AttentionSite(f"layers.{index}.attention", f"{path}.{attention}", dims.num_kv_heads, dims.head_dim, index)
+
+
+def _role(child: str) -> BlockRole:
+    """Returns the role of a decoder layer's child, by its name."""
+    name = child.lower()
+    if any(mixer in name for mixer in MIXERS):
+        return BlockRole.MIXER
+    return BlockRole.ATTENTION if "attn" in name or "attention" in name else BlockRole.FEED_FORWARD
 
 
 def _linear_site(name: str, layer: int, role: BlockRole, module: nn.Module) -> LinearSite:

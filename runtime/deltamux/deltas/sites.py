@@ -20,8 +20,11 @@ class SiteKind(StrEnum):
 
 
 class BlockRole(StrEnum):
+    """What a sub-layer does; a ``mixer`` mixes tokens without attention (Mamba, linear attention, convolution)."""
+
     ATTENTION = "attention"
     FEED_FORWARD = "feed_forward"
+    MIXER = "mixer"
 
 
 class NormForm(StrEnum):

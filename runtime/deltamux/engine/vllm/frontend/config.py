@@ -110,7 +110,7 @@ def check_head_size(config: VllmConfig) -> None:
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     size, sizes = config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
-    if size not in sizes and not config.model_config.use_mla:
+    if size and size not in sizes and not config.model_config.use_mla:  # a base without attention has size 0
         raise FailedPreconditionError(
             f"the base model's attention heads have size {size}; on a CPU vLLM has attention for sizes "
             f"{', '.join(map(str, sizes))}: serve it on a GPU, or take another base",

@@ -20,6 +20,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from deltamux.deltas import (
     AttentionSite,
     BaseModel,
+    BlockRole,
     BlockSite,
     DenseEmbedding,
     EmbeddingSite,
@@ -91,6 +92,7 @@ class Binding:
         self._columns = dict(_columns(self._modules, getattr(model, "packed_modules_mapping", {})))
         self._absorbed = {m.kv_b_proj for m in self._modules.values() if isinstance(m, MLAAttention)}
         self._kind = (num_slots, dtype, device)
+        self._mixers = [site.name for site in base.linears if site.block is BlockRole.MIXER]
         self._bind_linears([site for site in base.sites.values() if isinstance(site, LinearSite)])
         for kind, bind in self._binders().items():
             for site in base.sites.values():
@@ -229,6 +231,10 @@ class Binding:
         return ops
 
     def _bind_attention(self, site: AttentionSite) -> ModuleOps:
+        if self._mixers:
+            raise ProbeError(
+                f"virtual tokens at {site.module} would change the state of {self._mixers[0]}, which has no keys and values"
+            )
         module = self._attention(site)
         if (module.num_kv_heads, module.head_size) != (site.num_kv_heads, site.head_dim):
             raise ProbeError(
