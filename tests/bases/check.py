@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from deltamux.conformance.parity import Greedy, assert_same, reference, served
-from deltamux.deltas import BaseModel, Program, attached
+from deltamux.deltas import BaseModel, BlockRole, LinearSite, Program, attached
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.errors import DeltamuxError
@@ -36,9 +36,8 @@ class Subject(NamedTuple):
 
 
 PEFT_KINDS: Mapping[str, Callable[[BaseModel], peft.PeftConfig]] = {
-    "lora": lambda base: peft.LoraConfig(
-        r=4, lora_alpha=8, target_modules="all-linear", fan_in_fan_out=_stored_transposed(base)
-    ),
+    "lora": lambda base: _lora(base, [site.name for site in base.linears if _takes_lora(site)]),
+    "all-linear": lambda base: _lora(base, "all-linear"),
     "ia3": lambda base: peft.IA3Config(fan_in_fan_out=_stored_transposed(base)),
     "norms": lambda base: peft.LNTuningConfig(target_modules=[site.name for site in base.norms]),
     "prompt": lambda _: peft.PromptTuningConfig(num_virtual_tokens=5),
@@ -46,6 +45,16 @@ PEFT_KINDS: Mapping[str, Callable[[BaseModel], peft.PeftConfig]] = {
 }
 OWN_KINDS = ("houlsby", "bitfit")
 KINDS = (*PEFT_KINDS, *OWN_KINDS, "full")
+
+
+def _lora(base: BaseModel, target_modules: str | list[str]) -> peft.PeftConfig:
+    transposed = _stored_transposed(base)
+    return peft.LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, fan_in_fan_out=transposed)
+
+
+def _takes_lora(site: LinearSite) -> bool:
+    """Returns whether PEFT attaches to a projection: it does not to those that Mamba's kernels read themselves."""
+    return site.block is not BlockRole.MIXER or not site.name.endswith("out_proj")
 
 
 def _stored_transposed(base: BaseModel) -> bool:
@@ -72,6 +81,9 @@ def check_base(directory: Path, work: Path, *, eager: bool = False) -> dict[str,
             found[kind] = f"PEFT makes none: {type(error).__name__}: {error}"
     answers = asyncio.run(_serve(directory, {kind: each.program for kind, each in subjects.items()}, work, eager))
     plain = reference(_model(directory), PROMPT, NUM_TOKENS)
+    base_answer = answers[BASE]
+    if not isinstance(base_answer, str) and (problem := _compare(plain, base_answer)) != EXACT:
+        return {BASE: f"vLLM itself differs from transformers: {problem}"}
     for kind, answer in answers.items():
         if isinstance(answer, str):
             found[kind] = answer

@@ -13,7 +13,7 @@ from deltamux.deltas import BaseModel
 PEFT_MAKES_NO_IA3 = {"ia3": "PEFT makes none"}
 SAMPLE = {
     "olmo2": PEFT_MAKES_NO_IA3,  # runs on vLLM's backend for transformers' models
-    "qwen3_moe": {"lora": "refused: method 'lora' is not served with target_parameters", **PEFT_MAKES_NO_IA3},
+    "qwen3_moe": {"all-linear": "refused: method 'lora' is not served with target_parameters", **PEFT_MAKES_NO_IA3},
     "bloom": {},  # vLLM reorders the rows of its projections, and PEFT's names are not vLLM's
 }
 """What is not exact, by kind: the beginning of what is said instead."""

@@ -233,7 +233,7 @@ class Binding:
     def _bind_attention(self, site: AttentionSite) -> ModuleOps:
         if self._mixers:
             raise ProbeError(
-                f"virtual tokens at {site.module} would change the state of {self._mixers[0]}, which has no keys and values"
+                f"virtual tokens at {site.module} would change the state of {self._mixers[0]}, which keeps no keys"
             )
         module = self._attention(site)
         if (module.num_kv_heads, module.head_size) != (site.num_kv_heads, site.head_dim):
