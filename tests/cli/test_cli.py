@@ -142,6 +142,8 @@ def test_a_whole_session_on_the_command_line(tmp_path: Path, capsys: pytest.Capt
         return capsys.readouterr().out
 
     try:
+        assert json.loads(run("base", "show", "--json"))["architecture"] == "LlamaForCausalLM"
+        assert "linear      14 sites take deltas" in run("base", "show")
         assert json.loads(run("adapter", "upload", name, str(first), "--json"))["version"] == 1
         assert "versions/2" in run("adapter", "upload", name, str(second), "--label", "run=7")
         answer = run("generate", "hello", "--adapter", name, "--max-tokens", "8", "--temperature", "0")

@@ -63,6 +63,8 @@ class ReferenceEngine:
         self.max_model_len = model.config.max_position_embeddings
         self._tokenizer: Any = AutoTokenizer.from_pretrained(self._path)
         self._prompts = Prompts(self._tokenizer, self.max_model_len)
+        taken = frozenset((str(kind), name) for kind, name in self.base.sites)
+        self.support = BaseSupport("float32", "the reference", taken, {})
         self._alive = True
 
     async def stop(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import grpc
 import pytest
 
 from deltamux.client import AsyncClient, Client
+from deltamux.engine.base import BaseSupport
 from deltamux.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -20,6 +22,7 @@ from deltamux.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
 )
+from deltamux.server.rpc.messages import base_message
 from deltamux_testing.certificates import write_certificate
 from deltamux_testing.servers import Served, Servers
 from deltamux_testing.waiting import until
@@ -46,6 +49,17 @@ async def test_a_generation_reports_what_was_used(client: AsyncClient, loras: li
     chunks = [c async for c in client.generate_stream("hello", adapter=NAME, **GREEDY)]
     assert tuple(t for c in chunks for t in c.token_ids) == whole.token_ids
     assert "".join(c.text for c in chunks) == whole.text
+
+
+async def test_the_base_and_what_it_takes_are_returned(client: AsyncClient, served: Served) -> None:
+    base, engine = await client.get_base(), served.engine
+    assert (base.architecture, base.fingerprint) == (engine.base.architecture, engine.base.fingerprint)
+    assert (base.dtype, base.max_model_len) == ("float32", engine.max_model_len)
+    assert {site.kind: site.num_supported for site in base.sites} == Counter(str(kind) for kind, _ in engine.base.sites)
+    refused = {("norm", f"layers.{index}.norm"): "vLLM's holds another weight" for index in range(101)}
+    (norms,) = base_message(engine.base, 256, BaseSupport("float32", "", frozenset(), refused)).sites
+    assert (norms.kind, norms.num_supported, norms.num_refused, len(norms.refused)) == ("norm", 0, 101, 100)
+    assert (norms.refused[7].name, norms.refused[7].reason) == ("layers.7.norm", "vLLM's holds another weight")
 
 
 async def test_a_composition_is_an_adapter_of_its_own(client: AsyncClient, loras: list[Path]) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from deltamux import __version__
-from deltamux.cli import adapters, bench, extensions, inference, methods, plugins, tenants
+from deltamux.cli import adapters, base, bench, extensions, inference, methods, plugins, tenants
 from deltamux.errors import DeltamuxError
 
 
@@ -16,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"deltamux {__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for group in (*extensions.load(), inference, adapters, tenants, methods, plugins, bench):
+    for group in (*extensions.load(), inference, base, adapters, tenants, methods, plugins, bench):
         group.add_commands(commands)
     return root
 

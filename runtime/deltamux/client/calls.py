@@ -11,7 +11,17 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from deltamux.client.results import Adapter, AdapterEvent, AdapterVersion, ApiKey, Generation, Tenant, Usage
+from deltamux.client.results import (
+    Adapter,
+    AdapterEvent,
+    AdapterVersion,
+    ApiKey,
+    Base,
+    Generation,
+    SiteSupport,
+    Tenant,
+    Usage,
+)
 from deltamux.errors import InvalidArgumentError
 from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
 
@@ -107,6 +117,11 @@ def generate_stream(
     """Generates and yields increments as they come; closing the iterator aborts. Arguments as for `generate`."""
     whole = generate(prompt, adapter=adapter, timeout=timeout, **sampling)
     return replace(whole, method="Inference.GenerateStream")
+
+
+def get_base() -> Call[Base]:
+    """Returns the server's base model, and what it takes."""
+    return Call("Inference.GetBase", inference_pb2.GetBaseRequest(), _base, True)
 
 
 @checks_values
@@ -269,6 +284,22 @@ def _sampling(options: Mapping[str, Any]) -> inference_pb2.SamplingParameters:
 
 
 # Responses.
+
+
+def _base(message: Any) -> Base:
+    sites = (
+        SiteSupport(s.kind, s.num_supported, s.num_refused, {site.name: site.reason for site in s.refused})
+        for s in message.sites
+    )
+    return Base(
+        message.architecture,
+        message.fingerprint,
+        message.num_parameters,
+        message.max_model_len,
+        message.dtype,
+        message.dtype_reason,
+        tuple(sites),
+    )
 
 
 def _generation(message: inference_pb2.GenerateResponse) -> Generation:

@@ -6,6 +6,41 @@ from datetime import datetime
 
 
 @dataclass(frozen=True)
+class SiteSupport:
+    """The sites of one kind: the places of a base model that an adapter may change.
+
+    Attributes:
+        kind: ``linear``, ``norm``, ``block``, ``attention``, ``embedding`` or ``head``.
+        refused: names of sites that take no deltas, with the reason; at most 100 of `num_refused`.
+    """
+
+    kind: str
+    num_supported: int
+    num_refused: int = 0
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model of a server, and what it takes.
+
+    Attributes:
+        architecture: such as ``LlamaForCausalLM``.
+        fingerprint: names the weights.
+        max_model_len: longest sequence in tokens.
+        dtype: of the weights as they run; dtype_reason: why that one.
+    """
+
+    architecture: str
+    fingerprint: str
+    num_parameters: int
+    max_model_len: int
+    dtype: str
+    dtype_reason: str
+    sites: tuple[SiteSupport, ...] = ()
+
+
+@dataclass(frozen=True)
 class Usage:
     """The token counts of a request, without virtual tokens of the adapter.
 

@@ -76,6 +76,7 @@ class Client(BaseClient):
     generate = _unary(calls.generate)
     generate_stream = _stream(calls.generate_stream)
     upload_adapter = _unary(uploads.upload_adapter)
+    get_base = _unary(calls.get_base)
     get_adapter = _unary(calls.get_adapter)
     get_adapter_version = _unary(calls.get_adapter_version)
     list_adapters = _listing(calls.list_adapters)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64\x65ltamux/v1/inference.proto\x12\x0b\x64\x65ltamux.v1\"\xbe\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.deltamux.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.deltamux.v1.ChatH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.deltamux.v1.SamplingParametersB\x08\n\x06prompt\"\x1a\n\x08TokenIds\x12\x0e\n\x06values\x18\x01 \x03(\x05\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.deltamux.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc1\x05\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0c\x66ill_context\x18\x02 \x01(\x08\x12\x12\n\nmin_tokens\x18\x03 \x01(\x05\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x06 \x01(\x05\x12\r\n\x05min_p\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\"\n\x1ainclude_stop_str_in_output\x18\r \x01(\x08\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x11\n\x04seed\x18\x0f \x01(\x03H\x04\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\x05H\x05\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\x06\x88\x01\x01\x12\x42\n\nlogit_bias\x18\x12 \x03(\x0b\x32..deltamux.v1.SamplingParameters.LogitBiasEntry\x12\x38\n\x11structured_output\x18\x13 \x01(\x0b\x32\x1d.deltamux.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokens\"k\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x13.deltamux.v1.ChoiceH\x00\x42\x08\n\x06\x66ormat\"\x19\n\x06\x43hoice\x12\x0f\n\x07options\x18\x01 \x03(\t\"\xaf\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12.\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x18.deltamux.v1.TopLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.deltamux.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\x05H\x00\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.deltamux.v1.Usage\x12\x17\n\x0f\x61\x64\x61pter_version\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\tB\x06\n\x04stop\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xa5\x01\n\tInference\x12G\n\x08Generate\x12\x1c.deltamux.v1.GenerateRequest\x1a\x1d.deltamux.v1.GenerateResponse\x12O\n\x0eGenerateStream\x12\x1c.deltamux.v1.GenerateRequest\x1a\x1d.deltamux.v1.GenerateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64\x65ltamux/v1/inference.proto\x12\x0b\x64\x65ltamux.v1\"\x10\n\x0eGetBaseRequest\"\xae\x01\n\x04\x42\x61se\x12\x14\n\x0c\x61rchitecture\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x16\n\x0enum_parameters\x18\x03 \x01(\x03\x12\x15\n\rmax_model_len\x18\x04 \x01(\x05\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0c\x64type_reason\x18\x06 \x01(\t\x12\'\n\x05sites\x18\x07 \x03(\x0b\x32\x18.deltamux.v1.SiteSupport\"r\n\x0bSiteSupport\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x15\n\rnum_supported\x18\x02 \x01(\x05\x12\x13\n\x0bnum_refused\x18\x03 \x01(\x05\x12)\n\x07refused\x18\x04 \x03(\x0b\x32\x18.deltamux.v1.RefusedSite\"+\n\x0bRefusedSite\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\xbe\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.deltamux.v1.TokenIdsH\x00\x12!\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x11.deltamux.v1.ChatH\x00\x12\x31\n\x08sampling\x18\x05 \x01(\x0b\x32\x1f.deltamux.v1.SamplingParametersB\x08\n\x06prompt\"\x1a\n\x08TokenIds\x12\x0e\n\x06values\x18\x01 \x03(\x05\"2\n\x04\x43hat\x12*\n\x08messages\x18\x01 \x03(\x0b\x32\x18.deltamux.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc1\x05\n\x12SamplingParameters\x12\x17\n\nmax_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x14\n\x0c\x66ill_context\x18\x02 \x01(\x08\x12\x12\n\nmin_tokens\x18\x03 \x01(\x05\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x05 \x01(\x01H\x02\x88\x01\x01\x12\r\n\x05top_k\x18\x06 \x01(\x05\x12\r\n\x05min_p\x18\x07 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x08 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x01\x12\x1f\n\x12repetition_penalty\x18\n \x01(\x01H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\x05\x12\"\n\x1ainclude_stop_str_in_output\x18\r \x01(\x08\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\x12\x11\n\x04seed\x18\x0f \x01(\x03H\x04\x88\x01\x01\x12\x15\n\x08logprobs\x18\x10 \x01(\x05H\x05\x88\x01\x01\x12 \n\x13skip_special_tokens\x18\x11 \x01(\x08H\x06\x88\x01\x01\x12\x42\n\nlogit_bias\x18\x12 \x03(\x0b\x32..deltamux.v1.SamplingParameters.LogitBiasEntry\x12\x38\n\x11structured_output\x18\x13 \x01(\x0b\x32\x1d.deltamux.v1.StructuredOutput\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokens\"k\n\x10StructuredOutput\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12%\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x13.deltamux.v1.ChoiceH\x00\x42\x08\n\x06\x66ormat\"\x19\n\x06\x43hoice\x12\x0f\n\x07options\x18\x01 \x03(\t\"\xaf\x02\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x10\n\x08logprobs\x18\x03 \x03(\x02\x12.\n\x0ctop_logprobs\x18\x04 \x03(\x0b\x32\x18.deltamux.v1.TopLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.deltamux.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\x05H\x00\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.deltamux.v1.Usage\x12\x17\n\x0f\x61\x64\x61pter_version\x18\t \x01(\t\x12\x12\n\nrequest_id\x18\n \x01(\tB\x06\n\x04stop\"2\n\x0bTopLogprobs\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\x05\x12\x15\n\rcached_tokens\x18\x03 \x01(\x05*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32\xe0\x01\n\tInference\x12G\n\x08Generate\x12\x1c.deltamux.v1.GenerateRequest\x1a\x1d.deltamux.v1.GenerateResponse\x12O\n\x0eGenerateStream\x12\x1c.deltamux.v1.GenerateRequest\x1a\x1d.deltamux.v1.GenerateResponse0\x01\x12\x39\n\x07GetBase\x12\x1b.deltamux.v1.GetBaseRequest\x1a\x11.deltamux.v1.Baseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,30 +33,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1647
-  _globals['_FINISHREASON']._serialized_end=1742
-  _globals['_GENERATEREQUEST']._serialized_start=45
-  _globals['_GENERATEREQUEST']._serialized_end=235
-  _globals['_TOKENIDS']._serialized_start=237
-  _globals['_TOKENIDS']._serialized_end=263
-  _globals['_CHAT']._serialized_start=265
-  _globals['_CHAT']._serialized_end=315
-  _globals['_CHATMESSAGE']._serialized_start=317
-  _globals['_CHATMESSAGE']._serialized_end=361
-  _globals['_SAMPLINGPARAMETERS']._serialized_start=364
-  _globals['_SAMPLINGPARAMETERS']._serialized_end=1069
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=911
-  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=959
-  _globals['_STRUCTUREDOUTPUT']._serialized_start=1071
-  _globals['_STRUCTUREDOUTPUT']._serialized_end=1178
-  _globals['_CHOICE']._serialized_start=1180
-  _globals['_CHOICE']._serialized_end=1205
-  _globals['_GENERATERESPONSE']._serialized_start=1208
-  _globals['_GENERATERESPONSE']._serialized_end=1511
-  _globals['_TOPLOGPROBS']._serialized_start=1513
-  _globals['_TOPLOGPROBS']._serialized_end=1563
-  _globals['_USAGE']._serialized_start=1565
-  _globals['_USAGE']._serialized_end=1645
-  _globals['_INFERENCE']._serialized_start=1745
-  _globals['_INFERENCE']._serialized_end=1910
+  _globals['_FINISHREASON']._serialized_start=2003
+  _globals['_FINISHREASON']._serialized_end=2098
+  _globals['_GETBASEREQUEST']._serialized_start=44
+  _globals['_GETBASEREQUEST']._serialized_end=60
+  _globals['_BASE']._serialized_start=63
+  _globals['_BASE']._serialized_end=237
+  _globals['_SITESUPPORT']._serialized_start=239
+  _globals['_SITESUPPORT']._serialized_end=353
+  _globals['_REFUSEDSITE']._serialized_start=355
+  _globals['_REFUSEDSITE']._serialized_end=398
+  _globals['_GENERATEREQUEST']._serialized_start=401
+  _globals['_GENERATEREQUEST']._serialized_end=591
+  _globals['_TOKENIDS']._serialized_start=593
+  _globals['_TOKENIDS']._serialized_end=619
+  _globals['_CHAT']._serialized_start=621
+  _globals['_CHAT']._serialized_end=671
+  _globals['_CHATMESSAGE']._serialized_start=673
+  _globals['_CHATMESSAGE']._serialized_end=717
+  _globals['_SAMPLINGPARAMETERS']._serialized_start=720
+  _globals['_SAMPLINGPARAMETERS']._serialized_end=1425
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_start=1267
+  _globals['_SAMPLINGPARAMETERS_LOGITBIASENTRY']._serialized_end=1315
+  _globals['_STRUCTUREDOUTPUT']._serialized_start=1427
+  _globals['_STRUCTUREDOUTPUT']._serialized_end=1534
+  _globals['_CHOICE']._serialized_start=1536
+  _globals['_CHOICE']._serialized_end=1561
+  _globals['_GENERATERESPONSE']._serialized_start=1564
+  _globals['_GENERATERESPONSE']._serialized_end=1867
+  _globals['_TOPLOGPROBS']._serialized_start=1869
+  _globals['_TOPLOGPROBS']._serialized_end=1919
+  _globals['_USAGE']._serialized_start=1921
+  _globals['_USAGE']._serialized_end=2001
+  _globals['_INFERENCE']._serialized_start=2101
+  _globals['_INFERENCE']._serialized_end=2325
 # @@protoc_insertion_point(module_scope)

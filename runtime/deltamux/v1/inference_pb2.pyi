@@ -41,6 +41,123 @@ FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
 @_typing.final
+class GetBaseRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetBaseRequest: _TypeAlias = GetBaseRequest  # noqa: Y015
+
+@_typing.final
+class Base(_message.Message):
+    """The base model, as the engine found it when it started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    NUM_PARAMETERS_FIELD_NUMBER: _builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    DTYPE_REASON_FIELD_NUMBER: _builtins.int
+    SITES_FIELD_NUMBER: _builtins.int
+    architecture: _builtins.str
+    """Such as `LlamaForCausalLM`."""
+    fingerprint: _builtins.str
+    """Names the weights: an adapter's program belongs to one fingerprint."""
+    num_parameters: _builtins.int
+    max_model_len: _builtins.int
+    """Longest sequence in tokens."""
+    dtype: _builtins.str
+    """Of the weights as they run, such as `bfloat16`, and why that one."""
+    dtype_reason: _builtins.str
+    @_builtins.property
+    def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteSupport]: ...
+    def __init__(
+        self,
+        *,
+        architecture: _builtins.str = ...,
+        fingerprint: _builtins.str = ...,
+        num_parameters: _builtins.int = ...,
+        max_model_len: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        dtype_reason: _builtins.str = ...,
+        sites: _abc.Iterable[Global___SiteSupport] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "num_parameters", b"num_parameters", "sites", b"sites"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Base: _TypeAlias = Base  # noqa: Y015
+
+@_typing.final
+class SiteSupport(_message.Message):
+    """The sites of one kind: the places of a base model that an adapter may change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    NUM_SUPPORTED_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """linear, norm, block, attention, embedding or head."""
+    num_supported: _builtins.int
+    """How many take deltas, and how many do not."""
+    num_refused: _builtins.int
+    @_builtins.property
+    def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___RefusedSite]:
+        """Those that do not; at most 100."""
+
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        num_supported: _builtins.int = ...,
+        num_refused: _builtins.int = ...,
+        refused: _abc.Iterable[Global___RefusedSite] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "num_refused", b"num_refused", "num_supported", b"num_supported", "refused", b"refused"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SiteSupport: _TypeAlias = SiteSupport  # noqa: Y015
+
+@_typing.final
+class RefusedSite(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """The module's path in the Hugging Face model; a sub-layer is named by layer and role."""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RefusedSite: _TypeAlias = RefusedSite  # noqa: Y015
+
+@_typing.final
 class GenerateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

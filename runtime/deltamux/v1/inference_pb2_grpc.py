@@ -51,6 +51,11 @@ class InferenceStub:
                 request_serializer=deltamux_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=deltamux_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.GetBase = channel.unary_unary(
+                '/deltamux.v1.Inference/GetBase',
+                request_serializer=deltamux_dot_v1_dot_inference__pb2.GetBaseRequest.SerializeToString,
+                response_deserializer=deltamux_dot_v1_dot_inference__pb2.Base.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer:
@@ -78,6 +83,13 @@ class InferenceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetBase(self, request, context):
+        """Returns the base model and what it takes: for each kind of site, how many take deltas, and why others do not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -90,6 +102,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GenerateStream,
                     request_deserializer=deltamux_dot_v1_dot_inference__pb2.GenerateRequest.FromString,
                     response_serializer=deltamux_dot_v1_dot_inference__pb2.GenerateResponse.SerializeToString,
+            ),
+            'GetBase': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetBase,
+                    request_deserializer=deltamux_dot_v1_dot_inference__pb2.GetBaseRequest.FromString,
+                    response_serializer=deltamux_dot_v1_dot_inference__pb2.Base.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -153,6 +170,33 @@ class Inference:
             '/deltamux.v1.Inference/GenerateStream',
             deltamux_dot_v1_dot_inference__pb2.GenerateRequest.SerializeToString,
             deltamux_dot_v1_dot_inference__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetBase(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/deltamux.v1.Inference/GetBase',
+            deltamux_dot_v1_dot_inference__pb2.GetBaseRequest.SerializeToString,
+            deltamux_dot_v1_dot_inference__pb2.Base.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,8 @@ class InferenceStub:
     """Returns the completion in increments, which are merged if the client reads more slowly than the engine generates.
     The last one has a finish_reason.
     """
+    GetBase: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetBaseRequest, _inference_pb2.Base]
+    """Returns the base model and what it takes: for each kind of site, how many take deltas, and why others do not."""
 
 @_typing.type_check_only
 class InferenceAsyncStub(InferenceStub):
@@ -65,6 +67,8 @@ class InferenceAsyncStub(InferenceStub):
     """Returns the completion in increments, which are merged if the client reads more slowly than the engine generates.
     The last one has a finish_reason.
     """
+    GetBase: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetBaseRequest, _inference_pb2.Base]  # type: ignore[assignment]
+    """Returns the base model and what it takes: for each kind of site, how many take deltas, and why others do not."""
 
 class InferenceServicer(metaclass=_abc_1.ABCMeta):
     """Generation of text with the base model, or with an adapter.
@@ -93,5 +97,13 @@ class InferenceServicer(metaclass=_abc_1.ABCMeta):
         """Returns the completion in increments, which are merged if the client reads more slowly than the engine generates.
         The last one has a finish_reason.
         """
+
+    @_abc_1.abstractmethod
+    def GetBase(
+        self,
+        request: _inference_pb2.GetBaseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.Base, _abc.Awaitable[_inference_pb2.Base]]:
+        """Returns the base model and what it takes: for each kind of site, how many take deltas, and why others do not."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -6,10 +6,12 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 from deltamux.engine.base import Engine
+from deltamux.errors import UnavailableError
 from deltamux.server.access.caller import Caller, current_caller
 from deltamux.server.access.concurrency import ConcurrencyLimit
 from deltamux.server.routing import Router
 from deltamux.server.rpc.generation import Responses, add_increment, prompt_of, sampling_of
+from deltamux.server.rpc.messages import base_message
 from deltamux.server.transport.interceptors import Context
 from deltamux.v1 import inference_pb2 as pb
 from deltamux.v1 import inference_pb2_grpc as pb_grpc
@@ -42,6 +44,12 @@ class InferenceService(pb_grpc.InferenceServicer):
         async with aclosing(self._run(request, stream=True)) as responses:
             async for response in responses:
                 yield response
+
+    async def GetBase(self, request: pb.GetBaseRequest, context: Context) -> pb.Base:
+        support = self._engine.support
+        if support is None:
+            raise UnavailableError("the engine has not started yet", retry_after=1.0)
+        return base_message(self._engine.base, self._engine.max_model_len, support)
 
     async def _run(self, request: pb.GenerateRequest, *, stream: bool) -> AsyncGenerator[pb.GenerateResponse]:
         """The life of a request; its version is fixed here, whatever is promoted or deleted meanwhile."""

@@ -1,11 +1,17 @@
-"""Translation of the store's records to messages."""
+"""Translation of the store's records, and of what the base takes, to messages."""
 
+from collections import Counter, defaultdict
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from deltamux.deltas import BaseModel
+from deltamux.engine.base import BaseSupport
 from deltamux.store import AdapterRecord, ApiKeyRecord, TenantRecord, VersionRecord, VersionState
-from deltamux.v1 import adapters_pb2, tenants_pb2
+from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
+
+MAX_REFUSED = 100
+"""Sites of one kind that a message names."""
 
 _STATES = {
     VersionState.READY: adapters_pb2.ADAPTER_VERSION_STATE_READY,
@@ -42,6 +48,30 @@ def version_message(record: VersionRecord) -> adapters_pb2.AdapterVersion:
         size_bytes=compiled.num_bytes,
         labels=record.labels,
         create_time=_timestamp(record.created),
+    )
+
+
+def base_message(base: BaseModel, max_model_len: int, support: BaseSupport) -> inference_pb2.Base:
+    refused: dict[str, list[inference_pb2.RefusedSite]] = defaultdict(list)
+    for (kind, name), reason in support.refused.items():
+        refused[kind].append(inference_pb2.RefusedSite(name=name, reason=reason))
+    supported = Counter(kind for kind, _ in support.sites)
+    return inference_pb2.Base(
+        architecture=base.architecture,
+        fingerprint=base.fingerprint,
+        num_parameters=base.num_parameters,
+        max_model_len=max_model_len,
+        dtype=support.dtype,
+        dtype_reason=support.dtype_reason,
+        sites=[
+            inference_pb2.SiteSupport(
+                kind=kind,
+                num_supported=supported[kind],
+                num_refused=len(refused[kind]),
+                refused=refused[kind][:MAX_REFUSED],
+            )
+            for kind in sorted({*supported, *refused})
+        ],
     )
 
 
