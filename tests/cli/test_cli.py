@@ -36,7 +36,7 @@ COMMANDS = dict(commands(parser()))
 
 
 def test_the_commands_are_these() -> None:
-    groups = {"adapter", "tenant", "store", "data", "plugin"}
+    groups = {"base", "adapter", "tenant", "store", "data", "plugin"}
     alone = "serve generate train evaluate merge compress compose demo convert methods bench"
     assert {*groups, *alone.split()} == {words for words in COMMANDS if " " not in words}
     assert groups == {words.partition(" ")[0] for words in COMMANDS if " " in words}

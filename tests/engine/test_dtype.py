@@ -1,6 +1,7 @@
 """Where no dtype is asked for, a base runs in the one that its processor is fast at."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -13,7 +14,7 @@ X86 = "processor : 0\nflags : fpu avx2 {}\n"
 ARM = "processor : 0\nFeatures : fp asimd {}\n"
 
 
-def base(folder: Path, stored: str = "bfloat16", **options: object) -> Path:
+def base(folder: Path, stored: str = "bfloat16", **options: Any) -> Path:
     LlamaConfig(dtype=stored, **options).save_pretrained(folder)
     return folder
 

@@ -127,22 +127,27 @@ async def test_a_composition_of_a_damaged_upload_is_refused(
     assert lost.value.reason == "UPLOAD_DAMAGED"
 
 
+async def on(serve: Servers, base: Path, work: Callable[[AsyncClient], Any], **given: Any) -> Any:
+    """Returns what a client gets from a server of that base on the common store."""
+    async with serve(base=base, **given) as server, server.client() as client:
+        return await work(client)
+
+
+async def uploaded(client: AsyncClient, loras: list[Path]) -> tuple[int, ...]:
+    await client.upload_adapter(NAME, loras[0])
+    await client.upload_adapter(OTHER, loras[1])
+    return await tokens(client, OTHER)
+
+
+async def recompiled(client: AsyncClient) -> tuple[int, ...]:
+    assert (await client.generate("hello", adapter=OTHER, **GREEDY)).adapter_version == f"{OTHER}/versions/1"
+    return await tokens(client, OTHER)
+
+
 @pytest.mark.slow
-async def test_programs_damaged_before_the_start_and_programs_of_another_base(
+async def test_programs_of_another_base_of_equal_shapes_are_refused_or_recompiled(
     tiny_base: Path, tmp_path: Path, serve: Servers, loras: list[Path]
 ) -> None:
-    """Two bases of equal shapes, one store: refused per version, or recompiled with the option."""
-    store, similar = serve.store, write_base(tmp_path / "similar", seed=1)
-
-    async def on(base: Path, work: Callable[[AsyncClient], Any], **given: Any) -> Any:
-        async with serve(base=base, **given) as server, server.client() as client:
-            return await work(client)
-
-    async def upload(client: AsyncClient) -> tuple[int, ...]:
-        await client.upload_adapter(NAME, loras[0])
-        await client.upload_adapter(OTHER, loras[1])
-        return await tokens(client, OTHER)
-
     async def refused(client: AsyncClient) -> tuple[int, ...]:
         with pytest.raises(FailedPreconditionError, match="--recompile") as changed:
             await tokens(client, NAME)
@@ -152,31 +157,33 @@ async def test_programs_damaged_before_the_start_and_programs_of_another_base(
         await client.upload_adapter("tenants/acme/adapters/fresh", loras[0])
         return await tokens(client, NAME)
 
-    async def recompiled(client: AsyncClient) -> tuple[int, ...]:
-        assert (await client.generate("hello", adapter=OTHER, **GREEDY)).adapter_version == f"{OTHER}/versions/1"
-        return await tokens(client, OTHER)
+    similar = write_base(tmp_path / "similar", seed=1)
+    first = await on(serve, tiny_base, lambda client: uploaded(client, loras))
+    assert await on(serve, similar, refused) != first
+    assert await on(serve, similar, recompiled, recompile=True) != first
+    assert await on(serve, tiny_base, recompiled, recompile=True) == first
 
+
+@pytest.mark.slow
+async def test_programs_damaged_before_the_start_are_recompiled_or_repaired(
+    tiny_base: Path, serve: Servers, loras: list[Path]
+) -> None:
     async def damaged(client: AsyncClient) -> None:
         with pytest.raises(DataLossError):
             await tokens(client, OTHER)
 
-    first = await on(tiny_base, upload)
-    assert await on(similar, refused) != first
-    there = await on(similar, recompiled, recompile=True)
-    assert there != first
-    assert await on(tiny_base, recompiled, recompile=True) == first
-    programs = list((store / "objects").glob("*/*/program.safetensors"))
+    first = await on(serve, tiny_base, lambda client: uploaded(client, loras))
+    programs = list((serve.store / "objects").glob("*/*/program.safetensors"))
     for program in programs:
         flip(program)
-    await on(tiny_base, damaged)
-    assert await on(tiny_base, recompiled, recompile=True) == first
+    await on(serve, tiny_base, damaged)
+    assert await on(serve, tiny_base, recompiled, recompile=True) == first
     for program in programs:
         program.unlink(missing_ok=True)
-    # One of the two is still for the other base.
-    for base in (similar, tiny_base):
-        await asyncio.to_thread(main, ["store", "check", str(store), "--repair", "--model", str(base)])
-    assert await asyncio.to_thread(main, ["store", "check", str(store)]) == 0
-    assert await on(tiny_base, recompiled) == first
+    check = ["store", "check", str(serve.store)]
+    await asyncio.to_thread(main, [*check, "--repair", "--model", str(tiny_base)])
+    assert await asyncio.to_thread(main, check) == 0
+    assert await on(serve, tiny_base, recompiled) == first
 
 
 async def test_what_cannot_be_compiled_for_another_base_is_named_and_tried_once_and_others_are_served(

@@ -1,11 +1,15 @@
 """`deltamux base`: the base model of a server, and what it takes."""
 
+from __future__ import annotations
+
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamux.cli.connect import add_connection, connect
 from deltamux.cli.output import add_json, show_one
-from deltamux.client import Base
+
+if TYPE_CHECKING:
+    from deltamux.client import Base
 
 
 def add_commands(commands: Any) -> None:

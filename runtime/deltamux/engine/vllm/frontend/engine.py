@@ -122,8 +122,7 @@ class VLLMEngine:
         self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
         self._pace = outputs.Pace.of(llm)
         self.max_model_len = llm.model_config.max_model_len
-        used = str(llm.model_config.dtype).removeprefix("torch.")
-        self.support = await self._read_support(used, dtype.reason)
+        self.support = await self._read_support(str(llm.model_config.dtype).removeprefix("torch."), dtype.reason)
         tokenizer = llm.get_tokenizer()
         self._prompts = await asyncio.to_thread(Prompts, tokenizer, self.max_model_len)
         self._grammars = await asyncio.to_thread(Grammars.of, config, tokenizer, self._options.grammar_seconds)
