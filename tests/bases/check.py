@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,7 +75,8 @@ def check_base(directory: Path, work: Path, *, eager: bool = False) -> dict[str,
     subjects: dict[str, Subject] = {}
     for kind in KINDS:
         try:
-            subjects[kind] = _subject(kind, directory, base, work / kind)
+            with warnings.catch_warnings(action="ignore"):  # PEFT's, of patterns that it wrote itself
+                subjects[kind] = _subject(kind, directory, base, work / kind)
         except DeltamuxError as error:
             found[kind] = f"refused: {error}"
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -30,11 +30,16 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
+UNTIED = {"n_layer": 1, "n_head": 2, "tie_word_embeddings": False}
 BASES: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     "heads of size 16": (transformers.LlamaConfig, {"num_attention_heads": 4}, "BASE_CANNOT_RUN", "heads have size 16"),
-    "experts": (transformers.Qwen3MoeConfig, EXPERTS, "BASE_CANNOT_RUN", "mixture of experts"),
-    "transformers' modules": (transformers.Olmo2Config, {}, "BASE_TAKES_NO_DELTAS", "no implementation of its own"),
+    "no kernel": (transformers.MambaConfig, {"state_size": 16}, "BASE_CANNOT_RUN", "no attribute 'selective_scan_fwd'"),
+    "a head of its own": (
+        transformers.BloomConfig,
+        UNTIED,
+        "ENGINE_START_FAILED",
+        "parameter named 'lm_head'",
+    ),
 }
 
 

@@ -115,7 +115,7 @@ class StormClient(threading.Thread):
             options += [
                 ("delete version", lambda c, a: _change(a, a.state.without(gone), lambda: c.delete_adapter(version)))
             ]
-        if len(state.promoted) > 1:
+        if state.previous is not None:
             options += [("roll back", lambda c, a: _change(a, a.state.rolled_back(), lambda: c.rollback(a.name)))]
         return rng.choice(options)
 

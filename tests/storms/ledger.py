@@ -38,8 +38,15 @@ class State:
     def serving(self, number: int) -> State:
         return self if self.promoted[-1:] == (number,) else replace(self, promoted=(*self.promoted, number))
 
+    @property
+    def previous(self) -> int | None:
+        """The version that a rollback returns to: the last one that served and is another than the serving one."""
+        return next((number for number in reversed(self.promoted) if number != self.promoted[-1]), None)
+
     def rolled_back(self) -> State:
-        return replace(self, promoted=self.promoted[:-1])
+        assert self.previous is not None
+        last = len(self.promoted) - self.promoted[::-1].index(self.previous)
+        return replace(self, promoted=self.promoted[:last])
 
     def without(self, number: int) -> State:
         versions = {n: digest for n, digest in self.versions.items() if n != number}
@@ -54,9 +61,8 @@ class State:
             return not self.versions
         if {v.version: v.digest for v in versions} != dict(self.versions):
             return False
-        previous = self.promoted[-2] if len(self.promoted) > 1 else None
         shown = (adapter.serving_version, adapter.previous_version, adapter.pinned)
-        return shown == (self.promoted[-1], previous, self.pinned)
+        return shown == (self.promoted[-1], self.previous, self.pinned)
 
 
 @dataclass
