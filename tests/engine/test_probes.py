@@ -20,9 +20,11 @@ SITE = LinearSite("q", 32, 96, has_bias=False, transposed=False, layer=0, block=
 WHOLE = ColumnRange(0, 96)
 
 
-def probes(folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Probes:
+def probes(
+    folder: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float32, *, quantised: bool = False
+) -> Probes:
     save_file(dict(tensors), folder / "model.safetensors")
-    return Probes(WeightFiles.locate(folder), dtype, torch.device("cpu"), quantised=False)
+    return Probes(WeightFiles.locate(folder), dtype, torch.device("cpu"), quantised=quantised)
 
 
 def linear(weight: Tensor, *, bias: bool = False) -> nn.Linear:
@@ -61,6 +63,23 @@ def test_a_projection_of_another_weight_is_refused(tmp_path: Path, weight: Tenso
 def test_a_projection_without_a_tensor_to_compare_with_is_refused(tmp_path: Path, weight: Tensor) -> None:
     with pytest.raises(ProbeError, match=r"no q\.weight"):
         probes(tmp_path, {"other.weight": weight}).check_linear(SITE, linear(weight), WHOLE)
+
+
+@pytest.mark.parametrize("stored", ["q.weight", "q.qweight"])
+def test_a_projection_that_a_quantised_checkpoint_packs_is_taken_by_name(
+    tmp_path: Path, weight: Tensor, stored: str
+) -> None:
+    packed = probes(tmp_path, {stored: weight.to(torch.int8)}, quantised=True)
+    packed.check_linear(SITE, linear(weight), WHOLE)
+    assert packed.find_linear(SITE, {"q": linear(weight)}) is None
+
+
+def test_a_projection_that_the_engine_quantises_is_compared_all_the_same(tmp_path: Path, weight: Tensor) -> None:
+    rounded = (weight * 4).round() / 4
+    compared = probes(tmp_path, {"q.weight": weight}, quantised=True)
+    compared.check_linear(SITE, linear(rounded), WHOLE)
+    with pytest.raises(ProbeError):
+        compared.check_linear(SITE, linear(-rounded), WHOLE)
 
 
 def test_a_projection_is_found_in_a_packed_one_that_no_name_leads_to(tmp_path: Path, weight: Tensor) -> None:

@@ -29,6 +29,7 @@ QUANTISED_TOLERANCE = 0.6
 """The same for a quantised base; another weight's outputs differ by 1.4."""
 
 
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 1024
 """Outputs that are compared with all others at once."""
 
@@ -49,12 +50,14 @@ class Probes:
 
     Args:
         files: the checkpoint; None where the engine has none (random weights), and names are all there is.
-        quantised: whether the engine holds the base's weights at a lower precision than the checkpoint.
+        quantised: whether the engine holds weights at a lower precision than their dtype. Projections that a checkpoint
+            stores quantised are taken by name.
     """
 
     def __init__(self, files: WeightFiles | None, dtype: torch.dtype, device: torch.device, *, quantised: bool) -> None:
         self._files = files
         self._dtype, self._device = dtype, device
+        self._quantised = quantised
         self._tolerance = QUANTISED_TOLERANCE if quantised else TOLERANCE
         self._outputs: dict[nn.Module, _Outputs] = {}
 
@@ -66,7 +69,7 @@ class Probes:
         Raises:
             ProbeError: they are not those of the site's weight, in any order.
         """
-        if self._files is None:
+        if self._files is None or self._is_packed(site):
             return None
         rows = _sample(site.out_features)
         x, y = self._run(module, site.in_features)
@@ -83,7 +86,7 @@ class Probes:
 
     def find_linear(self, site: LinearSite, candidates: Mapping[str, nn.Module]) -> tuple[str, ColumnRange] | None:
         """Returns the path and the columns of the one linear that holds a site's weight; None where there is none."""
-        if self._files is None:
+        if self._files is None or self._is_packed(site):
             return None
         rows = _sample(site.out_features)
         weight = self._rows(site, rows)
@@ -174,6 +177,14 @@ class Probes:
         if made.x.shape[1] != in_features:
             raise ProbeError(f"vLLM's module takes {made.x.shape[1]} features, and the base's {in_features}")
         return made
+
+    def _is_packed(self, site: LinearSite) -> bool:
+        """Returns whether the checkpoint of a quantised base stores a weight as no plain matrix of floats."""
+        assert self._files is not None
+        try:
+            return self._quantised and self._files.rows(f"{site.name}.weight", 0, 1).dtype not in PLAIN
+        except KeyError:
+            return self._quantised
 
     def _rows(self, site: LinearSite, rows: Tensor) -> Tensor:
         """Returns rows of a site's weight [len(rows), in_features], in float32."""
