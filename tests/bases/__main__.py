@@ -45,21 +45,29 @@ def row(name: str, *, eager: bool) -> dict[str, str]:
 def markdown(rows: Mapping[str, Mapping[str, str]]) -> str:
     """Returns the rows as a table, and below it each reason of a refusal with the bases that give it."""
     kinds = list(dict.fromkeys(kind for found in rows.values() for kind in found if found.get("base") == EXACT))
-    lines = [f"| base | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
+    lines = [f"| architecture | {' | '.join(kinds)} |", f"|---|{'---|' * len(kinds)}"]
     reasons: dict[str, list[str]] = {}
     for name, found in rows.items():
-        cells = [_cell(found.get(kind, found.get("base", ""))) for kind in kinds]
+        alone = "" if found.get("base") == EXACT else found.get("base", "")
+        cells = [_cell(found.get(kind, alone)) for kind in kinds]
         lines.append(f"| {name} | {' | '.join(cells)} |")
         for outcome in found.values():
             if outcome != EXACT and not outcome.startswith(NO_PEFT):
-                reasons.setdefault(outcome.partition("program ")[2].partition(": ")[2] or outcome, []).append(name)
+                reasons.setdefault(_reason(outcome), []).append(name)
     notes = [f"- {', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
     return "\n".join([*lines, "", *notes, ""])
 
 
+def _reason(outcome: str) -> str:
+    """Returns why something is refused, the same for all bases that are refused for it."""
+    reason = outcome.removeprefix(REFUSED)
+    reason = re.sub(r"^the engine cannot use program \w+: |/\S*/base |\(\[[^]]*]\)", "", reason)
+    return re.sub(r"differs by ([\d.]+)", lambda found: f"differs by {float(found[1]):.3f}", reason)
+
+
 def _cell(outcome: str) -> str:
-    if outcome == EXACT:
-        return EXACT
+    if outcome in ("", EXACT):
+        return outcome
     if outcome.startswith(DIFFERS):
         return "base differs"
     return "-" if outcome.startswith(NO_PEFT) else "refused" if outcome.startswith(REFUSED) else f"**{outcome}**"
