@@ -53,10 +53,10 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "gemma3_text": {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, **SLIDING},
         "phi": MHA,
         "phi3": {},
-        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256},
+        "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256, **MHA, **NO_HEAD_DIM},
         "gpt_neox": {**MHA, **NO_HEAD_DIM},
         "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256, "rotary_dim": 16, "n_inner": 128, **MHA},
-        "opt": {"word_embed_proj_dim": 64, "ffn_dim": 128},
+        "opt": {"word_embed_proj_dim": 64, "ffn_dim": 128, **MHA, **NO_HEAD_DIM},
         "bloom": {"n_layer": 2, "n_head": 2, "tie_word_embeddings": True, **MHA, **NO_HEAD_DIM},
         "falcon": {"new_decoder_architecture": False, "multi_query": True, "alibi": False, **NO_HEAD_DIM},
         "falcon-new": {
