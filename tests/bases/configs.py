@@ -40,6 +40,17 @@ LINEAR_ATTENTION = {
 }
 MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_ssm": 128}
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+DEEPSEEK = {
+    **MLA,
+    **MHA,
+    "head_dim": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 64,
+    "first_k_dense_replace": 1,
+    "topk_group": 1,
+}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
@@ -101,30 +112,8 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
             "interleave_moe_layer_step": 2,
             "attention_chunk_size": 128,
         },
-        "deepseek_v2": {
-            **MLA,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 64,
-            "first_k_dense_replace": 1,
-            "n_group": 1,
-            "topk_group": 1,
-        },
-        "deepseek_v3": {
-            **MLA,
-            "num_key_value_heads": 2,
-            "head_dim": 64,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "n_shared_experts": 1,
-            "moe_intermediate_size": 64,
-            "first_k_dense_replace": 1,
-            "n_group": 2,
-            "topk_group": 1,
-        },
+        "deepseek_v2": {**DEEPSEEK, "n_group": 1},
+        "deepseek_v3": {**DEEPSEEK, "n_group": 2},
         "granitemoehybrid": {
             **LOCAL_EXPERTS,
             "shared_intermediate_size": 128,

@@ -101,7 +101,7 @@ def register(layer: CustomOpTarget, step: RunningStep, ops: MaskedOps) -> LayerH
 
 
 def add_sub_layer(handle: LayerHandle, sub_layer: MaskedOps) -> None:
-    """Adds a sub-layer's slots to those for which the custom ops call a layer."""
+    """Adds the slots with ops at a sub-layer to the slots for which the custom ops call its last layer."""
     _LAYERS[handle.number].sub_layer = sub_layer
     _register_fast_path(handle.number)
 
