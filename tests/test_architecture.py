@@ -48,6 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.engine.vllm.auto_merge": VLLM | {f"{V}.layers", f"{V}.loading"},
     "deltamux.engine.vllm.worker": VLLM | {f"{V}.auto_merge", f"{V}.layers", f"{V}.loading"},
     "deltamux.engine.vllm.cuda": VLLM | {f"{V}.layers", f"{V}.worker"},
+    "deltamux.engine.vllm.preload": {f"{V}.scheduling", f"{V}.worker"},
     "deltamux.conformance": METHODS | {"deltamux.engine"},
     "deltamux.bench": METHODS | {"deltamux.client", "deltamux.engine"},
     "deltamux.scaffold": CORE,
@@ -71,7 +72,7 @@ ALLOWED_INSIDE_FUNCTIONS: dict[str, set[str]] = {
     "deltamux.engine": {"deltamux.engine.vllm.frontend"},
     "deltamux.bench": {"deltamux.engine.vllm.frontend"},
     "deltamux.conformance": {"deltamux.engine.vllm.frontend"},
-    "deltamux.server": {"deltamux.engine.vllm.frontend"},
+    "deltamux.server": {V, f"{V}.frontend"},
 }
 
 

@@ -98,9 +98,8 @@ class Engine:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        from deltamux.engine.vllm.frontend.config import engine_config, set_environment
+        from deltamux.engine.vllm.frontend.config import engine_config
 
-        set_environment()
         arguments = EngineOptions(
             str(model),
             max_model_len=PROMPT_TOKENS + tokens,

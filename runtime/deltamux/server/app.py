@@ -127,8 +127,7 @@ def vllm_engines() -> EngineFactory:
     def make(options: EngineOptions) -> Engine:
         from deltamux.engine.vllm.frontend.engine import VLLMEngine
 
-        # An engine after the first is started while clients are connected.
-        engine = VLLMEngine(options, base=known[0], spawn=True) if known else VLLMEngine(options)
+        engine = VLLMEngine(options, base=known[0] if known else None)
         known[:] = [engine.base]
         return engine
 

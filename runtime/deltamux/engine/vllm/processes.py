@@ -17,6 +17,7 @@ import psutil
 
 from deltamux.child_process import end_with_parent
 from deltamux.engine.arguments import in_a_sentence
+from deltamux.engine.vllm import fork_server
 
 SHARED_MEMORY = "/dev/shm/psm_"
 """What the paths of `multiprocessing`'s shared memory begin with."""
@@ -27,12 +28,6 @@ GRACE_SECONDS = 0.5
 POLL_SECONDS = 0.1
 GONE_SECONDS = 10.0
 """For a killed process to be gone: one in the middle of a system call ends after it."""
-
-
-def end_with_engine() -> None:
-    """Makes the kernel end this process when the one that started it by `multiprocessing` ends."""
-    if (parent := multiprocessing.parent_process()) is not None and parent.pid is not None:
-        end_with_parent(parent.pid)
 
 
 def family(pids: Collection[int]) -> list[psutil.Process]:
@@ -119,34 +114,27 @@ class Launch:
 
 
 @contextmanager
-def starting(*, afresh: bool) -> Iterator[None]:
-    """A block in which processes that `multiprocessing` starts end with this one, from their first moment on.
+def starting() -> Iterator[None]:
+    """A block in which vLLM starts its processes as forks of the fork server, or spawns them where there is none.
 
-    vLLM's own hooks run late in them: after the import of vLLM, a handshake that a killed server never ends, and the
-    load of the model.
-
-    Args:
-        afresh: start them afresh, instead of as copies of this one. A copy is there sooner, but shares this process's
-            open files: clients' sockets would stay open after the server's end.
+    None is a fork of this process, whose open files it would share: clients' sockets would stay open after this
+    process's end. All end with this one, from their first moment on. vLLM's own hooks run late in them: after the import
+    of vLLM, a handshake that a killed server never ends, and the load of the model.
     """
-    global _parent
-    name, process = "VLLM_WORKER_MULTIPROC_METHOD", multiprocessing.current_process()
-    before = os.environ.get(name)
-    if afresh:
-        os.environ[name] = "spawn"
-    _parent = os.getpid()
+    from vllm import envs
+
     # What a process is configured with is read before its target, and so before the import of vLLM.
-    config: dict[str, object] = process._config  # type: ignore[attr-defined]  # typeshed leaves it out
-    config[_ENDS] = _EndWithParent(generations=1)  # the engine's core, and its workers
+    config: dict[str, object] = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # as typeshed
+    forked = fork_server.usable()
+    config[_PARENT] = _Parent(forks=forked, generations=1)  # the engine's core, and its workers
+    known = envs.environment_variables[_METHOD]
+    # The variable itself takes two values only, and vLLM's CPU platform sets it.
+    envs.environment_variables[_METHOD] = lambda: "forkserver" if forked else "spawn"
     try:
         yield
     finally:
-        _parent = None
-        del config[_ENDS]
-        if before is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = before
+        envs.environment_variables[_METHOD] = known
+        del config[_PARENT]
 
 
 START_ERRORS = "DELTAMUX_START_ERRORS"
@@ -174,35 +162,52 @@ def report_start_error(error: Exception) -> None:
         file.write(in_a_sentence(error))
 
 
-_ENDS = "deltamux.ends_with_parent"
-_parent: int | None = None  # the process whose copies are to end with it
+_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+_PARENT = "deltamux.parent"
+_forks_end_with: int | None = None  # this process, where its forks are to end with it
 
 
-class _EndWithParent:
-    """An object that, when another process unpickles it, makes that process end with the one that pickled it.
+class _Parent:
+    """What a process that another one starts has from it: when it unpickles this object, it comes to end with it.
 
     Args:
-        generations: of processes below that one for which the same holds.
+        forks: the process is a fork of the fork server; it takes the environment from the one that has started it.
+        generations: of processes below it for which the same holds.
     """
 
-    def __init__(self, generations: int) -> None:
+    def __init__(self, *, forks: bool, generations: int) -> None:
+        self._forks = forks
         self._generations = generations
 
-    def __reduce__(self) -> tuple[Callable[[int, int], _EndWithParent | None], tuple[int, int]]:
+    def __reduce__(self) -> tuple[Callable[..., _Parent | None], tuple[object, ...]]:
+        if self._forks:
+            return _read_in_fork, (fork_server.pid(), dict(os.environ))
         return _read, (os.getpid(), self._generations)
 
 
-def _read(parent: int, generations: int) -> _EndWithParent | None:
+def _read(parent: int, generations: int) -> _Parent | None:
     end_with_parent(parent)
-    return _EndWithParent(generations - 1) if generations else None
+    return _Parent(forks=False, generations=generations - 1) if generations else None
 
 
-def _copied() -> None:
-    """Runs first in a copy of this process."""
-    global _parent
-    parent, _parent = _parent, None
+def _read_in_fork(server: int, environment: dict[str, str]) -> None:
+    """Runs first in an engine's core. Its workers are forks of it."""
+    global _forks_end_with
+    end_with_parent(server)
+    fork_server.detach()
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+    os.environ[_METHOD] = "fork"
+    _forks_end_with = os.getpid()
+
+
+def _forked() -> None:
+    """Runs first in a fork of this process."""
+    global _forks_end_with
+    parent, _forks_end_with = _forks_end_with, None
     if parent is not None:
         end_with_parent(parent)
 
 
-os.register_at_fork(after_in_child=_copied)
+os.register_at_fork(after_in_child=_forked)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltamux import __version__
 from deltamux.engine.base import EngineOptions
+from deltamux.engine.vllm.fork_server import set_environment
 from deltamux.errors import FailedPreconditionError
 
 if TYPE_CHECKING:
@@ -20,19 +21,6 @@ KERNEL_RANK = 64
 """Rank, and width of bottlenecks, for which the static buffers on a GPU have room; wider ops run in torch."""
 
 
-def set_environment() -> None:
-    """Sets what vLLM reads from the environment only; what the operator has set stays."""
-    # The V1 runner passes a step's positions to the override, which virtual tokens need.
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cuda():
-        # A process that has used CUDA cannot fork one that does, and plugins may have used it.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-
-
 def engine_config(options: EngineOptions) -> VllmConfig:
     """Returns vLLM's configuration, with the base's own compilation: vLLM's CPU build compiles no model with adapters.
 
@@ -41,8 +29,13 @@ def engine_config(options: EngineOptions) -> VllmConfig:
     Raises:
         FailedPreconditionError: the installed vLLM is for another device, or has no attention for the base.
     """
+    set_environment()
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
 
+    if current_platform.is_cuda():
+        # A process that has used CUDA cannot fork one that does, and plugins may have used it.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     arguments = AsyncEngineArgs(**engine_arguments(options))
     config = arguments.create_engine_config()
     if config.device_config.device_type == "cpu":

@@ -25,7 +25,8 @@ from deltamux.engine.base import (
 )
 from deltamux.engine.checks import check_prompt, check_sampling
 from deltamux.engine.fair import FairOrder, Place
-from deltamux.engine.vllm.frontend.config import device_of, engine_config, set_environment
+from deltamux.engine.vllm import fork_server
+from deltamux.engine.vllm.frontend.config import device_of, engine_config
 from deltamux.engine.vllm.frontend.dtype import choose
 from deltamux.engine.vllm.frontend.host_cache import HostCache
 from deltamux.engine.vllm.grammars.vocabulary import check_stop_tokens, special_tokens
@@ -53,15 +54,14 @@ class VLLMEngine:
 
     Args:
         base: the model's description, where an engine of the same options has read it before.
-        spawn: start vLLM's processes afresh and not as copies of this one, which may hold open connections by now.
     """
 
-    def __init__(self, options: EngineOptions, *, base: BaseModel | None = None, spawn: bool = False) -> None:
+    def __init__(self, options: EngineOptions, *, base: BaseModel | None = None) -> None:
+        fork_server.start()
         self._options = options
         self.base = base or BaseModel.from_pretrained(options.model)
         self.max_model_len = 0
         self.support: BaseSupport | None = None
-        self._spawn = spawn
         self._llm: AsyncLLM | None = None
         self._loaders: LoaderClient | None = None
         self._launch: Launch | None = None
@@ -93,7 +93,6 @@ class VLLMEngine:
                 ) from error
 
     async def _start(self) -> None:
-        set_environment()
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -109,7 +108,7 @@ class VLLMEngine:
         self._num_slots = config.lora_config.max_loras
 
         def launch() -> AsyncLLM:
-            with starting(afresh=self._spawn):
+            with starting():
                 return AsyncLLM.from_vllm_config(
                     config, usage_context=UsageContext.ENGINE_CONTEXT, disable_log_stats=True
                 )

@@ -16,7 +16,6 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from deltamux.engine.vllm.processes import end_with_engine
 from deltamux.engine.vllm.scheduling.grammars import prepare_grammars
 from deltamux.engine.vllm.scheduling.known_prefixes import KnownPrefixes
 from deltamux.engine.vllm.scheduling.time_slicing import AdapterTimeSlicer, Work
@@ -29,7 +28,6 @@ class TimeSlicingMixin(Scheduler):
     """Overrides the two places where vLLM decides whether a request may be part of a step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        end_with_engine()
         super().__init__(*args, **kwargs)
         assert self.lora_config is not None
         prepare_grammars(self.structured_output_manager)

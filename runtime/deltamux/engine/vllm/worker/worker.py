@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 
 from deltamux.engine.vllm.layers import custom_ops
 from deltamux.engine.vllm.loading.server import LoaderServer
-from deltamux.engine.vllm.processes import end_with_engine, report_start_error
+from deltamux.engine.vllm.processes import report_start_error
 from deltamux.engine.vllm.worker.backend import DeltaBackend
 from deltamux.engine.vllm.worker.manager import DeltaManager
 from deltamux.engine.vllm.worker.step import ScheduledRequest
@@ -85,7 +85,6 @@ class DeltaWorkerMixin:
 
     @_reported
     def init_device(self) -> None:
-        end_with_engine()
         sys.setswitchinterval(SWITCH_SECONDS)
         super().init_device()  # type: ignore[misc]  # vLLM's worker is the next base
         runner = self.model_runner
