@@ -1,7 +1,7 @@
 """The fork server: a process in which vLLM is imported, and of which an engine's processes are forks.
 
-It is `multiprocessing`'s own, and this process's engines share it. An import of vLLM takes some seven seconds of a core,
-a fork of a process that has done it none (see docs/decisions/fork-server.md). Importing this module is cheap.
+It is `multiprocessing`'s own, and this process's engines share it. An import of vLLM takes some seven seconds of a
+core, a fork of a process that has done it none (see docs/decisions/fork-server.md). Importing this module is cheap.
 """
 
 import atexit

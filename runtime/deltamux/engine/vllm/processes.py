@@ -118,8 +118,8 @@ def starting() -> Iterator[None]:
     """A block in which vLLM starts its processes as forks of the fork server, or spawns them where there is none.
 
     None is a fork of this process, whose open files it would share: clients' sockets would stay open after this
-    process's end. All end with this one, from their first moment on. vLLM's own hooks run late in them: after the import
-    of vLLM, a handshake that a killed server never ends, and the load of the model.
+    process's end. All end with this one, from their first moment on. vLLM's own hooks run late in them: after the
+    import of vLLM, a handshake that a killed server never ends, and the load of the model.
     """
     from vllm import envs
 
