@@ -27,7 +27,7 @@ READ_BY_LIBRARIES = ("LD_PRELOAD", "GOMP_", "KMP_", "MALLOC_", "MKL_", "NUMEXPR_
 SET_BY_IMPORT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
 """Variables that the import of vLLM sets, and so in the fork server as well."""
 
-_server: Any = forkserver._forkserver  # type: ignore[attr-defined]  # what multiprocessing's contexts use
+_server: Any = forkserver._forkserver  # what multiprocessing's contexts use
 _read_by_libraries: dict[str, str] = {}  # what the running fork server has started with
 
 
