@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deltamux.deltas import BaseModel, Program, attached
+from deltamux.deltas import BaseModel, BaseSupport, Program, attached
 from deltamux.engine.base import (
-    BaseSupport,
     EngineStats,
     GenerationChunk,
     ProgramRef,
@@ -64,7 +63,7 @@ class ReferenceEngine:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(self._path)
         self._prompts = Prompts(self._tokenizer, self.max_model_len)
         taken = frozenset((str(kind), name) for kind, name in self.base.sites)
-        self.support = BaseSupport("float32", "the reference", taken, {})
+        self.support = BaseSupport(taken, dtype="float32", dtype_reason="the reference")
         self._alive = True
 
     async def stop(self) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from deltamux.engine.base import BaseSupport, EngineOptions
+from deltamux.deltas import BaseSupport
+from deltamux.engine.base import EngineOptions
 from deltamux.engine.vllm.frontend import dtype
 from deltamux.engine.vllm.frontend.dtype import choose
 
@@ -69,10 +70,10 @@ def test_elsewhere_nothing_is_changed(
 
 def test_what_a_base_takes_is_said_in_a_line_per_reason() -> None:
     support = BaseSupport(
-        "float32",
-        "as asked for",
         frozenset({("linear", "a"), ("linear", "b"), ("norm", "n")}),
         {("attention", "x"): "no", ("attention", "y"): "no", ("linear", "c"): "other"},
+        dtype="float32",
+        dtype_reason="as asked for",
     )
     assert support.lines() == [
         "weights in float32: as asked for",

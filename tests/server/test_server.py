@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from deltamux.client import AsyncClient, Client
-from deltamux.engine.base import BaseSupport
+from deltamux.deltas import BaseSupport
 from deltamux.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -57,7 +57,7 @@ async def test_the_base_and_what_it_takes_are_returned(client: AsyncClient, serv
     assert (base.dtype, base.max_model_len) == ("float32", engine.max_model_len)
     assert {site.kind: site.num_supported for site in base.sites} == Counter(str(kind) for kind, _ in engine.base.sites)
     refused = {("norm", f"layers.{index}.norm"): "vLLM's holds another weight" for index in range(101)}
-    (norms,) = base_message(engine.base, 256, BaseSupport("float32", "", frozenset(), refused)).sites
+    (norms,) = base_message(engine.base, 256, BaseSupport(frozenset(), refused), {}).sites
     assert (norms.kind, norms.num_supported, norms.num_refused, len(norms.refused)) == ("norm", 0, 101, 100)
     assert (norms.refused[7].name, norms.refused[7].reason) == ("layers.7.norm", "vLLM's holds another weight")
 

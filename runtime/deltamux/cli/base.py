@@ -40,3 +40,7 @@ def _print(base: Base) -> None:
             print(f"{'':10}  {name}: {reason}")
         if (others := site.num_refused - len(site.refused)) > 0:
             print(f"{'':10}  and {others} others take none")
+    print(f"{'methods':10}  {', '.join(name for name, refusal in base.methods.items() if not refusal)}")
+    for name, refusal in base.methods.items():
+        if refusal:
+            print(f"{'':10}  not {name}: {refusal}")

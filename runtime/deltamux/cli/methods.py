@@ -33,7 +33,11 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser(
         "methods", help="list the installed methods", description="List the installed methods."
     )
-    parser.add_argument("--model", metavar="BASE", help="show how many parameters each method trains on this base")
+    parser.add_argument(
+        "--model",
+        metavar="BASE",
+        help="show how many parameters each method trains on this base; `deltamux base show` has what a server's engine takes",
+    )
     add_json(parser)
     parser.set_defaults(run=_methods, extra="methods")
 

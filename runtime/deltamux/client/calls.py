@@ -299,6 +299,7 @@ def _base(message: Any) -> Base:
         message.dtype,
         message.dtype_reason,
         tuple(sites),
+        {method.name: method.refusal for method in message.methods},
     )
 
 

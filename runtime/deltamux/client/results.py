@@ -29,6 +29,7 @@ class Base:
         fingerprint: names the weights.
         max_model_len: longest sequence in tokens.
         dtype: of the weights as they run; dtype_reason: why that one.
+        methods: names of the methods that train, with the reason for which their adapters do not fit; "" where they do.
     """
 
     architecture: str
@@ -38,6 +39,7 @@ class Base:
     dtype: str
     dtype_reason: str
     sites: tuple[SiteSupport, ...] = ()
+    methods: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Deltas: sites, ops, programs, the files that hold them, and the reference executor."""
 
 from deltamux.deltas.base_model import BaseModel
+from deltamux.deltas.base_support import BaseSupport
 from deltamux.deltas.checkpoint import Checkpoint
 from deltamux.deltas.executor import Attachment, attached
 from deltamux.deltas.merge import merge_program
@@ -35,8 +36,8 @@ from deltamux.deltas.sites import (
 )
 
 __all__ = [
-    "Attachment", "AttentionSite", "BaseModel", "Bias", "BlockRole", "BlockSite", "Bottleneck", "Checkpoint", "Dense",
-    "DenseEmbedding", "DenseHead", "EmbeddingSite", "GatedBottleneck", "GatedLowRank", "HeadSite", "KVPrefix",
-    "LinearSite", "LowRank", "NormAffine", "NormSite", "Op", "PlacedOp", "Placement", "Program", "Scale", "ScaleInput",
-    "SignDense", "Site", "SiteKind", "SoftPrompt", "attached", "merge_program",
+    "Attachment", "AttentionSite", "BaseModel", "BaseSupport", "Bias", "BlockRole", "BlockSite", "Bottleneck",
+    "Checkpoint", "Dense", "DenseEmbedding", "DenseHead", "EmbeddingSite", "GatedBottleneck", "GatedLowRank",
+    "HeadSite", "KVPrefix", "LinearSite", "LowRank", "NormAffine", "NormSite", "Op", "PlacedOp", "Placement", "Program",
+    "Scale", "ScaleInput", "SignDense", "Site", "SiteKind", "SoftPrompt", "attached", "merge_program",
 ]  # fmt: skip

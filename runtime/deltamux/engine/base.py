@@ -5,7 +5,6 @@ Programs are identified by digest; methods, tenants and names are unknown to an 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from deltamux.engine.grammar_bounds import check_choice, check_regex, check_sche
 from deltamux.options import DTYPES, Option, Range, check_declared
 
 if TYPE_CHECKING:
-    from deltamux.deltas import BaseModel
+    from deltamux.deltas import BaseModel, BaseSupport
 
 
 class ChatMessage(NamedTuple):
@@ -201,33 +200,6 @@ class EngineStats:
     device_programs: int
     device_slots: int
     merged_program: str | None = None
-
-
-@dataclass(frozen=True)
-class BaseSupport:
-    """What an engine's base takes, as it was found at the engine's start.
-
-    Attributes:
-        dtype: of the weights; dtype_reason: why that one.
-        sites: kind and name of every site that takes ops.
-        refused: the other sites of the base, with the reason.
-    """
-
-    dtype: str
-    dtype_reason: str
-    sites: frozenset[tuple[str, str]]
-    refused: Mapping[tuple[str, str], str]
-
-    def lines(self) -> list[str]:
-        """Returns a few lines for people: dtype, number of sites by kind, and one site per reason of a refusal."""
-        kinds = Counter(kind for kind, _ in self.sites)
-        counted = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
-        lines = [f"weights in {self.dtype}: {self.dtype_reason}", f"takes deltas at {counted or 'no'} sites"]
-        kinds_refused = Counter(kind for kind, _ in self.refused)
-        for kind, number in sorted(kinds_refused.items()):
-            first = next(reason for (of, _), reason in self.refused.items() if of == kind)
-            lines.append(f"takes none at {number} {kind} site{'s' if number > 1 else ''}: {first}")
-        return lines
 
 
 class Engine(Protocol):

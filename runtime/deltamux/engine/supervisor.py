@@ -8,11 +8,11 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from deltamux.engine.base import BaseSupport, Engine, EngineStats, GenerationChunk, ProgramRef, Prompt, SamplingOptions
+from deltamux.engine.base import Engine, EngineStats, GenerationChunk, ProgramRef, Prompt, SamplingOptions
 from deltamux.errors import DeltamuxError, UnavailableError
 
 if TYPE_CHECKING:
-    from deltamux.deltas import BaseModel
+    from deltamux.deltas import BaseModel, BaseSupport
 
 T = TypeVar("T")
 log = logging.getLogger("deltamux.engine")

@@ -17,6 +17,7 @@ from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
 from deltamux.server.access.auth import key_authentication, load_admin_key, without_authentication
 from deltamux.server.access.concurrency import ConcurrencyLimit
 from deltamux.server.compiling.compiler import Compiler
+from deltamux.server.compiling.fitting import Fitting
 from deltamux.server.compiling.job import Budgets
 from deltamux.server.compiling.quarantine import Quarantine
 from deltamux.server.compiling.recompiling import Recompiler
@@ -202,7 +203,7 @@ async def _add_services(
         UploadLimits(options.max_adapter_bytes, options.upload_idle_seconds, options.upload_min_bytes_per_second),
         threads,
     )
-    services.add(add_InferenceServicer_to_server, _inference_service(options, store, engine, programs))
+    services.add(add_InferenceServicer_to_server, _inference_service(options, store, engine, programs, compiler))
     services.add(add_AdaptersServicer_to_server, adapters)
     services.add(add_TenantsServicer_to_server, TenantsService(store, events, threads))
     add_reflection((*SERVICES, HEALTH), services)
@@ -253,13 +254,14 @@ def _grpc_server(options: ServeOptions, store: AdapterStore, validator: RequestV
 
 
 def _inference_service(
-    options: ServeOptions, store: AdapterStore, engine: Engine, programs: Programs
+    options: ServeOptions, store: AdapterStore, engine: Engine, programs: Programs, compiler: Compiler
 ) -> InferenceService:
     return InferenceService(
         engine,
         Router(store, programs),
         # The last quarter is reserved for tenants without a permit: long generations of one tenant block no other.
         ConcurrencyLimit(options.max_pending_requests, "generations", reserved=options.max_pending_requests // 4),
+        Fitting(compiler, engine.base),
         share_prefix_cache=options.share_prefix_cache,
     )
 

@@ -68,6 +68,7 @@ class Base(_message.Message):
     DTYPE_FIELD_NUMBER: _builtins.int
     DTYPE_REASON_FIELD_NUMBER: _builtins.int
     SITES_FIELD_NUMBER: _builtins.int
+    METHODS_FIELD_NUMBER: _builtins.int
     architecture: _builtins.str
     """Such as `LlamaForCausalLM`."""
     fingerprint: _builtins.str
@@ -80,6 +81,10 @@ class Base(_message.Message):
     dtype_reason: _builtins.str
     @_builtins.property
     def sites(self) -> _containers.RepeatedCompositeFieldContainer[Global___SiteSupport]: ...
+    @_builtins.property
+    def methods(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodSupport]:
+        """The installed methods that train, with their default configuration."""
+
     def __init__(
         self,
         *,
@@ -90,10 +95,11 @@ class Base(_message.Message):
         dtype: _builtins.str = ...,
         dtype_reason: _builtins.str = ...,
         sites: _abc.Iterable[Global___SiteSupport] | None = ...,
+        methods: _abc.Iterable[Global___MethodSupport] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "num_parameters", b"num_parameters", "sites", b"sites"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "dtype", b"dtype", "dtype_reason", b"dtype_reason", "fingerprint", b"fingerprint", "max_model_len", b"max_model_len", "methods", b"methods", "num_parameters", b"num_parameters", "sites", b"sites"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -133,6 +139,30 @@ class SiteSupport(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SiteSupport: _TypeAlias = SiteSupport  # noqa: Y015
+
+@_typing.final
+class MethodSupport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Such as `lora`."""
+    refusal: _builtins.str
+    """Why its adapters do not fit this base; empty where they do."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "refusal", b"refusal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MethodSupport: _TypeAlias = MethodSupport  # noqa: Y015
 
 @_typing.final
 class RefusedSite(_message.Message):

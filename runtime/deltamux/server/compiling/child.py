@@ -53,7 +53,9 @@ class CompilerChild:
         self._send({"methods": self._registry.names(), "broken": self._registry.broken})
         before = _own_bytes()
         while line := self._channel.readline():
-            answer = self._answer(Job.from_message(json.loads(line)))
+            message = json.loads(line)
+            fits = "fits" in message
+            answer = self._fit(**message) if fits else self._answer(Job.from_message(message))
             self._send(answer | {"leaks": _own_bytes() - before > MAX_GROWTH})
 
     def _answer(self, job: Job) -> dict[str, Any]:
@@ -70,8 +72,22 @@ class CompilerChild:
                 return {"error": encode_error(fault)}
             return {"unexpected": traceback.format_exc()[-MAX_TEXT:]}
 
+    def _fit(self, fits: str, base: str) -> dict[str, Any]:
+        method, (described, support) = self._registry.get(fits), decode_base(base)
+        assert support is not None, "the server asks once its engine has started"
+        if not method.info.trains:
+            return {"refusal": None}
+        try:
+            with torch.no_grad(), limit_memory(COMPILING):
+                support.check(fresh_program(method, support.representative(described)))
+        except DeltamuxError as error:
+            return {"refusal": error.message}
+        except MemoryError:
+            return {"refusal": "it takes more memory to find out than a plugin may use"}
+        return {"refusal": ""}
+
     def _compile(self, job: Job) -> Compiled:
-        base = decode_base(job.base)
+        base, support = decode_base(job.base)
         with limit_memory(READING + sum(file.stat().st_size for file in job.staged.iterdir())):
             checkpoint = Checkpoint.read(job.staged)
         method, checkpoint = self._registry.recognise(checkpoint)
@@ -82,6 +98,8 @@ class CompilerChild:
                 metadata={"method": method.name},
             )
         loaded = method.load(checkpoint, base, check_values=False)  # they are checked as they are written
+        if support is not None:
+            support.check(loaded.program)
         return self._save(method, loaded.program, job, base)
 
     def _save(self, method: Method, program: Program, job: Job, base: BaseModel) -> Compiled:
@@ -112,6 +130,14 @@ class CompilerChild:
     def _send(self, message: dict[str, Any]) -> None:
         self._channel.write(json.dumps(message).encode() + b"\n")
         self._channel.flush()
+
+
+def fresh_program(method: Method, base: BaseModel) -> Program:
+    """Returns the program of a method's adapter as configured by default, all parameters zero, which take no memory."""
+    config = method.parse({})
+    declared = method.parameters(config, base)
+    parameters = {name: torch.zeros(()).expand(spec.shape) for name, spec in declared.items()}
+    return method.program(config, base, method.export(config, base, parameters))
 
 
 def _too_large(error: Exception) -> BudgetExceededError:

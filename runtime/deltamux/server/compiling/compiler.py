@@ -97,6 +97,26 @@ class Compiler:
             self._abandoned.add(task)
             raise
 
+    async def refusal(self, method: str, base: str) -> str | None:
+        """Returns why adapters of a method, with its default configuration, do not fit a base; "" where they do.
+
+        None of a method that trains nothing.
+
+        Args:
+            base: as text of `encode_base`, with what an engine takes.
+        Raises:
+            UnavailableError: there is no process, and none can be started.
+        """
+        async with self._limit.acquire(""), self._lock:
+            process = await self._ensure_process()
+            try:
+                found = (await process.call({"fits": method, "base": base}, self._timeout)).get("refusal")
+            except CompilerProcessError as error:
+                await self._close_process()
+                self._spawn(self._start_process())
+                return f"its plugin {error}"
+        return None if found is None else str(found)
+
     async def _run(self, job: Job, tenant: str) -> Compiled:
         async with self._limit.acquire(tenant), self._lock:
             for attempt in range(1, ATTEMPTS + 1):

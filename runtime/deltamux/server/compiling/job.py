@@ -18,7 +18,7 @@ from deltamux.errors import DeltamuxError
 from deltamux.store import CompiledAdapter
 
 if TYPE_CHECKING:
-    from deltamux.deltas import BaseModel
+    from deltamux.deltas import BaseModel, BaseSupport
 
 MAX_TEXT = 1 << 16
 
@@ -81,13 +81,17 @@ class Compiled:
         )
 
 
-def encode_base(base: BaseModel) -> str:
-    """Returns a base model's description as text; its tensors stay in their files."""
-    return base64.b64encode(pickle.dumps(base)).decode()
+def encode_base(base: BaseModel, support: BaseSupport | None = None) -> str:
+    """Returns a base model's description as text, its tensors staying in their files, and what an engine takes on it.
+
+    Args:
+        support: None where no engine serves the base.
+    """
+    return base64.b64encode(pickle.dumps((base, support))).decode()
 
 
-def decode_base(base: str) -> BaseModel:
-    described: BaseModel = pickle.loads(base64.b64decode(base))
+def decode_base(base: str) -> tuple[BaseModel, BaseSupport | None]:
+    described: tuple[BaseModel, BaseSupport | None] = pickle.loads(base64.b64decode(base))
     return described
 
 

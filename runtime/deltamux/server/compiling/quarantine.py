@@ -47,7 +47,7 @@ class Quarantine:
         self._compiler = compiler
         self._engine = engine
         self._base = engine.base
-        self._encoded_base = encode_base(engine.base)
+        self._encoded_base = encode_base(engine.base, engine.support)
         self._budgets = budgets
         self._threads = threads
 

@@ -9,6 +9,7 @@ from deltamux.engine.base import Engine
 from deltamux.errors import UnavailableError
 from deltamux.server.access.caller import Caller, current_caller
 from deltamux.server.access.concurrency import ConcurrencyLimit
+from deltamux.server.compiling.fitting import Fitting
 from deltamux.server.routing import Router
 from deltamux.server.rpc.generation import Responses, add_increment, prompt_of, sampling_of
 from deltamux.server.rpc.messages import base_message
@@ -24,9 +25,16 @@ class InferenceService(pb_grpc.InferenceServicer):
     """The service of inference.proto."""
 
     def __init__(
-        self, engine: Engine, router: Router, limit: ConcurrencyLimit, *, share_prefix_cache: bool = False
+        self,
+        engine: Engine,
+        router: Router,
+        limit: ConcurrencyLimit,
+        fitting: Fitting,
+        *,
+        share_prefix_cache: bool = False,
     ) -> None:
         self._engine = engine
+        self._fitting = fitting
         self._router = router
         self._limit = limit
         self._share_prefix_cache = share_prefix_cache
@@ -49,7 +57,8 @@ class InferenceService(pb_grpc.InferenceServicer):
         support = self._engine.support
         if support is None:
             raise UnavailableError("the engine has not started yet", retry_after=1.0)
-        return base_message(self._engine.base, self._engine.max_model_len, support)
+        methods = await self._fitting.refusals(support)
+        return base_message(self._engine.base, self._engine.max_model_len, support, methods)
 
     async def _run(self, request: pb.GenerateRequest, *, stream: bool) -> AsyncGenerator[pb.GenerateResponse]:
         """The life of a request; its version is fixed here, whatever is promoted or deleted meanwhile."""

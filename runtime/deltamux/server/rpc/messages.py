@@ -1,12 +1,12 @@
 """Translation of the store's records, and of what the base takes, to messages."""
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from datetime import datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from deltamux.deltas import BaseModel
-from deltamux.engine.base import BaseSupport
+from deltamux.deltas import BaseModel, BaseSupport
 from deltamux.store import AdapterRecord, ApiKeyRecord, TenantRecord, VersionRecord, VersionState
 from deltamux.v1 import adapters_pb2, inference_pb2, tenants_pb2
 
@@ -51,7 +51,10 @@ def version_message(record: VersionRecord) -> adapters_pb2.AdapterVersion:
     )
 
 
-def base_message(base: BaseModel, max_model_len: int, support: BaseSupport) -> inference_pb2.Base:
+def base_message(
+    base: BaseModel, max_model_len: int, support: BaseSupport, methods: Mapping[str, str]
+) -> inference_pb2.Base:
+    """Returns a base and what it takes; `methods` has the reason of a refusal by name, "" for one that fits."""
     refused: dict[str, list[inference_pb2.RefusedSite]] = defaultdict(list)
     for (kind, name), reason in support.refused.items():
         refused[kind].append(inference_pb2.RefusedSite(name=name, reason=reason))
@@ -72,6 +75,7 @@ def base_message(base: BaseModel, max_model_len: int, support: BaseSupport) -> i
             )
             for kind in sorted({*supported, *refused})
         ],
+        methods=[inference_pb2.MethodSupport(name=name, refusal=why) for name, why in sorted(methods.items())],
     )
 
 

@@ -12,10 +12,9 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from deltamux.deltas import BaseModel
+from deltamux.deltas import BaseModel, BaseSupport
 from deltamux.engine.arguments import in_a_sentence
 from deltamux.engine.base import (
-    BaseSupport,
     EngineOptions,
     EngineStats,
     GenerationChunk,
@@ -121,7 +120,9 @@ class VLLMEngine:
         self._writes_prefixes = all(await self.call_workers("delta_writes_prefixes"))
         self._pace = outputs.Pace.of(llm)
         self.max_model_len = llm.model_config.max_model_len
-        self.support = await self._read_support(str(llm.model_config.dtype).removeprefix("torch."), dtype.reason)
+        used = str(llm.model_config.dtype).removeprefix("torch.")
+        answers: list[Any] = await self.call_workers("delta_support")
+        self.support = BaseSupport.of_workers(answers, dtype=used, dtype_reason=dtype.reason)
         tokenizer = llm.get_tokenizer()
         self._prompts = await asyncio.to_thread(Prompts, tokenizer, self.max_model_len)
         self._grammars = await asyncio.to_thread(Grammars.of, config, tokenizer, self._options.grammar_seconds)
@@ -225,13 +226,6 @@ class VLLMEngine:
         A call of the worker would keep it polling for the next one, at full speed, for a second.
         """
         await self._while_alive(self._engine.is_sleeping())
-
-    async def _read_support(self, used: str, reason: str) -> BaseSupport:
-        """Returns what the base takes in every worker."""
-        answers: list[Any] = await self.call_workers("delta_sites")
-        refused = {(kind, name): why for sites in answers for kind, name, why in sites if why is not None}
-        every = {(kind, name) for sites in answers for kind, name, _ in sites}
-        return BaseSupport(used, reason, frozenset(every - refused.keys()), refused)
 
     async def end_reason(self) -> str:
         """Returns what ended an engine that has died, as its worker sent it; "" if it did not."""

@@ -20,9 +20,9 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from deltamux.deltas import (
     AttentionSite,
     BaseModel,
+    BaseSupport,
     BlockRole,
     BlockSite,
-    DenseEmbedding,
     EmbeddingSite,
     HeadSite,
     LinearSite,
@@ -31,7 +31,6 @@ from deltamux.deltas import (
     Program,
     Site,
     SiteKind,
-    SoftPrompt,
 )
 from deltamux.deltas.backends.module_batch import ColumnRange, PackedSlice
 from deltamux.engine.vllm.layers.attention import AttentionWithDeltas
@@ -42,9 +41,6 @@ from deltamux.engine.vllm.layers.linear import BlockInput, LinearWithDeltas, Sub
 from deltamux.engine.vllm.layers.module_ops import ModuleOps, OpGroup, SiteOps, group_ops
 from deltamux.engine.vllm.layers.norm import NormWithDeltas
 from deltamux.engine.vllm.layers.probes import ProbeError, Probes, layer_of
-
-IN_SCALE = (DenseEmbedding, SoftPrompt)
-"""Ops at the input embedding whose parameters are of the embeddings' own scale."""
 
 
 class ModulePlacement(NamedTuple):
@@ -127,21 +123,18 @@ class Binding:
             return replace(op, **{name: tensor / self.embedding_scale for name, tensor in op.tensors().items()})
         return op
 
-    def refusal(self, site: str, op: Op) -> str | None:
-        """Returns why an op cannot run at a site of this engine; None when it can."""
-        if (op.site_kind, site) in self.unbound:
-            return self.unbound[op.site_kind, site]
-        bound = self.sites.get((op.site_kind, site))
-        at = bound.site if bound is not None else None
-        if op.reads_residual and isinstance(at, BlockSite) and at.norm not in self._norms:
-            return f"vLLM's model has no norm before {site} that reads the residual stream"
-        if op.site_kind is SiteKind.EMBEDDING and self.embedding_scale != 1.0 and not isinstance(op, IN_SCALE):
-            return f"vLLM scales what {site} returns, and {op.name} is not known to follow it"
-        if op.site_kind is SiteKind.LINEAR and site in self._orders and op.output_rows is None:
-            return f"vLLM holds the outputs of {site} in another order, and {op.name} is not known to follow it"
-        if op.changes_input and bound is not None and len(bound.module.slices) > 1:
-            return f"{site} is packed with other projections here, so that its input alone cannot be changed"
-        return None
+    def support(self) -> BaseSupport:
+        """Returns which ops the model takes."""
+        linears = {name for kind, name in self.sites if kind is SiteKind.LINEAR}
+        blocks = (bound.site for bound in self.sites.values() if isinstance(bound.site, BlockSite))
+        return BaseSupport(
+            frozenset((str(kind), name) for kind, name in self.sites),
+            {(str(kind), name): reason for (kind, name), reason in self.unbound.items()},
+            reordered=frozenset(self._orders),
+            packed=frozenset(n for n in linears if len(self.sites[SiteKind.LINEAR, n].module.slices) > 1),
+            without_norm=frozenset(block.name for block in blocks if block.norm not in self._norms),
+            scaled_embedding=self.embedding_scale != 1.0,
+        )
 
     def _make_ops(self, *slices: PackedSlice) -> ModuleOps:
         return ModuleOps(slices, *self._kind)

@@ -20,7 +20,7 @@ from deltamux.engine.vllm.worker.backend import DeltaBackend, LoadedModel
 from deltamux.engine.vllm.worker.lora_interface import LoRAManagerInterface
 from deltamux.engine.vllm.worker.slots import PreparedProgram, SlotTable
 from deltamux.engine.vllm.worker.step import ScheduledRequest, StepIndexer, rows_of
-from deltamux.errors import BaseMismatchError, FailedPreconditionError
+from deltamux.errors import FailedPreconditionError
 
 
 class DeltaManager(LoRAManagerInterface):
@@ -31,6 +31,7 @@ class DeltaManager(LoRAManagerInterface):
 
     Attributes:
         current: the step that is running, as the layers read it.
+        support: which ops the base takes.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class DeltaManager(LoRAManagerInterface):
         self.table = SlotTable(loaded.num_slots)
         self.indexer = StepIndexer(self.table, device)
         self._binding = self.backend.binding
+        self.support = self._binding.support()
         self._dtype, self._device = dtype, device
         self._prepared: WeakKeyDictionary[Program, PreparedProgram] = WeakKeyDictionary()
         self._merger: AutoMerger | None = None
@@ -71,11 +73,6 @@ class DeltaManager(LoRAManagerInterface):
         self.table.pin(program_id, False)
         self.table.evict(program_id)
 
-    def sites(self) -> list[tuple[str, str, str | None]]:
-        """Returns kind and name of every site of the base, and why it takes no ops; None for one that does."""
-        unbound = self._binding.unbound
-        return [(str(kind), name, unbound.get((kind, name))) for kind, name in self.base.sites]
-
     def resident(self) -> dict[str, list[int]]:
         """Returns the program ids in host memory, in slots in the order in which they came, and of merged weights."""
         merged = self._merger.merged if self._merger is not None else None
@@ -87,10 +84,8 @@ class DeltaManager(LoRAManagerInterface):
 
     def _read(self, path: Path, sha256: str) -> Program:
         program = Program.load(path, sha256)
-        for site, op in program:
-            if (problem := self._binding.refusal(site, op)) is not None:
-                raise BaseMismatchError(problem, metadata={"site": site})
         program.placed(self.base)
+        self.support.check(program)
         program = self._binding.adapted(program)
         # Only the cast program matters: what is finite in float32 may overflow in float16.
         program = in_one_block(program, self._dtype, pinned=self._device.type == "cuda")

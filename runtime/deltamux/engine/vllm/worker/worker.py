@@ -129,9 +129,9 @@ class DeltaWorkerMixin:
                 self._server.report(f"{type(error).__name__}: {error}")
             raise
 
-    def delta_sites(self) -> list[tuple[str, str, str | None]]:
-        """Returns kind and name of every site of the base, and why it takes no ops; None for one that does."""
-        return self._deltas.sites()
+    def delta_support(self) -> dict[str, Any]:
+        """Returns which ops the base takes; see `BaseSupport.plain`."""
+        return self._deltas.support.plain()
 
     def delta_load(self, program_id: int, path: str, sha256: str) -> None:
         self._deltas.loader.load(program_id, Path(path), sha256)
