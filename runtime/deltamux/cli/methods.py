@@ -36,7 +36,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="BASE",
-        help="show how many parameters each method trains on this base; `deltamux base show` has what a server's engine takes",
+        help="show how many parameters each method trains on this base (`deltamux base show`: what a server takes)",
     )
     add_json(parser)
     parser.set_defaults(run=_methods, extra="methods")
