@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,11 +16,12 @@ PATIENCE = 240
 
 
 @pytest.mark.engine
-def test_sigterm_breaks_a_start_off_and_leaves_no_process(base_directory: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("begun_by", ["ForkServer", "EngineCore"])
+def test_sigterm_breaks_a_start_off_and_leaves_no_process(begun_by: str, base_directory: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
         command(base_directory, tmp_path / "store", "--enforce-eager"), stdout=subprocess.PIPE, text=True
     ) as server:
-        begun = await_engine(psutil.Process(server.pid))
+        begun = await_process(begun_by, psutil.Process(server.pid))
         server.terminate()
         output, _ = server.communicate(timeout=PATIENCE)
     assert (server.returncode, output) == (0, "stopped before it was ready\n")
@@ -27,12 +29,19 @@ def test_sigterm_breaks_a_start_off_and_leaves_no_process(base_directory: Path, 
     await_none(begun)
 
 
-def await_engine(server: psutil.Process) -> list[psutil.Process]:
-    """Waits until the engine's start has begun; returns the server's processes."""
+def await_process(name: str, server: psutil.Process) -> list[psutil.Process]:
+    """Waits until one of the server's processes has that name; returns them all."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         children = server.children(recursive=True)
-        if any("EngineCore" in " ".join([child.name(), *child.cmdline()]) for child in children):
+        if any(name in title(child) for child in children):
             return children
         time.sleep(0.05)
-    raise AssertionError("no engine was started")
+    raise AssertionError(f"no {name} was started")
+
+
+def title(process: psutil.Process) -> str:
+    """Returns name and command line; "" of a process that has ended."""
+    with suppress(psutil.NoSuchProcess):  # a zombie counts as one
+        return " ".join([process.name(), *process.cmdline()])
+    return ""

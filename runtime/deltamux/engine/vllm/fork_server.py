@@ -18,13 +18,15 @@ from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PRELOAD = "deltamux.engine.vllm.preload"
 """The module whose imports all forks share."""
 
-READ_BY_LIBRARIES = ("LD_PRELOAD", "GOMP_", "KMP_", "MALLOC_", "MKL_", "NUMEXPR_", "OMP_", "TORCHINDUCTOR_")
+READ_BY_LIBRARIES = ("LD_PRELOAD", "GOMP_", "KMP_", "MALLOC_", "MKL_", "NUMEXPR_", "OMP_", "TORCHINDUCTOR_", "TRITON_")
 """What the names of variables begin with that libraries read when they are loaded; in a fork that is over."""
 
-SET_BY_IMPORT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS")
+SET_BY_IMPORT = ("TORCHINDUCTOR_CACHE_DIR", "TORCHINDUCTOR_COMPILE_THREADS", "TRITON_CACHE_AUTOTUNING")
 """Variables that the import of vLLM sets, and so in the fork server as well."""
 
 _server: Any = forkserver._forkserver  # what multiprocessing's contexts use
@@ -70,6 +72,12 @@ def usable() -> bool:
     Where it does not (a vLLM that sets other variables than `start` foresaw), processes are to be spawned.
     """
     return _runs() and _read_by_libraries == _library_variables()
+
+
+def stop_idle() -> None:
+    """Kills the fork server if it has no forks, so that no process waits for the end of its imports; see `start`."""
+    if _runs() and not psutil.Process(pid()).children():
+        os.kill(pid(), signal.SIGKILL)
 
 
 def pid() -> int:

@@ -110,6 +110,7 @@ class Launch:
         while not self.result.done():
             begun = {process.pid for process in multiprocessing.active_children()} - self._others
             end(family([pid for pid in begun if pid is not None]))
+            fork_server.stop_idle()
             wait([self.result], timeout=POLL_SECONDS)
 
 
