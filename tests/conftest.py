@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from hypothesis import settings
 
 from deltamux.deltas import BaseModel
+
+gc.disable()  # until all tests are collected: imports and parameters stay, and are a fifth of that time to look through
 
 settings.register_profile("deltamux", deadline=None)  # time decides no test
 settings.load_profile("deltamux")
@@ -47,6 +50,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("engine")
         if item.get_closest_marker("engine"):
             item.add_marker(pytest.mark.xdist_group("engines"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
