@@ -93,6 +93,12 @@ class BaseMismatchError(FailedPreconditionError):
     default_reason = "BASE_MISMATCH"
 
 
+class QuantisedBaseError(FailedPreconditionError):
+    """The adapter computes with a weight that the base stores quantised, and whose values cannot be read."""
+
+    default_reason = "BASE_QUANTISED"
+
+
 class BudgetExceededError(FailedPreconditionError):
     """The adapter exceeds the server's limits (rank, virtual tokens, bytes)."""
 

@@ -24,7 +24,7 @@ from deltamux.deltas.sites import (
     SiteKind,
 )
 from deltamux.deltas.weights import WeightFiles
-from deltamux.errors import BaseMismatchError, FailedPreconditionError
+from deltamux.errors import BaseMismatchError, FailedPreconditionError, QuantisedBaseError
 
 TensorReader = Callable[[str], Tensor]
 """Returns the base model's parameter of that name (its path in the Hugging Face model); KeyError if it has none."""
@@ -150,7 +150,7 @@ class BaseModel:
         """Returns whether the base has a parameter of that name, and its value can be read."""
         try:
             self.tensor(name)
-        except BaseMismatchError:
+        except (BaseMismatchError, QuantisedBaseError):
             return False
         return True
 

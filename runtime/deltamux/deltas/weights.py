@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from deltamux.deltas.quantised import CODES, PLAIN, ZERO_POINT, packed_as, quantised_error, scale_name, values
 from deltamux.errors import FailedPreconditionError
 
 if TYPE_CHECKING:
@@ -86,22 +87,47 @@ class WeightFiles:
         return self._files[stored], stored
 
     def read(self, name: str) -> Tensor:
-        stored = self._resolve(name)
+        """Returns a tensor, in float32 where it is stored quantised; KeyError where there is none of that name.
+
+        Raises:
+            QuantisedBaseError: its values cannot be read.
+        """
+        stored = self._stored(name)
         with _opened(self._files[stored]) as file:
             tensor: Tensor = file.get_tensor(stored)
-        return tensor
+        return self._values(stored, tensor, 0, len(tensor)) if tensor.ndim == 2 else tensor
 
     def rows(self, name: str, first: int, stop: int, *, transposed: bool = False) -> Tensor:
-        """Returns rows [stop - first, in_features] of a weight; KeyError where there is none of that name.
+        """Returns rows [stop - first, in_features] of a weight; raises like `read`.
 
         Args:
             transposed: the weight is stored as [in_features, out_features].
         """
-        stored = self._resolve(name)
+        stored = self._stored(name)
         with _opened(self._files[stored]) as file:
             view = file.get_slice(stored)
             part: Tensor = view[:, first:stop].T if transposed else view[first:stop]
-        return part
+            count = view.get_shape()[0]
+        return self._values(stored, part, first, count)
+
+    def _values(self, stored: str, rows: Tensor, first: int, num_rows: int) -> Tensor:
+        """Returns what rows of a matrix of so many are the codes of; the rows themselves where they are plain."""
+        if rows.dtype in PLAIN:
+            return rows
+        kind, scale = str(rows.dtype).removeprefix("torch."), scale_name(stored, self._files)
+        if scale is None or rows.dtype not in CODES:
+            raise quantised_error(stored, f"{kind} without a known scale beside it")
+        zero_point = stored + ZERO_POINT
+        zeros = self._raw(zero_point) if zero_point in self._files else None
+        found = values(rows, self._raw(scale), zeros, first, num_rows)
+        if found is None:
+            raise quantised_error(stored, f"{kind} in blocks of several sizes")
+        return found
+
+    def _raw(self, stored: str) -> Tensor:
+        with _opened(self._files[stored]) as file:
+            tensor: Tensor = file.get_tensor(stored)
+        return tensor
 
     def sample(self, name: str) -> np.ndarray[Any, np.dtype[np.int16]]:
         """Returns the first values of a tensor, rounded to bfloat16, as their bits."""
@@ -112,6 +138,19 @@ class WeightFiles:
         values = part.reshape(-1)[:SAMPLE].to(torch.bfloat16)
         bits: np.ndarray[Any, np.dtype[np.int16]] = values.view(torch.int16).numpy()
         return bits
+
+    def _stored(self, name: str) -> str:
+        """Returns the name that a tensor has in its file; raises QuantisedBaseError where its values are packed."""
+        try:
+            stored = self._resolve(name)
+        except KeyError:
+            packed = packed_as(name, self._files) or packed_as(self._aliases.get(name, name), self._files)
+            if packed is None:
+                raise
+            raise quantised_error(name, f"packed in {packed}") from None
+        if (packed := packed_as(stored, self._files)) is not None:
+            raise quantised_error(name, f"packed, with {packed}")
+        return stored
 
     def _resolve(self, name: str) -> str:
         if name in self._files:

@@ -173,7 +173,7 @@ class Binding:
 
     def _find_linear(self, site: LinearSite) -> tuple[str, ColumnRange]:
         """Returns the path and the columns of a site's projection, by its name or else by what modules compute."""
-        path, first, stop = self._columns.get(self._path(site.name), ("", 0, 0))
+        path, first, stop = self._named(site)
         if stop - first == site.out_features:
             found = path, ColumnRange(first, stop - first)
             order = self._probes.check_linear(site, self._modules[path], found[1])
@@ -188,6 +188,13 @@ class Binding:
         if self._modules[found[0]] in self._absorbed:
             raise ProbeError(f"vLLM computes {site.name} as a part of its attention, not as a projection of its own")
         return found
+
+    def _named(self, site: LinearSite) -> tuple[str, int, int]:
+        """Returns path, first and end column of the projection of a site's name; ("", 0, 0) where none has it."""
+        parent, _, own = site.name.rpartition(".")
+        # vLLM's mapping of a quantised base leads from a projection to the one that it is packed into.
+        names = (self._path(site.name), f"{self._path(parent)}.{own}")
+        return next((self._columns[name] for name in names if name in self._columns), ("", 0, 0))
 
     def _bind_block(self, site: BlockSite) -> ModuleOps:
         reader, writer = (self.linears.get(self._paths.get(m, "")) for m in (site.input_module, site.output_module))
