@@ -174,13 +174,13 @@ class BaseModel:
         Raises:
             FailedPreconditionError: the model is not at hand.
         """
-        from transformers import AutoModelForCausalLM, DynamicCache
+        from transformers import AutoConfig, DynamicCache
 
         if self._model is None and not self.name:
             raise FailedPreconditionError(
                 "the base model is not at hand, and its keys and values are needed", reason="BASE_WEIGHTS_MISSING"
             )
-        model: Any = self._model or AutoModelForCausalLM.from_pretrained(self.name)
+        model: Any = self._model or auto_model(AutoConfig.from_pretrained(self.name)).from_pretrained(self.name)
         cache: Any = DynamicCache()  # without the config, so that no layer forgets what leaves its window
         training = model.training
         rows = ids.unsqueeze(0).to(next(model.parameters()).device)
@@ -189,14 +189,21 @@ class BaseModel:
         return [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
 
 
+def auto_model(config: Any) -> Any:
+    """Returns the class of transformers' that builds and loads the model of a config, which may read images as well."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = AutoModelForCausalLM._model_mapping
+    with_images = type(config) not in known and type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+
+
 def _without_weights(config: Any) -> nn.Module:
     """Returns the model of a config, on the meta device."""
-    from transformers import AutoModelForCausalLM
-
     _check_decoder(config)
     try:
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+            model: nn.Module = auto_model(config).from_config(config)
     except ValueError as error:
         raise _not_a_decoder(config, f"not known to transformers as one that generates text ({error})") from error
     return model

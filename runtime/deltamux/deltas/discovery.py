@@ -9,7 +9,7 @@ output.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +74,11 @@ def discover(model: nn.Module, dims: Dimensions) -> Iterator[Site]:
     embedding_name, embedding = _input_embedding(model)
     scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
     yield EmbeddingSite(embedding_name, dims.vocab_size, embedding.embedding_dim, scale)
-    layers_name, layers = _layers(model, dims)
+    modules = list(_decoder_modules(model, embedding_name))
+    layers_name, layers = _layers(model, modules, dims)
     for index, layer in enumerate(layers):
         yield from _layer_sites(f"{layers_name}.{index}", index, layer, dims)
-    for name, module in model.named_modules():
+    for name, module in modules:
         if not name.startswith(f"{layers_name}.") and _is_norm(module, dims):
             yield _norm_site(name, None, module, dims)
     yield from _head_site(model, embedding_name, embedding)
@@ -87,8 +88,15 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _layers(model: nn.Module, dims: Dimensions) -> tuple[str, nn.ModuleList]:
-    for name, module in model.named_modules():
+def _decoder_modules(model: nn.Module, embedding_name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules of the decoder: those beside its embedding, where a model also has an encoder of images."""
+    config: Any = model.config
+    beside = "" if config.get_text_config() is config else embedding_name.rpartition(".")[0]
+    return ((name, module) for name, module in model.named_modules() if name.startswith(beside))
+
+
+def _layers(model: nn.Module, modules: Iterable[tuple[str, nn.Module]], dims: Dimensions) -> tuple[str, nn.ModuleList]:
+    for name, module in modules:
         if isinstance(module, nn.ModuleList) and len(module) == dims.num_layers:
             return name, module
     raise FailedPreconditionError(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from deltamux import __version__
@@ -37,7 +40,8 @@ def engine_config(options: EngineOptions) -> VllmConfig:
         # A process that has used CUDA cannot fork one that does, and plugins may have used it.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     arguments = AsyncEngineArgs(**engine_arguments(options))
-    config = arguments.create_engine_config()
+    with _reads_images():
+        config = arguments.create_engine_config()
     if config.device_config.device_type == "cpu":
         check_head_size(config)
     plain = replace(arguments, enable_lora=False, worker_cls="auto").create_engine_config()
@@ -46,6 +50,26 @@ def engine_config(options: EngineOptions) -> VllmConfig:
         config.structured_outputs_config.backend = "xgrammar"
     config.compilation_config.mode = plain.compilation_config.mode
     return config
+
+
+@contextmanager
+def _reads_images() -> Iterator[None]:
+    """A block in which vLLM imports its model, and may lack what a base that reads images needs.
+
+    Raises:
+        FailedPreconditionError: it does.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "failed to be inspected" not in str(error) or find_spec("torchvision") is not None:
+            raise
+        raise FailedPreconditionError(
+            "vLLM cannot import its model of this base, as torchvision is not installed, which bases that read images "
+            "need: install its build for this torch (on a CPU: pip install torchvision --index-url "
+            "https://download.pytorch.org/whl/cpu)",
+            reason="TORCHVISION_MISSING",
+        ) from error
 
 
 def device_of(options: EngineOptions) -> str:
@@ -83,6 +107,8 @@ def engine_arguments(options: EngineOptions) -> dict[str, Any]:
         "scheduling_policy": "priority",
         "worker_cls": f"deltamux.engine.vllm.{worker}",
         "disable_log_stats": True,
+        # Requests have no images: what reads them is not loaded.
+        "language_model_only": True,
         # The files that the trainers read as well, also where a folder has Mistral's own, too.
         **dict.fromkeys(("config_format", "load_format", "tokenizer_mode"), "hf"),
     }
