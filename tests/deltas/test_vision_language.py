@@ -35,7 +35,7 @@ SIZES = {
 ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6]}
 # As many layers, and as wide, as the language model: neither may tell the two apart.
 VISION = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
-CONFIGS = {
+CONFIGS: dict[str, Any] = {
     "qwen2_vl": lambda: Qwen2VLConfig(
         text_config={**SIZES, "rope_scaling": ROPE},
         vision_config={"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64, "patch_size": 14},
