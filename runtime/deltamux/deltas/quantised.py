@@ -16,8 +16,8 @@ PLAIN = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CODES = (torch.int8, torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = ("_scale", "_scale_inv")
 ZERO_POINT = "_zero_point"
-PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax")
-"""Tensors of a module whose weight is packed: AWQ and GPTQ, compressed-tensors, MXFP4, bitsandbytes."""
+PACKED = ("qweight", "weight_packed", "weight_blocks", "weight.absmax", "weight_g_idx")
+"""Tensors of a module whose weight is packed: AWQ and GPTQ, compressed-tensors, MXFP4, bitsandbytes; or permuted."""
 
 
 def scale_name(name: str, stored: Collection[str]) -> str | None:
