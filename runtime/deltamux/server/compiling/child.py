@@ -73,17 +73,20 @@ class CompilerChild:
             return {"unexpected": traceback.format_exc()[-MAX_TEXT:]}
 
     def _fit(self, fits: str, base: str) -> dict[str, Any]:
-        method, (described, support) = self._registry.get(fits), decode_base(base)
+        described, support = decode_base(base)
         assert support is not None, "the server asks once its engine has started"
-        if not method.info.trains:
-            return {"refusal": None}
         try:
+            method = self._registry.get(fits)
+            if not method.info.trains:
+                return {"refusal": None}
             with torch.no_grad(), limit_memory(COMPILING):
                 support.check(fresh_program(method, support.representative(described)))
-        except DeltamuxError as error:
-            return {"refusal": error.message}
-        except MemoryError:
-            return {"refusal": "it takes more memory to find out than a plugin may use"}
+        except Exception as error:
+            if is_out_of_memory(error):
+                return {"refusal": "it takes more memory to find out than a plugin may use"}
+            if isinstance(error, DeltamuxError):
+                return {"refusal": error.message}
+            return {"refusal": f"its adapters cannot be made: {type(error).__name__}: {error}"[:MAX_TEXT]}
         return {"refusal": ""}
 
     def _compile(self, job: Job) -> Compiled:

@@ -100,22 +100,30 @@ class Compiler:
     async def refusal(self, method: str, base: str) -> str | None:
         """Returns why adapters of a method, with its default configuration, do not fit a base; "" where they do.
 
-        None of a method that trains nothing.
+        None of a method that trains nothing. After a cancellation the process still finds it, and it is dropped.
 
         Args:
             base: as text of `encode_base`, with what an engine takes.
         Raises:
-            UnavailableError: there is no process, and none can be started.
+            UnavailableError: there is no process, none can be started, or what runs is ended from outside.
         """
+        return await asyncio.shield(self._spawn(self._find_refusal(method, base)))
+
+    async def _find_refusal(self, method: str, base: str) -> str | None:
         async with self._limit.acquire(""), self._lock:
-            process = await self._ensure_process()
-            try:
-                found = (await process.call({"fits": method, "base": base}, self._timeout)).get("refusal")
-            except CompilerProcessError as error:
-                await self._close_process()
-                self._spawn(self._start_process())
-                return f"its plugin {error}"
-        return None if found is None else str(found)
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    found = (await self._call({"fits": method, "base": base})).get("refusal")
+                    return None if found is None else str(found)
+                except CompilerProcessError as error:
+                    await self._close_process()
+                    if attempt < ATTEMPTS and error.external:
+                        continue
+                    self._spawn(self._start_process())
+                    if error.phase is None and not error.timed_out:
+                        raise _unavailable(f"the compiler process {error}; ask again") from None
+                    return f"its plugin {error}"
+            raise AssertionError("the last attempt returns or raises")
 
     async def _run(self, job: Job, tenant: str) -> Compiled:
         async with self._limit.acquire(tenant), self._lock:
@@ -133,13 +141,17 @@ class Compiler:
             raise AssertionError("the last attempt returns or raises")
 
     async def _try(self, job: Job) -> Compiled:
+        return _compiled(await self._call(job.message()))
+
+    async def _call(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Returns the process's answer. No caller's cancellation may reach it: the next one would get this answer."""
         process = await self._ensure_process()
-        answer = await process.call(job.message(), self._timeout)
+        answer = await process.call(message, self._timeout)
         if answer.get("leaks"):
             log.warning("a plugin leaks memory: starting another compiler process")
             await self._close_process()
             self._spawn(self._start_process())
-        return _compiled(answer)
+        return answer
 
     async def _watch(self, process: CompilerProcess) -> None:
         """Starts another process when this one has ended while idle; a running job restarts it itself."""
@@ -178,11 +190,7 @@ class Compiler:
         phase = error.phase if isinstance(error, CompilerProcessError) else None
         if phase is None or phase.plugin in self._skipped:
             log.error("the compiler process does not start: it %s", error)
-            raise UnavailableError(
-                "the server cannot compile adapters now: its compiler process does not start",
-                reason="COMPILER_UNAVAILABLE",
-                retry_after=RETRY_SECONDS,
-            )
+            raise _unavailable("the server cannot compile adapters now: its compiler process does not start")
         self._skipped[phase.plugin] = f"{phase.what} {error}"
 
     def _record_plugins(self, methods: list[str], broken: dict[str, str]) -> None:
@@ -201,11 +209,7 @@ class Compiler:
         phase = error.phase if isinstance(error, CompilerProcessError) else None
         timed_out = isinstance(error, CompilerProcessError) and error.timed_out
         if isinstance(error, CompilerProcessError) and phase is None and not timed_out:
-            return UnavailableError(
-                f"the compiler process {error}; send the upload again",
-                reason="COMPILER_UNAVAILABLE",
-                retry_after=RETRY_SECONDS,
-            )
+            return _unavailable(f"the compiler process {error}; send the upload again")
         what = (
             f"plugin {phase.plugin!r}: {phase.what}"
             if phase
@@ -232,6 +236,10 @@ class Compiler:
             log.info("a job ended with its cancelled upload, whose files were removed: %s", type(error).__name__)
         else:
             log.error("compiling failed unexpectedly", exc_info=error)
+
+
+def _unavailable(problem: str) -> UnavailableError:
+    return UnavailableError(problem, reason="COMPILER_UNAVAILABLE", retry_after=RETRY_SECONDS)
 
 
 def _compiled(answer: dict[str, Any]) -> Compiled:

@@ -13,8 +13,9 @@ class Fitting:
     def __init__(self, compiler: Compiler, base: BaseModel) -> None:
         self._compiler = compiler
         self._base = base
-        self._lock = asyncio.Lock()
-        self._refusals: dict[str, str] | None = None
+        self._encoded = ""
+        # Found once, whoever waits for it: a caller that gives up does not make the next one begin anew.
+        self._finding: dict[str, asyncio.Task[str | None]] = {}
 
     async def refusals(self, support: BaseSupport) -> dict[str, str]:
         """Returns why a method's adapters do not fit, by its name; "" of those that do.
@@ -24,9 +25,16 @@ class Fitting:
         Raises:
             UnavailableError: the compiler process does not run.
         """
-        async with self._lock:
-            if self._refusals is None:
-                base = encode_base(self._base, support)
-                found = {name: await self._compiler.refusal(name, base) for name in self._compiler.methods}
-                self._refusals = {name: refusal for name, refusal in found.items() if refusal is not None}
-        return self._refusals
+        self._encoded = self._encoded or encode_base(self._base, support)
+        found = {name: await self._refusal(name) for name in self._compiler.methods}
+        return {name: refusal for name, refusal in found.items() if refusal is not None}
+
+    async def _refusal(self, method: str) -> str | None:
+        task = self._finding.get(method)
+        if task is None or _has_failed(task):
+            task = self._finding[method] = asyncio.create_task(self._compiler.refusal(method, self._encoded))
+        return await asyncio.shield(task)
+
+
+def _has_failed(task: asyncio.Task[str | None]) -> bool:
+    return task.done() and (task.cancelled() or task.exception() is not None)
