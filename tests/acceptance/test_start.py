@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import time
 from contextlib import suppress
@@ -26,6 +27,21 @@ def test_sigterm_breaks_a_start_off_and_leaves_no_process(begun_by: str, base_di
         output, _ = server.communicate(timeout=PATIENCE)
     assert (server.returncode, output) == (0, "stopped before it was ready\n")
     # vLLM's tracker of shared memory ends with the last process that shares any.
+    await_none(begun)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_while_modules_are_imported_ends_the_start_at_once(
+    number: signal.Signals, base_directory: Path, tmp_path: Path
+) -> None:
+    with subprocess.Popen(
+        command(base_directory, tmp_path / "store"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        begun = await_process("forkserver", psutil.Process(server.pid))
+        server.send_signal(number)
+        output, errors = server.communicate(timeout=PATIENCE)
+    assert (server.returncode, output, errors) == (0, "stopped before it was ready\n", "")
     await_none(begun)
 
 

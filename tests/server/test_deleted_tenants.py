@@ -9,10 +9,10 @@ import grpc
 import pytest
 
 from deltamux.client import AsyncClient
-from deltamux.errors import FailedPreconditionError, NotFoundError
+from deltamux.errors import FailedPreconditionError, NotFoundError, UnauthenticatedError
 from deltamux.v1 import adapters_pb2 as pb
 from deltamux.v1.adapters_pb2_grpc import AdaptersStub
-from deltamux_testing.servers import Served
+from deltamux_testing.servers import Served, Servers
 from deltamux_testing.waiting import until
 
 NAME = "tenants/acme/adapters/tickets"
@@ -61,6 +61,41 @@ async def test_watchers_of_a_deleted_tenant_hear_of_every_adapter(client: AsyncC
     await asyncio.wait_for(asyncio.gather(*watching), 10)
     assert seen["tenants/acme"][3:] == [("DELETED", name) for name in names]
     assert seen[names[1]] == [("STATE", names[1]), ("DELETED", names[1])]
+
+
+@pytest.mark.parametrize("revoked", ["the tenant is deleted", "its key is deleted"])
+async def test_a_watch_ends_with_its_key_and_sees_nothing_of_a_later_tenant_of_that_name(
+    revoked: str, serve: Servers, loras: list[Path]
+) -> None:
+    seen: list[str] = []
+
+    async def watch(client: AsyncClient) -> None:
+        events = client.watch_adapters("tenants/acme")
+        async for kind in (event.type async for event in events):
+            seen.append(kind)  # noqa: PERF401 - as they come
+
+    async with serve(auth="keys") as served, served.client(api_key=served.admin_key) as admin:
+        await admin.create_tenant("acme")
+        key, other = [await admin.create_api_key("tenants/acme") for _ in range(2)]
+        await admin.upload_adapter(NAME, loras[0])
+        async with served.client(api_key=key.secret) as holder, served.client(api_key=other.secret) as neighbour:
+            watching, watching_on = asyncio.create_task(watch(holder)), asyncio.create_task(watch(neighbour))
+            await until(lambda: seen == ["STATE", "STATE"])
+            if revoked == "its key is deleted":
+                await admin.delete_api_key(key.name)
+                with pytest.raises(UnauthenticatedError):
+                    await asyncio.wait_for(watching, 10)
+                await admin.upload_adapter(NAME, loras[1])
+                await until(lambda: seen == ["STATE", "STATE", "VERSION_CREATED"])
+                watching_on.cancel()
+            else:
+                await admin.delete_tenant("tenants/acme", force=True)
+                await admin.create_tenant("acme")
+                await admin.upload_adapter(NAME, loras[1])
+                for each in (watching, watching_on):
+                    with pytest.raises(UnauthenticatedError):
+                        await asyncio.wait_for(each, 10)
+                assert seen == ["STATE", "STATE", "DELETED", "DELETED"]
 
 
 async def test_a_tenant_with_adapters_goes_only_by_force(client: AsyncClient, loras: list[Path]) -> None:

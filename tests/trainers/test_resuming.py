@@ -196,6 +196,8 @@ DAMAGES: dict[str, Any] = {
     "a bit flipped": lambda checkpoint: flip(checkpoint / "parameters.safetensors"),
     "a file missing": lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
     "no manifest": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
+    "a manifest of brackets": lambda checkpoint: (checkpoint / "manifest.json").write_text("[" * 100_000),
+    "a manifest of nothing": lambda checkpoint: (checkpoint / "manifest.json").write_text("{}"),
     "an empty manifest": lambda checkpoint: (checkpoint / "manifest.json").write_text(""),
 }
 

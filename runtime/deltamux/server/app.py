@@ -14,6 +14,7 @@ from deltamux.deltas import BaseModel
 from deltamux.engine.arguments import check_options
 from deltamux.engine.base import Engine, EngineOptions
 from deltamux.engine.supervisor import RestartPolicy, SupervisedEngine
+from deltamux.server import STOPPED
 from deltamux.server.access.auth import key_authentication, load_admin_key, without_authentication
 from deltamux.server.access.concurrency import ConcurrencyLimit
 from deltamux.server.compiling.compiler import Compiler
@@ -99,7 +100,7 @@ async def _serve(options: ServeOptions) -> None:
         loop.add_signal_handler(signum, on_signal)
     await asyncio.wait([serving])
     if serving.cancelled():
-        print("stopped before it was ready", flush=True)
+        print(STOPPED, flush=True)
     else:
         serving.result()
 

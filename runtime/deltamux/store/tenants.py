@@ -82,8 +82,13 @@ class Tenants:
 
     def verify(self, secret: str) -> str | None:
         """Returns the tenant that a secret belongs to, or None."""
-        row = self._database.fetch_one("SELECT tenant FROM api_keys WHERE secret_hash = ?", _hash(secret))
-        return row["tenant"] if row else None
+        key = self.key_of(secret)
+        return key.tenant if key else None
+
+    def key_of(self, secret: str) -> ApiKeyRecord | None:
+        """Returns the key that a secret is of, or None."""
+        row = self._database.fetch_one("SELECT * FROM api_keys WHERE secret_hash = ?", _hash(secret))
+        return rows.api_key(row) if row else None
 
     def _row(self, tenant: str) -> object | None:
         row: object | None = self._database.fetch_one("SELECT * FROM tenants WHERE tenant = ?", tenant)

@@ -100,7 +100,8 @@ class TenantsServicer:
     def DeleteTenant(self, request, context):
         """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
         A running upload to the tenant ends with ABORTED. Watches of the tenant or of its adapters receive DELETED for each
-        adapter, and stay open: a tenant of the same name may be created later.
+        adapter; then those that were begun with a key of the tenant end with UNAUTHENTICATED. The administrator's stay open:
+        a tenant of the same name may be created later.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -120,7 +121,7 @@ class TenantsServicer:
         raise NotImplementedError('Method not implemented!')
 
     def DeleteApiKey(self, request, context):
-        """Revokes a key, for all later calls.
+        """Revokes a key, for all later calls. Watches that were begun with it end with UNAUTHENTICATED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

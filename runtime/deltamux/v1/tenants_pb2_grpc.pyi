@@ -42,13 +42,14 @@ class TenantsStub:
     DeleteTenant: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.DeleteTenantRequest, _empty_pb2.Empty]
     """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
     A running upload to the tenant ends with ABORTED. Watches of the tenant or of its adapters receive DELETED for each
-    adapter, and stay open: a tenant of the same name may be created later.
+    adapter; then those that were begun with a key of the tenant end with UNAUTHENTICATED. The administrator's stay open:
+    a tenant of the same name may be created later.
     """
     CreateApiKey: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.CreateApiKeyRequest, _tenants_pb2.ApiKey]
     """Creates a key of the tenant. Its secret is in this response only."""
     ListApiKeys: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.ListApiKeysRequest, _tenants_pb2.ListApiKeysResponse]
     DeleteApiKey: _grpc.UnaryUnaryMultiCallable[_tenants_pb2.DeleteApiKeyRequest, _empty_pb2.Empty]
-    """Revokes a key, for all later calls."""
+    """Revokes a key, for all later calls. Watches that were begun with it end with UNAUTHENTICATED."""
 
 @_typing.type_check_only
 class TenantsAsyncStub(TenantsStub):
@@ -63,13 +64,14 @@ class TenantsAsyncStub(TenantsStub):
     DeleteTenant: _aio.UnaryUnaryMultiCallable[_tenants_pb2.DeleteTenantRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
     A running upload to the tenant ends with ABORTED. Watches of the tenant or of its adapters receive DELETED for each
-    adapter, and stay open: a tenant of the same name may be created later.
+    adapter; then those that were begun with a key of the tenant end with UNAUTHENTICATED. The administrator's stay open:
+    a tenant of the same name may be created later.
     """
     CreateApiKey: _aio.UnaryUnaryMultiCallable[_tenants_pb2.CreateApiKeyRequest, _tenants_pb2.ApiKey]  # type: ignore[assignment]
     """Creates a key of the tenant. Its secret is in this response only."""
     ListApiKeys: _aio.UnaryUnaryMultiCallable[_tenants_pb2.ListApiKeysRequest, _tenants_pb2.ListApiKeysResponse]  # type: ignore[assignment]
     DeleteApiKey: _aio.UnaryUnaryMultiCallable[_tenants_pb2.DeleteApiKeyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Revokes a key, for all later calls."""
+    """Revokes a key, for all later calls. Watches that were begun with it end with UNAUTHENTICATED."""
 
 class TenantsServicer(metaclass=_abc_1.ABCMeta):
     """Tenants and their API keys. On a server with keys, all methods require the administrator's.
@@ -105,7 +107,8 @@ class TenantsServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """Deletes a tenant, its keys and its adapters. FAILED_PRECONDITION if it has adapters and force is not set.
         A running upload to the tenant ends with ABORTED. Watches of the tenant or of its adapters receive DELETED for each
-        adapter, and stay open: a tenant of the same name may be created later.
+        adapter; then those that were begun with a key of the tenant end with UNAUTHENTICATED. The administrator's stay open:
+        a tenant of the same name may be created later.
         """
 
     @_abc_1.abstractmethod
@@ -129,6 +132,6 @@ class TenantsServicer(metaclass=_abc_1.ABCMeta):
         request: _tenants_pb2.DeleteApiKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Revokes a key, for all later calls."""
+        """Revokes a key, for all later calls. Watches that were begun with it end with UNAUTHENTICATED."""
 
 def add_TenantsServicer_to_server(servicer: TenantsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -67,12 +67,14 @@ def find_damage(checkpoint: Path) -> str | None:
     """Returns the damage of a checkpoint's files; None where they are as they were written."""
     try:
         manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
+        if RUN_FILE not in manifest:
+            return f"{MANIFEST_FILE} is not of a run"
         for name, summary in manifest.items():
             if not (checkpoint / name).is_file():
                 return f"{name} is missing"
             if _summary(checkpoint / name) != summary:
                 return f"{name} is not what was written"
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return f"{MANIFEST_FILE} is missing or damaged"
     return None
 

@@ -84,8 +84,9 @@ class DeltaTrainer(Trainer):
         root = Path(str(self.args.output_dir))
         staging, final = root / STAGING_DIR, checkpoints.checkpoint_dir(root, self.state.global_step)
         if distributed.is_main_process():
-            shutil.rmtree(staging, ignore_errors=True)
-            staging.mkdir(parents=True)
+            with write_errors(final):
+                shutil.rmtree(staging, ignore_errors=True)
+                staging.mkdir(parents=True)
         distributed.barrier()
         mean_loss = self.mean_loss()
         with write_errors(final):

@@ -114,7 +114,11 @@ def _caller(api_key: str, store: AdapterStore, admin: str) -> Caller:
         )
     if hmac.compare_digest(hashlib.sha256(api_key.encode()).digest(), hashlib.sha256(admin.encode()).digest()):
         return ADMINISTRATOR
-    tenant = store.tenants.verify(api_key)
-    if tenant is None:
-        raise UnauthenticatedError("the API key is unknown or was revoked", reason="KEY_UNKNOWN")
-    return Caller(tenant)
+    key = store.tenants.key_of(api_key)
+    if key is None:
+        raise unknown_key()
+    return Caller(key.tenant, key.key)
+
+
+def unknown_key() -> UnauthenticatedError:
+    return UnauthenticatedError("the API key is unknown or was revoked", reason="KEY_UNKNOWN")

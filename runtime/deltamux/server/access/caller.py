@@ -12,9 +12,11 @@ class Caller:
 
     Attributes:
         tenant: the tenant whose key was used; None for an administrator.
+        key: the id of that key.
     """
 
     tenant: str | None
+    key: str = ""
 
     @property
     def is_administrator(self) -> bool:

@@ -5,7 +5,9 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from deltamux.errors import AbortedError, ResourceExhaustedError, UnavailableError
+from deltamux.errors import AbortedError, DeltamuxError, ResourceExhaustedError, UnavailableError
+from deltamux.server.access.auth import unknown_key
+from deltamux.server.access.caller import Caller, current_caller
 from deltamux.store import AdapterKey
 from deltamux.v1 import adapters_pb2 as pb
 
@@ -22,13 +24,16 @@ class Subscription:
 
     tenant: str
     adapter: str | None
+    caller: Caller
     _queue: asyncio.Queue[pb.AdapterEvent | None] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED))
-    _error: AbortedError | UnavailableError | None = None
+    _error: DeltamuxError | None = None
 
     def matches(self, name: AdapterKey) -> bool:
         return self.tenant == name.tenant and self.adapter in (None, name.adapter)
 
     def put(self, event: pb.AdapterEvent) -> None:
+        if self._error is not None:
+            return
         try:
             self._queue.put_nowait(event)
         except asyncio.QueueFull:
@@ -36,7 +41,15 @@ class Subscription:
                 AbortedError("the client reads the watch's events too slowly: start it again", reason="WATCH_TOO_SLOW")
             )
 
-    def end(self, error: AbortedError | UnavailableError) -> None:
+    def finish(self, error: DeltamuxError) -> None:
+        """Ends the watch after the events that are queued; later ones are not for its caller."""
+        if self._error is None and not self._queue.full():
+            self._error = error
+            self._queue.put_nowait(None)
+        else:
+            self.end(self._error or error)
+
+    def end(self, error: DeltamuxError) -> None:
         """Ends the watch at once; queued events are dropped, as those after them are."""
         self._error = error
         while not self._queue.empty():
@@ -75,7 +88,7 @@ class EventHub:
                 metadata={"limit": str(MAX_WATCHES)},
                 retry_after=10.0,
             )
-        subscription = Subscription(tenant, adapter)
+        subscription = Subscription(tenant, adapter, current_caller())
         self._subscriptions.add(subscription)
         try:
             yield subscription
@@ -86,6 +99,15 @@ class EventHub:
         for subscription in list(self._subscriptions):
             if subscription.matches(name):
                 subscription.put(event)
+
+    def revoke(self, tenant: str, key: str | None = None) -> None:
+        """Ends the watches that were begun with a tenant's key, or with any of its keys.
+
+        A key's watch would outlive the key otherwise, and see the adapters of a later tenant of the same name.
+        """
+        for subscription in list(self._subscriptions):
+            if subscription.caller.tenant == tenant and key in (None, subscription.caller.key):
+                subscription.finish(unknown_key())
 
     def close(self) -> None:
         """Ends all watches, before the server stops."""

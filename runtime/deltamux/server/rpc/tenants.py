@@ -52,6 +52,7 @@ class TenantsService(pb_grpc.TenantsServicer):
                 deleted = adapters_pb2.AdapterEvent.DELETED
                 event = adapters_pb2.AdapterEvent(type=deleted, adapter=adapter_message(adapter))
                 self._events.publish(adapter.key, event)
+            self._events.revoke(tenant)
 
     async def CreateApiKey(self, request: pb.CreateApiKeyRequest, context: Context) -> pb.ApiKey:
         current_caller().check_administrator()
@@ -69,8 +70,12 @@ class TenantsService(pb_grpc.TenantsServicer):
     async def DeleteApiKey(self, request: pb.DeleteApiKeyRequest, context: Context) -> Empty:
         current_caller().check_administrator()
         key = parse_key(request.name)
-        await self._threads.run(self._store.tenants.delete_key, *key)
+        await run_to_completion(self._delete_key(*key))
         return Empty()
+
+    async def _delete_key(self, tenant: str, key: str) -> None:
+        await self._threads.run(self._store.tenants.delete_key, tenant, key)
+        self._events.revoke(tenant, key)
 
     def _own(self, name: str, field: str = "name") -> str:
         tenant = parse_tenant(name, field)
