@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from deltamux import errors
-from deltamux.deltas import BaseModel, BaseSupport, Program
+from deltamux.deltas import BaseModel, Program
 from deltamux.errors import BudgetExceededError, DeltamuxError, InvalidAdapterError, PluginError, UnavailableError
 from deltamux.server.app import running
 from deltamux.server.compiling import process as compiler_process
@@ -72,12 +72,6 @@ LEAKS = method(
 )
 SWELLS = method("swells", "torch.zeros(1 << 36)")
 STARTS = method("starts", "subprocess.Popen(['sleep', '1000']); time.sleep(1); os._exit(0)")
-
-
-def slow_to_declare(name: str, seconds: int) -> str:
-    return method(name).replace("    return {}\n", f"    time.sleep({seconds})\n    return {{}}\n")
-
-
 BABBLE = "\nimport stat\ndef babble(f):\n    try: return stat.S_ISSOCK(os.fstat(f).st_mode)\n    except OSError: pass\n"
 BAD_IMPORTS = {
     "hangs_early": ("import time; time.sleep(1000)", "its import took more than 4 s"),
@@ -102,7 +96,6 @@ def _third_party(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     plugins |= {"starts": STARTS, "leaks": LEAKS, "good": method("good", "print('hello')"), "swells": SWELLS}
     plugins["works"] = method("works", "end = time.process_time() + 0.3\n    while time.process_time() < end: pass")
     plugins["naps"] = method("naps", "time.sleep(1.5)")
-    plugins |= {"ponders": slow_to_declare("ponders", 1), "stalls": slow_to_declare("stalls", 1000)}
     directory = install(tmp_path_factory.mktemp("third-party"), plugins)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(directory)
@@ -121,13 +114,6 @@ async def compiler() -> AsyncIterator[Compiler]:
 @pytest.fixture(scope="module")
 def base(tiny_base: Path) -> str:
     return encode_base(BaseModel.from_pretrained(tiny_base))
-
-
-@pytest.fixture(scope="module")
-def supported(tiny_base: Path) -> str:
-    """The base with an engine that takes deltas at all its sites."""
-    base = BaseModel.from_pretrained(tiny_base)
-    return encode_base(base, BaseSupport(frozenset((str(kind), name) for kind, name in base.sites)))
 
 
 @pytest.fixture
@@ -284,44 +270,6 @@ async def test_a_cancelled_job_leaves_the_process_to_others_and_is_no_failure_of
     assert (await compiler.compile(job(loras[0]))).method == "lora"
     assert compiler.pid == before
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
-
-
-async def test_whoever_asks_what_fits_and_gives_up_leaves_the_next_job_its_own_answer(
-    compiler: Compiler, job: Any, supported: str, loras: list[Path]
-) -> None:
-    await compiler.started()
-    before = compiler.pid
-    asked = asyncio.create_task(compiler.refusal("ponders", supported))
-    await asyncio.sleep(0.5)  # the process has the question
-    asked.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await asked
-    assert (await compiler.compile(job(loras[0]))).method == "lora"
-    assert await compiler.refusal("lora", supported) == ""
-    assert compiler.pid == before
-
-
-async def test_a_method_is_not_blamed_for_a_process_that_is_killed_while_it_is_asked(
-    compiler: Compiler, supported: str
-) -> None:
-    await compiler.started()
-    asked = asyncio.create_task(compiler.refusal("ponders", supported))
-    await asyncio.sleep(0.5)
-    psutil.Process(compiler.pid).kill()
-    assert "SIGKILL" not in (await asked or "")
-
-
-async def test_callers_who_give_up_do_not_keep_the_base_from_being_described_where_a_plugin_hangs(
-    compiler: Compiler, tiny_base: Path, tmp_path: Path
-) -> None:
-    serve = Servers(tiny_base, tmp_path / "store", compiler)
-    async with serve() as server, server.client(timeout=TIMEOUT / 2) as hasty, server.client() as client:
-        for _ in range(2):
-            with pytest.raises(errors.DeadlineExceededError):
-                await hasty.get_base()
-        fits = (await client.get_base()).methods
-    assert "took more than 4 s" in fits["stalls"]
-    assert fits["lora"] == ""
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["a while after", "in the moment in which"])

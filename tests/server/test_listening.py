@@ -8,6 +8,7 @@ import resource
 import socket
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,30 @@ async def test_a_client_with_wrong_tls_gets_the_cause_at_once(served: Served, se
             async with AsyncClient(address, tls=tls, timeout=20) as client:
                 with pytest.raises(UnavailableError, match=problem):
                     await client.list_tenants()
+
+
+OF_ANOTHER_SERVER: dict[str, dict[str, Any]] = {
+    "its certificate has expired": {"days": -5},
+    "its certificate is not valid yet": {"days": 5},
+    "a kind of key that gRPC's clients refuse": {"curve": "Ed25519"},
+}
+
+
+@pytest.mark.parametrize("problem", OF_ANOTHER_SERVER)
+async def test_a_client_gets_the_cause_where_a_server_has_a_certificate_that_ours_would_refuse(
+    problem: str, tmp_path: Path
+) -> None:
+    cert, key = write_certificate(tmp_path, **OF_ANOTHER_SERVER[problem])
+    server = grpc.server(ThreadPoolExecutor(1))
+    credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    try:
+        async with AsyncClient(f"localhost:{port}", tls=cert.read_bytes(), timeout=20) as client:
+            with pytest.raises(UnavailableError, match=problem):
+                await client.list_tenants()
+    finally:
+        server.stop(None).wait()
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])

@@ -162,6 +162,18 @@ TLS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "the two exchanged": (lambda cert, key: cert.write_bytes(key.read_bytes()), r"cert\.pem holds no certificate"),
     "a damaged certificate": (damaged, r"cert\.pem holds a damaged certificate"),
     "an encrypted key": (encrypted, r"key\.pem is encrypted"),
+    "an expired certificate": (lambda cert, key: write_certificate(cert.parent, days=-5), "certificate has expired"),
+    "a certificate of tomorrow": (lambda cert, key: write_certificate(cert.parent, days=5), "is not yet valid"),
+    "a curve that clients refuse": (lambda cert, key: write_certificate(cert.parent, "SECP521R1"), "ECDSA on P-521"),
+    "a key that clients refuse": (lambda cert, key: write_certificate(cert.parent, "Ed25519"), "is of Ed25519"),
+    "a curve that gRPC does not know": (
+        lambda cert, key: write_certificate(cert.parent, "SECP256K1"),
+        "cannot be read by gRPC: it takes",
+    ),
+    "a byte-order mark": (
+        lambda cert, key: cert.write_bytes(b"\xef\xbb\xbf" + cert.read_bytes()),
+        "cannot be read by gRPC: it takes PEM without a byte-order mark",
+    ),
     "another certificate's key": (of_another, r"key\.pem is not the key of the certificate in .*cert\.pem"),
 }
 

@@ -22,12 +22,15 @@ TLS_FAILED = "TLS_FAILED"
 """Reason of an error that is not retried."""
 
 _TLS_HINTS = {
+    "certificate has expired": "its certificate has expired, or this machine's clock is wrong. ",
+    "certificate is not yet valid": "its certificate is not valid yet, or this machine's clock is wrong. ",
     "CERTIFICATE_VERIFY_FAILED": "its certificate is not signed by an authority that this client trusts; pass the "
     "authority's PEM (tls=..., --tls-ca). ",
     "Hostname Verification Check failed": "its certificate is for another name than this address; connect by the name "
     "in the certificate. ",
     "WRONG_VERSION_NUMBER": "it does not speak TLS; connect without. ",
     "Failed to create security handshaker": "the authority's certificate (tls=..., --tls-ca) is not valid PEM. ",
+    "Handshake read failed": "it ended the TLS handshake: it has no TLS, or a kind of key that gRPC's clients refuse. ",
     "Socket closed": "it closed the connection, as one with TLS does to a client without (tls=True, --tls). ",
 }
 """Parts of gRPC's messages for failed connections, and what they mean."""

@@ -4,7 +4,6 @@ import ipaddress
 import os
 import resource
 import socket
-import ssl
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import grpc
 
 from deltamux.errors import FailedPreconditionError
 from deltamux.server.options import ServeOptions, split_address
+from deltamux.server.transport.certificates import TAKEN, check_tls, pem, tls_files_error
 from deltamux.server.transport.limits import MAX_MESSAGE_BYTES
 
 MAX_PENDING_CALLS = 1 << 16
@@ -104,7 +104,10 @@ def bind(server: grpc.aio.Server, options: ServeOptions) -> str:
         else:
             port = server.add_secure_port(options.listen, _credentials(options))
     except RuntimeError as error:
-        raise _cannot_listen(options, _bind_problem(options.listen)) from error
+        problem = _bind_problem(options.listen)
+        if problem is None and options.tls_cert is not None:
+            raise tls_files_error(options.tls_cert, f"or {options.tls_key} cannot be read by gRPC: {TAKEN}") from error
+        raise _cannot_listen(options, problem or "the address is taken, or is not this machine's") from error
     return options.listen if options.listen.startswith("unix:") else f"{options.listen.rpartition(':')[0]}:{port}"
 
 
@@ -129,8 +132,8 @@ def _has_listener(listen: str) -> bool:
     return True
 
 
-def _bind_problem(listen: str) -> str:
-    """Returns the system's error for an address that gRPC could not bind; gRPC only logs it."""
+def _bind_problem(listen: str) -> str | None:
+    """Returns the system's error for an address that gRPC could not bind, if it has one; gRPC only logs it."""
     try:
         if listen.startswith("unix:"):
             path = Path(listen.removeprefix("unix:"))
@@ -142,45 +145,10 @@ def _bind_problem(listen: str) -> str:
                 probe.bind(address)
     except OSError as error:
         return error.strerror or str(error)
-    return "the address is taken, or is not this machine's"
-
-
-def check_tls(options: ServeOptions) -> None:
-    """Raises FailedPreconditionError, reason TLS_FILES, for an unusable certificate or key."""
-    if options.tls_cert is None or options.tls_key is None:
-        return
-    certificate, key = _pem(options.tls_cert), _pem(options.tls_key)
-    if b"-----BEGIN CERTIFICATE-----" not in certificate:
-        raise _tls_files(options.tls_cert, "holds no certificate in PEM; --tls-cert is the certificate, with its chain")
-    if b"PRIVATE KEY-----" not in key:
-        raise _tls_files(options.tls_key, "holds no private key in PEM; --tls-key is the certificate's key")
-    if b"ENCRYPTED" in key:
-        raise _tls_files(options.tls_key, "is encrypted; give a key without a passphrase, readable by the server alone")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_verify_locations(cadata=certificate.decode("ascii", "ignore"))
-    except (ssl.SSLError, ValueError):
-        raise _tls_files(options.tls_cert, "holds a damaged certificate") from None
-    try:
-        context.load_cert_chain(options.tls_cert, options.tls_key)
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            raise _tls_files(options.tls_key, f"is not the key of the certificate in {options.tls_cert}") from None
-        raise _tls_files(options.tls_key, f"cannot be used with {options.tls_cert}: {error.reason or error}") from None
-
-
-def _pem(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise _tls_files(file, f"cannot be read: {error.strerror}") from None
-
-
-def _tls_files(file: Path, problem: str) -> FailedPreconditionError:
-    return FailedPreconditionError(f"TLS: {file} {problem}", reason="TLS_FILES", metadata={"file": str(file)})
+    return None
 
 
 def _credentials(options: ServeOptions) -> grpc.ServerCredentials:
     assert options.tls_cert is not None
     assert options.tls_key is not None
-    return grpc.ssl_server_credentials([(_pem(options.tls_key), _pem(options.tls_cert))])
+    return grpc.ssl_server_credentials([(pem(options.tls_key), pem(options.tls_cert))])
