@@ -85,7 +85,7 @@ class CompilerChild:
             if is_out_of_memory(error):
                 return {"refusal": "it takes more memory to find out than a plugin may use"}
             if isinstance(error, DeltamuxError):
-                return {"refusal": error.message}
+                return {"refusal": error.message[:MAX_TEXT]}
             return {"refusal": f"its adapters cannot be made: {type(error).__name__}: {error}"[:MAX_TEXT]}
         return {"refusal": ""}
 
