@@ -36,6 +36,14 @@ def end_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def block_signals_of_group() -> None:
+    """Makes SIGINT and SIGTERM wait for ever, in this process and in its forks, whatever handlers they come to have.
+
+    A terminal's Ctrl-C and a service manager's stop reach every process; the server alone decides when others end.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
+
 def become_helper(parent: int) -> None:
     """Makes this process a helper of its parent: it ends with it, and yields CPU and memory to it and to the engine.
 

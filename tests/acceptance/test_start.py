@@ -1,7 +1,8 @@
-"""A start that is under way can be stopped."""
+"""A start that is under way can be stopped, and a server that serves, by signals to it or to all its processes."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deltamux_testing.server_process import await_none, command
+from deltamux.client import Client
+from deltamux_testing.server_process import READY, await_none, command
 
 PATIENCE = 240
 
@@ -42,6 +44,30 @@ def test_a_signal_while_modules_are_imported_ends_the_start_at_once(
         server.send_signal(number)
         output, errors = server.communicate(timeout=PATIENCE)
     assert (server.returncode, output, errors) == (0, "stopped before it was ready\n", "")
+    await_none(begun)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_streams_run_to_their_end_when_every_process_of_the_server_gets_the_signal(
+    number: signal.Signals, base_directory: Path, tmp_path: Path
+) -> None:
+    """As by a terminal's Ctrl-C, and by a service manager."""
+    with subprocess.Popen(
+        command(base_directory, tmp_path / "store", "--enforce-eager"),
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as server:
+        assert server.stdout is not None
+        ready = next(found for line in server.stdout if (found := READY.match(line)))
+        begun = psutil.Process(server.pid).children(recursive=True)
+        with Client(ready[1], timeout=60, retries=0) as client:
+            stream = client.generate_stream([5, 6, 7], max_tokens=100, temperature=0.0, ignore_eos=True)
+            tokens = len(next(stream).token_ids)
+            os.killpg(server.pid, number)
+            tokens += sum(len(chunk.token_ids) for chunk in stream)
+        assert (tokens, server.wait(timeout=PATIENCE)) == (100, 0)
     await_none(begun)
 
 

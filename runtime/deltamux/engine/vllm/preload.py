@@ -1,11 +1,11 @@
 """What the fork server imports: all that an engine's processes would, and no plugin, which could start threads."""
 
 import gc
-import signal
 
+from deltamux.child_process import block_signals_of_group
+
+block_signals_of_group()
 gc.disable()  # imports make a million objects that stay
-# A terminal's Ctrl-C is the server's, which ends this process; here it would only print where an import was.
-interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 from vllm.utils.system_utils import set_process_title  # noqa: E402
 
@@ -20,4 +20,3 @@ import deltamux.engine.vllm.worker.cpu  # noqa: E402, F401
 
 gc.freeze()  # so that no fork's collection writes to shared pages
 gc.enable()
-signal.signal(signal.SIGINT, interrupted)

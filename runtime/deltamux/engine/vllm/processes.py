@@ -15,15 +15,15 @@ from typing import Any
 
 import psutil
 
-from deltamux.child_process import end_with_parent
+from deltamux.child_process import block_signals_of_group, end_with_parent
 from deltamux.engine.arguments import in_a_sentence
 from deltamux.engine.vllm import fork_server
 
 SHARED_MEMORY = "/dev/shm/psm_"
 """What the paths of `multiprocessing`'s shared memory begin with."""
 
-GRACE_SECONDS = 0.5
-"""For vLLM's processes to end by themselves, which its worker does not; nothing that they hold has to be closed."""
+GRACE_SECONDS = 0.1
+"""For vLLM's processes to end by themselves, which those that block SIGTERM do not; they hold nothing to be closed."""
 
 POLL_SECONDS = 0.1
 GONE_SECONDS = 10.0
@@ -188,6 +188,7 @@ class _Parent:
 
 def _read(parent: int, generations: int) -> _Parent | None:
     end_with_parent(parent)
+    block_signals_of_group()
     return _Parent(forks=False, generations=generations - 1) if generations else None
 
 
