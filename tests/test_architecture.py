@@ -48,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.engine.vllm.auto_merge": VLLM | {f"{V}.layers", f"{V}.loading"},
     "deltamux.engine.vllm.worker": VLLM | {f"{V}.auto_merge", f"{V}.layers", f"{V}.loading"},
     "deltamux.engine.vllm.cuda": VLLM | {f"{V}.layers", f"{V}.worker"},
-    "deltamux.engine.vllm.preload": {f"{V}.scheduling", f"{V}.worker"},
+    "deltamux.engine.vllm.preload": {"deltamux.child_process", f"{V}.scheduling", f"{V}.worker"},
     "deltamux.conformance": METHODS | {"deltamux.engine"},
     "deltamux.bench": METHODS | {"deltamux.client", "deltamux.engine"},
     "deltamux.scaffold": CORE,

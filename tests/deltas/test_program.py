@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from deltamux.deltas import (
     SoftPrompt,
 )
 from deltamux.deltas.activations import ACTIVATIONS
-from deltamux.errors import BaseMismatchError, InvalidAdapterError
+from deltamux.errors import BaseMismatchError, FailedPreconditionError, InvalidAdapterError
 from deltamux_testing import random_programs
 
 
@@ -212,3 +214,28 @@ def test_a_fifo_or_a_missing_file_is_refused_without_reading(tmp_path: Path) -> 
     os.mkfifo(tmp_path / "adapter_config.json")
     with pytest.raises(InvalidAdapterError, match="not a regular file"):
         Checkpoint.read(tmp_path)
+
+
+SPOILT_CONFIGS: dict[str, Any] = {
+    "a hidden size that its heads do not divide": {"hidden_size": 65},
+    "no heads": {"num_attention_heads": 0},
+    "a text for a number": {"vocab_size": "x"},
+    "rotary positions without their factor": {"rope_parameters": {"rope_type": "yarn"}},
+    "rotary positions of a kind that is not known": {"rope_parameters": {"rope_type": "nope"}},
+    "an activation that is not known": {"hidden_act": "nope"},
+    "a padding token beyond the vocabulary": {"pad_token_id": 1_000_000},
+    "nothing": None,
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT_CONFIGS)
+def test_a_config_that_transformers_cannot_use_is_refused_in_a_sentence(
+    spoilt: str, base_directory: Path, tmp_path: Path
+) -> None:
+    values = SPOILT_CONFIGS[spoilt]
+    config = json.loads((base_directory / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values and config | values))
+    with pytest.raises(FailedPreconditionError, match=r"base model .*config\.json") as refused:
+        BaseModel.from_pretrained(tmp_path)
+    assert "\n" not in refused.value.message
+    assert refused.value.reason in {"BASE_NOT_FOUND", "UNSUPPORTED_BASE"}

@@ -74,17 +74,7 @@ class BaseModel:
         Raises:
             FailedPreconditionError: there is no such model, or it is not a decoder of the usual structure.
         """
-        from transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise FailedPreconditionError(
-                f"base model {str(model)!r} cannot be read: {error}. Give a directory with config.json and "
-                "safetensors, or a Hugging Face id",
-                reason="BASE_NOT_FOUND",
-            ) from error
-        described = cls.from_checkpoint(config, model)
+        described = cls.from_checkpoint(read_base_config(model), model)
         assert described.files is not None
         return replace(described, fingerprint=_fingerprint(described, described.files), name=str(model))
 
@@ -198,6 +188,31 @@ def auto_model(config: Any) -> Any:
     return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
 
 
+def read_base_config(model: str | Path) -> Any:
+    """Returns transformers' config of a directory or Hugging Face id.
+
+    Raises:
+        FailedPreconditionError: BASE_NOT_FOUND; there is none, or it is not valid.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except ImportError:
+        raise
+    except Exception as error:  # transformers' checks raise errors of many kinds
+        raise FailedPreconditionError(
+            f"base model {str(model)!r} cannot be read: {_sentence(error)}. Give a directory with config.json and "
+            "safetensors, or a Hugging Face id",
+            reason="BASE_NOT_FOUND",
+        ) from error
+
+
+def _sentence(error: Exception) -> str:
+    plain = isinstance(error, OSError | ValueError)
+    return f"{'' if plain else f'{type(error).__name__}: '}{' '.join(str(error).split())}"
+
+
 def _without_weights(config: Any) -> nn.Module:
     """Returns the model of a config, on the meta device."""
     _check_decoder(config)
@@ -206,6 +221,13 @@ def _without_weights(config: Any) -> nn.Module:
             model: nn.Module = auto_model(config).from_config(config)
     except ValueError as error:
         raise _not_a_decoder(config, f"not known to transformers as one that generates text ({error})") from error
+    except ImportError:
+        raise
+    except Exception as error:  # whatever transformers' code makes of a value in it
+        raise FailedPreconditionError(
+            f"transformers cannot build the base model of its config.json: {_sentence(error)}",
+            reason="UNSUPPORTED_BASE",
+        ) from error
     return model
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltamux.adapter_files import missing
 from deltamux.deltas import BaseModel, Checkpoint
+from deltamux.deltas.base_model import read_base_config
 from deltamux.deltas.checkpoint import (
     CONFIG_FILE,
     TENSORS_FILE,
@@ -169,15 +170,7 @@ def _paths(model: str | Path) -> set[str] | None:
     """Returns the paths of a base's modules; None where no base is given."""
     if not model:
         return None
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise FailedPreconditionError(
-            f"base model {str(model)!r} cannot be read: {error}", reason="BASE_NOT_FOUND"
-        ) from error
-    return {site.name for site in BaseModel.from_config(config).sites.values()}
+    return {site.name for site in BaseModel.from_config(read_base_config(model)).sites.values()}
 
 
 def read_foreign(directory: Path) -> Checkpoint:
