@@ -197,14 +197,22 @@ async def test_a_client_gets_the_cause_where_a_server_has_a_certificate_that_our
     cert, key = write_certificate(tmp_path, **OF_ANOTHER_SERVER[problem])
     server = grpc.server(ThreadPoolExecutor(1))
     credentials = grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
-    port = server.add_secure_port("127.0.0.1:0", credentials)
+    port = server.add_secure_port("[::]:0", credentials)  # at every address of the name
     server.start()
     try:
-        async with AsyncClient(f"localhost:{port}", tls=cert.read_bytes(), timeout=20) as client:
+        async with AsyncClient(f"localhost:{port}", tls=cert.read_bytes(), timeout=20, retries=0) as client:
             with pytest.raises(UnavailableError, match=problem):
                 await client.list_tenants()
     finally:
         server.stop(None).wait()
+
+
+@pytest.mark.parametrize("address", ["", " ", "http://localhost:1", "localhost:65537", f"h:{'9' * 5000}", "dns:///"])
+async def test_a_client_refuses_an_address_that_is_none_or_would_lead_elsewhere(address: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="the server's address") as refused:
+        async with AsyncClient(address, timeout=20) as client:
+            await client.list_tenants()
+    assert refused.value.metadata == {"field": "address"}
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])

@@ -18,8 +18,13 @@ OPTIONS: Sequence[tuple[str, Any]] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
 )
 
+MAX_PORT = (1 << 16) - 1
+
 TLS_FAILED = "TLS_FAILED"
 """Reason of an error that is not retried."""
+
+INVALID_TARGET = "the target uri is not valid"
+"""Part of gRPC's message for an address that it makes no channel for; its status is INTERNAL."""
 
 _TLS_HINTS = {
     "certificate has expired": "its certificate has expired, or this machine's clock is wrong. ",
@@ -55,6 +60,7 @@ class Connection:
     retries: int = 0
 
     def __post_init__(self) -> None:
+        _check_address(self.address)
         if self.timeout is not None and not 0 < self.timeout < math.inf:
             raise InvalidArgumentError(
                 f"timeout must be more than 0 seconds, or None; not {self.timeout}", metadata={"field": "timeout"}
@@ -73,6 +79,23 @@ class Connection:
         return [("authorization", f"Bearer {self.api_key}")] if self.api_key else []
 
 
+def _check_address(address: str) -> None:
+    """Raises InvalidArgumentError for an address that gRPC takes for another one, or for none."""
+    host, _, port = address.rpartition(":")
+    has_port = host and port.isdecimal() and not address.startswith("unix")
+    if not address.strip() or address.startswith(("http://", "https://")):
+        problem = "is host:port or unix:path"
+    elif has_port and (len(port) > len(str(MAX_PORT)) or int(port) > MAX_PORT):
+        problem = f"has a port of at most {MAX_PORT}"  # gRPC would connect to the remainder
+    else:
+        return
+    raise _invalid_address(f"{problem}, not {address!r}")
+
+
+def _invalid_address(problem: str) -> InvalidArgumentError:
+    return InvalidArgumentError(f"the server's address {problem}", metadata={"field": "address"})
+
+
 def error_of(raised: grpc.RpcError) -> DeltamuxError:
     """Returns the `DeltamuxError` of a status, with its class, message, reason, metadata and retry time."""
     code: grpc.StatusCode = raised.code()
@@ -86,6 +109,8 @@ def error_of(raised: grpc.RpcError) -> DeltamuxError:
             reason, metadata = info.reason, dict(info.metadata)
         elif detail.Is(retry.DESCRIPTOR) and detail.Unpack(retry):
             retry_after = retry.retry_delay.ToMilliseconds() / 1000
+    if status is None and INVALID_TARGET in message:
+        return _invalid_address(f"is host:port or unix:path ({message})")
     if code is grpc.StatusCode.UNAVAILABLE and status is None:
         hint = next((hint for sign, hint in _TLS_HINTS.items() if sign in message), "")
         reason = TLS_FAILED if hint and "Socket closed" not in message else reason
