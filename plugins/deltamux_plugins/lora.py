@@ -5,7 +5,8 @@ DoRA (`use_dora`): see dora.py.
 
     y = W x + s B (A x),   A [r, in], B [out, r],   s = alpha / r  (rsLoRA: alpha / sqrt(r))
 
-Served as `LowRank` at every target; trained biases as `Bias` and `NormAffine`. Files are PEFT's.
+Served as `LowRank` at every target, and as `LowRankExperts` at the experts of a mixture (`target_parameters`, see
+target_parameters.py); trained biases as `Bias` and `NormAffine`. Files are PEFT's.
 """
 
 import math
@@ -24,6 +25,7 @@ from deltamux_plugins.configs import invalid
 from deltamux_plugins.dora import magnitude_ops, row_norms
 from deltamux_plugins.peft_format import AS_PEFT, PREFIX, copy_of, refuse_to_train, shaped
 from deltamux_plugins.peft_keys import LORA_REFUSED
+from deltamux_plugins.target_parameters import ParameterTarget, parameter_targets
 from deltamux_plugins.targets import Targeted, by_pattern, fan_in_fan_out, peft_values, targets
 
 # These initialisations move a part of the base's weights into the factors: the adapter fits its own changed base only.
@@ -44,6 +46,8 @@ class LoRAConfig(Targeted):
     Attributes:
         r: rank.
         lora_alpha: numerator of the scale.
+        target_parameters: parameters that are targets besides the modules, by the ends of their paths: the experts of a
+            mixture (``mlp.experts.gate_up_proj``), its router (``mlp.gate.weight``), or a projection's weight.
         rank_pattern: rank by pattern over paths; the first that matches the path's end counts.
         alpha_pattern: likewise for lora_alpha.
         use_dora: each row's length is trained apart from its direction; see `deltamux_plugins.dora`.
@@ -53,6 +57,7 @@ class LoRAConfig(Targeted):
             files also PEFT's others.
     """
 
+    target_parameters: tuple[str, ...] | None = None
     r: int = 8
     lora_alpha: float = 8
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -71,7 +76,13 @@ class LoRAConfig(Targeted):
             raise invalid("lora_dropout", f"is a probability below 1, not {self.lora_dropout}")
         if self.bias not in ("none", "all", "lora_only"):
             raise invalid("bias", f"is none, all or lora_only, not {self.bias!r}")
+        if self.target_parameters and (self.use_dora or self.lora_dropout):
+            raise invalid("target_parameters", "goes with neither use_dora nor lora_dropout, in PEFT as here")
         self._check_initialisation()
+
+    @property
+    def has_other_targets(self) -> bool:
+        return bool(self.target_parameters)
 
     def _check_initialisation(self) -> None:
         init = self.init_lora_weights
@@ -84,13 +95,14 @@ class LoRAConfig(Targeted):
         if isinstance(init, str) and init not in INITIALISATIONS:
             raise invalid("init_lora_weights", f"{init!r} is not known; known: true, {', '.join(INITIALISATIONS)}")
 
-    def rank(self, site: LinearSite) -> int:
-        rank = by_pattern(self.rank_pattern, site.name)
+    def rank(self, path: str) -> int:
+        """Returns the rank at the path of a module, or of a parameter."""
+        rank = by_pattern(self.rank_pattern, path)
         return self.r if rank is None else int(rank)
 
-    def scale(self, site: LinearSite) -> float:
-        alpha = by_pattern(self.alpha_pattern, site.name)
-        alpha, rank = self.lora_alpha if alpha is None else float(alpha), self.rank(site)
+    def scale(self, path: str) -> float:
+        alpha = by_pattern(self.alpha_pattern, path)
+        alpha, rank = self.lora_alpha if alpha is None else float(alpha), self.rank(path)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -104,12 +116,16 @@ def deltamux_parameters(config: LoRAConfig, base: BaseModel) -> dict[str, Parame
     refuse_to_train(config, "modules_to_save")
     parameters: dict[str, ParameterSpec] = {}
     for site in targets(config, base):
-        rank = config.rank(site)
+        rank = config.rank(site.name)
         a, b = f"{PREFIX}{site.name}.lora_A.weight", f"{PREFIX}{site.name}.lora_B.weight"
         parameters[a] = ParameterSpec((rank, site.in_features), _init_a(config, rank))
         parameters[b] = ParameterSpec((site.out_features, rank), torch.nn.init.zeros_)
         if config.use_dora:
             parameters[_magnitude(site)] = ParameterSpec((site.out_features,), _row_norms_of(base, site))
+    for target in _parameters(config, base):
+        rank = config.rank(target.path)
+        parameters[target.a] = ParameterSpec(target.shape_a(rank), _init_a(config, rank))
+        parameters[target.b] = ParameterSpec(target.shape_b(rank), torch.nn.init.zeros_)
     for site_with_bias, name in _biases(config, base):
         features = site_with_bias.out_features if isinstance(site_with_bias, LinearSite) else site_with_bias.features
         parameters[name] = ParameterSpec((features,), copy_of(base, f"{site_with_bias.name}.bias"))
@@ -130,24 +146,40 @@ def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, 
     for site in targets(config, base):
         a = tensors[f"{PREFIX}{site.name}.lora_A.weight"]
         b = tensors[f"{PREFIX}{site.name}.lora_B.weight"]
-        if a.dim() != 2 or a.shape[0] != config.rank(site):
-            raise InvalidAdapterError(
-                f"{site.name}.lora_A has shape {list(a.shape)}, but adapter_config.json says rank {config.rank(site)}",
-                reason="RANK_MISMATCH",
-                metadata={"tensor": f"{PREFIX}{site.name}.lora_A.weight", "rank": str(config.rank(site))},
-            )
-        low_rank = LowRank(a, b, config.scale(site), config.lora_dropout)
+        if a.dim() != 2 or a.shape[0] != config.rank(site.name):
+            raise _rank_mismatch(site.name, a, config.rank(site.name), f"{PREFIX}{site.name}.lora_A.weight")
+        low_rank = LowRank(a, b, config.scale(site.name), config.lora_dropout)
         placements.append((site.name, low_rank))
         if config.use_dora:
             low_rank.check(site)
             magnitude = shaped(tensors, _magnitude(site), (site.out_features,), base)
             placements += ((site.name, op) for op in magnitude_ops(base, site, low_rank, magnitude))
+    for target in _parameters(config, base):
+        a, b, rank = tensors[target.a], tensors[target.b], config.rank(target.path)
+        if a.dim() != 2 or a.shape[0] != target.shape_a(rank)[0]:
+            raise _rank_mismatch(target.path, a, rank, target.a)
+        b = shaped(tensors, target.b, target.shape_b(rank), base)
+        placements.append((target.site.name, target.op(a, b, config.scale(target.path))))
     for site_with_bias, name in _biases(config, base):
         before = base.tensor(f"{site_with_bias.name}.bias")
         change = shaped(tensors, name, tuple(before.shape), base) - before.to(tensors[name].dtype)
         op: Op = Bias(change) if isinstance(site_with_bias, LinearSite) else NormAffine(bias=change)
         placements.append((site_with_bias.name, op))
     return Program.of(placements)
+
+
+def _rank_mismatch(path: str, a: Tensor, rank: int, name: str) -> InvalidAdapterError:
+    return InvalidAdapterError(
+        f"{path}.lora_A has shape {list(a.shape)}, but adapter_config.json says rank {rank}",
+        reason="RANK_MISMATCH",
+        metadata={"tensor": name, "rank": str(rank)},
+    )
+
+
+def _parameters(config: LoRAConfig, base: BaseModel) -> list[ParameterTarget]:
+    if not config.target_parameters:
+        return []
+    return parameter_targets(config.target_parameters, base, {site.name for site in targets(config, base)})
 
 
 # Biases and first values.

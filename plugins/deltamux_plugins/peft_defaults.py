@@ -58,16 +58,20 @@ _IA3_ATTENTION: Mapping[str, tuple[str, ...]] = {
 IA3_TARGETS: Mapping[str, Names] = {name: (*_IA3_ATTENTION[name], *IA3_FEEDFORWARD[name]) for name in IA3_FEEDFORWARD}
 
 
-def default_targets(known: Mapping[str, Names], base: BaseModel) -> Names:
+def default_targets(known: Mapping[str, Names], base: BaseModel, *, otherwise: Names | None = None) -> Names:
     """Returns PEFT's default target_modules on this base.
 
+    Args:
+        otherwise: what they are where PEFT has no default for the base's model type.
     Raises:
-        InvalidConfigError: PEFT has no default for the base's model type.
+        InvalidConfigError: it has none, and neither is `otherwise` given.
     """
     kinds = model_types(base.architecture)
     for kind in kinds:
         if kind in known:
             return known[kind]
+    if otherwise is not None:
+        return otherwise
     raise InvalidConfigError(
         f"target_modules is null, and PEFT has no default for {kinds[0] if kinds else base.architecture}: write the "
         "modules that the adapter was trained at into adapter_config.json",

@@ -29,7 +29,7 @@ def _reasons(*left_out: str, **more: str) -> dict[str, str]:
     return {key: f"{reason}; {_ADVICE}" for key, reason in {**reasons, **more}.items() if key not in left_out}
 
 
-LORA_REFUSED: Mapping[str, str] = _reasons()
+LORA_REFUSED: Mapping[str, str] = _reasons("target_parameters")
 ADALORA_REFUSED: Mapping[str, str] = _reasons(
     use_dora="PEFT's AdaLoRA has no DoRA",
     use_rslora="PEFT's AdaLoRA has no rank-stabilised scale",

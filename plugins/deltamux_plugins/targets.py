@@ -57,18 +57,23 @@ class Targeted:
                 "layers_pattern needs layers_to_transform, too", metadata={"field": "layers_to_transform"}
             )
 
+    @property
+    def has_other_targets(self) -> bool:
+        """Whether the config names other targets than modules, so that target_modules may match none."""
+        return False
+
 
 def targets(config: Targeted, base: BaseModel) -> list[LinearSite]:
     """Returns the projections that a config matches, in the model's order.
 
     Raises:
-        InvalidConfigError: there is none, or a pattern is not a regular expression.
+        InvalidConfigError: there is none, and nothing else is a target; or a pattern is not a regular expression.
     """
     names = config.target_modules
     if names is None:
-        names = default_targets(config.peft_targets, base)
+        names = default_targets(config.peft_targets, base, otherwise=() if config.has_other_targets else None)
     chosen = [site for site in base.linears if _is_target(config, names, site)]
-    if not chosen:
+    if not chosen and not config.has_other_targets:
         raise nothing_matches(names, [site.name for site in base.linears], base, "projection", _narrowed(config))
     return chosen
 

@@ -50,6 +50,11 @@ class UniPELTConfig(VersionedConfig):
             raise InvalidConfigError(
                 "UniPELT's LoRA has neither magnitudes (use_dora) nor biases", metadata={"field": "lora"}
             )
+        if self.lora.target_parameters:
+            raise InvalidConfigError(
+                "UniPELT's LoRA has a gate at every projection, and target_parameters names other targets",
+                metadata={"field": "lora"},
+            )
 
 
 class UniPELT(CompositeMethod):

@@ -39,6 +39,7 @@ class Subject(NamedTuple):
 PEFT_KINDS: Mapping[str, Callable[[BaseModel], peft.PeftConfig]] = {
     "lora": lambda base: _lora(base, [site.name for site in base.linears if _takes_lora(site)]),
     "all-linear": lambda base: _lora(base, "all-linear"),
+    "experts": lambda base: _experts(base),
     "ia3": lambda base: peft.IA3Config(fan_in_fan_out=_stored_transposed(base)),
     "norms": lambda base: peft.LNTuningConfig(target_modules=[site.name for site in base.norms]),
     "prompt": lambda _: peft.PromptTuningConfig(num_virtual_tokens=5),
@@ -51,6 +52,20 @@ KINDS = (*PEFT_KINDS, *OWN_KINDS, "full")
 def _lora(base: BaseModel, target_modules: str | list[str]) -> peft.PeftConfig:
     transposed = _stored_transposed(base)
     return peft.LoraConfig(r=4, lora_alpha=8, target_modules=target_modules, fan_in_fan_out=transposed)
+
+
+def _experts(base: BaseModel) -> peft.PeftConfig:
+    """Returns LoRA at the experts of a mixture and at attention, each parameter with a rank and an alpha of its own."""
+    if not base.experts:
+        raise ValueError("the base is not a mixture of experts")
+    return peft.LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=r".*attn\.[qv]\w*_proj",
+        target_parameters=[site.name for site in base.experts],
+        rank_pattern={"down_proj": 3},
+        alpha_pattern={"gate_up_proj": 12},
+    )
 
 
 def _takes_lora(site: LinearSite) -> bool:

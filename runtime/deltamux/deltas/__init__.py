@@ -15,6 +15,7 @@ from deltamux.deltas.ops import (
     GatedLowRank,
     KVPrefix,
     LowRank,
+    LowRankExperts,
     NormAffine,
     Op,
     Scale,
@@ -28,6 +29,7 @@ from deltamux.deltas.sites import (
     BlockRole,
     BlockSite,
     EmbeddingSite,
+    ExpertsSite,
     HeadSite,
     LinearSite,
     NormSite,
@@ -37,7 +39,8 @@ from deltamux.deltas.sites import (
 
 __all__ = [
     "Attachment", "AttentionSite", "BaseModel", "BaseSupport", "Bias", "BlockRole", "BlockSite", "Bottleneck",
-    "Checkpoint", "Dense", "DenseEmbedding", "DenseHead", "EmbeddingSite", "GatedBottleneck", "GatedLowRank",
-    "HeadSite", "KVPrefix", "LinearSite", "LowRank", "NormAffine", "NormSite", "Op", "PlacedOp", "Placement", "Program",
-    "Scale", "ScaleInput", "SignDense", "Site", "SiteKind", "SoftPrompt", "attached", "merge_program",
+    "Checkpoint", "Dense", "DenseEmbedding", "DenseHead", "EmbeddingSite", "ExpertsSite", "GatedBottleneck",
+    "GatedLowRank", "HeadSite", "KVPrefix", "LinearSite", "LowRank", "LowRankExperts", "NormAffine", "NormSite", "Op",
+    "PlacedOp", "Placement", "Program", "Scale", "ScaleInput", "SignDense", "Site", "SiteKind", "SoftPrompt",
+    "attached", "merge_program",
 ]  # fmt: skip

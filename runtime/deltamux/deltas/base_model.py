@@ -17,6 +17,7 @@ from deltamux.deltas.sites import (
     AttentionSite,
     BlockSite,
     EmbeddingSite,
+    ExpertsSite,
     HeadSite,
     LinearSite,
     NormSite,
@@ -102,7 +103,16 @@ class BaseModel:
 
     @property
     def linears(self) -> list[LinearSite]:
-        return [s for s in self.sites.values() if isinstance(s, LinearSite)]
+        """The projections that are modules of their own: all but the routers of mixtures."""
+        return [s for s in self.sites.values() if isinstance(s, LinearSite) and not s.is_router]
+
+    @property
+    def routers(self) -> list[LinearSite]:
+        return [s for s in self.sites.values() if isinstance(s, LinearSite) and s.is_router]
+
+    @property
+    def experts(self) -> list[ExpertsSite]:
+        return [s for s in self.sites.values() if isinstance(s, ExpertsSite)]
 
     @property
     def norms(self) -> list[NormSite]:

@@ -22,6 +22,7 @@ from deltamux.deltas.sites import (
     BlockRole,
     BlockSite,
     EmbeddingSite,
+    ExpertsSite,
     HeadSite,
     LinearSite,
     NormForm,
@@ -133,6 +134,7 @@ def _layer_sites(path: str, index: int, layer: nn.Module, dims: Dimensions) -> I
         elif _is_norm(module, dims):
             norms.append(f"{path}.{name}")
             yield _norm_site(norms[-1], index, module, dims)
+    yield from _expert_sites(path, index, layer, dims)
     norms_before = _norms_before(layer, norms)
     for role, members in linears.items():
         yield from members
@@ -156,6 +158,44 @@ def _linear_site(name: str, layer: int, role: BlockRole, module: nn.Module) -> L
     weight: Any = module.weight
     out_features, in_features = (weight.shape[1], weight.shape[0]) if transposed else weight.shape
     return LinearSite(name, in_features, out_features, module.bias is not None, transposed, layer, role)
+
+
+def _expert_sites(path: str, index: int, layer: nn.Module, dims: Dimensions) -> Iterator[ExpertsSite | LinearSite]:
+    """Yields the projections of a mixture's experts, and the router that chooses among them."""
+    counts: dict[str, int] = {}
+    for name, module in layer.named_modules():
+        sites = [
+            site
+            for field, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == 3
+            and (site := _experts_site(f"{path}.{name}.{field}", index, parameter, module, dims)) is not None
+        ]
+        yield from sites
+        counts.update({name.rpartition(".")[0]: site.num_experts for site in sites})
+    for name, module in layer.named_modules():
+        weight = module._parameters.get("weight")
+        experts = counts.get(name.rpartition(".")[0])
+        if experts and weight is not None and not is_linear(module) and weight.shape == (experts, dims.hidden_size):
+            has_bias = module._parameters.get("bias") is not None
+            sizes = (dims.hidden_size, experts, has_bias, False)
+            yield LinearSite(f"{path}.{name}", *sizes, index, BlockRole.FEED_FORWARD, is_router=True)
+
+
+def _experts_site(
+    name: str, layer: int, parameter: nn.Parameter, module: nn.Module, dims: Dimensions
+) -> ExpertsSite | None:
+    """Returns the site of a parameter [num_experts, ., .]; None where its inputs cannot be told from its outputs."""
+    num_experts, first, second = parameter.shape
+    declared = getattr(module, "is_transposed", None)
+    transposed = declared
+    if declared is None:
+        hidden = dims.hidden_size
+        if (first == hidden) == (second == hidden):
+            return None
+        writes = "down" in name.rpartition(".")[2]  # the projection back to the hidden size
+        transposed = (second == hidden) if writes else (first == hidden)
+    ends = (first, second) if transposed else (second, first)
+    return ExpertsSite(name, num_experts, *ends, bool(transposed), declared is not None, layer)
 
 
 def _norms_before(layer: nn.Module, norms: list[str]) -> dict[BlockRole, str]:

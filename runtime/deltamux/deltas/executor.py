@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from deltamux.deltas.base_model import BaseModel
 from deltamux.deltas.ops import KVPrefix, Op, SoftPrompt
 from deltamux.deltas.program import Program
-from deltamux.deltas.sites import BlockSite, Site, SiteKind
+from deltamux.deltas.sites import BlockSite, ExpertsSite, LinearSite, Site, SiteKind
+from deltamux.deltas.weight_hooks import hook_weights
 
 SiteKey = tuple[SiteKind, str]
 
@@ -66,6 +67,8 @@ class Attachment:
         for site in sorted(sites.values(), key=lambda s: s.kind is SiteKind.BLOCK):
             if isinstance(site, BlockSite):
                 self._hook_block(site, modules)
+            elif isinstance(site, ExpertsSite) or (isinstance(site, LinearSite) and site.is_router):
+                self._handles += hook_weights(site, modules, lambda site: self._ops[site.kind, site.name])
             elif site.kind is not SiteKind.ATTENTION:
                 self._handles.append(modules[site.name].register_forward_pre_hook(self._hook_input(site)))
                 self._handles.append(modules[site.name].register_forward_hook(self._hook_output(site)))

@@ -3,7 +3,7 @@
 A linear or norm site carries its module's path in the Hugging Face model (``model.layers.0.self_attn.q_proj``): that
 is also the name that PEFT's files use. A block or attention site is named by layer and role
 (``layers.0.feed_forward``), because models disagree on which module, if any, holds a sub-layer (OPT's feed-forward has
-none).
+none). An experts site is a parameter, and has its path: one module holds all projections of a mixture's experts.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ class SiteKind(StrEnum):
     ATTENTION = "attention"
     EMBEDDING = "embedding"
     HEAD = "head"
+    EXPERTS = "experts"
 
 
 class BlockRole(StrEnum):
@@ -42,6 +43,8 @@ class LinearSite:
         transposed: the stored weight is [in, out] (GPT-2's Conv1D) instead of [out, in].
         layer: index of the decoder layer that holds it.
         block: the sub-layer it belongs to.
+        is_router: it scores the experts of a mixture. The Hugging Face module multiplies by the weight itself and
+            returns more than the product, so that only ops that change the weight can be here.
     """
 
     name: str
@@ -51,6 +54,7 @@ class LinearSite:
     transposed: bool
     layer: int
     block: BlockRole
+    is_router: bool = field(default=False, repr=False)  # fingerprints of stored programs are made of the rest
     kind = SiteKind.LINEAR
 
 
@@ -130,4 +134,31 @@ class HeadSite:
     kind = SiteKind.HEAD
 
 
-Site = LinearSite | NormSite | BlockSite | AttentionSite | EmbeddingSite | HeadSite
+@dataclass(frozen=True)
+class ExpertsSite:
+    """One projection of every expert of a mixture, y_e = W_e x (+ b_e); all W_e are one parameter of the base.
+
+    Attributes:
+        name: the parameter's path (``model.layers.0.mlp.experts.gate_up_proj``).
+        transposed: the parameter is [num_experts, in, out] instead of [num_experts, out, in].
+        is_declared: the module says itself whether it is transposed (``is_transposed``). PEFT takes the parameter of a
+            module that does not as [num_experts, out, in].
+        layer: index of the decoder layer that holds it.
+    """
+
+    name: str
+    num_experts: int
+    in_features: int
+    out_features: int
+    transposed: bool
+    is_declared: bool
+    layer: int
+    kind = SiteKind.EXPERTS
+
+    @property
+    def module(self) -> str:
+        """The path of the module that holds the parameter, and those of the other projections of these experts."""
+        return self.name.rpartition(".")[0]
+
+
+Site = LinearSite | NormSite | BlockSite | AttentionSite | EmbeddingSite | HeadSite | ExpertsSite

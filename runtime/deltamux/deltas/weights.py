@@ -1,7 +1,7 @@
 """Reads single tensors out of a base model's safetensors files, without loading the model."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from deltamux.deltas.conversions import Conversion, conversions_of
 from deltamux.deltas.quantised import CODES, PLAIN, ZERO_POINT, packed_as, quantised_error, scale_name, values
 from deltamux.errors import FailedPreconditionError
 
@@ -25,12 +26,19 @@ class WeightFiles:
     """The tensors of a model directory by name.
 
     Names are paths in the causal-LM model. A checkpoint saved from the headless model lacks the leading component
-    (``h.0...`` for ``transformer.h.0...``): such names resolve too.
+    (``h.0...`` for ``transformer.h.0...``): such names resolve too. So do those of parameters that transformers makes
+    of several stored tensors (a mixture's experts), once the files are `named_for` a model.
     """
 
-    def __init__(self, files: Mapping[str, Path], aliases: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        files: Mapping[str, Path],
+        aliases: Mapping[str, str] | None = None,
+        conversions: Mapping[str, Conversion] | None = None,
+    ) -> None:
         self._files = dict(files)
         self._aliases = dict(aliases or {})
+        self._conversions = dict(conversions or {})
 
     @classmethod
     def locate(cls, model: str | Path) -> Self:
@@ -58,18 +66,8 @@ class WeightFiles:
 
     def named_for(self, model: nn.Module) -> Self:
         """Returns the same files, whose tensors have the names as well that transformers loads them by into `model`."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-
-        conversions = get_model_conversion_mapping(cast("PreTrainedModel", model))
-        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
-        aliases: dict[str, str] = {}
-        for stored in self._files:
-            name = stored
-            for renaming in renamings:
-                name, _ = renaming.rename_source_key(name)
-            aliases[name] = stored
-        return type(self)(self._files, aliases)
+        renamed, conversions = conversions_of(cast("PreTrainedModel", model), self._files)
+        return type(self)(self._files, renamed, conversions)
 
     def names(self) -> list[str]:
         return sorted(self._files)
@@ -86,12 +84,35 @@ class WeightFiles:
         stored = self._resolve(name)
         return self._files[stored], stored
 
+    def places(self, name: str) -> list[tuple[Path, str]]:
+        """Returns as `place` does, for a parameter of one stored tensor or of several."""
+        if name in self._conversions:
+            return [(self._files[stored], stored) for stored in self._conversions[name].stored]
+        return [self.place(name)]
+
+    def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Returns a value of a parameter as the stored tensors that it is made of, by their names there."""
+        if name in self._conversions:
+            return self._conversions[name].reverse(tensor)
+        return {self._resolve(name): tensor}
+
+    def experts(self, name: str, chosen: Sequence[int]) -> Tensor:
+        """Returns some experts' parts [len(chosen), ...] of a parameter that holds those of all."""
+        if name in self._conversions:
+            return self._conversions[name].experts(chosen, self.read)
+        stored = self._resolve(name)
+        with _opened(self._files[stored]) as file:
+            view = file.get_slice(stored)
+            return torch.cat([view[expert : expert + 1] for expert in chosen])
+
     def read(self, name: str) -> Tensor:
         """Returns a tensor, in float32 where it is stored quantised; KeyError where there is none of that name.
 
         Raises:
             QuantisedBaseError: its values cannot be read.
         """
+        if name in self._conversions:
+            return self._conversions[name].convert(self.read)
         stored = self._stored(name)
         with _opened(self._files[stored]) as file:
             tensor: Tensor = file.get_tensor(stored)

@@ -13,6 +13,7 @@ from deltamux.deltas.ops.dense_head import DenseHead
 from deltamux.deltas.ops.gated import GatedBottleneck, GatedLowRank
 from deltamux.deltas.ops.kv_prefix import KVPrefix
 from deltamux.deltas.ops.low_rank import LowRank
+from deltamux.deltas.ops.low_rank_experts import LowRankExperts
 from deltamux.deltas.ops.norm_affine import NormAffine
 from deltamux.deltas.ops.scale import Scale, ScaleInput
 from deltamux.deltas.ops.sign_dense import SignDense
@@ -25,6 +26,7 @@ OPS: dict[str, type[Op]] = {
     for op in (
         LowRank,
         GatedLowRank,
+        LowRankExperts,
         Dense,
         SignDense,
         DenseEmbedding,
@@ -70,6 +72,6 @@ def op_class(name: str) -> type[Op]:
 
 __all__ = [
     "ENTRY_POINT_GROUP", "OPS", "Bias", "Bottleneck", "Dense", "DenseEmbedding", "DenseHead", "GatedBottleneck",
-    "GatedLowRank", "KVPrefix", "LowRank", "NormAffine", "Op", "OpBatch", "RowRange", "Scale", "ScaleInput",
-    "SignDense", "SoftPrompt", "StepIndex", "VirtualRows", "op_class",
+    "GatedLowRank", "KVPrefix", "LowRank", "LowRankExperts", "NormAffine", "Op", "OpBatch", "RowRange", "Scale",
+    "ScaleInput", "SignDense", "SoftPrompt", "StepIndex", "VirtualRows", "op_class",
 ]  # fmt: skip

@@ -20,9 +20,11 @@ from deltamux.deltas import (
     BlockSite,
     Bottleneck,
     EmbeddingSite,
+    ExpertsSite,
     KVPrefix,
     LinearSite,
     LowRank,
+    LowRankExperts,
     NormAffine,
     NormSite,
     Op,
@@ -127,6 +129,9 @@ def _ops(sites: Iterable[Site]) -> Iterator[tuple[str, Op]]:
     for site in sites:
         if isinstance(site, LinearSite):
             yield site.name, LowRank(draw(1, site.in_features), draw(site.out_features, 1))
+        elif isinstance(site, ExpertsSite):
+            a, b = draw(site.num_experts, 1, site.in_features), draw(site.num_experts, site.out_features, 1)
+            yield site.name, LowRankExperts(a, b)
         elif isinstance(site, BlockSite):
             yield site.name, Bottleneck(draw(1, site.features), draw(site.features, 1))
         elif isinstance(site, NormSite):

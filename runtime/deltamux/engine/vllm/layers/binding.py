@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -24,6 +25,7 @@ from deltamux.deltas import (
     BlockRole,
     BlockSite,
     EmbeddingSite,
+    ExpertsSite,
     HeadSite,
     LinearSite,
     NormSite,
@@ -36,6 +38,8 @@ from deltamux.deltas.backends.module_batch import ColumnRange, PackedSlice
 from deltamux.engine.vllm.layers.attention import AttentionWithDeltas
 from deltamux.engine.vllm.layers.current_step import CurrentStep
 from deltamux.engine.vllm.layers.embedding import EmbeddingWithDeltas
+from deltamux.engine.vllm.layers.expert_probes import check_experts
+from deltamux.engine.vllm.layers.experts import ExpertsWithDeltas
 from deltamux.engine.vllm.layers.head import HeadWithDeltas
 from deltamux.engine.vllm.layers.linear import BlockInput, LinearWithDeltas, SubLayer
 from deltamux.engine.vllm.layers.module_ops import ModuleOps, OpGroup, SiteOps, group_ops
@@ -94,6 +98,7 @@ class Binding:
             for site in base.sites.values():
                 if isinstance(site, kind):
                     self._try_bind(site, bind)
+        self._bind_experts(base.experts)
 
     def intercept(self, wanted: bool) -> None:
         """Puts the attention layers' deltas into the steps to come, or takes them out; see `AttentionWithDeltas`."""
@@ -247,6 +252,29 @@ class Binding:
         ops = self._site_ops(site, site.num_kv_heads * site.head_dim)
         self.attentions[site.name] = AttentionWithDeltas(module, self._current, ops)
         return ops
+
+    def _bind_experts(self, sites: Sequence[ExpertsSite]) -> None:
+        for path in dict.fromkeys(site.module for site in sites):
+            members = [site for site in sites if site.module == path]
+            try:
+                made = self._experts_ops(members)
+            except ProbeError as error:
+                self.unbound.update({(site.kind, site.name): str(error) for site in members})
+            else:
+                self.sites.update({(site.kind, site.name): SiteOps(made[site], 0) for site in members})
+
+    def _experts_ops(self, sites: Sequence[ExpertsSite]) -> Mapping[ExpertsSite, ModuleOps]:
+        """Returns the ops of the projections of one module's experts."""
+        found = [
+            m for path, m in self._modules.items() if isinstance(m, RoutedExperts) and layer_of(path) == sites[0].layer
+        ]
+        if len(found) != 1:
+            raise _missing(sites[0])
+        projections, weights = check_experts(sites, found[0], self._probes.files)
+        made = {site: self._site_ops(site, site.out_features) for site in sites}
+        ends = [self._make_ops() if site is None else made[site] for site in projections]
+        ExpertsWithDeltas(found[0], self._current, weights, *ends)
+        return made
 
     def _attention(self, site: AttentionSite) -> Attention:
         """Returns the attention layer inside the site's module, or else the only one of the same decoder layer."""

@@ -67,6 +67,10 @@ class CustomOpTarget:
         """Changes `y`, the output of a sub-layer that has read `read` and is added to `residual`, in place."""
         raise NotImplementedError
 
+    def change_experts(self, x: Tensor, weights: Tensor, ids: Tensor, y: Tensor) -> None:
+        """Changes `y`, the weighted sum of what experts `ids` make of `x`, in place."""
+        raise NotImplementedError
+
 
 @dataclass(slots=True)
 class _Registered:
@@ -82,6 +86,7 @@ _LAYERS: list[_Registered] = []
 # One fragment for the life of the process: torch forgets the ops when it goes.
 _LIBRARY = torch.library.Library("deltamux", "DEF")  # type: ignore[no-untyped-call]  # torch leaves it so
 _FUNCTIONS: dict[str, Callable[..., None]] = {}
+_IN_FAST_PATH = ("change_input", "change_output", "change_sub_layer")
 _OVERLOADS: dict[str, Callable[..., None]] = {}
 
 
@@ -116,9 +121,9 @@ def _register_fast_path(number: int) -> None:
 @cache
 def _compiled() -> ModuleType | None:
     """Returns the fast path, whose functions replace this file's from now on; None where it does not run."""
-    compiled = install(tuple(_FUNCTIONS.values()))
+    compiled = install(tuple(_FUNCTIONS[name] for name in _IN_FAST_PATH))
     if compiled is not None:
-        _FUNCTIONS.update({name: getattr(compiled, name) for name in _FUNCTIONS})
+        _FUNCTIONS.update({name: getattr(compiled, name) for name in _IN_FAST_PATH})
     return compiled
 
 
@@ -210,8 +215,17 @@ def _change_sub_layer(x: Tensor, read: Tensor, residual: Tensor | None, y: Tenso
         entry.layer.change_sub_layer(x, read, residual, y)
 
 
+def _change_experts(x: Tensor, weights: Tensor, ids: Tensor, y: Tensor, number: int) -> None:
+    entry = _LAYERS[number]
+    if entry.step.index.mask & (entry.own.mask | entry.sub_layer.mask):
+        entry.layer.change_experts(x, weights, ids, y)
+
+
 change_input = _define("change_input(Tensor(a!) x, int number)", _change_input)
 change_output = _define("change_output(Tensor x, Tensor(a!) y, int number)", _change_output)
 change_sub_layer = _define(
     "change_sub_layer(Tensor x, Tensor read, Tensor? residual, Tensor(a!) y, int number)", _change_sub_layer
+)
+change_experts = _define(
+    "change_experts(Tensor x, Tensor weights, Tensor ids, Tensor(a!) y, int number)", _change_experts
 )

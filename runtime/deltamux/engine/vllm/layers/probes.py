@@ -54,10 +54,13 @@ class Probes:
         files: the checkpoint; None where the engine has none (random weights), and names are all there is.
         quantised: whether the engine holds weights at a lower precision than their dtype. Projections whose checkpoint
             has packed weights alone are taken by name.
+
+    Attributes:
+        files: as given.
     """
 
     def __init__(self, files: WeightFiles | None, dtype: torch.dtype, device: torch.device, *, quantised: bool) -> None:
-        self._files = files
+        self.files = files
         self._dtype, self._device = dtype, device
         self._quantised = quantised
         self._tolerance = QUANTISED_TOLERANCE if quantised else TOLERANCE
@@ -71,7 +74,7 @@ class Probes:
         Raises:
             ProbeError: they are not those of the site's weight, in any order.
         """
-        if self._files is None or self._is_packed(site):
+        if self.files is None or self._is_packed(site):
             return None
         rows = _sample(site.out_features)
         x, y = self._run(module, site.in_features)
@@ -88,7 +91,7 @@ class Probes:
 
     def find_linear(self, site: LinearSite, candidates: Mapping[str, nn.Module]) -> tuple[str, ColumnRange] | None:
         """Returns the path and the columns of the one linear that holds a site's weight; None where there is none."""
-        if self._files is None or self._is_packed(site):
+        if self.files is None or self._is_packed(site):
             return None
         rows = _sample(site.out_features)
         weight = self._rows(site, rows)
@@ -140,12 +143,12 @@ class Probes:
         Raises:
             ProbeError: they are no multiples of each other.
         """
-        if self._files is None:
+        if self.files is None:
             return 1.0
         ids = torch.linspace(0, site.vocab_size - 1, min(site.vocab_size, RUNS)).long()
         with torch.inference_mode():
             found = module(ids.to(self._device)).float().cpu()
-        stored = torch.cat([self._files.rows(f"{site.name}.weight", int(i), int(i) + 1) for i in ids]).float()
+        stored = torch.cat([self.files.rows(f"{site.name}.weight", int(i), int(i) + 1) for i in ids]).float()
         expected = stored * site.scale
         factor = float((expected * found).sum() / found.square().sum().clamp(min=1e-30))
         if not self._same(found * factor, expected):
@@ -155,13 +158,13 @@ class Probes:
 
     def check_head(self, site: HeadSite, project: Callable[[Tensor], Tensor]) -> None:
         """Raises ProbeError unless `project` multiplies by the head's weight, or that of the embedding it shares."""
-        if self._files is None:
+        if self.files is None:
             return
         x, rows = self._random(INPUTS, site.in_features), _sample(site.vocab_size)
         with torch.inference_mode():
             found = project(x).float().cpu()
         name = site.tied_to or site.name
-        weight = torch.cat([self._files.rows(f"{name}.weight", a, b) for a, b in _runs(rows)]).float()
+        weight = torch.cat([self.files.rows(f"{name}.weight", a, b) for a, b in _runs(rows)]).float()
         if found.shape[1] < site.vocab_size or not self._same(found[:, rows], x.float().cpu() @ weight.T):
             raise ProbeError(f"vLLM's output head computes something else than the checkpoint's {name}")
 
@@ -182,9 +185,9 @@ class Probes:
 
     def _is_packed(self, site: LinearSite) -> bool:
         """Returns whether the checkpoint stores a weight quantised in a form of which no values can be read."""
-        assert self._files is not None
+        assert self.files is not None
         try:
-            self._files.rows(f"{site.name}.weight", 0, 1)
+            self.files.rows(f"{site.name}.weight", 0, 1)
         except QuantisedBaseError:
             return True
         except KeyError:
@@ -193,19 +196,19 @@ class Probes:
 
     def _rows(self, site: LinearSite, rows: Tensor) -> Tensor:
         """Returns rows of a site's weight [len(rows), in_features], in float32."""
-        assert self._files is not None
+        assert self.files is not None
         name = f"{site.name}.weight"
         try:
-            read = [self._files.rows(name, first, stop, transposed=site.transposed) for first, stop in _runs(rows)]
+            read = [self.files.rows(name, first, stop, transposed=site.transposed) for first, stop in _runs(rows)]
         except KeyError:
             raise ProbeError(f"the checkpoint has no {name} to compare vLLM's module with") from None
         return torch.cat(read).float()
 
     def _vector(self, site: NormSite, field: str, otherwise: Tensor) -> Tensor:
-        if self._files is None:
+        if self.files is None:
             return otherwise
         try:
-            return self._files.read(f"{site.name}.{field}").float().to(otherwise.device)
+            return self.files.read(f"{site.name}.{field}").float().to(otherwise.device)
         except KeyError:
             raise ProbeError(f"the checkpoint has no {site.name}.{field} to compare vLLM's module with") from None
 

@@ -1,0 +1,125 @@
+"""The weights of a mixture's experts as vLLM has loaded them, and what they compute of rows that are sorted by expert.
+
+vLLM's kernels compute both projections of an expert at once, so that nothing can be added between them. Rows of
+adapters that change experts are therefore computed here, from the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+from deltamux.deltas.ops.low_rank_experts import segments
+
+BLOCK = 16
+"""Outputs of a block of vLLM's CPU kernels."""
+
+
+class Layout(NamedTuple):
+    """How an expert's weight [out, in] lies in memory.
+
+    Attributes:
+        rows: returns it as [out, in].
+        product: returns what it makes of rows [n, in], [n, out].
+    """
+
+    rows: Callable[[Tensor], Tensor]
+    product: Callable[[Tensor, Tensor], Tensor]
+
+
+def _blocks(weight: Tensor) -> Tensor:
+    return weight.view(-1, weight.shape[1], BLOCK)
+
+
+def _of_blocks(weight: Tensor, x: Tensor) -> Tensor:
+    return torch.matmul(x, _blocks(weight)).transpose(0, 1).reshape(len(x), -1)
+
+
+def _pairs(weight: Tensor) -> Tensor:
+    return weight.view(-1, weight.shape[1] // 2, BLOCK, 2).transpose(1, 2).reshape(weight.shape)
+
+
+LAYOUTS: MappingProxyType[str, Layout] = MappingProxyType(
+    {
+        "plain": Layout(lambda weight: weight, lambda weight, x: F.linear(x, weight)),
+        "blocks": Layout(lambda weight: _blocks(weight).mT.reshape(weight.shape), _of_blocks),
+        "blocks of pairs": Layout(_pairs, lambda weight, x: F.linear(x, _pairs(weight))),
+    }
+)
+"""As vLLM's kernels read them: on a GPU plain; on a CPU ``cpu_prepack_moe_weight`` packs them by blocks of outputs."""
+
+
+def _oai(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+
+GATES: MappingProxyType[MoEActivation, Callable[[Tensor, Tensor], Tensor]] = MappingProxyType(
+    {
+        MoEActivation.SILU: lambda gate, up: F.silu(gate) * up,
+        MoEActivation.GELU: lambda gate, up: F.gelu(gate) * up,
+        MoEActivation.GELU_TANH: lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+        MoEActivation.SWIGLUOAI: _oai,
+    }
+)
+"""What an expert makes of its gates and its ups."""
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The weights of all experts of one module.
+
+    Attributes:
+        layout: of each expert's weights.
+        size: the experts' own intermediate size, which vLLM may have padded.
+    """
+
+    module: RoutedExperts
+    layout: Layout
+    size: int
+
+    def gate_up(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Returns the gates and ups [n, 2 * size] of rows [n, hidden] at `experts` [n], which are sorted."""
+        y = self._product(x, experts, self.module.w13_weight, getattr(self.module, "w13_bias", None))
+        padded = y.shape[1] // 2
+        return y if padded == self.size else torch.cat([y[:, : self.size], y[:, padded : padded + self.size]], dim=1)
+
+    def activated(self, gate_up: Tensor) -> Tensor:
+        """Returns the inputs [n, size] of the down projections."""
+        activation = self.module.activation
+        if activation is MoEActivation.SWIGLUOAI:  # the one whose gates and ups alternate
+            return GATES[activation](gate_up[:, ::2], gate_up[:, 1::2])
+        return GATES[activation](*gate_up.chunk(2, dim=1))
+
+    def down(self, x: Tensor, experts: Tensor) -> Tensor:
+        """Returns the outputs [n, hidden] of rows [n, size] at `experts` [n], which are sorted."""
+        weight = self.module.w2_weight
+        return self._product(F.pad(x, (0, weight.shape[2] - self.size)), experts, weight, self._down_bias)
+
+    @property
+    def _down_bias(self) -> Tensor | None:
+        return getattr(self.module, "w2_bias", None)
+
+    def _product(self, x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = x.new_empty(len(x), weight.shape[1])
+        for expert, rows in segments(experts):
+            product = self.layout.product(weight[expert], x[rows])
+            y[rows] = product if bias is None else product + bias[expert]
+        return y
+
+    def stored(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Returns an expert's weights [2 * size, hidden] and [hidden, size], without padding."""
+        w13, w2 = self.module.w13_weight, self.module.w2_weight
+        gate_up = self.layout.rows(w13[expert])
+        padded = len(gate_up) // 2
+        if padded != self.size:
+            gate_up = torch.cat([gate_up[: self.size], gate_up[padded : padded + self.size]])
+        return gate_up, self.layout.rows(w2[expert])[:, : self.size]
