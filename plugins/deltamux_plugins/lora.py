@@ -143,6 +143,7 @@ def deltamux_config(config: LoRAConfig, base: BaseModel) -> dict[str, Any]:
 @hookimpl
 def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, Tensor]) -> Program:
     placements: list[tuple[str, Op]] = []
+    parameters = _parameters(config, base)
     for site in targets(config, base):
         a = tensors[f"{PREFIX}{site.name}.lora_A.weight"]
         b = tensors[f"{PREFIX}{site.name}.lora_B.weight"]
@@ -154,7 +155,7 @@ def deltamux_program(config: LoRAConfig, base: BaseModel, tensors: Mapping[str, 
             low_rank.check(site)
             magnitude = shaped(tensors, _magnitude(site), (site.out_features,), base)
             placements += ((site.name, op) for op in magnitude_ops(base, site, low_rank, magnitude))
-    for target in _parameters(config, base):
+    for target in parameters:
         a, b, rank = tensors[target.a], tensors[target.b], config.rank(target.path)
         if a.dim() != 2 or a.shape[0] != target.shape_a(rank)[0]:
             raise _rank_mismatch(target.path, a, rank, target.a)

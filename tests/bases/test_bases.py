@@ -11,10 +11,12 @@ from bases.configs import BASES, base_config, save_base
 from deltamux.deltas import BaseModel
 
 PEFT_MAKES_NO_IA3 = {"ia3": "PEFT makes none"}
+NO_EXPERTS = {"experts": "PEFT makes none"}
 SAMPLE = {
-    "olmo2": PEFT_MAKES_NO_IA3,  # runs on vLLM's backend for transformers' models
-    "qwen3_moe": {"all-linear": "refused: method 'lora' is not served with target_parameters", **PEFT_MAKES_NO_IA3},
-    "bloom": {},  # vLLM reorders the rows of its projections, and PEFT's names are not vLLM's
+    "olmo2": {**PEFT_MAKES_NO_IA3, **NO_EXPERTS},  # runs on vLLM's backend for transformers' models
+    "qwen3_moe": PEFT_MAKES_NO_IA3,  # PEFT takes router and experts for all-linear
+    "gpt_oss": PEFT_MAKES_NO_IA3,  # its experts are stored transposed, with biases and an activation of their own
+    "bloom": NO_EXPERTS,  # vLLM reorders the rows of its projections, and PEFT's names are not vLLM's
 }
 """What is not exact, by kind: the beginning of what is said instead."""
 

@@ -85,9 +85,10 @@ def merge(
     check_output(output, (files.directory, adapter), overwrite=overwrite)
     files.check_plain()
     base = describe_base(model)
-    base_in_float = replace(base, _read=lambda name: files.weights.read(name).float())
+    stored = base.files or files.weights  # those of the base know what transformers makes of several tensors
+    base_in_float = replace(base, _read=lambda name: stored.read(name).float())
     loaded = _load(adapter, method_name, base_in_float)
-    weights = _MergedWeights(loaded, base_in_float, files.weights)
+    weights = _MergedWeights(loaded, base_in_float, stored)
     _check_embedding(files.directory, base, loaded.program)
     written_dtype = None if dtype == "auto" else getattr(torch, dtype)
     with atomic_output(output) as staging:
@@ -170,8 +171,8 @@ class _MergedWeights:
         head = self._base.head
         tied = {head.name, head.tied_to} if head is not None and head.tied_to is not None else set()
         sites = tied if placement.site in tied else {placement.site}
-        names = {f"{site}.{field}" for site in sites for field in ("weight", "bias")}
-        found = {place[0] for place in map(self._place, names) if place is not None}
+        names = {f"{site}.{field}" for site in sites for field in ("weight", "bias")} | {placement.site}
+        found = {file for name in names for file in self._files_with(name)}
         if not found and self._by_method is None:
             merge_program(Program.of([placement]), self._base)  # raises for ops without a weight, as a bottleneck
             site = placement.site
@@ -183,9 +184,11 @@ class _MergedWeights:
         found = {}
         for name, tensor in tensors.items():
             for own in self._names_of(name):
-                place = self._place(own)
-                if place is not None and place[0] == file:
-                    found[place[1]] = tensor if own == name else tensor.clone()
+                if file not in self._files_with(own):
+                    continue
+                for stored, part in self._weights.as_stored(own, tensor).items():
+                    if self._weights.place(stored)[0] == file:
+                        found[stored] = part if own == name else part.clone()
         return found
 
     def _names_of(self, name: str) -> tuple[str, ...]:
@@ -195,11 +198,12 @@ class _MergedWeights:
             return (name,)
         return (name, f"{head.name}.weight")
 
-    def _place(self, name: str) -> tuple[Path, str] | None:
+    def _files_with(self, name: str) -> set[Path]:
+        """Returns the files that hold a parameter, or parts of one that is stored as several tensors."""
         try:
-            return self._weights.place(name)
+            return {file for file, _ in self._weights.places(name)}
         except KeyError:
-            return None
+            return set()
 
 
 def _check_embedding(model: Path, base: BaseModel, program: Program) -> None:

@@ -88,9 +88,8 @@ class ExpertWeights:
 
     def gate_up(self, x: Tensor, experts: Tensor) -> Tensor:
         """Returns the gates and ups [n, 2 * size] of rows [n, hidden] at `experts` [n], which are sorted."""
-        y = self._product(x, experts, self.module.w13_weight, getattr(self.module, "w13_bias", None))
-        padded = y.shape[1] // 2
-        return y if padded == self.size else torch.cat([y[:, : self.size], y[:, padded : padded + self.size]], dim=1)
+        y = self._product(x, experts, self._into, getattr(self.module, "w13_bias", None))
+        return y if y.shape[1] == 2 * self.size else torch.cat(self._halves(y.T)).T.contiguous()
 
     def activated(self, gate_up: Tensor) -> Tensor:
         """Returns the inputs [n, size] of the down projections."""
@@ -101,12 +100,29 @@ class ExpertWeights:
 
     def down(self, x: Tensor, experts: Tensor) -> Tensor:
         """Returns the outputs [n, hidden] of rows [n, size] at `experts` [n], which are sorted."""
-        weight = self.module.w2_weight
-        return self._product(F.pad(x, (0, weight.shape[2] - self.size)), experts, weight, self._down_bias)
+        padded = F.pad(x, (0, self._back.shape[2] - self.size))
+        return self._product(padded, experts, self._back, getattr(self.module, "w2_bias", None))
+
+    def stored(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Returns an expert's weights [2 * size, hidden] and [hidden, size], without padding."""
+        gate_up, down = self.layout.rows(self._into[expert]), self.layout.rows(self._back[expert])
+        return torch.cat(self._halves(gate_up)), down[:, : self.size]
+
+    # Looked up in every step, since vLLM may replace them.
 
     @property
-    def _down_bias(self) -> Tensor | None:
-        return getattr(self.module, "w2_bias", None)
+    def _into(self) -> Tensor:
+        weight: Tensor = self.module.get_parameter("w13_weight")
+        return weight
+
+    @property
+    def _back(self) -> Tensor:
+        weight: Tensor = self.module.get_parameter("w2_weight")
+        return weight
+
+    def _halves(self, rows: Tensor) -> list[Tensor]:
+        """Returns the first rows of both halves, which padding is behind."""
+        return [half[: self.size] for half in rows.chunk(2)]
 
     def _product(self, x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = x.new_empty(len(x), weight.shape[1])
@@ -114,12 +130,3 @@ class ExpertWeights:
             product = self.layout.product(weight[expert], x[rows])
             y[rows] = product if bias is None else product + bias[expert]
         return y
-
-    def stored(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Returns an expert's weights [2 * size, hidden] and [hidden, size], without padding."""
-        w13, w2 = self.module.w13_weight, self.module.w2_weight
-        gate_up = self.layout.rows(w13[expert])
-        padded = len(gate_up) // 2
-        if padded != self.size:
-            gate_up = torch.cat([gate_up[: self.size], gate_up[padded : padded + self.size]])
-        return gate_up, self.layout.rows(w2[expert])[:, : self.size]
