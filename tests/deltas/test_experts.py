@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from bases.configs import base_config, save_base
 from deltamux.deltas import BaseModel, ExpertsSite, LowRank, LowRankExperts, Op, Program, attached, merge_program
-from deltamux.deltas.ops import RowRange, low_rank_experts
-from deltamux.deltas.ops.low_rank_experts import ExpertRows
+from deltamux.deltas.backends.cpu.experts import BLOCK, CPULowRankExperts, expert_products
+from deltamux.deltas.ops import OpBatch, RowRange, low_rank_experts
+from deltamux.deltas.ops.low_rank_experts import SEGMENT_ROWS, ExpertRows
 from deltamux.errors import BaseMismatchError
 
 EXPERTS, INPUTS, OUTPUTS, SLOTS = 5, 8, 6, 6
@@ -53,8 +54,11 @@ def rows_at(step: dict[int, list[int]]) -> ExpertRows:
     return ExpertRows(ranges, SLOTS, torch.tensor(experts))
 
 
-def applied(ops: dict[int, Any], x: Tensor, y: Tensor, rows: ExpertRows) -> Tensor:
-    batch = LowRankExperts.batch(SITE, SLOTS, torch.float32, "cpu")
+BATCHES: dict[str, type[OpBatch]] = {"torch": LowRankExperts.batch, "kernel": CPULowRankExperts}
+
+
+def applied(kind: str, ops: dict[int, Any], x: Tensor, y: Tensor, rows: ExpertRows) -> Tensor:
+    batch = BATCHES[kind](SITE, SLOTS, torch.float32, "cpu")
     for slot, op in ops.items():
         batch.set(slot, op)
     after = y.clone()
@@ -62,17 +66,20 @@ def applied(ops: dict[int, Any], x: Tensor, y: Tensor, rows: ExpertRows) -> Tens
     return after
 
 
-@pytest.mark.parametrize("segment_rows", [0, low_rank_experts.SEGMENT_ROWS, 1 << 40])
+@pytest.mark.parametrize(
+    ("kind", "segment_rows"),
+    [("torch", 0), ("torch", low_rank_experts.SEGMENT_ROWS), ("torch", 1 << 40), ("kernel", 0)],
+)
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(step=steps, present=st.sets(st.integers(0, SLOTS - 1)), seed=st.integers(0, 1000))
 def test_a_mixed_step_equals_dense_changes_of_each_adapters_experts(
-    segment_rows: int, step: dict[int, list[int]], present: set[int], seed: int
+    kind: str, segment_rows: int, step: dict[int, list[int]], present: set[int], seed: int
 ) -> None:
     rows, ops = rows_at(step), {slot: factors(seed + slot) for slot in present}
     x, y = draw(seed, rows.num_rows, INPUTS), draw(seed + 1, rows.num_rows, OUTPUTS)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(low_rank_experts, "SEGMENT_ROWS", segment_rows)
-        after = applied(ops, x, y, rows)
+        after = applied(kind, ops, x, y, rows)
     for slot, start, stop in rows.row_ranges:
         expected = y[start:stop]
         if slot in ops:
@@ -81,8 +88,9 @@ def test_a_mixed_step_equals_dense_changes_of_each_adapters_experts(
         torch.testing.assert_close(after[start:stop], expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", BATCHES)
 @pytest.mark.parametrize("count", [1, 40], ids=["decode", "prefill"])
-def test_what_is_not_finite_stays_in_its_own_rows(count: int) -> None:
+def test_what_is_not_finite_stays_in_its_own_rows(kind: str, count: int) -> None:
     rows = rows_at({slot: [0, 3] * count for slot in range(4)})
     x, y = draw(1, rows.num_rows, INPUTS), draw(2, rows.num_rows, OUTPUTS)
     ops = {slot: factors(slot) for slot in range(4)}
@@ -91,8 +99,40 @@ def test_what_is_not_finite_stays_in_its_own_rows(count: int) -> None:
     spoilt[own] = float("nan")
     poisoned = ops | {2: LowRankExperts(torch.full_like(ops[2].a, float("inf")), ops[2].b)}
     others = [row for row in range(rows.num_rows) if not own.start <= row < own.stop]
-    expected = applied(ops, x, y, rows)
-    torch.testing.assert_close(applied(poisoned, spoilt, y, rows)[others], expected[others])
+    expected = applied(kind, ops, x, y, rows)
+    torch.testing.assert_close(applied(kind, poisoned, spoilt, y, rows)[others], expected[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [[0, 1, 2, 3, 4], [9, 0, 8, 25, 7]])
+def test_the_kernel_multiplies_each_experts_rows_by_its_packed_weight(dtype: torch.dtype, counts: list[int]) -> None:
+    experts = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    starts = torch.searchsorted(experts, torch.arange(len(counts) + 1))
+    x, weights = draw(1, len(experts), 13).to(dtype), draw(2, len(counts), 48, 13).to(dtype)
+    packed = weights.view(len(counts), 3, BLOCK, 13).mT.reshape(weights.shape)
+    expected = torch.einsum("noi,ni->no", weights[experts].float(), x.float())
+    found = expert_products(x, packed, starts)
+    torch.testing.assert_close(found, expected.to(dtype))
+    alone = expert_products(x[-1:], packed, torch.tensor([*[0] * len(counts), 1]))
+    assert torch.equal(found[-1:], alone), "a row's sums do not depend on others"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_takes_any_rank_and_rows_of_others_between(dtype: torch.dtype) -> None:
+    rows = ExpertRows([RowRange(0, 0, 3), RowRange(2, 3, 5), RowRange(1, 5, 9)], SLOTS, torch.tensor([0, 1, 1] * 3))
+    batch = CPULowRankExperts(SITE, SLOTS, dtype, "cpu")
+    ops = {0: factors(2), 1: LowRankExperts(0.1 * draw(7, EXPERTS, 300, INPUTS), draw(8, EXPERTS, OUTPUTS, 300), 0.5)}
+    ops = {slot: op.to(dtype) for slot, op in ops.items()}
+    for slot, op in ops.items():
+        batch.set(slot, op)
+    x, y = draw(1, 9, INPUTS).to(dtype), draw(2, 9, OUTPUTS).to(dtype)
+    after = y.clone()
+    batch.apply(x, after, rows)
+    assert torch.equal(after[3:5], y[3:5])
+    for slot, own in ((0, slice(0, 3)), (1, slice(5, 9))):
+        op = ops[slot].to(torch.float32)
+        expected = y[own].float() + torch.einsum("noi,ni->no", dense(op)[rows.experts[own]], x[own].float())
+        torch.testing.assert_close(after[own].float(), expected, atol=0.05, rtol=0.05)
 
 
 def test_apply_changes_every_experts_rows_by_its_own_factors() -> None:

@@ -16,11 +16,12 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from deltamux.deltas import ExpertsSite, LowRankExperts
+from deltamux.deltas.backends.cpu.experts import BLOCK
 from deltamux.deltas.backends.module_batch import ColumnRange, PackedSlice
 from deltamux.deltas.weights import WeightFiles
 from deltamux.engine.vllm.layers.current_step import CurrentStep
 from deltamux.engine.vllm.layers.expert_probes import check_experts
-from deltamux.engine.vllm.layers.expert_weights import BLOCK, GATES, LAYOUTS, ExpertWeights
+from deltamux.engine.vllm.layers.expert_weights import GATES, LAYOUTS, ExpertWeights
 from deltamux.engine.vllm.layers.experts import ExpertsWithDeltas
 from deltamux.engine.vllm.layers.module_ops import ModuleOps, group_ops
 from deltamux.engine.vllm.layers.probes import ProbeError

@@ -18,7 +18,7 @@ from deltamux.deltas.ops.step import RowRange, StepIndex, bits
 from deltamux.deltas.sites import ExpertsSite, Site, SiteKind
 
 SEGMENT_ROWS = 4
-"""Mean rows of an adapter per expert from which two GEMMs per expert beat a batch of products over copied factors."""
+"""Mean rows of an adapter per expert from which two GEMMs per expert beat products of copied factors."""
 
 
 class ExpertRows(StepIndex):
@@ -35,21 +35,46 @@ class ExpertRows(StepIndex):
         super().__init__(row_ranges, len(experts), num_slots, device=experts.device)
         self.experts = experts
 
+    def own(self, slot: int) -> slice:
+        """Returns the rows of a slot that has any."""
+        rows = self.rows(slot)
+        assert isinstance(rows, slice)
+        return rows
+
 
 class LowRankExpertsBatch(SlotOps["LowRankExperts"]):
-    """Each slot's own rows: a batch of products where an expert has few of them (decode), else expert by expert."""
+    """Each slot's own rows: expert by expert where an expert has many of them (prefill).
+
+    Where it has few (decode), the factors of all rows are gathered, slot by slot, and multiplied in one batch for all
+    slots of a rank.
+    """
 
     def _apply(self, x: Tensor, y: Tensor, step: StepIndex, active: int) -> None:
         assert isinstance(step, ExpertRows)
+        by_rank: dict[int, list[int]] = {}
         for slot in bits(active):
-            op, rows = self._ops[slot], step.rows(slot)
-            assert isinstance(rows, slice)
-            experts = step.experts[rows]
-            if len(experts) < SEGMENT_ROWS * op.a.shape[0]:
-                y[rows] += op.change(x[rows].unsqueeze(1), experts).squeeze(1).to(y.dtype)
+            op = self._ops[slot]
+            if step.count(slot) < SEGMENT_ROWS * len(op.a):
+                by_rank.setdefault(op.rank(), []).append(slot)
             else:
-                for expert, own in segments(experts, rows.start):
+                for expert, own in segments(step.experts[step.rows(slot)], step.own(slot).start):
                     y[own] += op.change(x[own].unsqueeze(0), slice(expert, expert + 1))[0].to(y.dtype)
+        for slots in by_rank.values():
+            self._apply_gathered(x, y, step, slots)
+
+    def _apply_gathered(self, x: Tensor, y: Tensor, step: ExpertRows, slots: list[int]) -> None:
+        rows, ops = [step.own(slot) for slot in slots], [self._ops[slot] for slot in slots]
+        a = torch.cat([op.a[step.experts[own]] for own, op in zip(rows, ops, strict=True)])
+        b = torch.cat([op.b[step.experts[own]] for own, op in zip(rows, ops, strict=True)])
+        inner = torch.bmm(a, torch.cat([x[own] for own in rows]).unsqueeze(2))
+        counts = torch.tensor([own.stop - own.start for own in rows]).to(x.device)
+        inner *= inner.new_tensor([op.scale for op in ops]).repeat_interleave(counts)[:, None, None]
+        changes = torch.bmm(b, inner).squeeze(2)
+        start = 0
+        for own in rows:
+            count = own.stop - own.start
+            y[own] += changes[start : start + count]
+            start += count
 
 
 def segments(experts: Tensor, first: int = 0) -> Iterator[tuple[int, slice]]:

@@ -1,4 +1,4 @@
-"""The CPU kernels (`rows.cpp`) as a shared library: compiled for this machine when first needed, and kept.
+"""The CPU kernels (`rows.cpp`, `experts.cpp`) as a shared library: compiled here when first needed, and kept.
 
 It is compiled for the machine's own instruction set, which a wheel could not be. It lies in the user's cache under a
 name made of its source, the compiler and the processor, so that another machine's is never taken. Where there
@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-SOURCES = (FOLDER / "rows.cpp",)
+SOURCES = (FOLDER / "rows.cpp", FOLDER / "experts.cpp")
 HEADERS = (FOLDER / "rows.h", FOLDER / "products.h")
 
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-w")
@@ -153,4 +153,9 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         *matrix,
     )
     library.deltamux_apply.restype = None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.deltamux_expert_products.argtypes = (pointer, number, pointer, number, pointer, number, pointer, number)
+    library.deltamux_expert_products.restype = None
+    library.deltamux_expert_low_rank.argtypes = (pointer, number, pointer, number, number, pointer, number)
+    library.deltamux_expert_low_rank.restype = None
     return library

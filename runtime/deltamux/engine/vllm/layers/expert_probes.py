@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from deltamux.deltas import ExpertsSite
 from deltamux.deltas.weights import WeightFiles
-from deltamux.engine.vllm.layers.expert_weights import GATES, LAYOUTS, ExpertWeights
+from deltamux.engine.vllm.layers.expert_weights import GATES, LAYOUTS, ExpertGroups, ExpertWeights
 from deltamux.engine.vllm.layers.probes import ProbeError
 
 ROWS = 6
@@ -102,7 +102,8 @@ def _summed(weights: ExpertWeights, x: Tensor, shares: Tensor, ids: Tensor) -> T
     tokens, scale = order // ids.shape[1], shares.flatten()[order].unsqueeze(1)
     on_input = weights.module.apply_router_weight_on_input
     rows = x[tokens] * scale.to(x.dtype) if on_input else x[tokens]
-    outputs = weights.down(weights.activated(weights.gate_up(rows, experts)), experts).float()
+    groups = ExpertGroups.of(experts, weights.module.global_num_experts)
+    outputs = weights.down(weights.activated(weights.gate_up(rows, groups)), groups).float()
     return torch.zeros_like(x, dtype=torch.float32).index_add_(0, tokens, outputs if on_input else outputs * scale)
 
 

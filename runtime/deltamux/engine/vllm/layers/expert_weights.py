@@ -17,10 +17,9 @@ from torch import Tensor
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
+from deltamux.deltas.backends.cpu.experts import BLOCK, expert_products
+from deltamux.deltas.backends.cpu.slot_params import available
 from deltamux.deltas.ops.low_rank_experts import segments
-
-BLOCK = 16
-"""Outputs of a block of vLLM's CPU kernels."""
 
 
 class Layout(NamedTuple):
@@ -29,10 +28,12 @@ class Layout(NamedTuple):
     Attributes:
         rows: returns it as [out, in].
         product: returns what it makes of rows [n, in], [n, out].
+        has_kernel: whether `expert_products` reads it.
     """
 
     rows: Callable[[Tensor], Tensor]
     product: Callable[[Tensor, Tensor], Tensor]
+    has_kernel: bool = False
 
 
 def _blocks(weight: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def _pairs(weight: Tensor) -> Tensor:
 LAYOUTS: MappingProxyType[str, Layout] = MappingProxyType(
     {
         "plain": Layout(lambda weight: weight, lambda weight, x: F.linear(x, weight)),
-        "blocks": Layout(lambda weight: _blocks(weight).mT.reshape(weight.shape), _of_blocks),
+        "blocks": Layout(lambda weight: _blocks(weight).mT.reshape(weight.shape), _of_blocks, has_kernel=True),
         "blocks of pairs": Layout(_pairs, lambda weight, x: F.linear(x, _pairs(weight))),
     }
 )
@@ -73,6 +74,22 @@ GATES: MappingProxyType[MoEActivation, Callable[[Tensor, Tensor], Tensor]] = Map
 """What an expert makes of its gates and its ups."""
 
 
+class ExpertGroups(NamedTuple):
+    """Rows that are sorted by expert.
+
+    Attributes:
+        experts: [n] int64, each row's.
+        starts: [num_experts + 1] int64, where each expert's rows begin.
+    """
+
+    experts: Tensor
+    starts: Tensor
+
+    @classmethod
+    def of(cls, experts: Tensor, num_experts: int) -> ExpertGroups:
+        return cls(experts, torch.searchsorted(experts, torch.arange(num_experts + 1, device=experts.device)))
+
+
 @dataclass(frozen=True)
 class ExpertWeights:
     """The weights of all experts of one module.
@@ -86,9 +103,9 @@ class ExpertWeights:
     layout: Layout
     size: int
 
-    def gate_up(self, x: Tensor, experts: Tensor) -> Tensor:
-        """Returns the gates and ups [n, 2 * size] of rows [n, hidden] at `experts` [n], which are sorted."""
-        y = self._product(x, experts, self._into, getattr(self.module, "w13_bias", None))
+    def gate_up(self, x: Tensor, groups: ExpertGroups) -> Tensor:
+        """Returns the gates and ups [n, 2 * size] of rows [n, hidden]."""
+        y = self._product(x, groups, self._into, getattr(self.module, "w13_bias", None))
         return y if y.shape[1] == 2 * self.size else torch.cat(self._halves(y.T)).T.contiguous()
 
     def activated(self, gate_up: Tensor) -> Tensor:
@@ -98,10 +115,10 @@ class ExpertWeights:
             return GATES[activation](gate_up[:, ::2], gate_up[:, 1::2])
         return GATES[activation](*gate_up.chunk(2, dim=1))
 
-    def down(self, x: Tensor, experts: Tensor) -> Tensor:
-        """Returns the outputs [n, hidden] of rows [n, size] at `experts` [n], which are sorted."""
+    def down(self, x: Tensor, groups: ExpertGroups) -> Tensor:
+        """Returns the outputs [n, hidden] of rows [n, size]."""
         padded = F.pad(x, (0, self._back.shape[2] - self.size))
-        return self._product(padded, experts, self._back, getattr(self.module, "w2_bias", None))
+        return self._product(padded, groups, self._back, getattr(self.module, "w2_bias", None))
 
     def stored(self, expert: int) -> tuple[Tensor, Tensor]:
         """Returns an expert's weights [2 * size, hidden] and [hidden, size], without padding."""
@@ -124,9 +141,11 @@ class ExpertWeights:
         """Returns the first rows of both halves, which padding is behind."""
         return [half[: self.size] for half in rows.chunk(2)]
 
-    def _product(self, x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y = x.new_empty(len(x), weight.shape[1])
-        for expert, rows in segments(experts):
-            product = self.layout.product(weight[expert], x[rows])
-            y[rows] = product if bias is None else product + bias[expert]
-        return y
+    def _product(self, x: Tensor, groups: ExpertGroups, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.layout.has_kernel and available(x.dtype, x.device):
+            y = expert_products(x, weight, groups.starts)
+        else:
+            y = x.new_empty(len(x), weight.shape[1])
+            for expert, rows in segments(groups.experts):
+                y[rows] = self.layout.product(weight[expert], x[rows])
+        return y if bias is None else y + bias[groups.experts]

@@ -16,7 +16,7 @@ from deltamux.engine.vllm.layers import custom_ops
 from deltamux.engine.vllm.layers.base import as_rows
 from deltamux.engine.vllm.layers.current_step import CurrentStep
 from deltamux.engine.vllm.layers.custom_ops import CustomOpTarget
-from deltamux.engine.vllm.layers.expert_weights import ExpertWeights
+from deltamux.engine.vllm.layers.expert_weights import ExpertGroups, ExpertWeights
 from deltamux.engine.vllm.layers.module_ops import ModuleOps
 
 
@@ -65,12 +65,12 @@ class ExpertsWithDeltas(CustomOpTarget):
     def _outputs(self, x: Tensor, at: ExpertRows) -> Tensor:
         """Returns what the experts make of rows [n, hidden], with the ops of each row's slot."""
         order = torch.argsort(at.experts, stable=True)
-        experts = at.experts[order]
-        gate_up = torch.empty_like(y := self._weights.gate_up(x[order], experts))
+        groups = ExpertGroups.of(at.experts[order], self._num_experts)
+        gate_up = torch.empty_like(y := self._weights.gate_up(x[order], groups))
         gate_up[order] = y
         self.gate_up.apply(x, gate_up, at)
         hidden = self._weights.activated(gate_up)
-        down = torch.empty_like(y := self._weights.down(hidden[order], experts))
+        down = torch.empty_like(y := self._weights.down(hidden[order], groups))
         down[order] = y
         self.down.apply(hidden, down, at)
         return down
