@@ -16,7 +16,7 @@ from bases.configs import base_config, save_base
 from deltamux.deltas import BaseModel, ExpertsSite, LowRank, LowRankExperts, Op, Program, attached, merge_program
 from deltamux.deltas.backends.cpu.experts import BLOCK, CPULowRankExperts, expert_products
 from deltamux.deltas.ops import OpBatch, RowRange, low_rank_experts
-from deltamux.deltas.ops.low_rank_experts import SEGMENT_ROWS, ExpertRows
+from deltamux.deltas.ops.low_rank_experts import ExpertRows
 from deltamux.errors import BaseMismatchError
 
 EXPERTS, INPUTS, OUTPUTS, SLOTS = 5, 8, 6, 6

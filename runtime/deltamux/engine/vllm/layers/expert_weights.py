@@ -28,12 +28,12 @@ class Layout(NamedTuple):
     Attributes:
         rows: returns it as [out, in].
         product: returns what it makes of rows [n, in], [n, out].
-        has_kernel: whether `expert_products` reads it.
+        for_products: whether `expert_products` multiplies by it.
     """
 
     rows: Callable[[Tensor], Tensor]
     product: Callable[[Tensor, Tensor], Tensor]
-    has_kernel: bool = False
+    for_products: bool = False
 
 
 def _blocks(weight: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def _pairs(weight: Tensor) -> Tensor:
 LAYOUTS: MappingProxyType[str, Layout] = MappingProxyType(
     {
         "plain": Layout(lambda weight: weight, lambda weight, x: F.linear(x, weight)),
-        "blocks": Layout(lambda weight: _blocks(weight).mT.reshape(weight.shape), _of_blocks, has_kernel=True),
+        "blocks": Layout(lambda weight: _blocks(weight).mT.reshape(weight.shape), _of_blocks, for_products=True),
         "blocks of pairs": Layout(_pairs, lambda weight, x: F.linear(x, _pairs(weight))),
     }
 )
@@ -142,7 +142,7 @@ class ExpertWeights:
         return [half[: self.size] for half in rows.chunk(2)]
 
     def _product(self, x: Tensor, groups: ExpertGroups, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.layout.has_kernel and available(x.dtype, x.device):
+        if self.layout.for_products and available(x.dtype, x.device):
             y = expert_products(x, weight, groups.starts)
         else:
             y = x.new_empty(len(x), weight.shape[1])
