@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from bases.configs import base_config, save_base
 from deltamux.conformance.bases import save_base as save_plain_base
-from deltamux.deltas import BaseModel, LowRank, LowRankExperts
+from deltamux.deltas import BaseModel, Checkpoint, LowRank, LowRankExperts
 from deltamux.errors import DeltamuxError, InvalidConfigError
 from deltamux_plugins.unipelt import UniPELTConfig
 from deltamux_testing.adapters import read_program, refusal, registry, write_own
 from deltamux_testing.training import logits, logits_of_peft
-from deltamux_trainers import merge
+from deltamux_trainers import convert, merge
 
 # PEFT looks for the modules of its patterns, and finds none where they are of parameters.
 pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
@@ -109,6 +109,24 @@ def test_experts_merge_into_the_files_of_the_base(name: str, tmp_path: Path) -> 
     assert len(list((tmp_path / "base").glob("*.safetensors"))) > 1
     changed = logits(tmp_path / "merged")
     assert not torch.allclose(changed, logits(tmp_path / "base"), atol=1e-2), "the adapter must be visible"
+
+
+@pytest.mark.parametrize("with_base", [False, True])
+def test_names_of_a_state_dict_become_those_of_pefts_files(with_base: bool, tmp_path: Path) -> None:
+    directory = save_base(tmp_path / "base", "qwen3_moe")
+    base = BaseModel.from_pretrained(directory)
+    write_own("lora", base, tmp_path / "adapter", r=4, **CHOICES["patterns"])
+    own = Checkpoint.read(tmp_path / "adapter")
+    named = {name.replace(".weight", ".default.weight"): tensor for name, tensor in own.tensors.items()}
+    Checkpoint(own.config, named, own.metadata).write(tmp_path / "named")
+    with pytest.raises(DeltamuxError, match="deltamux convert ADAPTER NEW"):
+        read_program(tmp_path / "named", base)
+    convert(tmp_path / "named", tmp_path / "new", model=str(directory) if with_base else "")
+    found = Checkpoint.read(tmp_path / "new")
+    assert found.tensors.keys() == own.tensors.keys()
+    kept = ("target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+    assert {key: found.config[key] for key in kept} == {key: own.config[key] for key in kept}
+    assert torch.equal(logits(directory, tmp_path / "new"), logits(directory, tmp_path / "adapter"))
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,10 @@ class BaseModel:
         """The output head; None where it is not a plain projection."""
         return next((s for s in self.sites.values() if isinstance(s, HeadSite)), None)
 
+    def paths(self) -> set[str]:
+        """Returns the paths of sites, and of modules that hold sites: what tensors of adapters are named by."""
+        return {site.name for site in self.sites.values()} | {site.module for site in self.experts}
+
     def site(self, kind: SiteKind, name: str) -> Site:
         """Returns the site, or raises BaseMismatchError naming it: the delta was made for another base."""
         try:

@@ -63,7 +63,7 @@ def explained(error: DeltamuxError, tensors: Mapping[str, Tensor], base: BaseMod
             check_filled(tensors)
         except InvalidAdapterError as empty:
             return empty
-    reading = read_names(tensors, {site.name for site in base.sites.values()})
+    reading = read_names(tensors, base.paths())
     if reading.marks:
         return _misnamed(error, reading)
     if error.reason == "MISSING_TENSOR":

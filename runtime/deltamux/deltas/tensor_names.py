@@ -24,6 +24,7 @@ PARTS = re.compile(
     r"\w+|ia3_l|ln_tuning_layers|modules_to_save|token_adapter"
 )
 LEAVES = ("weight", "bias")
+BASE_LAYER = "base_layer"
 SHARED = ("base_model",)
 """Before the tensors that all modules of an adapter share: ``base_model.vera_A``."""
 
@@ -94,7 +95,7 @@ def read_names(names: Iterable[str], paths: Collection[str] | None = None, adapt
             continue
         path, path_marks, completed = _resolve(read.path, paths)
         written = _written(path, read.tail)
-        if paths is not None and written != name and ".".join(path) not in paths and read.path != SHARED:
+        if paths is not None and written != name and ".".join(unwrapped(path)) not in paths and read.path != SHARED:
             result[name] = name
             continue
         result[name] = written
@@ -154,8 +155,20 @@ def _marks(read: Parsed) -> list[str]:
     return marks
 
 
+def unwrapped(path: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the path of the module that PEFT wraps once for each of its parameters that are targets."""
+    end = len(path)
+    while end > 1 and path[end - 1] == BASE_LAYER:
+        end -= 1
+    return path[:end]
+
+
 def _resolve(path: tuple[str, ...], paths: Collection[str] | None) -> tuple[tuple[str, ...], list[str], bool]:
     """Returns a module's path in the base, what was different, and whether the base was needed to complete it."""
+    module = unwrapped(path)
+    if module != path:
+        found, marks, completed = _resolve(module, paths)
+        return (*found, *path[len(module) :]), marks, completed
     candidates: list[tuple[tuple[str, ...], list[str]]] = [(path, [])]
     if "language_model" in path[:2]:
         at = path.index("language_model")

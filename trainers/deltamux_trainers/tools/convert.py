@@ -24,7 +24,7 @@ from deltamux.deltas.checkpoint import (
     read_config,
     read_tensors,
 )
-from deltamux.deltas.tensor_names import PREFIX, SHARED, parse, read_names
+from deltamux.deltas.tensor_names import PREFIX, SHARED, parse, read_names, unwrapped
 from deltamux.errors import FailedPreconditionError, InvalidAdapterError
 from deltamux.registry import Registry
 from deltamux_plugins.targets import by_pattern, matches
@@ -112,7 +112,8 @@ def renamed(
     if reading.marks:
         note(f"removed from the tensors' names: {', '.join(reading.marks)}")
         if config.get("target_modules") is not None:
-            config["target_modules"] = _targets(config["target_modules"], list(tensors))
+            parameters = config.get("target_parameters") or []
+            config["target_modules"] = _targets(config["target_modules"], list(tensors), parameters)
         config |= _patterns(config, reading.names)
     return Checkpoint(config, tensors, checkpoint.metadata)
 
@@ -130,14 +131,24 @@ def _check_adapter(found: tuple[str, ...], chosen: str) -> None:
         )
 
 
-def _targets(targets: Any, names: list[str]) -> Any:
-    """Returns target_modules as they are where they match every module of the file, else the modules' paths."""
+def _targets(targets: Any, names: list[str], parameters: list[str]) -> Any:
+    """Returns target_modules as they are where they match every module of the file, else the modules' paths.
+
+    Args:
+        parameters: target_parameters, whose modules are none of target_modules.
+    """
     read = [parsed for name in names if (parsed := parse(name)) is not None and parsed.tail and parsed.path != SHARED]
-    modules = sorted({".".join(parsed.path) for parsed in read})
+    modules = sorted({".".join(parsed.path) for parsed in read if not _holds_target(parsed.path, parameters)})
     if not modules or targets == "all-linear":
         return targets
     listed = tuple(targets) if isinstance(targets, list) else targets
     return targets if all(matches(listed, module) for module in modules) else modules
+
+
+def _holds_target(path: tuple[str, ...], parameters: list[str]) -> bool:
+    """Returns whether a module holds one of target_parameters."""
+    fields = {parameter.rpartition(".")[2] for parameter in parameters}
+    return any(matches(tuple(parameters), ".".join((*unwrapped(path), field))) for field in fields)
 
 
 def _patterns(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -163,6 +174,9 @@ def _patterns(config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, 
         }
         if any(by_pattern(values, path) != value for path, value in meant.items()):
             found[key] = {path: value for path, value in meant.items() if value is not None}
+            if config.get("target_parameters"):  # whose patterns stay, behind a value for every module
+                default = config.get({"rank_pattern": "r", "alpha_pattern": "lora_alpha"}.get(key, key))
+                found[key] = {**{p: default if v is None else v for p, v in meant.items()}, **values}
     return found
 
 
@@ -170,7 +184,7 @@ def _paths(model: str | Path) -> set[str] | None:
     """Returns the paths of a base's modules; None where no base is given."""
     if not model:
         return None
-    return {site.name for site in BaseModel.from_config(read_base_config(model)).sites.values()}
+    return BaseModel.from_config(read_base_config(model)).paths()
 
 
 def read_foreign(directory: Path) -> Checkpoint:
