@@ -155,3 +155,15 @@ def test_the_scale_of_an_embedding_is_that_of_the_base_over_vllms(tmp_path: Path
     embedding.weight.data.copy_(table)
     found = probes(tmp_path, {"embed.weight": table}).embedding_scale(site, embedding)
     assert found == pytest.approx(scale)
+
+
+def test_a_router_that_returns_another_dtype_than_the_engines_is_refused(tmp_path: Path, weight: Tensor) -> None:
+    found = probes(tmp_path, {"q.weight": weight}, torch.bfloat16)
+    found.check_dtype(SITE, linear(weight.bfloat16()))
+
+    class InFloat32(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.float() @ weight.T
+
+    with pytest.raises(ProbeError, match=r"computes q in torch.float32, and deltas are in torch.bfloat16"):
+        found.check_dtype(SITE, InFloat32())

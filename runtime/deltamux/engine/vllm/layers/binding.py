@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
@@ -190,6 +191,8 @@ class Binding:
             if searched is None:
                 raise _missing(site)
             found = searched
+        if site.is_router:
+            self._check_router(site, self._modules[found[0]])
         if self._modules[found[0]] in self._absorbed:
             raise ProbeError(f"vLLM computes {site.name} as a part of its attention, not as a projection of its own")
         return found
@@ -200,6 +203,11 @@ class Binding:
         # vLLM's mapping of a quantised base leads from a projection to the one that it is packed into.
         names = (self._path(site.name), f"{self._path(parent)}.{own}")
         return next((self._columns[name] for name in names if name in self._columns), ("", 0, 0))
+
+    def _check_router(self, site: LinearSite, module: nn.Module) -> None:
+        if any(isinstance(m, MoERunner) and m._fse_fuse_gate for m in self._modules.values()):
+            raise ProbeError(f"vLLM multiplies by the weight of {site.name} together with another, not by the module")
+        self._probes.check_dtype(site, module)
 
     def _bind_block(self, site: BlockSite) -> ModuleOps:
         reader, writer = (self.linears.get(self._paths.get(m, "")) for m in (site.input_module, site.output_module))

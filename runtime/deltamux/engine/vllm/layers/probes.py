@@ -106,6 +106,14 @@ class Probes:
                 return path, ColumnRange(first, site.out_features)
         return None
 
+    def check_dtype(self, site: LinearSite, module: nn.Module) -> None:
+        """Raises ProbeError where a linear returns another dtype than the engine's, as routers may."""
+        with torch.inference_mode():
+            y = module(self._zeros(site.in_features))
+        found = (y[0] if isinstance(y, tuple) else y).dtype
+        if found != self._dtype:
+            raise ProbeError(f"vLLM computes {site.name} in {found}, and deltas are in {self._dtype} here")
+
     def check_norm(self, site: NormSite, module: nn.Module) -> bool:
         """Returns whether a norm that is given a residual adds it to its input first.
 
