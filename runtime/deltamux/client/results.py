@@ -10,7 +10,7 @@ class SiteSupport:
     """The sites of one kind: the places of a base model that an adapter may change.
 
     Attributes:
-        kind: ``linear``, ``norm``, ``block``, ``attention``, ``embedding`` or ``head``.
+        kind: ``linear``, ``norm``, ``block``, ``attention``, ``experts``, ``embedding`` or ``head``.
         refused: names of sites that take no deltas, with the reason; at most 100 of `num_refused`.
     """
 
