@@ -116,7 +116,7 @@ class SiteSupport(_message.Message):
     NUM_REFUSED_FIELD_NUMBER: _builtins.int
     REFUSED_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """linear, norm, block, attention, embedding or head."""
+    """linear, norm, block, attention, experts, embedding or head."""
     num_supported: _builtins.int
     """How many take deltas, and how many do not."""
     num_refused: _builtins.int
