@@ -164,7 +164,7 @@ def test_what_only_the_engine_refuses_is_refused_before_it_is_stored(
     before = client.generate([5, 6, 7], adapter=name, max_tokens=4, temperature=0.0)
     with pytest.raises(DeltamuxError, match="packed with other projections") as raised:
         client.upload_adapter(name, refused, promote=True)
-    assert (raised.value.code.name, raised.value.reason) == ("FAILED_PRECONDITION", "PROGRAM_REFUSED")
+    assert (raised.value.code.name, raised.value.reason) == ("FAILED_PRECONDITION", "BASE_MISMATCH")
     assert client.get_adapter(name).serving_version == 1
     assert [version.version for version in client.list_adapter_versions(name)] == [1]
     after = client.generate([5, 6, 7], adapter=name, max_tokens=4, temperature=0.0)

@@ -6,14 +6,13 @@ import os
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from deltamux.client import Client
-from deltamux_testing.server_process import READY, await_none, command
+from deltamux_testing.server_process import READY, await_none, command, title
 
 PATIENCE = 240
 
@@ -80,10 +79,3 @@ def await_process(name: str, server: psutil.Process) -> list[psutil.Process]:
             return children
         time.sleep(0.05)
     raise AssertionError(f"no {name} was started")
-
-
-def title(process: psutil.Process) -> str:
-    """Returns name and command line; "" of a process that has ended."""
-    with suppress(psutil.NoSuchProcess):  # a zombie counts as one
-        return " ".join([process.name(), *process.cmdline()])
-    return ""

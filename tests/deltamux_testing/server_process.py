@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -140,3 +140,10 @@ def runs(process: psutil.Process) -> bool:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
+
+
+def title(process: psutil.Process) -> str:
+    """Returns name and command line; "" of a process that has ended."""
+    with suppress(psutil.NoSuchProcess):  # a zombie counts as one
+        return " ".join([process.name(), *process.cmdline()])
+    return ""

@@ -17,6 +17,7 @@ from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.engine.vllm.frontend.warmup import warmup_programs
 from deltamux.errors import FailedPreconditionError
 from deltamux_testing.engines import started
+from deltamux_testing.server_process import title
 
 SIZES: dict[str, Any] = {
     "vocab_size": 256,
@@ -56,7 +57,7 @@ async def test_a_base_that_cannot_run_is_refused_with_the_cause(case: str, tmp_p
         async with started(tmp_path, enforce_eager=True):
             pass
     assert refused.value.reason == reason
-    left = [p for p in set(psutil.Process().children(recursive=True)) - before if "EngineCore" in " ".join(p.cmdline())]
+    left = [p for p in set(psutil.Process().children(recursive=True)) - before if "EngineCore" in title(p)]
     assert not left, "an engine that is refused must leave no process"
 
 

@@ -78,6 +78,7 @@ def stop_idle() -> None:
     """Kills the fork server if it has no forks, so that no process waits for the end of its imports; see `start`."""
     if _runs() and not psutil.Process(pid()).children():
         os.kill(pid(), signal.SIGKILL)
+        _server._stop()  # reads its exit status, so that nothing of it is left
 
 
 def pid() -> int:
