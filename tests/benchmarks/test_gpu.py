@@ -48,17 +48,7 @@ def test_without_a_gpu_a_command_refuses_and_names_what_is_missing(
 @pytest.mark.engine
 def test_a_smoke_test_runs_the_whole_command_on_any_device(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.gpu",
-        "--smoke",
-        "--skip-tests",
-        "--repeats",
-        "1",
-        "--output",
-        str(output),
-    ]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--smoke", "--skip-tests", "--output", str(output)]
     done = subprocess.run(
         [*command, "--engines", "deltas-eager"], cwd=TESTS, capture_output=True, text=True, timeout=600
     )
