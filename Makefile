@@ -11,9 +11,9 @@ PYTHON ?= $(or $(shell for python in python3.11 python3.12 python3.13 python3.14
 DEVICE ?= cpu
 TESTS  ?= tests
 ARGS   ?=
-# All tests run in three processes, of which one has the engines (tests/conftest.py) and waits for them often; those
-# without engines in two, one per core; a few are faster in one.
-WORKERS ?= $(if $(filter tests,$(TESTS)),$(if $(filter test-fast,$(MAKECMDGOALS)),2,3),0)
+# All tests run in three processes, of which one has the engines (tests/conftest.py) and waits for them often; a few are
+# faster in one.
+WORKERS ?= $(if $(filter tests,$(TESTS)),3,0)
 
 VENV    := .venv
 BIN     := $(VENV)/bin
@@ -95,7 +95,7 @@ docs:
 lint: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
-	$(BIN)/mypy $(SOURCES)
+	$(BIN)/mypy --num-workers 2 $(SOURCES)
 
 format: install
 	$(BIN)/ruff check --fix $(SOURCES)

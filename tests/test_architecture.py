@@ -196,11 +196,13 @@ def test_importing_the_client_side_loads_neither_torch_nor_vllm_nor_a_server(mod
     assert not loaded_after(f"import {module}") & heavy
 
 
+@pytest.mark.slow
 def test_the_server_loads_no_plugin_and_nothing_that_could() -> None:
     loaded = loaded_after("import deltamux.server.app")
     assert not loaded & {"pluggy", "deltamux.registry", "deltamux.hookspecs", "deltamux_plugins"}
 
 
+@pytest.mark.slow
 def test_importing_the_methods_and_the_deltas_loads_neither_vllm_nor_grpc() -> None:
     loaded = loaded_after("import deltamux.deltas, deltamux.registry\ndeltamux.registry.Registry()")
     assert not loaded & {"vllm", "grpc", "deltamux.engine", "deltamux.server"}

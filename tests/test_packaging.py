@@ -98,6 +98,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_the_wheel_ships_every_module_stub_and_asset(source: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         shipped = set(archive.namelist())
@@ -107,6 +108,7 @@ def test_the_wheel_ships_every_module_stub_and_asset(source: Path, wheel: Path) 
     assert expected - shipped == set()
 
 
+@pytest.mark.slow
 def test_the_wheel_needs_little_and_has_its_extras(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith("/METADATA"))
@@ -159,6 +161,7 @@ from deltamux.cli import main
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_alone_is_the_client_and_the_command_line(installed: Path) -> None:
     done = run_alone(installed, "import deltamux, deltamux.client; print(deltamux.__file__); main(['--help'])")
     assert done.stdout.startswith(str(installed)), done.stderr
@@ -180,6 +183,7 @@ def test_the_wheel_alone_is_the_client_and_the_command_line(installed: Path) -> 
         ("bench --model base", "serve"),
     ],
 )
+@pytest.mark.slow
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(
     installed: Path, words: str, extra: str, tmp_path: Path
 ) -> None:

@@ -104,6 +104,7 @@ async def test_uploads_of_one_tenant_that_stall_do_not_keep_another_from_uploadi
         assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 async def test_tenants_that_stall_together_keep_another_from_uploading_for_seconds_at_most(
     serve: Servers, loras: list[Path]
 ) -> None:

@@ -277,4 +277,4 @@ def copy_at(moment: int, store: AdapterStore, root: Path, copy: Path, patch: pyt
 
 
 RandomWalk.TestCase.settings = settings(max_examples=20, stateful_step_count=25, deadline=None)
-TestRandomWalk = RandomWalk.TestCase
+TestRandomWalk = pytest.mark.slow(RandomWalk.TestCase)
