@@ -125,7 +125,7 @@ def starting() -> Iterator[None]:
     from vllm import envs
 
     # What a process is configured with is read before its target, and so before the import of vLLM.
-    config: dict[str, object] = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # as typeshed
+    config: dict[str, object] = multiprocessing.current_process()._config  # type: ignore[attr-defined]  # not in typeshed
     forked = fork_server.usable()
     config[_PARENT] = _Parent(forks=forked, generations=1)  # the engine's core, and its workers
     known = envs.environment_variables[_METHOD]
