@@ -20,15 +20,8 @@ PATIENCE = 240
 @pytest.mark.engine
 @pytest.mark.parametrize("begun_by", ["ForkServer", "EngineCore"])
 def test_sigterm_breaks_a_start_off_and_leaves_no_process(begun_by: str, base_directory: Path, tmp_path: Path) -> None:
-    with subprocess.Popen(
-        command(base_directory, tmp_path / "store", "--enforce-eager"), stdout=subprocess.PIPE, text=True
-    ) as server:
-        begun = await_process(begun_by, psutil.Process(server.pid))
-        server.terminate()
-        output, _ = server.communicate(timeout=PATIENCE)
-    assert (server.returncode, output) == (0, "stopped before it was ready\n")
-    # vLLM's tracker of shared memory ends with the last process that shares any.
-    await_none(begun)
+    output, _ = broken_off(signal.SIGTERM, begun_by, command(base_directory, tmp_path / "store", "--enforce-eager"))
+    assert output == "stopped before it was ready\n"
 
 
 @pytest.mark.engine
@@ -36,14 +29,20 @@ def test_sigterm_breaks_a_start_off_and_leaves_no_process(begun_by: str, base_di
 def test_a_signal_while_modules_are_imported_ends_the_start_at_once(
     number: signal.Signals, base_directory: Path, tmp_path: Path
 ) -> None:
-    with subprocess.Popen(
-        command(base_directory, tmp_path / "store"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as server:
-        begun = await_process("forkserver", psutil.Process(server.pid))
+    both = broken_off(number, "forkserver", command(base_directory, tmp_path / "store"))
+    assert both == ("stopped before it was ready\n", "")
+
+
+def broken_off(number: signal.Signals, begun_by: str, command: list[str]) -> tuple[str, str]:
+    """Signals a server once one of its processes has that name; returns its output and errors."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        begun = await_process(begun_by, psutil.Process(server.pid))
         server.send_signal(number)
         output, errors = server.communicate(timeout=PATIENCE)
-    assert (server.returncode, output, errors) == (0, "stopped before it was ready\n", "")
+    assert server.returncode == 0
+    # vLLM's tracker of shared memory ends with the last process that shares any.
     await_none(begun)
+    return output, errors
 
 
 @pytest.mark.engine

@@ -85,7 +85,7 @@ def merge(
     check_output(output, (files.directory, adapter), overwrite=overwrite)
     files.check_plain()
     base = describe_base(model)
-    stored = base.files or files.weights  # those of the base know what transformers makes of several tensors
+    stored = base.files or files.weights  # a base's files also read what several tensors make up
     base_in_float = replace(base, _read=lambda name: stored.read(name).float())
     loaded = _load(adapter, method_name, base_in_float)
     weights = _MergedWeights(loaded, base_in_float, stored)
