@@ -52,9 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("engines"))
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()
     gc.enable()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        lost = [item.nodeid for item in session.items if item.get_closest_marker("engine") and "@" not in item.nodeid]
+        assert not lost, f"engines would start beside each other: xdist adds no group to the id of {lost[0]}"
 
 
 @pytest.hookimpl(optionalhook=True)

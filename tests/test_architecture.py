@@ -206,3 +206,15 @@ def test_the_server_loads_no_plugin_and_nothing_that_could() -> None:
 def test_importing_the_methods_and_the_deltas_loads_neither_vllm_nor_grpc() -> None:
     loaded = loaded_after("import deltamux.deltas, deltamux.registry\ndeltamux.registry.Registry()")
     assert not loaded & {"vllm", "grpc", "deltamux.engine", "deltamux.server"}
+
+
+@pytest.mark.slow
+def test_a_file_of_an_invented_type_is_refused_without_an_import_of_peft() -> None:
+    loaded = loaded_after(
+        "import contextlib, deltamux.deltas, deltamux.errors, deltamux.registry\n"
+        "with contextlib.suppress(deltamux.errors.UnknownMethodError):\n"
+        "    file = deltamux.deltas.Checkpoint({'peft_type': 'XYZ'}, {})\n"
+        "    raise AssertionError(deltamux.registry.Registry().recognise(file))"
+    )
+    assert "deltamux_plugins.bridge" in loaded
+    assert "peft" not in loaded

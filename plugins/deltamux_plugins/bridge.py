@@ -11,6 +11,9 @@ inference (one that depends on the token, say) is refused instead of served wron
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -80,13 +83,22 @@ def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
     )
 
 
-def _types() -> set[str]:
-    """Returns the types that PEFT, where it is installed, can build."""
-    try:
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-    except ImportError:
-        return set()
-    return {kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING}
+@cache
+def _types() -> frozenset[str]:
+    """Returns the types that PEFT, where it is installed, can build.
+
+    PEFT's import takes seconds of a core, for which a file with an invented type would make other uploads wait: the one
+    module that lists the types is run by itself.
+    """
+    package = find_spec("peft")
+    if package is None or package.origin is None:
+        return frozenset()
+    file = Path(package.origin).parent / "utils" / "peft_types.py"
+    listing = spec_from_file_location("deltamux_plugins.types_of_peft", file)
+    assert listing is not None and listing.loader is not None, "its name ends in .py"
+    module = module_from_spec(listing)
+    listing.loader.exec_module(module)
+    return frozenset(kind.value for kind in module.PeftType)
 
 
 @hookimpl
