@@ -49,7 +49,7 @@ SIZES = {"tiny": Size(512, 8), "mid": Size(1024, 12)}
 
 def write_base(directory: Path, size: Size) -> Path:
     """Writes a random Llama of the given size in bfloat16."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import LlamaConfig
 
     config = LlamaConfig(
         hidden_size=size.hidden,
@@ -61,6 +61,13 @@ def write_base(directory: Path, size: Size) -> Path:
         max_position_embeddings=4096,
         dtype=torch.bfloat16,
     )
+    return save_random(config, directory)
+
+
+def save_random(config: Any, directory: Path) -> Path:
+    """Writes a random model of a transformers config, and a tokenizer."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # random numbers take a CPU a minute and more
         model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]  # transformers leaves it so
     model.save_pretrained(directory)

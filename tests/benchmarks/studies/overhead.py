@@ -137,16 +137,20 @@ def measure(model: Path, tokens: int, repeats: int, dtype: str) -> Row:
     return row("no adapter", pairs, "1.00")
 
 
+def print_overhead(measured: Row) -> None:
+    print(
+        f"without delta support {measured.base_ms:.2f} ms; with it {measured.difference_ms:+.3f} ms: "
+        f"{measured.ratio:.4f} ({measured.low:.4f} to {measured.high:.4f}, 95 %)"
+    )
+
+
 def main() -> int:
     given = parse("benchmarks.studies.overhead", __doc__, repeats=5)
     with tempfile.TemporaryDirectory() as folder:
         base = write_base(Path(folder) / "base", SIZES[given.size])
         measured = measure(base, given.tokens, given.repeats, given.dtype)
     print(f"{given.size} base, {machine()}, {date.today()}: steps of 32 rows")
-    print(
-        f"without delta support {measured.base_ms:.2f} ms; with it {measured.difference_ms:+.3f} ms: "
-        f"{measured.ratio:.4f} ({measured.low:.4f} to {measured.high:.4f}, 95 %)"
-    )
+    print_overhead(measured)
     write_output(given.output, measured._asdict())
     return 0
 
