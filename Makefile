@@ -27,7 +27,9 @@ QUIET := --quiet
 step = @echo '$(1)'; $(2) & step=$$!; trap 'kill $$step' INT TERM; seconds=0; while kill -0 $$step 2>/dev/null; do sleep 1; \
 	seconds=$$((seconds + 1)); [ $$((seconds % 30)) -ne 0 ] || echo '$(1): still running after '$$seconds' s'; done; wait $$step
 endif
-# Python compiles the modules that are imported, a few of many: pip's compilation takes a third of an installation.
+# Python compiles the modules that are imported, a few of many: pip's compilation takes a third of an installation. Where
+# the result is not written, each process compiles them again: the import of vLLM takes 20 s of a core instead of 9.
+unexport PYTHONDONTWRITEBYTECODE
 install_step = $(call step,Installing $(1),$(PIP) install --no-compile $(QUIET) $(2))
 # Commas would separate arguments of `call`.
 DEV_CUDA := .[dev,cuda]

@@ -155,6 +155,21 @@ def test_a_step_without_adapters_at_the_experts_computes_nothing_twice(monkeypat
     module.forward_modular(draw(1, 5, HIDDEN), torch.ones(5, CHOSEN), torch.zeros(5, CHOSEN, dtype=torch.int64))
 
 
+@pytest.mark.parametrize(("step", "runs"), [([(1, 3)], []), ([(1, 3), (-1, 2)], [5]), ([(1, 3), (0, 1)], [4])])
+def test_vllms_experts_run_only_where_a_row_is_theirs(step: list[tuple[int, int]], runs: list[int]) -> None:
+    module: Any = Experts()
+    own, rows = module.forward_modular, list[int]()
+    module.forward_modular = lambda x, *args: rows.append(len(x)) or own(x, *args)
+    layer, current = with_deltas(module)
+    rows.clear()  # of the probes
+    layer.down.set(1, group_ops([(0, op(1, DOWN))]))
+    current.begin(index := step_of(step, SLOTS))
+    x = draw(1, index.num_rows, HIDDEN)
+    weights, ids = torch.rand(len(x), EXPERTS).topk(CHOSEN)
+    assert not torch.equal(module.forward_modular(x, weights, ids), own(x, weights, ids))
+    assert rows == runs
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("activation", GATES)
 @pytest.mark.parametrize("padding", [0, 16])

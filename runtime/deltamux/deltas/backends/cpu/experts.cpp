@@ -6,55 +6,69 @@
 
 #include "products.h"
 
-// The factors of one row: a [rank, in], b [out, rank].
+// The factors of one row: a [rank, in], b [rank, out].
 struct LowRankRow {
     const void* a;
     const void* b;
     int64_t rank;
     double scale;
+    int64_t strides[2];  // from one expert's factors to the next's; both addresses are of the row's own
 };
 
 namespace {
 
-constexpr int kTile = 8;  // rows that share one pass over a block
 constexpr int64_t kMaxRank = 256;  // inner values at once
+constexpr int64_t kOutputs = 64;   // sums at once
 
-using Lanes = float __attribute__((vector_size(4 * kLanes)));
+// kTile rows share one pass over a block, each with kSums sums of kParts registers: as many as there are registers for.
+// A multiply-add waits for the one before it in its sum, so that few sums leave the core idle.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16, kSums = 2, kTile = 8;
+#else
+constexpr int kWidth = 8, kSums = 1, kTile = 6;
+#endif
+constexpr int kParts = kLanes / kWidth;
 
-inline Lanes lanes(const float* from) {
-    Lanes wide;
+using Floats = float __attribute__((vector_size(4 * kWidth)));
+
+inline Floats load(const float* from) {
+    Floats wide;
     std::memcpy(&wide, from, sizeof wide);
     return wide;
 }
-inline Lanes lanes(const bf16* from) {
-    using Bits = uint16_t __attribute__((vector_size(2 * kLanes)));
-    using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
+inline Floats load(const bf16* from) {
+    using Bits = uint16_t __attribute__((vector_size(2 * kWidth)));
+    using Words = uint32_t __attribute__((vector_size(4 * kWidth)));
     Bits bits;
     std::memcpy(&bits, from, sizeof bits);
-    return (Lanes)(__builtin_convertvector(bits, Words) << 16);
+    return (Floats)(__builtin_convertvector(bits, Words) << 16);
 }
 
-// y[row] = w . x[row] for `NR` rows; w is one block [in, kLanes]. A multiply-add waits for the one before it in its sum,
-// so that each row has several sums: the same, however many rows there are.
+// Adds the products of one input of each row to the rows' sums of number `s`.
+template <int NR, typename T>
+KERNEL void add(const T* x, const T* w, int64_t in, Floats (&sum)[NR][kSums][kParts], int s) {
+    UNROLL for (int p = 0; p < kParts; ++p) {
+        const Floats wide = load(w + p * kWidth);
+        UNROLL for (int r = 0; r < NR; ++r) sum[r][s][p] += widen(x[r * in]) * wide;
+    }
+}
+
+// y[row] = w . x[row] for `NR` rows; w is one block [in, kLanes]. A row's sums are the same, however many rows there are.
 template <int NR, typename T> void block(const T* x, const T* w, int64_t in, T* y, int64_t out) {
-    constexpr int kSums = 2;
-    Lanes sum[NR][kSums];
+    Floats sum[NR][kSums][kParts];
     UNROLL for (int r = 0; r < NR; ++r)
-        UNROLL for (int s = 0; s < kSums; ++s) sum[r][s] = Lanes{};
+        UNROLL for (int s = 0; s < kSums; ++s)
+            UNROLL for (int p = 0; p < kParts; ++p) sum[r][s][p] = Floats{};
     int64_t i = 0;
     for (; i + kSums <= in; i += kSums)
-        UNROLL for (int s = 0; s < kSums; ++s) {
-            const Lanes wide = lanes(w + (i + s) * kLanes);
-            UNROLL for (int r = 0; r < NR; ++r) sum[r][s] += widen(x[r * in + i + s]) * wide;
+        UNROLL for (int s = 0; s < kSums; ++s) add<NR, T>(x + i + s, w + (i + s) * kLanes, in, sum, s);
+    for (; i < in; ++i) add<NR, T>(x + i, w + i * kLanes, in, sum, 0);
+    for (int r = 0; r < NR; ++r)
+        for (int c = 0; c < kLanes; ++c) {
+            float total = sum[r][0][c / kWidth][c % kWidth];
+            for (int s = 1; s < kSums; ++s) total += sum[r][s][c / kWidth][c % kWidth];
+            y[r * out + c] = narrow<T>(total);
         }
-    for (; i < in; ++i) {
-        const Lanes wide = lanes(w + i * kLanes);
-        UNROLL for (int r = 0; r < NR; ++r) sum[r][0] += widen(x[r * in + i]) * wide;
-    }
-    for (int r = 0; r < NR; ++r) {
-        UNROLL for (int s = 1; s < kSums; ++s) sum[r][0] += sum[r][s];
-        for (int c = 0; c < kLanes; ++c) y[r * out + c] = narrow<T>(sum[r][0][c]);
-    }
 }
 
 template <typename T> void rows_of_block(const T* x, const T* w, int64_t in, T* y, int64_t out, int64_t count) {
@@ -82,6 +96,16 @@ void products(const T* x, int64_t in, const T* weights, int64_t out, const int64
     }
 }
 
+// y += inner . b for a few outputs; b is [count, out].
+template <typename T>
+KERNEL void add_outputs(const float* inner, int64_t count, const T* b, int64_t out, T* y, int64_t outputs) {
+    float sum[kOutputs] = {};
+    for (int64_t k = 0; k < count; ++k)
+#pragma omp simd
+        for (int64_t o = 0; o < outputs; ++o) sum[o] += inner[k] * widen(b[k * out + o]);
+    for (int64_t o = 0; o < outputs; ++o) y[o] = narrow<T>(widen(y[o]) + sum[o]);
+}
+
 template <typename T>
 void low_rank(const T* x, int64_t in, T* y, int64_t out, int64_t rows, const LowRankRow* factors) {
 #pragma omp parallel for schedule(static)
@@ -98,13 +122,8 @@ void low_rank(const T* x, int64_t in, T* y, int64_t out, int64_t rows, const Low
                 for (int64_t i = 0; i < in; ++i) sum += widen(left[i]) * widen(own[i]);
                 inner[k] = sum * factors[row].scale;
             }
-            for (int64_t o = 0; o < out; ++o) {
-                const T* right = b + o * rank + first;
-                float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t k = 0; k < count; ++k) sum += widen(right[k]) * inner[k];
-                y[row * out + o] = narrow<T>(widen(y[row * out + o]) + sum);
-            }
+            for (int64_t o = 0; o < out; o += kOutputs)
+                add_outputs(inner, count, b + first * out + o, out, y + row * out + o, std::min(kOutputs, out - o));
         }
     }
 }

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from deltamux.deltas.activations import ACTIVATION_CODES
 from deltamux.deltas.backends.cpu import slot_params
+from deltamux.deltas.backends.cpu.experts import SlotFactors
 from deltamux.deltas.backends.cpu.slot_params import (
+    PREPACKED,
     Affine,
     NormChange,
     Prepacked,
@@ -24,13 +26,11 @@ from deltamux.deltas.ops.base import Op
 from deltamux.deltas.ops.bias import Bias
 from deltamux.deltas.ops.bottleneck import Bottleneck
 from deltamux.deltas.ops.low_rank import LowRank
+from deltamux.deltas.ops.low_rank_experts import LowRankExperts
 from deltamux.deltas.ops.norm_affine import NormAffine
 from deltamux.deltas.ops.scale import Scale, ScaleInput
 from deltamux.deltas.ops.step import StepIndex
 from deltamux.deltas.sites import NormForm
-
-PREPACKED = "_prepacked"
-"""Attribute under which an op keeps what `prepacked` has made of it."""
 
 
 class CPUForm(NamedTuple):
@@ -80,6 +80,8 @@ def prepack(ops: Iterable[Op]) -> None:
     for op in ops:
         if type(op) is LowRank:
             alike.setdefault((op.b.shape, op.scale), []).append(op)
+        elif type(op) is LowRankExperts:
+            SlotFactors.of(op)
         elif type(op) in CPU_OPS:
             prepacked(op)
     for (_, scale), same in alike.items():  # one copy for all that are alike: an adapter has hundreds

@@ -21,6 +21,9 @@ DTYPES = (torch.float32, torch.bfloat16)
 BLOCK_COLUMNS = 16
 """Columns of one block of packed factors; see ``kLanes`` in products.h."""
 
+PREPACKED = "_prepacked"
+"""Attribute under which an op keeps its parameters as its kernel reads them."""
+
 FROM_X, FROM_Y, FROM_SUM = range(3)
 """What a shrink reads: the site's input, its output, or their sum."""
 

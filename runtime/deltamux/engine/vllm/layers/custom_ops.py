@@ -71,6 +71,10 @@ class CustomOpTarget:
         """Changes `y`, the weighted sum of what experts `ids` make of `x`, in place."""
         raise NotImplementedError
 
+    def run_experts(self, x: Tensor, weights: Tensor, ids: Tensor, y: Tensor) -> None:
+        """Fills `y` with the weighted sum of what experts `ids` make of `x`, with all changes."""
+        raise NotImplementedError
+
 
 @dataclass(slots=True)
 class _Registered:
@@ -221,6 +225,10 @@ def _change_experts(x: Tensor, weights: Tensor, ids: Tensor, y: Tensor, number: 
         entry.layer.change_experts(x, weights, ids, y)
 
 
+def _run_experts(x: Tensor, weights: Tensor, ids: Tensor, y: Tensor, number: int) -> None:
+    _LAYERS[number].layer.run_experts(x, weights, ids, y)
+
+
 change_input = _define("change_input(Tensor(a!) x, int number)", _change_input)
 change_output = _define("change_output(Tensor x, Tensor(a!) y, int number)", _change_output)
 change_sub_layer = _define(
@@ -229,3 +237,4 @@ change_sub_layer = _define(
 change_experts = _define(
     "change_experts(Tensor x, Tensor weights, Tensor ids, Tensor(a!) y, int number)", _change_experts
 )
+run_experts = _define("run_experts(Tensor x, Tensor weights, Tensor ids, Tensor(a!) y, int number)", _run_experts)

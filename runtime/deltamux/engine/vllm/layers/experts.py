@@ -23,8 +23,9 @@ from deltamux.engine.vllm.layers.module_ops import ModuleOps
 class ExpertsWithDeltas(CustomOpTarget):
     """The routed experts of one layer, with the ops at their two projections.
 
-    All rows go through vLLM's experts. Those of adapters with an op here are then computed once more, with their ops,
-    and replaced; all other rows stay as vLLM made them, and a step without such adapters costs a call and an ``&``.
+    Rows of adapters with an op here are computed from vLLM's weights with their ops; all other rows are as vLLM makes
+    them, and a step without such adapters costs a call and an ``&``. vLLM's own experts run all rows or none, which
+    only a CPU chooses in each step: a GPU's graphs run them always, and rows with ops replace theirs.
 
     Args:
         gate_up, down: the ops at the projections into the experts and back.
@@ -38,19 +39,31 @@ class ExpertsWithDeltas(CustomOpTarget):
         self._on_input: bool = module.apply_router_weight_on_input
         self._num_experts: int = module.global_num_experts
         self._forward: Callable[..., Any] = module.forward_modular
+        # Such a kernel runs the shared experts as well.
+        self._runs_shared = bool(getattr(module.quant_method, "mk_can_overlap_shared_experts", False))
         self._current = current
         self._handle = custom_ops.register(self, current, gate_up)
         custom_ops.add_sub_layer(self._handle, down)
         module.forward_modular = self.forward  # type: ignore[method-assign]  # the runner calls it on the instance
 
     def forward(self, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.device.type == "cpu" and not self._runs_shared:
+            output = torch.empty_like(x)
+            custom_ops.run_experts(as_rows(x), topk_weights, topk_ids, as_rows(output), self._handle)
+            return output
         output = self._forward(x, topk_weights, topk_ids, *args, **kwargs)
         custom_ops.change_experts(as_rows(x), topk_weights, topk_ids, as_rows(output), self._handle)
         return output
 
+    def run_experts(self, x: Tensor, weights: Tensor, ids: Tensor, y: Tensor) -> None:
+        slots = self._slots()
+        if not slots or len(self._own_rows(slots).rows) < len(x):
+            y.copy_(self._forward(x, weights, ids))
+        if slots:
+            self.change_experts(x, weights, ids, y)
+
     def change_experts(self, x: Tensor, weights: Tensor, ids: Tensor, y: Tensor) -> None:
-        step = self._current.index
-        own = step.derived(RowsBySlots).of(step.mask & (self.gate_up.mask | self.down.mask))
+        step, own = self._current.index, self._own_rows(self._slots())
         chosen = ids.shape[1]
         experts, order = torch.sort(own.keys(chosen) * self._num_experts + ids[own.rows].flatten().long(), stable=True)
         experts, tokens = experts % self._num_experts, order // chosen
@@ -61,6 +74,13 @@ class ExpertsWithDeltas(CustomOpTarget):
         total = outputs.new_zeros(len(own.rows), outputs.shape[1])
         total.index_add_(0, tokens, outputs if self._on_input else outputs * scale)
         y[own.rows] = total.to(y.dtype)
+
+    def _slots(self) -> int:
+        """Returns the mask of the step's slots with an op here."""
+        return self._current.index.mask & (self.gate_up.mask | self.down.mask)
+
+    def _own_rows(self, slots: int) -> OwnRows:
+        return self._current.index.derived(RowsBySlots).of(slots)
 
     def _outputs(self, x: Tensor, at: ExpertRows) -> Tensor:
         """Returns what the experts make of rows [n, hidden], with the ops of each row's slot."""
