@@ -12,8 +12,9 @@ inference (one that depends on the token, say) is refused instead of served wron
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import torch
@@ -93,12 +94,8 @@ def _types() -> frozenset[str]:
     package = find_spec("peft")
     if package is None or package.origin is None:
         return frozenset()
-    file = Path(package.origin).parent / "utils" / "peft_types.py"
-    listing = spec_from_file_location("deltamux_plugins.types_of_peft", file)
-    assert listing is not None and listing.loader is not None, "its name ends in .py"
-    module = module_from_spec(listing)
-    listing.loader.exec_module(module)
-    return frozenset(kind.value for kind in module.PeftType)
+    kinds = run_path(str(Path(package.origin).parent / "utils" / "peft_types.py"))["PeftType"]
+    return frozenset(kind.value for kind in kinds)
 
 
 @hookimpl

@@ -48,7 +48,6 @@ def write_base(directory: Path, size: Size) -> Path:
         num_hidden_layers=size.layers,
         num_attention_heads=size.hidden // 64,
         num_key_value_heads=size.hidden // 128,
-        head_dim=64,
         moe_intermediate_size=size.inner,
         num_experts=size.experts,
         num_experts_per_tok=size.met,
