@@ -5,14 +5,57 @@ what is served. A tokenizer is one of transformers' (`PreTrainedTokenizerBase`);
 keeps state, so that any thread may call them.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from deltamux.errors import FailedPreconditionError, InvalidArgumentError
 
 MAX_WORDS = 500
 """Characters of a template's error that a message repeats; it may quote the messages."""
+
+MAX_PREAMBLE = 1 << 15
+"""Characters that a template may put before the content of an only message."""
+
+PROCESSOR_FILES = ("chat_template.json", "processor_config.json")
+"""Where processors of bases that read images keep a chat template which their tokenizers do not have."""
+
+_CONTENT = "\ue000\ue004\ue000"
+"""A content whose place in a rendered text can be found: private characters, which occur in no text."""
+_TOKENS = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"), "")
+
+
+def with_processor_template(tokenizer: Any, model: str) -> Any:
+    """Returns a base model's tokenizer, with the chat template of its processor where it has none of its own.
+
+    Args:
+        model: the base's directory or Hugging Face id.
+
+    Raises:
+        FailedPreconditionError: BASE_DAMAGED, the file with the template is not valid.
+    """
+    from transformers.utils.hub import cached_file
+
+    for name in PROCESSOR_FILES:
+        if getattr(tokenizer, "chat_template", None):
+            break
+        found = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            tokenizer.chat_template = _template_in(Path(found))
+    return tokenizer
+
+
+def _template_in(file: Path) -> str | None:
+    try:
+        template = json.loads(file.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError) as error:
+        raise FailedPreconditionError(
+            f"{file}, of the base model, is not a JSON object: copy or download it again", reason="BASE_DAMAGED"
+        ) from error
+    return template if isinstance(template, str) else None
 
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
@@ -41,7 +84,7 @@ def render_chat(
         )
     try:
         text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
+            _as_taken(messages, tokenizer.get_chat_template(tools=arguments.get("tools"))),
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **arguments,
@@ -63,13 +106,13 @@ def render_chat_within(
 
     if not getattr(tokenizer, "chat_template", None):
         return render_chat(tokenizer, messages)
-    rows = [dict(message) for message in messages]
-    given = {"messages": rows, "tools": None, "documents": None, "add_generation_prompt": True}
     pieces: list[str] = []
     size, deadline = 0, time.monotonic() + max_seconds
     try:
-        template = _compile_jinja_template(tokenizer.get_chat_template())
-        for piece in template.generate(**tokenizer.special_tokens_map, **given):
+        source = tokenizer.get_chat_template()
+        rows = _as_taken(messages, source)
+        given = {"messages": rows, "tools": None, "documents": None, "add_generation_prompt": True}
+        for piece in _compile_jinja_template(source).generate(**tokenizer.special_tokens_map, **given):
             pieces.append(piece)
             size += len(piece)
             if size > max_chars:
@@ -81,6 +124,40 @@ def render_chat_within(
     except Exception as error:  # as above
         raise _refused(f"refuses these messages: {str(error)[:MAX_WORDS] or type(error).__name__}") from error
     return "".join(pieces)
+
+
+def _as_taken(messages: Sequence[Mapping[str, Any]], template: str) -> list[dict[str, Any]]:
+    """Returns messages with each content in the form that a template reads: a text, or a list of parts."""
+    rows = [dict(message) for message in messages]
+    if _reads_parts_alone(template):
+        for row in rows:
+            if isinstance(row.get("content"), str):
+                row["content"] = _parts(row["content"])
+    return rows
+
+
+@lru_cache(maxsize=64)
+def _reads_parts_alone(template: str) -> bool:
+    """Returns whether a template leaves out contents that are texts, as those of bases that read images may."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    def renders(content: Any) -> bool:
+        given = {"messages": [{"role": "user", "content": content}], "tools": None, "documents": None}
+        text = ""
+        try:
+            for piece in _compile_jinja_template(template).generate(**_TOKENS, **given, add_generation_prompt=True):
+                text += piece
+                if _CONTENT in text or len(text) > MAX_PREAMBLE:
+                    break
+        except Exception:  # a template is a program of the base's author, which may raise anything
+            return False
+        return _CONTENT in text
+
+    return not renders(_CONTENT) and renders(_parts(_CONTENT))
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def _refused(problem: str) -> InvalidArgumentError:

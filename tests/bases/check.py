@@ -13,10 +13,11 @@ import peft
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from deltamux.conformance.parity import Greedy, assert_same, reference, served
 from deltamux.deltas import BaseModel, BlockRole, LinearSite, Program, attached
+from deltamux.deltas.base_model import auto_model
 from deltamux.engine.base import EngineOptions, ProgramRef
 from deltamux.engine.vllm.frontend.engine import VLLMEngine
 from deltamux.errors import DeltamuxError
@@ -154,7 +155,8 @@ def _subject(kind: str, directory: Path, base: BaseModel, work: Path) -> Subject
 
 
 def _model(directory: Path) -> nn.Module:
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager")
+    auto = auto_model(AutoConfig.from_pretrained(directory))
+    model: nn.Module = auto.from_pretrained(directory, attn_implementation="eager")
     return model.eval()
 
 

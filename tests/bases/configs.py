@@ -51,6 +51,18 @@ DEEPSEEK = {
     "first_k_dense_replace": 1,
     "topk_group": 1,
 }
+TEXT, VISION = "text_config", "vision_config"
+ROPE_3D = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
+QWEN_VISION = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+SIGLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+"""As many layers, and as wide, as the language models: neither may tell the two apart."""
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
 BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
@@ -130,25 +142,96 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
             "shared_expert_intermediate_size": 64,
         },
         "mamba": {"state_size": 16, "intermediate_size": 128},
+        "qwen2_vl": {
+            TEXT: {**NO_HEAD_DIM, **ROPE_3D},
+            VISION: {"depth": 2, "embed_dim": 64, "num_heads": 2, "hidden_size": 64, "patch_size": 14},
+        },
+        "qwen2_5_vl": {TEXT: {**NO_HEAD_DIM, **ROPE_3D}, VISION: {**QWEN_VISION, "patch_size": 14}},
+        "qwen3_vl": {TEXT: ROPE_3D, VISION: {**QWEN_VISION, "patch_size": 16, "deepstack_visual_indexes": [0]}},
+        "qwen3_vl_moe": {
+            TEXT: {**ROPE_3D, **EXPERTS, "decoder_sparse_step": 1},
+            VISION: {**QWEN_VISION, "patch_size": 16, "deepstack_visual_indexes": [0]},
+        },
+        "qwen3_5": {
+            TEXT: {**LINEAR_ATTENTION, **ROPE_3D},
+            VISION: {**QWEN_VISION, "patch_size": 16},
+        },
+        "glm4v": {
+            TEXT: {**NO_HEAD_DIM, **ROPE_3D, "partial_rotary_factor": 0.5},
+            VISION: {**QWEN_VISION, "patch_size": 14},
+        },
+        "gemma3": {
+            TEXT: {"tie_word_embeddings": True, "query_pre_attn_scalar": 32, **SLIDING},
+            VISION: SIGLIP,
+            "mm_tokens_per_image": 4,
+            "tie_word_embeddings": True,
+        },
+        "paligemma": {
+            TEXT: {"model_type": "gemma", "tie_word_embeddings": True},
+            VISION: {**SIGLIP, "projection_dim": 64},
+            "projection_dim": 64,
+            "tie_word_embeddings": True,
+        },
+        "llava": {TEXT: {"model_type": "llama"}, VISION: {"model_type": "clip_vision_model", **SIGLIP}},
+        "mistral3": {
+            TEXT: {"model_type": "mistral", "sliding_window": None},
+            VISION: {"model_type": "pixtral", **SIGLIP, "head_dim": 32},
+        },
+        "internvl": {
+            TEXT: {"model_type": "qwen2"},
+            VISION: {**SIGLIP, "image_size": [28, 28], "patch_size": [14, 14]},
+        },
+        "idefics3": {TEXT: {"model_type": "llama"}, VISION: SIGLIP},
+        "smolvlm": {TEXT: {"model_type": "llama"}, VISION: SIGLIP},
+        "lfm2_vl": {
+            TEXT: {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+            VISION: {"model_type": "siglip2_vision_model", **SIGLIP, "num_patches": 4},
+        },
+        "llama4": {
+            TEXT: {
+                **LOCAL_EXPERTS,
+                "num_experts_per_tok": 1,
+                "intermediate_size_mlp": 128,
+                "moe_layers": [1],
+                "interleave_moe_layer_step": 2,
+                "attention_chunk_size": 128,
+            },
+            VISION: {**SIGLIP, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+        },
     }
 )
-"""Overrides of SIZES, by name: the architecture's ``model_type`` unless the row gives another."""
+"""Overrides of SIZES, by name: the architecture's ``model_type`` unless the row gives another.
+
+Those of TEXT are of the language model of a base that reads images.
+"""
+
+READ_IMAGES = tuple(name for name, row in BASES.items() if VISION in row)
+"""Those that read images as well."""
 
 
 def base_config(name: str) -> Any:
     """Returns the `transformers.PretrainedConfig` of a base of BASES."""
     from transformers import AutoConfig
 
-    given = {key: value for key, value in {**SIZES, **TOKENS, **BASES[name]}.items() if value is not UNSET}
+    given = dict(BASES[name])
+    if name not in READ_IMAGES:
+        given = _decoder(given)
+    else:
+        given = {"tie_word_embeddings": False, **given, TEXT: _decoder(given[TEXT])}
     return AutoConfig.for_model(given.pop("model_type", name), **given)
+
+
+def _decoder(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in {**SIZES, **TOKENS, **overrides}.items() if value is not UNSET}
 
 
 def save_base(directory: Path, name: str) -> Path:
     """Writes a random base of BASES with a tokenizer, as float32; its weights spread log-probabilities."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(base_config(name))  # type: ignore[no-untyped-call]  # untyped there
+    auto: Any = AutoModelForImageTextToText if name in READ_IMAGES else AutoModelForCausalLM
+    model = auto.from_config(base_config(name))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

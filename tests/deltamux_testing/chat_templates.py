@@ -272,6 +272,14 @@ LEAVES_THE_LAST_TURN_OPEN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
+PARTS_ALONE = """\
+<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}
+{%- if m['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}
+{%- for line in m['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}
+{%- elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"""
+"""SmolVLM's, which renders nothing of a content that is a text."""
+
 _IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 SHAPES: dict[str, Shape] = {
     "chatml": Shape(CHATML, "<|im_end|>", _IM),
@@ -299,6 +307,7 @@ SHAPES: dict[str, Shape] = {
         answer="</think>\n{}",
     ),
     "last-turn-open": Shape(LEAVES_THE_LAST_TURN_OPEN, "<|im_end|>", _IM),
+    "smolvlm": Shape(PARTS_ALONE, "<|im_end|>", _IM, answer=" {}"),
     "deepseek-r1": Shape(
         R1, "<|end_of_sentence|>", ("<|User|>", "<|Assistant|>"), bos="<|begin|>", answer="\n</think>\n\n{}"
     ),

@@ -12,16 +12,25 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from deltamux.engine.base import ChatMessage, EngineOptions
 from deltamux.engine.fair import FairQueue
 from deltamux.engine.vllm.frontend.config import engine_arguments
 from deltamux.engine.vllm.frontend.prompts import LONG_TEXT, Prompts
-from deltamux.errors import InvalidArgumentError, ResourceExhaustedError
+from deltamux.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from deltamux.prompts import PROCESSOR_FILES, encode_rendered, render_chat, with_processor_template
+from deltamux_testing.chat_templates import SHAPES
 from deltamux_testing.tiny_base import byte_tokenizer, write_base
 from deltamux_trainers.loading import load_tokenizer
 
 ROOM = 255
+
+
+def without_template() -> Any:
+    tokenizer: Any = byte_tokenizer()
+    tokenizer.chat_template = None
+    return tokenizer
 
 
 def prompts(max_model_len: int = ROOM + 1, long_token: int = 0) -> Prompts:
@@ -88,6 +97,30 @@ async def test_a_chat_is_laid_out_as_the_tokenizer_does() -> None:
     rows = [message._asdict() for message in messages]
     text: Any = tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True)
     assert await prompts().token_ids(messages, ROOM, "") == tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("name", [*PROCESSOR_FILES, "chat_template.jinja"])
+async def test_a_chat_is_laid_out_by_the_processors_template_where_the_tokenizer_has_none(
+    name: str, tmp_path: Path
+) -> None:
+    """Both by the server and by the trainers; the template reads contents as lists of parts."""
+    template = SHAPES["smolvlm"].template
+    without_template().save_pretrained(tmp_path)
+    content = template if name.endswith(".jinja") else json.dumps({"chat_template": template})
+    (tmp_path / name).write_text(content)
+    loaded = with_processor_template(AutoTokenizer.from_pretrained(tmp_path), str(tmp_path))
+    ids = await Prompts(loaded, ROOM + 1).token_ids((ChatMessage("user", "what?"),), ROOM, "")
+    assert loaded.decode(ids) == "<|im_start|>User: what?<|im_end|>\nAssistant:"
+    trained = load_tokenizer(str(tmp_path))
+    assert encode_rendered(trained, render_chat(trained, [{"role": "user", "content": "what?"}])) == ids
+
+
+def test_a_damaged_template_of_a_processor_is_named(tmp_path: Path) -> None:
+    without_template().save_pretrained(tmp_path)
+    (tmp_path / PROCESSOR_FILES[0]).write_text("[")
+    with pytest.raises(FailedPreconditionError, match=PROCESSOR_FILES[0]) as refused:
+        load_tokenizer(str(tmp_path))
+    assert refused.value.reason == "BASE_DAMAGED"
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_turns_share_a_row_while_each_prompt_continues_the_last_answer(tmp_path:
         "glm4": 1,
         "glm4.7": 2,
         "last-turn-open": 1,
+        "smolvlm": 1,
         "deepseek-r1": 2,
     }  # fmt: skip
 

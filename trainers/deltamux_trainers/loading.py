@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from deltamux.adapter_files import CONFIG_FILE
 from deltamux.deltas import BaseModel
-from deltamux.errors import FailedPreconditionError, listed
+from deltamux.deltas.base_model import auto_model, read_base_config
+from deltamux.errors import DeltamuxError, FailedPreconditionError, listed
+from deltamux.prompts import with_processor_template
 
 SHOWN = 3
 """Names of weights that an error lists."""
@@ -33,7 +35,7 @@ def describe_base(model: str) -> BaseModel:
         raise _with_adapter(model)
     with _quiet():
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(model, device_map="meta", output_loading_info=True)
+            loaded: Any = _pretrained(model, device_map="meta", output_loading_info=True)
         except Exception as error:  # damaged files raise errors of many classes
             raise _unloadable(model, error) from error
     if getattr(loaded[0], "_hf_peft_config_loaded", False):  # of a Hugging Face id
@@ -77,7 +79,9 @@ def load_tokenizer(model: str) -> Any:
     """
     try:
         # As the engine does: a base may have Mistral's own files next to the Hugging Face ones.
-        return AutoTokenizer.from_pretrained(model, mistral_format=False)
+        return with_processor_template(AutoTokenizer.from_pretrained(model, mistral_format=False), model)
+    except DeltamuxError:
+        raise
     except Exception as error:  # damaged files raise errors of many classes
         problem = str(error).partition("\n")[0]
         raise FailedPreconditionError(
@@ -90,11 +94,16 @@ def load_tokenizer(model: str) -> Any:
 def load_model(model: str, dtype: str, device: str) -> nn.Module:
     """Loads the weights of a base that `describe_base` accepts."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        loaded: Any = _pretrained(model, dtype=getattr(torch, dtype))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise _unloadable(model, error) from error
     moved: nn.Module = loaded.to(pick_device(device))
     return moved
+
+
+def _pretrained(model: str, **options: Any) -> Any:
+    """Returns what transformers loads as the model of a directory or id, which may read images as well."""
+    return auto_model(read_base_config(model)).from_pretrained(model, **options)
 
 
 def pick_device(device: str) -> str:

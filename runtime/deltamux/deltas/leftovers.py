@@ -13,7 +13,7 @@ from torch import Tensor
 from deltamux.deltas.base_model import BaseModel
 from deltamux.deltas.checkpoint import check_filled
 from deltamux.deltas.sites import SiteKind
-from deltamux.deltas.tensor_names import PREFIX, Reading, read_names
+from deltamux.deltas.tensor_names import PREFIX, Reading, parse, read_names, unwrapped
 from deltamux.errors import DeltamuxError, InvalidAdapterError, listed
 
 SHOWN = 3
@@ -102,6 +102,12 @@ def _about(name: str, tensor: Tensor, base: BaseModel) -> str:
     module, _, _ = parameter.rpartition(".")
     if "token_adapter" in name or "trainable_tokens" in name:
         return "; they are trained rows of the token embedding (trainable_token_indices), which are not served"
+    if (outside := _outside_the_decoder(name, base)) is not None:
+        return (
+            f"; {outside!r} is outside the base's language model, in what reads images or sound, which is not loaded "
+            "here: requests have text alone. Train with the language model's modules as targets "
+            f"({base.linears[0].name!r}), or exclude the others (exclude_modules)"
+        )
     for kind, what in ((SiteKind.EMBEDDING, "the token embedding"), (SiteKind.HEAD, "the output head")):
         for site in base.sites.values():
             if site.kind is kind and (name.startswith(f"{PREFIX}{site.name}.") or module == site.name):
@@ -114,6 +120,15 @@ def _about(name: str, tensor: Tensor, base: BaseModel) -> str:
             "Train without them, or merge the adapter into the base with PEFT and serve that model"
         )
     return ""
+
+
+def _outside_the_decoder(name: str, base: BaseModel) -> str | None:
+    """Returns the path of a tensor's module, where the base has it and it is beside the decoder, not inside."""
+    read = parse(name)
+    path = "" if read is None else ".".join(unwrapped(read.path))
+    decoder = base.embedding.name.rpartition(".")[0]
+    is_inside = path in base.paths() or path.startswith(f"{decoder}.")
+    return None if is_inside or not base.has_tensor(f"{path}.weight") else path
 
 
 def _about_whole(what: str, parameter: str, tensor: Tensor, base: BaseModel) -> str:

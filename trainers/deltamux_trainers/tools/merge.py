@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from deltamux.deltas import BaseModel, Checkpoint, DenseEmbedding, Program, attached, merge_program
 from deltamux.deltas.merge import rounded
@@ -211,7 +210,8 @@ def _check_embedding(model: Path, base: BaseModel, program: Program) -> None:
     if not any(isinstance(op, DenseEmbedding) for _, op in program):
         return
     with torch.device("meta"):
-        built: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+        config = read_base_config(model)
+        built: Any = auto_model(config).from_config(config)
     if type(built.get_submodule(base.embedding.name)).forward is not nn.Embedding.forward:
         raise NotMergeableError(
             f"{base.architecture} scales the output of {base.embedding.name}, which the adapter changes: that is not "

@@ -32,6 +32,7 @@ from deltamux.engine.vllm.grammars.vocabulary import check_stop_tokens, special_
 from deltamux.engine.vllm.loading.client import LoaderClient
 from deltamux.engine.vllm.processes import EngineProcesses, Launch, start_errors, starting
 from deltamux.errors import DeltamuxError, FailedPreconditionError, UnavailableError
+from deltamux.prompts import with_processor_template
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -123,7 +124,7 @@ class VLLMEngine:
         used = str(llm.model_config.dtype).removeprefix("torch.")
         answers: list[Any] = await self.call_workers("delta_support")
         self.support = BaseSupport.of_workers(answers, dtype=used, dtype_reason=dtype.reason)
-        tokenizer = llm.get_tokenizer()
+        tokenizer = await asyncio.to_thread(with_processor_template, llm.get_tokenizer(), str(self._options.model))
         self._prompts = await asyncio.to_thread(Prompts, tokenizer, self.max_model_len)
         self._grammars = await asyncio.to_thread(Grammars.of, config, tokenizer, self._options.grammar_seconds)
         self._special_tokens = special_tokens(tokenizer)

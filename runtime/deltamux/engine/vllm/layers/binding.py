@@ -235,11 +235,12 @@ class Binding:
         return ops
 
     def _bind_head(self, site: HeadSite) -> ModuleOps:
-        processor = getattr(self._model, "logits_processor", None)
-        if not isinstance(processor, LogitsProcessor) or processor.logits_as_input:
+        # Inside the language model, where the base reads images as well.
+        processors = [m for m in self._modules.values() if isinstance(m, LogitsProcessor) and not m.logits_as_input]
+        if len(processors) != 1:
             raise _missing(site)
         ops = self._site_ops(site, site.vocab_size)
-        head = HeadWithDeltas(processor, self._current, ops)
+        head = HeadWithDeltas(processors[0], self._current, ops)
         self._probes.check_head(site, lambda hidden: head.projected(self._model, hidden))
         return ops
 
