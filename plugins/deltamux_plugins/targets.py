@@ -108,10 +108,18 @@ def nothing_matches(
     else:
         shown = names if isinstance(names, str) else listed(names, chars=80)
         problem = (
-            f"target_modules ({shown}) names no {kind} of {base.architecture}; {has}. The adapter was made for a model "
-            "of another family: serve it on that one"
+            f"target_modules ({shown}) names no {kind} of {base.architecture}; {has}. The adapter was made for "
+            f"{_made_for(names, base)}"
         )
     return InvalidConfigError(problem, metadata={"field": "target_modules"})
+
+
+def _made_for(names: Names, base: BaseModel) -> str:
+    """Returns what an adapter is for that targets no module of a base's language model."""
+    stored = () if base.files is None or isinstance(names, str) else base.files.names()
+    if any(matches(names, name.rpartition(".")[0]) for name in stored):
+        return "what reads images or sound in this base, which is not loaded: requests have text alone"
+    return "a model of another family: serve it on that one"
 
 
 def _narrowed(config: Targeted) -> str:

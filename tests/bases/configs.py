@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from deltamux.conformance.bases import byte_tokenizer
 
@@ -53,7 +54,12 @@ DEEPSEEK = {
 }
 TEXT, VISION = "text_config", "vision_config"
 ROPE_3D = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}}
+QUARTER_ROPE = {
+    "rope_parameters": {**ROPE_3D["rope_parameters"], "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}
+}
+GLM_ROPE = {"rope_parameters": {**ROPE_3D["rope_parameters"], "mrope_section": [2, 3, 3], "partial_rotary_factor": 0.5}}
 QWEN_VISION = {"depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+LFM2 = {"conv_dim": 64, "block_dim": 64, "block_ff_dim": 128, "block_auto_adjust_ff_dim": False}
 SIGLIP = {
     "hidden_size": 64,
     "intermediate_size": 64,
@@ -149,15 +155,15 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "qwen2_5_vl": {TEXT: {**NO_HEAD_DIM, **ROPE_3D}, VISION: {**QWEN_VISION, "patch_size": 14}},
         "qwen3_vl": {TEXT: ROPE_3D, VISION: {**QWEN_VISION, "patch_size": 16, "deepstack_visual_indexes": [0]}},
         "qwen3_vl_moe": {
-            TEXT: {**ROPE_3D, **EXPERTS, "decoder_sparse_step": 1},
+            TEXT: {**ROPE_3D, **EXPERTS, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "norm_topk_prob": True},
             VISION: {**QWEN_VISION, "patch_size": 16, "deepstack_visual_indexes": [0]},
         },
         "qwen3_5": {
-            TEXT: {**LINEAR_ATTENTION, **ROPE_3D},
+            TEXT: {**LINEAR_ATTENTION, "linear_key_head_dim": 64, "linear_value_head_dim": 64, **QUARTER_ROPE},
             VISION: {**QWEN_VISION, "patch_size": 16},
         },
         "glm4v": {
-            TEXT: {**NO_HEAD_DIM, **ROPE_3D, "partial_rotary_factor": 0.5},
+            TEXT: {**NO_HEAD_DIM, **GLM_ROPE, "partial_rotary_factor": 0.5, "attention_bias": True},
             VISION: {**QWEN_VISION, "patch_size": 14},
         },
         "gemma3": {
@@ -184,7 +190,7 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "idefics3": {TEXT: {"model_type": "llama"}, VISION: SIGLIP},
         "smolvlm": {TEXT: {"model_type": "llama"}, VISION: SIGLIP},
         "lfm2_vl": {
-            TEXT: {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+            TEXT: {"model_type": "lfm2", **LFM2, "layer_types": ["conv", "full_attention"]},
             VISION: {"model_type": "siglip2_vision_model", **SIGLIP, "num_patches": 4},
         },
         "llama4": {
@@ -207,6 +213,9 @@ Those of TEXT are of the language model of a base that reads images.
 
 READ_IMAGES = tuple(name for name, row in BASES.items() if VISION in row)
 """Those that read images as well."""
+
+STORED_TRANSPOSED = ("qwen3_vl_moe",)
+"""Those whose published checkpoints have their experts so; transformers reads both, and writes the other."""
 
 
 def base_config(name: str) -> Any:
@@ -239,5 +248,9 @@ def save_base(directory: Path, name: str) -> Path:
             else:
                 parameter.normal_(std=0.08)
     model.save_pretrained(directory)
+    if name in STORED_TRANSPOSED:
+        file = directory / "model.safetensors"
+        stored = {key: t.mT.contiguous() if ".experts." in key else t for key, t in load_file(file).items()}
+        save_file(stored, file, {"format": "pt"})
     byte_tokenizer().save_pretrained(directory)
     return directory

@@ -21,7 +21,7 @@ SAMPLE = {
 """What is not exact, by kind: the beginning of what is said instead."""
 
 
-WITH_OTHER_MIXERS = {"mamba": 0, "granitemoehybrid": 1, "qwen3_next": 1}
+WITH_OTHER_MIXERS = {"mamba": 0, "granitemoehybrid": 1, "qwen3_next": 1, "qwen3_5": 1, "lfm2_vl": 1}
 """How many of the two layers have attention."""
 
 

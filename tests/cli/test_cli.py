@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from deltamux.cli import main, parser
+from deltamux.cli import extensions, main, parser
 from deltamux.cli.output import show, show_one
 from deltamux.client import AsyncClient, Client
 from deltamux.conformance.bases import save_base
 from deltamux.deltas import BaseModel
+from deltamux.errors import FailedPreconditionError
 from deltamux_testing.adapters import write_own
 from deltamux_testing.server_process import ServerProcess
 
@@ -171,3 +172,17 @@ def test_a_package_whose_commands_cannot_be_imported_is_left_out(
     assert "train" in listed
     assert "serve" not in listed
     assert "left out: commands of 'no_such_module': No module named" in capsys.readouterr().err
+
+
+def test_a_package_that_is_installed_and_does_not_import_is_not_said_to_be_missing() -> None:
+    """Such as torchvision for another torch, whose error transformers wraps into one that names no module."""
+
+    def command(_: argparse.Namespace) -> int:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise ModuleNotFoundError("Could not import module 'GenerationMixin'") from error
+
+    with pytest.raises(FailedPreconditionError, match=r"does not import: RuntimeError: operator torch.* does") as refused:
+        extensions.run(argparse.Namespace(run=command, extra="serve"))
+    assert refused.value.reason == "BROKEN_PACKAGE"

@@ -33,7 +33,8 @@ def run(arguments: argparse.Namespace) -> int | None:
     """Runs a command.
 
     Raises:
-        FailedPreconditionError: MISSING_EXTRA, a package that it needs is not installed.
+        FailedPreconditionError: MISSING_EXTRA, a package that it needs is not installed; BROKEN_PACKAGE, one is, and
+            does not import.
     """
     try:
         status: int | None = arguments.run(arguments)
@@ -41,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int | None:
         extra, package = getattr(arguments, "extra", ""), (error.name or "").partition(".")[0]
         if not extra or package.startswith("deltamux"):
             raise
+        if not package:
+            raise _broken(error) from error
         how = VLLM if package == "vllm" else f"run `pip install 'deltamux[{extra}]'`"
         raise FailedPreconditionError(
             f"this command needs {package}, which is not installed: {how}",
@@ -48,3 +51,14 @@ def run(arguments: argparse.Namespace) -> int | None:
             metadata={"extra": extra},
         ) from error
     return status
+
+
+def _broken(error: BaseException) -> FailedPreconditionError:
+    """Returns the refusal where transformers wraps what a package raised as it was imported."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return FailedPreconditionError(
+        f"a package that this command needs is installed, but does not import: {type(error).__name__}: {error}. Where "
+        "it is built for another torch (such as torchvision), install its build for this one, or uninstall it",
+        reason="BROKEN_PACKAGE",
+    )

@@ -93,8 +93,9 @@ def conversions_of(model: PreTrainedModel, stored: Iterable[str]) -> tuple[dict[
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     renamed: dict[str, str] = {}
     parts: dict[str, list[tuple[str, str]]] = {}
+    parameters = model.state_dict()
     for name in sorted(stored, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters)
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
         if pattern is None:
             renamed[target] = name
         else:

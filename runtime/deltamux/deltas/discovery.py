@@ -9,8 +9,9 @@ output.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,16 +78,39 @@ def discover(model: nn.Module, dims: Dimensions) -> Iterator[Site]:
     yield EmbeddingSite(embedding_name, dims.vocab_size, embedding.embedding_dim, scale)
     modules = list(_decoder_modules(model, embedding_name))
     layers_name, layers = _layers(model, modules, dims)
+    first = _first_position(model)
     for index, layer in enumerate(layers):
-        yield from _layer_sites(f"{layers_name}.{index}", index, layer, dims)
+        for site in _layer_sites(f"{layers_name}.{index}", index, layer, dims):
+            yield replace(site, first_position=first) if isinstance(site, AttentionSite) else site
     for name, module in modules:
         if not name.startswith(f"{layers_name}.") and _is_norm(module, dims):
             yield _norm_site(name, None, module, dims)
     yield from _head_site(model, embedding_name, embedding)
 
 
+def _first_position(model: Any) -> int:
+    """Returns the position that a model gives to a sequence's first token, as it prepares it for generation."""
+    zeros = torch.zeros(1, 1, dtype=torch.long)
+    try:
+        prepared = model.prepare_inputs_for_generation(zeros, position_ids=zeros)
+        return int(prepared["position_ids"].min())
+    except Exception:  # the code of many models, of which some prepare no positions
+        return 0
+
+
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
+    """Returns whether a module is a projection, and returns its product alone: Llama 4's router does not."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward) or _returns_a_tensor(module)
+
+
+def _returns_a_tensor(module: Any) -> bool:
+    try:
+        with torch.no_grad():
+            return isinstance(module(module.weight.new_zeros(1, module.in_features)), torch.Tensor)
+    except Exception:  # a quantised one, that does not run on its device
+        return True
 
 
 def _decoder_modules(model: nn.Module, embedding_name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -219,7 +243,13 @@ def _block_site(
 def _is_norm(module: nn.Module, dims: Dimensions) -> bool:
     weight = getattr(module, "weight", None)
     named = "norm" in type(module).__name__.lower()
-    return named and weight is not None and tuple(weight.shape) == (dims.hidden_size,)
+    return named and weight is not None and tuple(weight.shape) == (dims.hidden_size,) and _takes_one_input(module)
+
+
+def _takes_one_input(module: nn.Module) -> bool:
+    """Returns whether a module runs on one tensor: a norm with a gate beside it does not."""
+    given = inspect.signature(module.forward).parameters.values()
+    return sum(each.default is each.empty and each.kind is not each.VAR_KEYWORD for each in given) == 1
 
 
 def _norm_site(name: str, layer: int | None, module: nn.Module, dims: Dimensions) -> NormSite:

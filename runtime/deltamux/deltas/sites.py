@@ -94,13 +94,19 @@ class BlockSite:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """The key-value cache of one layer; `module` is the sub-layer's path in the Hugging Face model."""
+    """The key-value cache of one layer.
+
+    Attributes:
+        module: the sub-layer's path in the Hugging Face model.
+        first_position: that of a sequence's first token; not a part of a base's fingerprint.
+    """
 
     name: str
     module: str
     num_kv_heads: int
     head_dim: int
     layer: int
+    first_position: int = field(default=0, repr=False)
     kind = SiteKind.ATTENTION
 
 

@@ -25,6 +25,7 @@ PARTS = re.compile(
 )
 LEAVES = ("weight", "bias")
 BASE_LAYER = "base_layer"
+LANGUAGE_MODEL = "language_model"
 SHARED = ("base_model",)
 """Before the tensors that all modules of an adapter share: ``base_model.vera_A``."""
 
@@ -100,7 +101,8 @@ def read_names(names: Iterable[str], paths: Collection[str] | None = None, adapt
             continue
         result[name] = written
         if written != name:
-            needs_base |= completed
+            # Without the base, this component would be taken for another writer's.
+            needs_base |= completed or (paths is not None and LANGUAGE_MODEL in path[:2])
             marks.update(dict.fromkeys((*_marks(read), *path_marks)))
     return Reading(result, tuple(marks), adapters, needs_base)
 
@@ -170,8 +172,8 @@ def _resolve(path: tuple[str, ...], paths: Collection[str] | None) -> tuple[tupl
         found, marks, completed = _resolve(module, paths)
         return (*found, *path[len(module) :]), marks, completed
     candidates: list[tuple[tuple[str, ...], list[str]]] = [(path, [])]
-    if "language_model" in path[:2]:
-        at = path.index("language_model")
+    if LANGUAGE_MODEL in path[:2]:
+        at = path.index(LANGUAGE_MODEL)
         shorter = path[:at] + path[at + 1 :]
         shorter = ("model", *shorter) if shorter[:1] == ("layers",) else shorter
         candidates += [(shorter, [*marks, "'language_model.' in the paths"]) for _, marks in candidates]
@@ -185,6 +187,12 @@ def _resolve(path: tuple[str, ...], paths: Collection[str] | None) -> tuple[tupl
     for known, marks in candidates:
         whole = ".".join(known)
         longer = [p for p in paths if known and (p.endswith(f".{whole}") or whole.endswith(f".{p}"))]
+        longer = longer or [p for p in paths if _bare(p.split(".")) == _bare(known)]
         if len(longer) == 1:
             return tuple(longer[0].split(".")), [*marks, f"paths such as {whole!r} for {longer[0]!r}"], True
     return path, [], False
+
+
+def _bare(path: Iterable[str]) -> list[str]:
+    """Returns a path without what older versions of transformers and the language model alone do not have in it."""
+    return [piece for piece in path if piece != LANGUAGE_MODEL]

@@ -72,6 +72,20 @@ class WeightFiles:
     def names(self) -> list[str]:
         return sorted(self._files)
 
+    def prefixes(self) -> set[tuple[str, str]]:
+        """Returns what paths begin with in the model and what in the files, where that differs for whole parts of it.
+
+        So it does where the model is a part of the one that was saved: the language model of one that reads images.
+        """
+        found: set[tuple[str, str]] = set()
+        for name, stored in self._aliases.items():
+            own, other = name.split("."), stored.split(".")
+            while own and other and own[-1] == other[-1]:
+                own, other = own[:-1], other[:-1]
+            if (own or other) and not any(piece.isdigit() for piece in (*own, *other)):
+                found.add((".".join(own), ".".join(other)))
+        return found
+
     def files(self) -> dict[Path, list[str]]:
         """Returns each file, with the names of the tensors in it, as they are stored."""
         found: dict[Path, list[str]] = {}
@@ -99,7 +113,7 @@ class WeightFiles:
     def experts(self, name: str, chosen: Sequence[int]) -> Tensor:
         """Returns some experts' parts [len(chosen), ...] of a parameter that holds those of all."""
         if name in self._conversions:
-            return self._conversions[name].experts(chosen, self.read)
+            return self._conversions[name].experts(chosen, self._read_stored)
         stored = self._resolve(name)
         with _opened(self._files[stored]) as file:
             view = file.get_slice(stored)
@@ -112,7 +126,11 @@ class WeightFiles:
             QuantisedBaseError: its values cannot be read.
         """
         if name in self._conversions:
-            return self._conversions[name].convert(self.read)
+            return self._conversions[name].convert(self._read_stored)
+        return self._read_stored(name)
+
+    def _read_stored(self, name: str) -> Tensor:
+        """Returns one stored tensor, which may have the name of the parameter that is made of it."""
         stored = self._stored(name)
         with _opened(self._files[stored]) as file:
             tensor: Tensor = file.get_tensor(stored)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib.util import find_spec
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from deltamux import __version__
+from deltamux.deltas.base_model import read_base_config
 from deltamux.engine.base import EngineOptions
 from deltamux.engine.vllm.fork_server import set_environment
 from deltamux.errors import FailedPreconditionError
@@ -40,8 +39,8 @@ def engine_config(options: EngineOptions) -> VllmConfig:
         # A process that has used CUDA cannot fork one that does, and plugins may have used it.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     arguments = AsyncEngineArgs(**engine_arguments(options))
-    with _reads_images():
-        config = arguments.create_engine_config()
+    _check_imports(str(options.model))
+    config = arguments.create_engine_config()
     if config.device_config.device_type == "cpu":
         check_head_size(config)
     plain = replace(arguments, enable_lora=False, worker_cls="auto").create_engine_config()
@@ -52,24 +51,33 @@ def engine_config(options: EngineOptions) -> VllmConfig:
     return config
 
 
-@contextmanager
-def _reads_images() -> Iterator[None]:
-    """A block in which vLLM imports its model, and may lack what a base that reads images needs.
+def _check_imports(model: str) -> None:
+    """Raises FailedPreconditionError where vLLM's model of a base that reads images or sound does not import here.
 
-    Raises:
-        FailedPreconditionError: it does.
+    It would fail later, in another process, and in vLLM's own words: what vLLM knows of a model from an earlier start
+    is kept in files.
     """
-    try:
-        yield
-    except ValueError as error:
-        if "failed to be inspected" not in str(error) or find_spec("torchvision") is not None:
-            raise
-        raise FailedPreconditionError(
-            "vLLM cannot import its model of this base, as torchvision is not installed, which bases that read images "
-            "need: install its build for this torch (on a CPU: pip install torchvision --index-url "
-            "https://download.pytorch.org/whl/cpu)",
-            reason="TORCHVISION_MISSING",
-        ) from error
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    config = read_base_config(model)
+    if config.get_text_config() is config:
+        return
+    for architecture in config.architectures or ():
+        module = getattr(ModelRegistry.models.get(architecture), "module_name", None)
+        try:
+            if module is not None:
+                import_module(module)
+        except Exception as error:  # whatever such a model imports
+            if "torchvision" in str(error):
+                raise FailedPreconditionError(
+                    "vLLM cannot import its model of this base, as torchvision is not installed, which bases that read "
+                    "images need: install its build for this torch (on a CPU: pip install torchvision --index-url "
+                    "https://download.pytorch.org/whl/cpu)",
+                    reason="TORCHVISION_MISSING",
+                ) from error
+            raise FailedPreconditionError(
+                f"vLLM cannot import its model of this base: {type(error).__name__}: {error}", reason="BASE_CANNOT_RUN"
+            ) from error
 
 
 def device_of(options: EngineOptions) -> str:

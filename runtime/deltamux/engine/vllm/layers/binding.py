@@ -7,7 +7,7 @@ is treated by its name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ class Binding:
         self._intercepts = False
         self._model = model
         self._modules = dict(model.named_modules())
-        self._path = _path_mapping(model)
+        self._path = _path_mapping(model, self._modules, set() if probes.files is None else probes.files.prefixes())
         self._probes = probes
         self._current = current
         self.embedding_scale = 1.0
@@ -249,6 +249,11 @@ class Binding:
             raise ProbeError(
                 f"virtual tokens at {site.module} would change the state of {self._mixers[0]}, which keeps no keys"
             )
+        if site.first_position:
+            raise ProbeError(
+                f"the base counts positions from {site.first_position} on and vLLM from 0: the keys of {site.module} "
+                "would be at another distance from virtual tokens"
+            )
         module = self._attention(site)
         if (module.num_kv_heads, module.head_size) != (site.num_kv_heads, site.head_dim):
             raise ProbeError(
@@ -318,17 +323,30 @@ def _missing(site: Site) -> ProbeError:
     return ProbeError(f"vLLM's model has no counterpart of {site.name}")
 
 
-def _path_mapping(model: nn.Module) -> Callable[[str], str]:
-    """Returns what turns a path of Hugging Face's model into one of vLLM's, as far as vLLM says so."""
+def _path_mapping(
+    model: nn.Module, modules: Collection[str], prefixes: Collection[tuple[str, str]]
+) -> Callable[[str], str]:
+    """Returns what turns a path of Hugging Face's model into one of vLLM's, as far as vLLM says so.
+
+    Args:
+        prefixes: of paths, in Hugging Face's model and in the checkpoint, which vLLM maps the names of.
+    """
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    if mapper is None:
-        return lambda path: path
 
     def mapped(path: str) -> str:
-        name: str | None = mapper.map_name(f"{path}.weight")
+        name: str | None = mapper.map_name(f"{path}.weight") if mapper is not None else None
         return path if name is None else name.removesuffix(".weight")
 
-    return mapped
+    def found(path: str) -> str:
+        whole = f".{path}"
+        stored = [
+            f"{other}{whole.removeprefix(f'.{own}' if own else '')}".removeprefix(".")
+            for own, other in sorted(prefixes)
+            if not own or whole.startswith(f".{own}.")
+        ]
+        return next((each for name in (path, *stored) if (each := mapped(name)) in modules), mapped(path))
+
+    return found
 
 
 def _columns(

@@ -7,7 +7,7 @@ for packed and quantised weights alike, and a module is found by them where no n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -156,7 +156,7 @@ class Probes:
         ids = torch.linspace(0, site.vocab_size - 1, min(site.vocab_size, RUNS)).long()
         with torch.inference_mode():
             found = module(ids.to(self._device)).float().cpu()
-        stored = torch.cat([self.files.rows(f"{site.name}.weight", int(i), int(i) + 1) for i in ids]).float()
+        stored = self._stored(f"{site.name}.weight", ((int(i), int(i) + 1) for i in ids))
         expected = stored * site.scale
         factor = float((expected * found).sum() / found.square().sum().clamp(min=1e-30))
         if not self._same(found * factor, expected):
@@ -172,7 +172,7 @@ class Probes:
         with torch.inference_mode():
             found = project(x).float().cpu()
         name = site.tied_to or site.name
-        weight = torch.cat([self.files.rows(f"{name}.weight", a, b) for a, b in _runs(rows)]).float()
+        weight = self._stored(f"{name}.weight", _runs(rows))
         if found.shape[1] < site.vocab_size or not self._same(found[:, rows], x.float().cpu() @ weight.T):
             raise ProbeError(f"vLLM's output head computes something else than the checkpoint's {name}")
 
@@ -204,10 +204,13 @@ class Probes:
 
     def _rows(self, site: LinearSite, rows: Tensor) -> Tensor:
         """Returns rows of a site's weight [len(rows), in_features], in float32."""
+        return self._stored(f"{site.name}.weight", _runs(rows), transposed=site.transposed)
+
+    def _stored(self, name: str, runs: Iterable[tuple[int, int]], *, transposed: bool = False) -> Tensor:
+        """Returns rows of a weight of the checkpoint, given as runs of (first, stop), in float32."""
         assert self.files is not None
-        name = f"{site.name}.weight"
         try:
-            read = [self.files.rows(name, first, stop, transposed=site.transposed) for first, stop in _runs(rows)]
+            read = [self.files.rows(name, first, stop, transposed=transposed) for first, stop in runs]
         except KeyError:
             raise ProbeError(f"the checkpoint has no {name} to compare vLLM's module with") from None
         return torch.cat(read).float()
