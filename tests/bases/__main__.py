@@ -10,12 +10,13 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
-from bases.configs import BASES, save_base
+from bases.configs import BASES, READ_IMAGES, save_base
 
 PATIENCE_SECONDS = 600
-MARK = "<!-- make bases -->"
+MARK, IMAGES_MARK = "<!-- make bases -->", "<!-- make bases, that read images -->"
 EXACT, REFUSED, NO_PEFT = "exact", "refused: ", "PEFT "
 DIFFERS = "vLLM itself differs from transformers"
 
@@ -74,9 +75,22 @@ def _cell(outcome: str) -> str:
 
 
 def write_page(page: Path, rows: Mapping[str, Mapping[str, str]]) -> None:
-    """Replaces what follows the mark in a page by the table."""
-    head, _, _ = page.read_text(encoding="utf-8").partition(MARK)
-    page.write_text(f"{head}{MARK}\n\n{date.today()}.\n\n{markdown(rows)}", encoding="utf-8")
+    """Replaces what follows each mark in a page, up to the next heading, by the table of rows that belong there."""
+    text = page.read_text(encoding="utf-8")
+    for mark, with_images in ((MARK, False), (IMAGES_MARK, True)):
+        chosen = {name: found for name, found in rows.items() if (name in READ_IMAGES) == with_images}
+        if chosen:
+            head, _, rest = text.partition(mark)
+            _, heading, tail = rest.partition("\n## ")
+            text = f"{head}{mark}\n\n{date.today()}.\n\n{markdown(chosen)}{heading}{tail}"
+    page.write_text(text, encoding="utf-8")
+
+
+def lacks(name: str) -> str:
+    """Returns why a base is not tried here; "" where it is."""
+    if name in READ_IMAGES and find_spec("torchvision") is None:
+        return "skipped: vLLM's models of bases that read images import torchvision, which is not installed"
+    return ""
 
 
 def main() -> int:
@@ -97,6 +111,9 @@ def main() -> int:
         return 0
     known = json.loads(given.output.read_text(encoding="utf-8")) if given.output and given.output.exists() else {}
     for name in given.names or BASES:
+        if why := lacks(name):
+            print(name, why, flush=True)
+            continue
         known[name] = row(name, eager=given.eager)
         print(name, *(f"\n    {kind}: {outcome}" for kind, outcome in known[name].items()), flush=True)
         if given.output:

@@ -97,10 +97,10 @@ def check_base(directory: Path, work: Path, *, eager: bool = False) -> dict[str,
             found[kind] = f"refused: {error}"
         except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             found[kind] = f"PEFT makes none: {type(error).__name__}: {error}"
-    answers = asyncio.run(_serve(directory, {kind: each.program for kind, each in subjects.items()}, work, eager))
+    programs = {kind: each.program for kind, each in subjects.items()}
+    answers, alone = asyncio.run(_serve(directory, programs, work, eager))
     plain = reference(_model(directory), PROMPT, NUM_TOKENS)
-    base_answer = answers[BASE]
-    if not isinstance(base_answer, str) and (problem := _compare(plain, base_answer)) != EXACT:
+    if BASE in alone and (problem := _compare(plain, alone[BASE])) != EXACT:
         return {BASE: f"vLLM itself differs from transformers: {problem}"}
     for kind, answer in answers.items():
         if isinstance(answer, str):
@@ -168,12 +168,16 @@ def _compare(expected: Greedy, actual: Greedy) -> str:
     return EXACT
 
 
-async def _serve(directory: Path, programs: Mapping[str, Program], work: Path, eager: bool) -> dict[str, Greedy | str]:
+async def _serve(
+    directory: Path, programs: Mapping[str, Program], work: Path, eager: bool
+) -> tuple[dict[str, Greedy | str], dict[str, Greedy]]:
+    """Returns the answers of a mixed batch, or what is wrong with them, and those of each kind alone."""
     engine = VLLMEngine(EngineOptions(str(directory), enforce_eager=eager, **OPTIONS))  # type: ignore[arg-type]  # a dict of the common ones
     try:
         await engine.start()
     except DeltamuxError as error:
-        return {BASE: f"refused: {error}"}
+        return {BASE: f"refused: {error}"}, {}
+    alone: dict[str, Greedy] = {}
     answers: dict[str, Greedy | str] = {}
     refs: dict[str, ProgramRef | None] = {BASE: None}
     try:
@@ -187,7 +191,8 @@ async def _serve(directory: Path, programs: Mapping[str, Program], work: Path, e
                 answers[kind] = f"refused: {error}"
             else:
                 refs[kind] = ref
-        alone = {kind: await served(engine, PROMPT, ref, NUM_TOKENS, f"{kind}-alone") for kind, ref in refs.items()}
+        for kind, ref in refs.items():
+            alone[kind] = await served(engine, PROMPT, ref, NUM_TOKENS, f"{kind}-alone")
         jobs = (served(engine, PROMPT, ref, NUM_TOKENS, f"{kind}-mixed") for kind, ref in refs.items())
         mixed = dict(zip(refs, await asyncio.gather(*jobs), strict=True))
         for kind, answer in mixed.items():
@@ -197,4 +202,4 @@ async def _serve(directory: Path, programs: Mapping[str, Program], work: Path, e
         answers.update({kind: f"ENGINE ENDED: {error}" for kind in refs if kind not in answers})
     finally:
         await engine.stop()
-    return answers
+    return answers, alone

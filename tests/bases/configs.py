@@ -155,7 +155,7 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "qwen2_5_vl": {TEXT: {**NO_HEAD_DIM, **ROPE_3D}, VISION: {**QWEN_VISION, "patch_size": 14}},
         "qwen3_vl": {TEXT: ROPE_3D, VISION: {**QWEN_VISION, "patch_size": 16, "deepstack_visual_indexes": [0]}},
         "qwen3_vl_moe": {
-            TEXT: {**ROPE_3D, **EXPERTS, "moe_intermediate_size": 32, "decoder_sparse_step": 1, "norm_topk_prob": True},
+            TEXT: {**ROPE_3D, **EXPERTS, "moe_intermediate_size": 128, "decoder_sparse_step": 1, "norm_topk_prob": True},
             VISION: {**QWEN_VISION, "patch_size": 16, "deepstack_visual_indexes": [0]},
         },
         "qwen3_5": {
@@ -190,7 +190,13 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "idefics3": {TEXT: {"model_type": "llama"}, VISION: SIGLIP},
         "smolvlm": {TEXT: {"model_type": "llama"}, VISION: SIGLIP},
         "lfm2_vl": {
-            TEXT: {"model_type": "lfm2", **LFM2, "layer_types": ["conv", "full_attention"]},
+            "tie_word_embeddings": True,
+            TEXT: {
+                "model_type": "lfm2",
+                **LFM2,
+                "tie_word_embeddings": True,
+                "layer_types": ["conv", "full_attention"],
+            },
             VISION: {"model_type": "siglip2_vision_model", **SIGLIP, "num_patches": 4},
         },
         "llama4": {

@@ -183,6 +183,8 @@ def test_a_package_that_is_installed_and_does_not_import_is_not_said_to_be_missi
         except RuntimeError as error:
             raise ModuleNotFoundError("Could not import module 'GenerationMixin'") from error
 
-    with pytest.raises(FailedPreconditionError, match=r"does not import: RuntimeError: operator torch.* does") as refused:
+    with pytest.raises(
+        FailedPreconditionError, match=r"does not import: RuntimeError: operator torch.* does"
+    ) as refused:
         extensions.run(argparse.Namespace(run=command, extra="serve"))
     assert refused.value.reason == "BROKEN_PACKAGE"

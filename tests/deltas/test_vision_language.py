@@ -82,7 +82,9 @@ def wrapped(directory: Path, **options: Any) -> Any:
 
 def test_an_adapter_of_what_reads_images_too_is_refused_with_the_reason(qwen: Path, tmp_path: Path) -> None:
     wrapped(qwen, target_modules="all-linear").save_pretrained(str(tmp_path))
-    with pytest.raises(InvalidAdapterError, match=r"'model\.visual\S+' is outside the base's language model") as refused:
+    with pytest.raises(
+        InvalidAdapterError, match=r"'model\.visual\S+' is outside the base's language model"
+    ) as refused:
         read_program(tmp_path, BaseModel.from_pretrained(qwen))
     assert refused.value.reason == "UNCLAIMED_TENSOR"
     assert "exclude_modules" in refused.value.message

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deltamux.deltas import BaseModel, Checkpoint, DenseEmbedding, Program, attached, merge_program
+from deltamux.deltas.base_model import auto_model, read_base_config
 from deltamux.deltas.merge import rounded
 from deltamux.deltas.program import Placement
 from deltamux.deltas.weights import WeightFiles
