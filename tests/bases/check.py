@@ -191,8 +191,8 @@ async def _serve(
                 answers[kind] = f"refused: {error}"
             else:
                 refs[kind] = ref
-        for kind, ref in refs.items():
-            alone[kind] = await served(engine, PROMPT, ref, NUM_TOKENS, f"{kind}-alone")
+        for kind, each in refs.items():
+            alone[kind] = await served(engine, PROMPT, each, NUM_TOKENS, f"{kind}-alone")
         jobs = (served(engine, PROMPT, ref, NUM_TOKENS, f"{kind}-mixed") for kind, ref in refs.items())
         mixed = dict(zip(refs, await asyncio.gather(*jobs), strict=True))
         for kind, answer in mixed.items():

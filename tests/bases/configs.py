@@ -155,7 +155,13 @@ BASES: Mapping[str, dict[str, Any]] = MappingProxyType(
         "qwen2_5_vl": {TEXT: {**NO_HEAD_DIM, **ROPE_3D}, VISION: {**QWEN_VISION, "patch_size": 14}},
         "qwen3_vl": {TEXT: ROPE_3D, VISION: {**QWEN_VISION, "patch_size": 16, "deepstack_visual_indexes": [0]}},
         "qwen3_vl_moe": {
-            TEXT: {**ROPE_3D, **EXPERTS, "moe_intermediate_size": 128, "decoder_sparse_step": 1, "norm_topk_prob": True},
+            TEXT: {
+                **ROPE_3D,
+                **EXPERTS,
+                "moe_intermediate_size": 128,
+                "decoder_sparse_step": 1,
+                "norm_topk_prob": True,
+            },
             VISION: {**QWEN_VISION, "patch_size": 16, "deepstack_visual_indexes": [0]},
         },
         "qwen3_5": {

@@ -47,7 +47,7 @@ def test_the_weights_are_found_by_the_names_that_the_files_have(name: str, tmp_p
     base = describe_base(str(save_base(tmp_path, name)))
     loaded = dict(load_model(str(tmp_path), "float32", "cpu").named_parameters())
     assert base.head is not None
-    sites = [*base.linears, *base.norms, base.embedding, *([] if base.head.tied_to else [base.head])]
+    sites: list[Any] = [*base.linears, *base.norms, base.embedding, *([] if base.head.tied_to else [base.head])]
     for parameter in (*(f"{site.name}.weight" for site in sites), *(site.name for site in base.experts)):
         assert torch.equal(base.tensor(parameter), loaded[parameter]), parameter
 
