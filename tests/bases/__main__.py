@@ -63,7 +63,8 @@ def _reason(outcome: str) -> str:
     """Returns why something is refused, the same for all bases that are refused for it."""
     reason = outcome.removeprefix(REFUSED)
     reason = re.sub(r"^the engine cannot use program \w+: |/\S*/base |\(\[[^]]*]\)", "", reason)
-    reason = re.sub(r"^\d+ tensor\(s\) of the file .*; '[^']*' (?=is outside)|(?<=targets) \('[^']*'\)", "", reason)
+    reason = re.sub(r"^\d+ tensor\(s\) of the file .*; '[^']*' (?=is outside)", "a module of the adapter ", reason)
+    reason = re.sub(r"(?<=targets) \('[^']*'\)", "", reason)
     return re.sub(r"differs by ([\d.]+)", lambda found: f"differs by {float(found[1]):.3f}", reason)
 
 
