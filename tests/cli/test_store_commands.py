@@ -17,7 +17,7 @@ from deltamux.cli import main
 from deltamux.errors import FailedPreconditionError
 from deltamux.store import AdapterKey, AdapterStore
 from deltamux.store.lock import Lock
-from deltamux_testing.disks import small_disk
+from deltamux_testing.disks import fill, small_disk
 from deltamux_testing.uploads import KEY, copy_of, execute, objects, opened, upload
 
 
@@ -168,18 +168,23 @@ def test_a_backup_clears_away_what_one_to_the_same_place_has_left_that_was_kille
     assert left == {".backup.held1234", ".backup.0123abce", ".other.0123abcd"}
 
 
-def test_a_backup_to_a_full_disk_names_the_disk_and_leaves_nothing(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["backup", "restore"])
+@pytest.mark.parametrize("leave", [16384, 2 << 20], ids=["room-for-a-part-of-the-database", "room-for-the-database"])
+def test_a_copy_to_a_full_disk_names_that_disk_and_leaves_nothing(
+    command: str, leave: int, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with opened(root) as store:
-        upload(store, "large " * 200_000)
-    with small_disk(tmp_path / "disk", 2) as disk:
-        assert main(["store", "backup", str(root), str(disk / "backup")]) == 1
+        upload(store, "large " * 800_000)
+    with small_disk(tmp_path / "disk", 4) as disk:
+        fill(disk, leave=leave)
+        before = set(disk.rglob("*"))
+        assert main(["store", command, str(root), str(disk / "copy")]) == 1
         output = capsys.readouterr().err
         assert str(disk) in output
         assert str(root) not in output
+        assert "delete adapters" not in output
         assert "STORE_FULL" in output
-        assert not list(disk.iterdir())
+        assert set(disk.rglob("*")) - before <= {disk / "copy", disk / "copy" / "lock"}
 
 
 def test_a_store_that_was_killed_is_checked_as_it_is(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,15 +6,15 @@ import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from glob import escape
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from deltamux.errors import FailedPreconditionError, ResourceExhaustedError
 from deltamux.store.database_checks import DATABASE_FILE, identity_in
-from deltamux.store.faults import FULL, store_error, store_faults
+from deltamux.store.faults import FULL, READ_ONLY, store_error, store_faults
 from deltamux.store.identity import GENERATION_FILE, IDENTITY_FILE, IdentityFiles
 from deltamux.store.inspection import ATTEMPTS, Progress, Report, Snapshot, inspect, no_progress, open_read_only
 from deltamux.store.lock import Lock, lock_directory, lock_store
@@ -60,7 +60,7 @@ def backup(root: Path, target: Path, progress: Progress = no_progress) -> Report
         lock = Lock()
         try:
             lock_directory(lock, partial)
-            _copy_store(root, partial, progress)
+            _copy_store(root, partial, target, progress)
             report = inspect(partial)
             os.sync()
             if target.exists():
@@ -74,14 +74,37 @@ def backup(root: Path, target: Path, progress: Progress = no_progress) -> Report
     return report
 
 
-def _copy_store(root: Path, target: Path, progress: Progress) -> None:
-    with open_read_only(root) as connection:
-        snapshot = _copy(root, target, connection, progress)
-    _keep_only(target, snapshot.versions)
-    with closing(IdentityFiles(target)) as files:
-        files.write(snapshot.identity)
+def _copy_store(root: Path, partial: Path, target: Path, progress: Progress) -> None:
+    with open_read_only(root) as connection, _faults_of_target(target, partial):
+        snapshot = _copy(root, partial, connection, progress)
+        _keep_only(partial, snapshot.versions)
+        with closing(IdentityFiles(partial)) as files:
+            files.write(snapshot.identity)
     if (root / ADMIN_KEY).is_file():
-        shutil.copy2(root / ADMIN_KEY, target / ADMIN_KEY)
+        shutil.copy2(root / ADMIN_KEY, partial / ADMIN_KEY)
+
+
+@contextmanager
+def _faults_of_target(target: Path, partial: Path) -> Iterator[None]:
+    """Names the target where its disk is full or read-only: what is copied from is read alone.
+
+    Raises:
+        ResourceExhaustedError: STORE_FULL.
+        FailedPreconditionError: STORE_READ_ONLY.
+    """
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        reason = found.reason if (found := store_error(error, partial)) is not None else ""
+        if reason == FULL:
+            raise ResourceExhaustedError(
+                f"the disk of {target} is full: free space on it, or choose another target", reason=reason
+            ) from error
+        if reason == READ_ONLY:
+            raise FailedPreconditionError(
+                f"{target} cannot be written: mount it writable, or choose another target", reason=reason
+            ) from error
+        raise
 
 
 def _remove_interrupted(target: Path) -> None:
@@ -105,7 +128,7 @@ def restore(source: Path, root: Path) -> Restored:
             shutil.rmtree(left, ignore_errors=True)
         fresh = root / f"{RESTORING}{secrets.token_hex(4)}"
         try:
-            with open_read_only(source) as connection:
+            with open_read_only(source) as connection, _faults_of_target(root, fresh):
                 fresh.mkdir()
                 _copy(source, fresh, connection)
             _renew_identity(fresh)
@@ -169,17 +192,10 @@ def _copy_file(source: Path, target: Path) -> str | None:
         file = open_regular(source)
     except OSError:
         return None
-    try:
-        with file, target.open("wb") as copy:
-            while piece := _read(file):
-                digest.update(piece)
-                copy.write(piece)
-    except OSError as error:
-        if (found := store_error(error, target)) is not None and found.reason == FULL:
-            raise ResourceExhaustedError(
-                f"the disk of {target} is full: free space on it, or choose another target", reason=FULL
-            ) from error
-        raise
+    with file, target.open("wb") as copy:
+        while piece := _read(file):
+            digest.update(piece)
+            copy.write(piece)
     return digest.hexdigest()
 
 
