@@ -18,7 +18,9 @@ MAX_LINES = 400
 
 CORE = {"deltamux", "deltamux.adapter_files", "deltamux.child_process", "deltamux.errors", "deltamux.options"}
 MODEL = CORE | {"deltamux.deltas"}
-METHODS = MODEL | {"deltamux.hookspecs", "deltamux.method", "deltamux.plugin_manager", "deltamux.registry"}
+METHODS = MODEL | {
+    *("deltamux.hookspecs", "deltamux.method", "deltamux.patterns", "deltamux.plugin_manager", "deltamux.registry")
+}
 WIRE = CORE | {"deltamux.v1"}
 V = "deltamux.engine.vllm"
 VLLM = MODEL | {"deltamux.engine", V}
@@ -33,7 +35,8 @@ ALLOWED: dict[str, set[str]] = {
     "deltamux.__main__": {"deltamux.cli"},
     "deltamux.deltas": CORE,
     "deltamux.hookspecs": METHODS,
-    "deltamux.configs": CORE,
+    "deltamux.patterns": CORE,
+    "deltamux.configs": CORE | {"deltamux.patterns"},
     "deltamux.plugin_manager": CORE | {"deltamux.hookspecs"},
     "deltamux.method": METHODS | {"deltamux.configs"},
     "deltamux.registry": METHODS,

@@ -9,6 +9,7 @@ inference (one that depends on the token, say) is refused instead of served wron
 (``pip install peft``); it is not needed for the methods that deltamux has itself.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -30,8 +31,11 @@ from deltamux.errors import (
     UnknownMethodError,
 )
 from deltamux.hookspecs import BOOKKEEPING, MethodInfo, ParameterSpec, hookimpl
+from deltamux.patterns import match
+from deltamux_plugins.configs import invalid
 from deltamux_plugins.peft_defaults import model_types
 from deltamux_plugins.peft_format import PREFIX
+from deltamux_plugins.targets import fully_matches, is_all_linear
 
 OWN_TYPE = "DELTAMUX_BRIDGE"
 RANK = 64
@@ -41,6 +45,9 @@ EXACT = 1e-5
 """Largest share of a change that a low rank may leave out: float32's rounding."""
 
 TOLERANCE = 1e-3
+MAX_PATTERNS = 512
+"""Of one option; PEFT compiles each again for every module where there are more."""
+
 NOT_SERVED = {
     "ADAPTION_PROMPT": "adds a gated attention over trained prompts to the upper layers",
     "CARTRIDGE": "puts trained keys and values of its own layout before the cache",
@@ -52,6 +59,9 @@ NOT_SERVED = {
     "XLORA": "mixes several LoRAs by a classifier that reads the base's hidden states",
 }
 """What PEFT's types do that are not changes of projections' weights."""
+
+UNSTABLE = {"FROD": "factors the base's weights anew when PEFT loads it, by a decomposition that rounding changes"}
+"""Why two processes of PEFT load a type's file with different effects: what it computes then is not in the file."""
 
 ADVICE = "LoRA, IA3, prompt tuning, P-tuning and prefix tuning are served, and every type of PEFT that can be merged"
 
@@ -74,6 +84,13 @@ def deltamux_recognise(checkpoint: Checkpoint) -> Checkpoint | None:
         raise UnknownMethodError(
             f"adapters of PEFT's type {kind} are not served: it {NOT_SERVED[kind]}, which is not a change of "
             f"projections' weights. {ADVICE}",
+            reason="METHOD_NOT_SERVED",
+            metadata={"field": "peft_type", "peft_type": kind},
+        )
+    if isinstance(kind, str) and kind in UNSTABLE:
+        raise UnknownMethodError(
+            f"adapters of PEFT's type {kind} are not served: it {UNSTABLE[kind]}, so that even PEFT itself gives other "
+            "outputs where threads or libraries differ. Merge it with PEFT, where it was trained, and serve that model",
             reason="METHOD_NOT_SERVED",
             metadata={"field": "peft_type", "peft_type": kind},
         )
@@ -142,7 +159,7 @@ def _adapted(config: BridgeConfig, base: BaseModel, tensors: Mapping[str, Tensor
     kind = peft.PeftType(str(config.values["peft_type"]))
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     try:
-        own = config_class(**_values(config, {field.name for field in fields(config_class)}))
+        own = config_class(**_named(_values(config, {field.name for field in fields(config_class)}), base))
         model = peft.get_peft_model(_projections(base), own).eval()
     except DeltamuxError:
         raise
@@ -179,6 +196,33 @@ def _values(config: BridgeConfig, known: set[str]) -> dict[str, Any]:
                 metadata={"field": key},
             )
     return {key: value for key, value in values.items() if key in known}
+
+
+def _named(values: dict[str, Any], base: BaseModel) -> dict[str, Any]:
+    """Returns the values with modules by path, where an upload has regular expressions: PEFT sets them no time limit.
+
+    Raises:
+        InvalidConfigError: one is not a regular expression, or takes too long.
+    """
+    paths, named = [site.name for site in base.linears], dict(values)
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(names := values.get(key), str) and not is_all_linear(names):
+            named[key] = [path for path in paths if fully_matches(names, path)]
+    if values.get("layers_to_transform") and (pattern := values.get("layers_pattern")):
+        for each in (pattern,) if isinstance(pattern, str) else pattern:
+            any(match(rf".*\.{each}\.(\d+)\.", path) for path in paths)  # refuses what takes too long
+    for key, patterns in values.items():
+        if key.endswith("_pattern") and isinstance(patterns, dict):
+            _check_patterns(key, patterns, paths)
+    return named
+
+
+def _check_patterns(key: str, patterns: Mapping[str, Any], paths: list[str]) -> None:
+    if len(patterns) > MAX_PATTERNS:
+        raise invalid(key, f"has {len(patterns)} entries; at most {MAX_PATTERNS} are taken")
+    for pattern in patterns:
+        if not re.fullmatch(r"[\w.-]+", pattern):
+            any(match(f"{start}({pattern})", path) for start in (r"(.*\.)?", ".*") for path in paths)
 
 
 def _projections(base: BaseModel) -> nn.Module:

@@ -1,25 +1,26 @@
 """`Targeted`: PEFT's target_modules and the options that narrow it, for all methods that have them.
 
-Patterns come with uploads, so they are matched with a time limit: a hostile one is refused, and delays no other upload.
+Patterns come with uploads, so they are matched with a time limit (`deltamux.patterns`).
 """
 
 import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import lru_cache
 from typing import Any, ClassVar
-
-import regex
 
 from deltamux.deltas import BaseModel, LinearSite
 from deltamux.errors import InvalidConfigError, listed
+from deltamux.patterns import match
 from deltamux_plugins.configs import invalid
 from deltamux_plugins.peft_defaults import LORA_TARGETS, Names, default_targets
 from deltamux_plugins.peft_format import CAUSAL_LM
 
 ALL_LINEAR = "all-linear"
-SECONDS_PER_MATCH = 0.05
+CACHED = 64
+_PLAIN = re.compile(r"\^?(?:[\w-]*+\.)*+([\w-]++)", re.ASCII)
+"""A pattern without operators but dots, and its ending: most are paths of modules."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +132,27 @@ def matches(names: Names, path: str) -> bool:
     """Returns whether names or their endings, or a regular expression over whole paths, match a module's path."""
     if isinstance(names, str):
         return fully_matches(names, path)
-    return any(path == name or path.endswith(f".{name}") for name in names)
+    parts, known = path.split("."), _set_of(names)
+    return any(".".join(parts[start:]) in known for start in range(len(parts)))
+
+
+@lru_cache(maxsize=CACHED)
+def _set_of(names: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(names)
 
 
 def by_pattern(patterns: Mapping[str, Any], path: str) -> Any:
     """Returns the value of the first pattern that matches the end of a path, as PEFT finds ranks and alphas."""
     for pattern, value in patterns.items():
-        if _match(rf"(.*\.)?({pattern})$", path):
+        if _may_match(pattern, path) and match(rf"(.*\.)?({pattern})$", path):
             return value
     return patterns.get(path)
+
+
+def _may_match(pattern: str, path: str) -> bool:
+    """Whether a path ends as a pattern does: a cheap test, as there may be a pattern per module."""
+    plain = _PLAIN.fullmatch(pattern)
+    return plain is None or path.endswith(plain[1])
 
 
 def fully_matches(pattern: str, path: str) -> bool:
@@ -148,29 +161,7 @@ def fully_matches(pattern: str, path: str) -> bool:
     Raises:
         InvalidConfigError: it is not one, or takes too long.
     """
-    found = _match(pattern, path, whole=True)
-    return found is not None
-
-
-def _match(pattern: str, path: str, *, whole: bool = False) -> Any:
-    _check_pattern(pattern)
-    try:
-        compiled = regex.compile(pattern)
-        found = compiled.fullmatch if whole else compiled.match
-        return found(path, timeout=SECONDS_PER_MATCH)
-    except regex.error as error:
-        raise InvalidConfigError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
-    except TimeoutError:
-        raise InvalidConfigError(f"the regular expression {pattern[:80]!r} takes too long on {path!r}") from None
-
-
-@cache
-def _check_pattern(pattern: str) -> None:
-    """Raises InvalidConfigError for what Python's own `re`, which PEFT matches with, does not compile."""
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise InvalidConfigError(f"{pattern[:80]!r} is not a regular expression: {error}") from error
+    return match(pattern, path, whole=True) is not None
 
 
 def peft_values(config: Targeted, base: BaseModel) -> dict[str, Any]:
@@ -198,7 +189,7 @@ def is_left_out(config: Any, path: str) -> bool:
     """Returns whether exclude_modules or modules_to_save leave a module out of the targets."""
     if config.exclude_modules and matches(config.exclude_modules, path):
         return True
-    return any(_match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
+    return any(match(rf"(^|.*\.){name}($|\..*)", path) for name in config.modules_to_save or ())
 
 
 def _is_target(config: Targeted, names: Names, site: LinearSite) -> bool:
@@ -224,5 +215,5 @@ def _layer(layers_pattern: Names | None, path: str) -> int | None:
         expressions = [r".*?\.[^.]*\.(?P<idx>\d+)\."]
     else:
         expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in patterns]
-    found = next((match for expression in expressions if (match := _match(expression, path))), None)
+    found = next((one for expression in expressions if (one := match(expression, path))), None)
     return int(found.group("idx")) if found else None

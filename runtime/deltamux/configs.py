@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 from deltamux.errors import InvalidConfigError, listed
+from deltamux.patterns import begin_config
 
 PEFT_READ = (0, 21)
 """The newest PEFT whose files are read."""
@@ -41,6 +42,7 @@ def build_config(
     Raises:
         InvalidConfigError: unknown keys (all of them named), a value of another type, or out of range.
     """
+    begin_config()
     _check_keys(config_class, values, ignored, method, refused)
     hints = _hints(config_class)
     given = {key: value for key, value in values.items() if key in hints}

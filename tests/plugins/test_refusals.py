@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -162,6 +163,49 @@ def test_a_file_without_its_number_of_virtual_tokens_is_refused(method: str, bas
     assert "num_virtual_tokens is null or left out, but needs a value: give one" in error.message
 
 
+SLOW = r"(\w+\.?)+\d\d"
+"""Takes ages on a path, and matches none."""
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"peft_type": "LORA", "rank_pattern": {f"m{number}x?": 3 for number in range(30_000)}},
+        {"peft_type": "LORA", "rank_pattern": {f"(.*.*.*.*.*)*x{number}": 3 for number in range(8000)}},
+        {"peft_type": "LORA", "alpha_pattern": {SLOW: 3}},
+        {"peft_type": "LORA", "modules_to_save": [f"m{number}" for number in range(50_000)]},
+        {"peft_type": "LORA", "exclude_modules": [f"m{number}" for number in range(50_000)]},
+        {"peft_type": "LORA", "target_modules": "(?i)(x{5000}){5000}"},
+        {"peft_type": "LORA", "layers_to_transform": [0], "layers_pattern": [f"l{n}" for n in range(50_000)]},
+        {"peft_type": "IA3", "feedforward_modules": [], "modules_to_save": [f"m{n}x?" for n in range(50_000)]},
+        {"peft_type": "LN_TUNING", "target_modules": "x" * 900_000},
+        {"peft_type": "MISS", "target_modules": SLOW},
+        {"peft_type": "MISS", "exclude_modules": SLOW},
+        {"peft_type": "C3A", "block_size_pattern": {SLOW: 3}},
+        {"peft_type": "C3A", "block_size_pattern": {f"m{number}": 3 for number in range(8000)}},
+        {"peft_type": "MISS", "layers_to_transform": [0], "layers_pattern": SLOW},
+    ],
+    ids=lambda values: f"{values['peft_type']}-{list(values)[-1]}",
+)
+def test_no_config_of_an_upload_takes_long(values: dict[str, Any], base: BaseModel, tmp_path: Path) -> None:
+    write_own("lora", base, tmp_path, r=4, target_modules=["q_proj", "v_proj"])
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_modules": ["q_proj"], **values}))
+    begin = time.thread_time()
+    with pytest.raises(DeltamuxError):
+        read_program(tmp_path, base)
+    assert time.thread_time() - begin < 8
+
+
+def test_a_pattern_per_module_is_quick(base: BaseModel, tmp_path: Path) -> None:
+    write_own("lora", base, tmp_path, r=4, target_modules=["q_proj", "v_proj"])
+    path = tmp_path / "adapter_config.json"
+    more = {f"model.layers.{layer}.mlp.experts.{expert}": 2 for layer in range(80) for expert in range(50)}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rank_pattern": more, "alpha_pattern": more}))
+    begin = time.thread_time()
+    assert read_program(tmp_path, base)
+    assert time.thread_time() - begin < 4
+
+
 # Methods that are not served.
 
 
@@ -171,6 +215,7 @@ def test_a_file_without_its_number_of_virtual_tokens_is_refused(method: str, bas
         ("TRAINABLE_TOKENS", "changes rows of the token embedding"),
         ("ADAPTION_PROMPT", "attention over trained prompts"),
         ("XLORA", "mixes several LoRAs"),
+        ("FROD", "factors the base's weights anew"),
     ],
 )
 def test_a_method_of_peft_that_is_no_change_of_weights_is_refused_by_what_it_is(kind: str, words: str) -> None:

@@ -105,6 +105,22 @@ def test_a_quantised_base_is_refused_with_what_to_do(method: str, base: Path, ad
     assert left(tmp_path / "merged") == []
 
 
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "[]", "null", "[" * 100_000, "\udcff"], ids=lambda content: repr(content)[:8]
+)
+def test_a_base_whose_config_is_missing_or_damaged_is_refused_by_its_name(
+    content: str | None, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    (copy / "config.json").unlink()
+    if content is not None:
+        (copy / "config.json").write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(FailedPreconditionError, match=r"config\.json, of the base model, is") as refused:
+        merge(str(copy), adapter, tmp_path / "merged")
+    assert refused.value.reason == "BASE_DAMAGED"
+    assert not (tmp_path / "merged").exists()
+
+
 def test_a_base_that_is_only_a_pickle_is_refused_with_what_to_do(base: Path, adapter: Path, tmp_path: Path) -> None:
     torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
     (base / "model.safetensors").unlink()
@@ -170,7 +186,9 @@ def test_a_tied_head_that_is_stored_twice_stays_tied(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(tmp_path / "merged"), logits(base, adapter), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("failure", [OSError("no space left"), KeyboardInterrupt(), RuntimeError("x")], ids=repr)
+@pytest.mark.parametrize(
+    "failure", [OSError("no space left"), KeyboardInterrupt(), RuntimeError("x")], ids=lambda content: repr(content)[:8]
+)
 def test_whatever_fails_leaves_nothing_behind(failure: BaseException, tmp_path: Path) -> None:
     def write() -> None:
         with atomic_output(tmp_path / "out") as place:

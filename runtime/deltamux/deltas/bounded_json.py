@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ class Bounds(NamedTuple):
     depth: int  # objects and arrays inside each other
     values: int  # how many follow another (commas) altogether
     literal: int = 32  # characters of a number
+    entries: int = sys.maxsize  # of one object or array inside the outermost one
     natural: bool = False  # whether numbers are digits alone, and true, false and null do not occur
 
 
@@ -66,6 +68,8 @@ def parse_object(raw: bytes, bounds: Bounds) -> dict[str, Any]:
         raise JSONRefusedError("it is not a JSON object")
     if objects.repeating or _SURROGATE.search(text):
         _check_texts(values)
+    if bounds.entries < sys.maxsize:
+        _check_entries(values, bounds.entries)
     return values
 
 
@@ -142,6 +146,13 @@ def _check_texts(values: dict[str, Any]) -> None:
                 raise JSONRefusedError("it holds half of a surrogate pair, which is not valid Unicode", entry)
         if not _is_unicode(entry):
             raise JSONRefusedError("a key holds half of a surrogate pair, which is not valid Unicode", ascii(entry))
+
+
+def _check_entries(values: dict[str, Any], most: int) -> None:
+    for entry, value in values.items():
+        for inner in _walk(value):
+            if isinstance(inner, dict | list) and len(inner) > most:
+                raise JSONRefusedError(f"a list or an object has {len(inner)} entries; at most {most} are read", entry)
 
 
 def _walk(value: Any) -> Iterator[Any]:

@@ -21,7 +21,7 @@ from deltamux.deltas.safetensors_header import DTYPES, FLOAT8, read_header
 from deltamux.errors import InvalidAdapterError
 
 MAX_CONFIG_BYTES = 1 << 20
-CONFIG_BOUNDS = Bounds(depth=16, values=100_000)
+CONFIG_BOUNDS = Bounds(depth=16, values=100_000, entries=8192)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 READ_AS_FLOAT32 = (torch.float64, *FLOAT8.values())
 """Dtypes that PEFT, and so deltamux, loads into float32 parameters."""

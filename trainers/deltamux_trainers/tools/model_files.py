@@ -69,7 +69,7 @@ class ModelFiles:
         return cls(directory, WeightFiles.locate(directory))
 
     def check_plain(self) -> None:
-        """Raises FailedPreconditionError where the weights are quantised."""
+        """Raises FailedPreconditionError where the weights are quantised, or the config is missing or damaged."""
         quantization = self._config().get("quantization_config")
         if quantization:
             method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
@@ -134,7 +134,18 @@ class ModelFiles:
         (destination / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
     def _config(self) -> dict[str, Any]:
-        values: dict[str, Any] = json.loads((self.directory / CONFIG_FILE).read_text())
+        path = self.directory / CONFIG_FILE
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            values = None
+        if not isinstance(values, dict):
+            problem = "is not a JSON object" if path.exists() else "is missing"
+            raise FailedPreconditionError(
+                f"{path}, of the base model, {problem}; where it is damaged, copy or download it again",
+                reason="BASE_DAMAGED",
+                metadata={"file": path.name},
+            )
         return values
 
 
