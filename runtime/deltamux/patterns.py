@@ -6,7 +6,7 @@ more than `MAX_SECONDS`.
 
 import re
 import time
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import regex
@@ -19,6 +19,9 @@ MAX_SECONDS = 3.0
 SECONDS_PER_MATCH = 0.05
 MAX_UNROLLED = 250_000
 """Characters of a pattern, its repeats multiplied: `regex` compiles each repeat, and nothing can interrupt it."""
+
+CACHED = 1 << 18
+"""Matches that are kept, since training asks for them at every step: what counts is the first time."""
 
 _REPEATS = re.compile(r"\{(\d*),?(\d*)\}")
 
@@ -33,6 +36,7 @@ def begin_config() -> None:
     """Begins the time of another config, and forgets the patterns of the one before."""
     _Meter.spent = 0.0
     _compiled.cache_clear()
+    _found.cache_clear()
 
 
 def match(pattern: str, path: str, *, whole: bool = False) -> Any:
@@ -41,6 +45,11 @@ def match(pattern: str, path: str, *, whole: bool = False) -> Any:
     Raises:
         InvalidConfigError: it is not a regular expression, or the config's matches take too long.
     """
+    return _found(pattern, path, whole)
+
+
+@lru_cache(maxsize=CACHED)
+def _found(pattern: str, path: str, whole: bool) -> Any:
     begin = time.thread_time()
     try:
         compiled = _compiled(pattern)

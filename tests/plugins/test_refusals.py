@@ -14,9 +14,11 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from deltamux import patterns
 from deltamux.conformance.cases import base_directory
 from deltamux.deltas import BaseModel, Checkpoint
 from deltamux.errors import DeltamuxError, InvalidConfigError, UnknownMethodError
+from deltamux.patterns import begin_config, match
 from deltamux.registry import Registry
 from deltamux_plugins import peft_defaults
 from deltamux_plugins.prompt import text_ids
@@ -204,6 +206,18 @@ def test_a_pattern_per_module_is_quick(base: BaseModel, tmp_path: Path) -> None:
     begin = time.thread_time()
     assert read_program(tmp_path, base)
     assert time.thread_time() - begin < 4
+
+
+def test_matches_that_are_asked_for_again_and_again_as_in_training_take_no_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begin_config()
+    assert match(r"(a|b)+\.q_proj", "a.q_proj")
+    monkeypatch.setattr(patterns, "MAX_SECONDS", 0.0)
+    for _ in range(1000):
+        assert match(r"(a|b)+\.q_proj", "a.q_proj")
+    with pytest.raises(InvalidConfigError, match="takes more than 0 s"):
+        match(r"(a|b)+\.v_proj", "a.v_proj")
 
 
 # Methods that are not served.
