@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -88,6 +88,32 @@ def test_a_projection_is_found_in_a_packed_one_that_no_name_leads_to(tmp_path: P
     searched = probes(tmp_path, {"q.weight": weight})
     assert searched.find_linear(SITE, modules) == ("qkv", ColumnRange(64, 96))
     assert searched.find_linear(SITE, {"mlp": modules["mlp"]}) is None
+
+
+class Narrow(nn.Linear):
+    """A projection from 16 features whose kernel, as vLLM's, does not check the width of what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 96, bias=False)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x[:, :16])
+
+
+@pytest.mark.parametrize(
+    "look", [lambda p, m: p.find_linear(SITE, {"q": m}), lambda p, m: p.check_linear(SITE, m, WHOLE)]
+)
+def test_a_projection_of_another_width_is_refused_without_being_run(
+    tmp_path: Path, weight: Tensor, look: Callable[[Probes, nn.Module], object]
+) -> None:
+    module, compared = Narrow(), probes(tmp_path, {"q.weight": weight})
+    try:
+        assert look(compared, module) is None
+    except ProbeError as error:
+        assert "takes 16 features, and the base's 32" in str(error)
+    assert module.calls == 0
 
 
 class Norm(nn.Module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +177,10 @@ class Probes:
             raise ProbeError(f"vLLM's output head computes something else than the checkpoint's {name}")
 
     def _run(self, module: nn.Module, in_features: int) -> _Outputs:
+        # vLLM's kernels do not check the width of what they read, and write past its end where it is too narrow.
+        taken = _width(module)
+        if taken != in_features:
+            raise ProbeError(f"vLLM's module takes {taken} features, and the base's {in_features}")
         if module not in self._outputs:
             x = torch.cat([self._random(INPUTS, in_features), self._zeros(in_features)])
             try:
@@ -186,10 +190,7 @@ class Probes:
                 raise ProbeError(f"vLLM's module does not run on its own: {type(error).__name__}: {error}") from error
             y = (y[0] if isinstance(y, tuple) else y).float().cpu()
             self._outputs[module] = _Outputs(x[:INPUTS].float().cpu(), y[:INPUTS] - y[INPUTS])
-        made = self._outputs[module]
-        if made.x.shape[1] != in_features:
-            raise ProbeError(f"vLLM's module takes {made.x.shape[1]} features, and the base's {in_features}")
-        return made
+        return self._outputs[module]
 
     def _is_packed(self, site: LinearSite) -> bool:
         """Returns whether the checkpoint stores a weight quantised in a form of which no values can be read."""
@@ -238,6 +239,12 @@ class Probes:
 
     def _zeros(self, features: int) -> Tensor:
         return torch.zeros(1, features, dtype=self._dtype, device=self._device)
+
+
+def _width(module: Any) -> int:
+    """Returns how many features a linear of vLLM's, or of torch's, takes."""
+    names = ("input_size_per_partition", "input_size", "in_features")
+    return int(next(getattr(module, name) for name in names if hasattr(module, name)))
 
 
 def _sample(count: int) -> Tensor:
