@@ -230,11 +230,11 @@ STORED_TRANSPOSED = ("qwen3_vl_moe",)
 """Those whose published checkpoints have their experts so; transformers reads both, and writes the other."""
 
 
-def base_config(name: str) -> Any:
-    """Returns the `transformers.PretrainedConfig` of a base of BASES."""
+def base_config(name: str, values: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Returns the `transformers.PretrainedConfig` of a base of BASES, or of another model type, with other values."""
     from transformers import AutoConfig
 
-    given = dict(BASES[name])
+    given = {**BASES.get(name, {}), **values}
     if name not in READ_IMAGES:
         given = _decoder(given)
     else:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from deltamux.deltas.embedding_path import takes_embeddings
 from deltamux.deltas.sites import (
     AttentionSite,
     BlockRole,
@@ -75,10 +76,11 @@ def discover(model: nn.Module, dims: Dimensions) -> Iterator[Site]:
     """
     embedding_name, embedding = _input_embedding(model)
     scale = float(getattr(embedding, "scalar_embed_scale", 1.0))
-    yield EmbeddingSite(embedding_name, dims.vocab_size, embedding.embedding_dim, scale)
     modules = list(_decoder_modules(model, embedding_name))
     layers_name, layers = _layers(model, modules, dims)
     first = _first_position(model)
+    takes = takes_embeddings(model, embedding, layers[0])
+    yield EmbeddingSite(embedding_name, dims.vocab_size, embedding.embedding_dim, scale, takes)
     for index, layer in enumerate(layers):
         for site in _layer_sites(f"{layers_name}.{index}", index, layer, dims):
             yield replace(site, first_position=first) if isinstance(site, AttentionSite) else site

@@ -116,12 +116,15 @@ class EmbeddingSite:
 
     Attributes:
         scale: what the module multiplies the table's rows by (Gemma: the root of the hidden size).
+        takes_embeddings: whether the base makes the same of embeddings as of token ids; see `embedding_path`.
     """
 
     name: str
     vocab_size: int
     features: int
-    scale: float = field(default=1.0, repr=False)  # what stored programs name their base by is made of the rest
+    # What stored programs name their base by is made of the rest.
+    scale: float = field(default=1.0, repr=False)
+    takes_embeddings: bool = field(default=True, repr=False)
     kind = SiteKind.EMBEDDING
 
 

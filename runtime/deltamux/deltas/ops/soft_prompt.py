@@ -9,7 +9,7 @@ from deltamux.deltas.ops.base import Op, ReadTensor
 from deltamux.deltas.ops.batch import OpBatch, SlotOps
 from deltamux.deltas.ops.step import StepIndex, bits
 from deltamux.deltas.sites import EmbeddingSite, Site, SiteKind
-from deltamux.errors import NotMergeableError
+from deltamux.errors import BaseMismatchError, NotMergeableError
 
 
 class SoftPromptBatch(SlotOps["SoftPrompt"]):
@@ -39,6 +39,16 @@ class SoftPrompt(Op):
     def expected_shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         assert isinstance(site, EmbeddingSite)
         return {"embedding": (self.embedding.shape[0] if self.embedding.dim() else 0, site.features)}
+
+    def check(self, site: Site) -> None:
+        super().check(site)
+        assert isinstance(site, EmbeddingSite)
+        if not site.takes_embeddings:
+            raise BaseMismatchError(
+                "soft prompts are not served on this base: of token ids, as engines give them, it makes something else "
+                f"before its first layer than of the embeddings of {site.name}, which PEFT gives it with a soft prompt",
+                metadata={"site": site.name, "op": self.name},
+            )
 
     def apply(self, x: Tensor, y: Tensor, site: Site, *, training: bool = False) -> Tensor:
         """Returns `y`: the caller's own tokens keep their embeddings; the executor puts the soft prompt before them."""
