@@ -238,7 +238,10 @@ def _block_site(
     readers = [s for s in members if s.in_features == dims.hidden_size]
     writers = [s for s in members if s.out_features == dims.hidden_size]
     if readers and writers:
-        ends = (readers[0].name, writers[-1].name)
+        writer = writers[-1].name
+        # Of the writer's own siblings, where there are any: a router of the same sub-layer may run after them.
+        own = [s for s in readers if s.name.rpartition(".")[0] == writer.rpartition(".")[0]]
+        ends = ((own or readers)[0].name, writer)
         yield BlockSite(f"layers.{layer}.{role}", dims.hidden_size, role, *ends, layer, norm)
 
 
