@@ -246,13 +246,13 @@ def _decoder(overrides: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in {**SIZES, **TOKENS, **overrides}.items() if value is not UNSET}
 
 
-def save_base(directory: Path, name: str) -> Path:
+def save_base(directory: Path, name: str, values: Mapping[str, Any] = MappingProxyType({})) -> Path:
     """Writes a random base of BASES with a tokenizer, as float32; its weights spread log-probabilities."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     torch.manual_seed(0)
     auto: Any = AutoModelForImageTextToText if name in READ_IMAGES else AutoModelForCausalLM
-    model = auto.from_config(base_config(name))
+    model = auto.from_config(base_config(name, values))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

@@ -7,6 +7,7 @@ out of the step, as vLLM itself does with requests for which a step has no room.
 """
 
 from collections.abc import Iterable
+from dataclasses import fields
 from itertools import chain, islice
 from typing import Any
 
@@ -14,6 +15,7 @@ from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.request import Request, RequestStatus
 
 from deltamux.engine.vllm.scheduling.grammars import prepare_grammars
@@ -89,10 +91,26 @@ class AsyncTimeSlicingScheduler(TimeSlicingMixin, AsyncScheduler):
     """Time slicing on vLLM's asynchronous scheduler, which plans a step while the one before it runs."""
 
 
-def time_slicing_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> Scheduler:
+class ZeroedKVCacheConfig(KVCacheConfig):
+    """A cache whose blocks are zeroed before a request gets them.
+
+    vLLM's attention on a CPU multiplies also the values behind a sequence's end, by zero: NaN that an adapter has left
+    in a block would reach the next request that gets the block, of whatever tenant.
+    """
+
+    @property
+    def needs_kv_cache_zeroing(self) -> bool:
+        return True
+
+
+def time_slicing_scheduler(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **kwargs: Any) -> Scheduler:
     """Makes the scheduler for the engine's configuration, which vLLM completes after `scheduler_cls` is set."""
     kind = AsyncTimeSlicingScheduler if vllm_config.scheduler_config.async_scheduling else TimeSlicingScheduler
-    return kind(vllm_config=vllm_config, **kwargs)
+    if vllm_config.device_config.device_type == "cpu":
+        kv_cache_config = ZeroedKVCacheConfig(
+            **{f.name: getattr(kv_cache_config, f.name) for f in fields(kv_cache_config)}
+        )
+    return kind(vllm_config=vllm_config, kv_cache_config=kv_cache_config, **kwargs)
 
 
 def _work(running: Iterable[Request], waiting: Iterable[Request]) -> dict[int, Work]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
 
 from deltamux.engine.vllm.layers import custom_ops
 from deltamux.engine.vllm.loading.server import LoaderServer
@@ -30,6 +31,7 @@ class DeltaRunnerMixin:
 
     lora_config: Any
     lora_manager: DeltaManager
+    kv_cache_config: KVCacheConfig
     vllm_config: VllmConfig
     backend: type[DeltaBackend]
 
@@ -42,6 +44,17 @@ class DeltaRunnerMixin:
         vllm_config.lora_config = self.lora_config
         self.lora_manager = DeltaManager(model, vllm_config, device, self.backend)
         return model
+
+    def _zero_block_ids(self, block_ids: list[int]) -> None:
+        """Zeroes blocks of the cache before a request gets them; on a CPU vLLM leaves those of sliding windows out."""
+        if self.vllm_config.device_config.device_type != "cpu":
+            super()._zero_block_ids(block_ids)  # type: ignore[misc]  # as above
+            return
+        for group in self.kv_cache_config.kv_cache_groups:
+            if isinstance(group.kv_cache_spec, AttentionSpec):
+                for name in group.layer_names:
+                    cache = self.vllm_config.compilation_config.static_forward_context[name].kv_cache
+                    cache[block_ids] = 0
 
     def set_active_loras(self, input_batch: Any, num_scheduled_tokens: Any, *args: Any, **kwargs: Any) -> None:
         count = len(num_scheduled_tokens)
