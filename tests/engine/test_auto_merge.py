@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from vllm._custom_ops import CPUDNNLGEMMHandler
 from vllm.model_executor.layers.utils import cpu_unquantized_gemm, dispatch_cpu_unquantized_gemm
 
 from deltamux.conformance.parity import Greedy, served
@@ -47,7 +49,7 @@ class Projection(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None
+        self.bias, self.output_size = None, weight.shape[0]
         dispatch_cpu_unquantized_gemm(self, remove_weight=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -254,7 +256,17 @@ def test_ops_whose_order_a_merge_would_change_are_not_merged(base: BaseModel, ba
 
 
 def test_a_module_without_a_handler_of_the_known_kind_is_left_out() -> None:
-    assert SwitchedLinear.of(nn.Linear(4, 4)) is None
+    assert SwitchedLinear.of(nn.Linear(4, 4), 4) is None
+
+
+def test_a_module_of_which_a_part_takes_no_deltas_keeps_its_weights(base: BaseModel, base_directory: Path) -> None:
+    current, (_, fused) = Modules.of(base, base_directory)
+    part = ModuleOps(fused.ops.slices[:1], SLOTS, torch.float32, torch.device("cpu"))
+    layer = LinearWithDeltas(fused.module, current, part)
+    handler = inspect.getclosurevars(fused.module.cpu_linear).nonlocals["handler"]  # type: ignore[arg-type]  # vLLM's
+    assert not mergeable_modules([layer])
+    assert type(handler) is CPUDNNLGEMMHandler, "its packed weight would be freed with what was made of it"
+    assert layer.is_packed
 
 
 def test_memory_is_what_the_container_leaves_of_what_the_machine_has(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ OPS: dict[str, tuple[Place, Op]] = {
 class Projection(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.output_size = weight, weight.shape[0]
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T

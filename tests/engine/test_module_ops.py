@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deltamux.deltas import Bias, BlockRole, LinearSite, Op, Scale
+from deltamux.deltas import Bias, BlockRole, LinearSite, LowRank, Op, Scale
 from deltamux.deltas.backends.module_batch import ColumnRange, PackedSlice
 from deltamux.engine.vllm.layers.module_ops import ModuleOps, group_ops
 from deltamux_testing.steps import step_of
@@ -68,3 +69,17 @@ def test_adapters_come_and_go_and_every_row_gets_its_own_ops_in_order(
         for slot in range(SLOTS):
             ops.reset(slot)
         assert ops.mask == ops.input_mask == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # with CPU kernels, and without
+@pytest.mark.parametrize("index", range(len(SIZES)))
+def test_a_module_of_which_one_part_takes_deltas_changes_that_part_alone(index: int, dtype: torch.dtype) -> None:
+    ops = ModuleOps(SLICES[index : index + 1], SLOTS, dtype, torch.device("cpu"))
+    change = LowRank(torch.ones(1, 4), torch.ones(SIZES[index], 1)).to(dtype)
+    ops.set(0, group_ops([(0, change)]))
+    x, y = torch.ones(2, 4, dtype=dtype), torch.zeros(2, sum(SIZES), dtype=dtype)
+    ops.apply(x, y, step_of([(0, 2)], SLOTS))
+    first, size = SLICES[index].columns
+    expected = torch.zeros_like(y)
+    expected[:, first : first + size] = 4
+    torch.testing.assert_close(y, expected)

@@ -71,7 +71,7 @@ class PerSliceBatch(ModuleBatch):
         for index, batch in self._batches.items():
             if batch.mask & step.mask:
                 first, size = self.slices[index].columns
-                batch.apply(x, y if len(self.slices) == 1 else y[:, first : first + size], step)
+                batch.apply(x, y if size == y.shape[1] else y[:, first : first + size], step)
 
     def _set(self, slot: int, ops: Mapping[int, Op]) -> None:
         for index, op in ops.items():

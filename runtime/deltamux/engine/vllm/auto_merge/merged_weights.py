@@ -61,8 +61,8 @@ def mergeable_modules(linears: Iterable[LinearWithDeltas]) -> list[MergeableModu
     """Returns the modules that run through a handler of oneDNN and whose every column of output is a site's."""
     found = []
     for layer in linears:
-        linear = SwitchedLinear.of(layer.module)
-        if linear is not None and sum(each.columns.size for each in layer.ops.slices) == linear.out_features:
+        linear = SwitchedLinear.of(layer.module, sum(each.columns.size for each in layer.ops.slices))
+        if linear is not None:
             found.append(MergeableModule(layer, linear))
     return found
 

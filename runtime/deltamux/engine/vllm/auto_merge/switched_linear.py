@@ -37,11 +37,17 @@ class SwitchedLinear:
         self._second: CPUDNNLGEMMHandler | None = None
 
     @classmethod
-    def of(cls, module: nn.Module) -> Self | None:
-        """Returns the switched linear of an uncompiled module; None if it has no handler of the known kind."""
+    def of(cls, module: nn.Module, out_features: int) -> Self | None:
+        """Returns the switched linear of an uncompiled module, which owns the module's weights from now on.
+
+        Args:
+            out_features: of the sites at the module, all together.
+        Returns:
+            None where the module has no handler of the known kind, or outputs of other sites as well; it is as before.
+        """
         run = getattr(module, "cpu_linear", None)
         handler = inspect.getclosurevars(run).nonlocals.get("handler") if inspect.isfunction(run) else None
-        if not isinstance(handler, CPUDNNLGEMMHandler) or isinstance(handler, _Borrowed):
+        if not isinstance(handler, CPUDNNLGEMMHandler) or isinstance(handler, _Borrowed) or handler.n != out_features:
             return None
         return cls(module, handler) if _address(handler).dtype is torch.int64 else None
 

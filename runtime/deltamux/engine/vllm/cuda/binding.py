@@ -29,7 +29,7 @@ class CudaBinding(Binding):
         for linear in self.linears.values():
             # As `LinearWithDeltas.forward` has it: the projection that ends a sub-layer is the only reader of its
             # input.
-            if linear.writes is not None and isinstance(linear.ops, CudaLinearOps) and len(linear.ops.slices) == 1:
+            if linear.writes is not None and isinstance(linear.ops, CudaLinearOps) and not linear.is_packed:
                 linear.ops.own_input()
 
     def warm_up(self, step: StepIndex) -> None:

@@ -131,13 +131,13 @@ class Binding:
 
     def support(self) -> BaseSupport:
         """Returns which ops the model takes."""
-        linears = {name for kind, name in self.sites if kind is SiteKind.LINEAR}
+        packed = {layer.ops for layer in self.linears.values() if layer.is_packed}
         blocks = (bound.site for bound in self.sites.values() if isinstance(bound.site, BlockSite))
         return BaseSupport(
             frozenset((str(kind), name) for kind, name in self.sites),
             {(str(kind), name): reason for (kind, name), reason in self.unbound.items()},
             reordered=frozenset(self._orders),
-            packed=frozenset(n for n in linears if len(self.sites[SiteKind.LINEAR, n].module.slices) > 1),
+            packed=frozenset(name for (_, name), bound in self.sites.items() if bound.module in packed),
             without_norm=frozenset(block.name for block in blocks if block.norm not in self._norms),
             scaled_embedding=self.embedding_scale != 1.0,
         )

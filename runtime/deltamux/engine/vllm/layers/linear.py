@@ -27,6 +27,11 @@ class BlockInput:
         self.residual: Tensor | None = None
 
 
+def output_size(module: Any) -> int:
+    """Returns how many outputs a linear of vLLM's, or of torch's, has: those of all projections that it packs."""
+    return int(module.output_size if hasattr(module, "output_size") else module.out_features)
+
+
 class SubLayer(NamedTuple):
     """The sub-layer whose output a projection writes: its ops, and what it has read."""
 
@@ -41,6 +46,7 @@ class LinearWithDeltas(LayerWithDeltas):
         reads: sub-layers whose input this module reads.
         writes: the sub-layer whose output it returns, see `end`.
         base: projects rows with the base's own weight; None unless the module has merged weights.
+        is_packed: whether the module has outputs of other projections than its first slice's, with deltas or without.
     """
 
     def __init__(self, module: nn.Module, current: CurrentStep, ops: ModuleOps) -> None:
@@ -48,6 +54,7 @@ class LinearWithDeltas(LayerWithDeltas):
         self.reads: list[BlockInput] = []
         self.writes: SubLayer | None = None
         self.base: Callable[[Tensor], Tensor] | None = None
+        self.is_packed = ops.slices[0].columns.size != output_size(module)
 
     def end(self, sub_layer: SubLayer) -> None:
         """Makes this the projection that ends a sub-layer: no other module reads its input, which may then change."""
@@ -55,8 +62,8 @@ class LinearWithDeltas(LayerWithDeltas):
         custom_ops.add_sub_layer(self._handle, sub_layer.ops)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        alone, given, x = len(self.ops.slices) == 1, x, as_rows(x)
-        if self.writes is not None and alone:
+        given, x = x, as_rows(x)
+        if self.writes is not None and not self.is_packed:
             custom_ops.change_input(x, self._handle)
         output = self._forward(given, *args, **kwargs)
         y = as_rows(output[0] if isinstance(output, tuple) else output)
