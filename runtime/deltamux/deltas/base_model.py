@@ -24,6 +24,7 @@ from deltamux.deltas.sites import (
     Site,
     SiteKind,
 )
+from deltamux.deltas.stored_check import check_architecture, check_stored
 from deltamux.deltas.weights import WeightFiles
 from deltamux.errors import BaseMismatchError, FailedPreconditionError, QuantisedBaseError
 
@@ -73,10 +74,15 @@ class BaseModel:
         """Describes the model of a directory or Hugging Face id, reading config and the sampled weights only.
 
         Raises:
-            FailedPreconditionError: there is no such model, or it is not a decoder of the usual structure.
+            FailedPreconditionError: there is no such model, it is not a decoder of the usual structure, or weights are
+                missing.
         """
-        described = cls.from_checkpoint(read_base_config(model), model)
+        config = read_base_config(model)
+        check_architecture(config)
+        described = cls.from_checkpoint(config, model)
         assert described.files is not None
+        if getattr(config, "quantization_config", None) is None:
+            check_stored(described.sites.values(), described.files)
         return replace(described, fingerprint=_fingerprint(described, described.files), name=str(model))
 
     @classmethod

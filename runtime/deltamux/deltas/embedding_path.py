@@ -20,11 +20,11 @@ class _LayerReachedError(Exception):
     """The first layer is about to run: nothing behind it matters."""
 
 
-class _Formulas(TorchDispatchMode):
+class _Formulas(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it so
     """Writes down, for tensors that are computed from `source`, how; no values are needed."""
 
     def __init__(self, source: Tensor | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.source = source
         self._known: dict[int, tuple[Tensor, str]] = {}
 

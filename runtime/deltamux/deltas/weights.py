@@ -52,10 +52,17 @@ class WeightFiles:
             from huggingface_hub import snapshot_download
 
             directory = Path(snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json"]))
-        index = directory / "model.safetensors.index.json"
+        index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.is_file():
-            return cls(_indexed(index))
-        single = directory / "model.safetensors"
+            places = _indexed(index)
+            if single.is_file() and single not in places.values():
+                raise FailedPreconditionError(
+                    f"{directory} has both {single.name} and an index of other files: transformers reads the one, vLLM "
+                    "the others. Delete what is not the base's",
+                    reason="BASE_DAMAGED",
+                    metadata={"file": single.name},
+                )
+            return cls(places)
         if not single.is_file():
             raise FailedPreconditionError(
                 f"{directory} has no model.safetensors; save the base with save_pretrained(safe_serialization=True)",
@@ -103,6 +110,14 @@ class WeightFiles:
         if name in self._conversions:
             return [(self._files[stored], stored) for stored in self._conversions[name].stored]
         return [self.place(name)]
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Returns the shape of a parameter as it is stored; None for one that is stored in parts; KeyError for none."""
+        if name in self._conversions:
+            return None
+        path, stored = self.place(name)
+        with _opened(path) as file:
+            return tuple(file.get_slice(stored).get_shape())
 
     def as_stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """Returns a value of a parameter as the stored tensors that it is made of, by their names there."""

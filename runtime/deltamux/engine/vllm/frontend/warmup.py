@@ -139,7 +139,7 @@ def _ops(sites: Iterable[Site]) -> Iterator[tuple[str, Op]]:
         elif isinstance(site, AttentionSite):
             shape = (1, site.num_kv_heads, site.head_dim)
             yield site.name, KVPrefix(draw(*shape), draw(*shape))
-        elif isinstance(site, EmbeddingSite):
+        elif isinstance(site, EmbeddingSite) and site.takes_embeddings:
             yield site.name, SoftPrompt(draw(1, site.features))
 
 
