@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import psutil
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from deltamux.conformance.bases import byte_tokenizer
 from deltamux.deltas import BaseModel, Bottleneck, KVPrefix, LowRank, NormAffine, SiteKind, SoftPrompt
@@ -59,6 +62,18 @@ async def test_a_base_that_cannot_run_is_refused_with_the_cause(case: str, tmp_p
     assert refused.value.reason == reason
     left = [p for p in set(psutil.Process().children(recursive=True)) - before if "EngineCore" in title(p)]
     assert not left, "an engine that is refused must leave no process"
+
+
+@pytest.mark.engine
+async def test_a_base_whose_answers_are_not_numbers_is_refused(base_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_directory, tmp_path / "base")
+    weights = load_file(base_directory / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"][3, 5] = math.nan
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FailedPreconditionError, match="is not a number: weights in its files are NaN") as refused:
+        async with started(tmp_path / "base", enforce_eager=True):
+            pass
+    assert refused.value.reason == "BASE_CANNOT_RUN"
 
 
 async def test_a_warm_up_leaves_nothing_in_the_engine(engine: VLLMEngine) -> None:

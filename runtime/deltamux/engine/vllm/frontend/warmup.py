@@ -6,6 +6,7 @@ The steps leave nothing: their prompts fill no block of the prefix cache, and th
 from __future__ import annotations
 
 import asyncio
+import math
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -86,8 +87,11 @@ async def _step(engine: VLLMEngine, config: VllmConfig, refs: Iterable[ProgramRe
 
 async def _generate(engine: VLLMEngine, ref: ProgramRef | None) -> None:
     request_id = f"warm-up-{ref.digest if ref else 'base'}"
-    async for _ in engine.generate(PROMPT, SAMPLING, ref, request_id=request_id, stream=False):
-        pass
+    async for chunk in engine.generate(PROMPT, SAMPLING, ref, request_id=request_id, stream=False):
+        if ref is None and any(math.isnan(position.logprob) for position in chunk.logprobs):
+            raise FailedPreconditionError(
+                "what it answers is not a number: weights in its files are NaN or infinite, or overflow in this dtype"
+            )
 
 
 def _cause(error: Exception) -> str:
