@@ -65,6 +65,7 @@ def test_a_damaged_or_contradictory_base_is_refused_with_the_reason(
     assert refused.value.reason == "BASE_DAMAGED"
 
 
+@pytest.mark.slow
 def test_bases_as_transformers_writes_them_are_whole(tmp_path: Path) -> None:
     for name in BASES:
         BaseModel.from_pretrained(save_base(tmp_path / name, name))
