@@ -179,7 +179,7 @@ class Probes:
     def _run(self, module: nn.Module, in_features: int) -> _Outputs:
         # vLLM's kernels do not check the width of what they read, and write past its end where it is too narrow.
         taken = _width(module)
-        if taken != in_features:
+        if taken is not None and taken != in_features:
             raise ProbeError(f"vLLM's module takes {taken} features, and the base's {in_features}")
         if module not in self._outputs:
             x = torch.cat([self._random(INPUTS, in_features), self._zeros(in_features)])
@@ -241,10 +241,10 @@ class Probes:
         return torch.zeros(1, features, dtype=self._dtype, device=self._device)
 
 
-def _width(module: Any) -> int:
-    """Returns how many features a linear of vLLM's, or of torch's, takes."""
+def _width(module: Any) -> int | None:
+    """Returns how many features a linear of vLLM's, or of torch's, takes; None of a module that does not say."""
     names = ("input_size_per_partition", "input_size", "in_features")
-    return int(next(getattr(module, name) for name in names if hasattr(module, name)))
+    return next((int(getattr(module, name)) for name in names if hasattr(module, name)), None)
 
 
 def _sample(count: int) -> Tensor:
