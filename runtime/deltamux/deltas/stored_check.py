@@ -13,6 +13,8 @@ from deltamux.deltas.sites import EmbeddingSite, ExpertsSite, HeadSite, LinearSi
 from deltamux.deltas.weights import WeightFiles
 from deltamux.errors import FailedPreconditionError
 
+COPY_AGAIN = "copy or download the base again"
+
 
 def check_architecture(config: Any) -> None:
     """Raises FailedPreconditionError, BASE_DAMAGED, where `architectures` names a model of another `model_type`.
@@ -35,15 +37,23 @@ def check_architecture(config: Any) -> None:
 
 
 def check_stored(sites: Iterable[Site], files: WeightFiles) -> None:
-    """Raises FailedPreconditionError, BASE_DAMAGED, for the first weight that is missing or of another shape."""
+    """Raises FailedPreconditionError for the first weight that is missing or has another shape.
+
+    Its reason is BASE_INCOMPLETE for the one, and BASE_DAMAGED for the other.
+    """
     for site in sites:
         for name, expected in _weights(site):
             try:
                 found = files.shape(name)
             except KeyError:
-                raise _damaged(name, f"the base model's files have no {name}") from None
+                problem = f"the base model's files lack {name}: {_remedy(site)}"
+                raise FailedPreconditionError(problem, reason="BASE_INCOMPLETE", metadata={"tensor": name}) from None
             if expected is not None and found not in (None, expected):
-                raise _damaged(name, f"{name} of the base model has shape {found}, and config.json says {expected}")
+                raise FailedPreconditionError(
+                    f"{name} of the base model has shape {found}, and config.json says {expected}: {COPY_AGAIN}",
+                    reason="BASE_DAMAGED",
+                    metadata={"tensor": name},
+                )
 
 
 def _weights(site: Site) -> Iterator[tuple[str, tuple[int, ...] | None]]:
@@ -63,7 +73,7 @@ def _weights(site: Site) -> Iterator[tuple[str, tuple[int, ...] | None]]:
         yield f"{site.name}.bias", (site.out_features if isinstance(site, LinearSite) else site.features,)
 
 
-def _damaged(name: str, problem: str) -> FailedPreconditionError:
-    return FailedPreconditionError(
-        f"{problem}: copy or download the base again", reason="BASE_DAMAGED", metadata={"tensor": name}
-    )
+def _remedy(site: Site) -> str:
+    if isinstance(site, HeadSite):
+        return "it was saved as a classifier, or as a model without an output head; take the causal language model"
+    return COPY_AGAIN
