@@ -43,7 +43,8 @@ class Override(NamedTuple):
 
 def overrides(model: nn.Module) -> list[Override]:
     """Returns what delta support has put into a loaded model."""
-    places = [(model, "compute_logits"), *((module, "forward") for module in model.modules())]
+    names = ("forward", "forward_modular")  # of layers, and of a mixture's experts
+    places = [(model, "compute_logits"), *((module, name) for module in model.modules() for name in names)]
     return [Override(owner, name, vars(owner)[name]) for owner, name in places if name in vars(owner)]
 
 
