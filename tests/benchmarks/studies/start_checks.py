@@ -1,6 +1,6 @@
 """What share of an engine's start the comparison with the checkpoint and the warm-up steps take.
 
-    python -m benchmarks.studies.startup --size mid --dtype float32 --output startup.json     (in tests/)
+    python -m benchmarks.studies.start_checks --size mid --dtype float32 --output start_checks.json     (in tests/)
 
 The comparison is the binding of all layers, with every probe; the worker measures it. The start is from the first
 import of vLLM to the engine's readiness, in a process of its own for each repetition, as a server starts.
@@ -88,7 +88,7 @@ def start(model: str, dtype: str, began: float) -> None:
 
 
 def measure(model: Path, dtype: str) -> Start:
-    program = "import sys; from benchmarks.studies.startup import start; start(*sys.argv[1:3], float(sys.argv[3]))"
+    program = "import sys; from benchmarks.studies.start_checks import start; start(*sys.argv[1:3], float(sys.argv[3]))"
     with tempfile.TemporaryDirectory() as folder:
         given = [sys.executable, "-c", program, str(model), dtype, str(time.time())]
         subprocess.run(given, env={**os.environ, TIMES: folder}, check=True, stdout=subprocess.DEVNULL)
@@ -96,7 +96,7 @@ def measure(model: Path, dtype: str) -> Start:
 
 
 def main() -> int:
-    parser = command("benchmarks.studies.startup", __doc__, SIZES, "mid")
+    parser = command("benchmarks.studies.start_checks", __doc__, SIZES, "mid")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
