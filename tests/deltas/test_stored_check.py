@@ -70,3 +70,15 @@ def test_bases_as_transformers_writes_them_are_whole(tmp_path: Path) -> None:
     for name in BASES:
         BaseModel.from_pretrained(save_base(tmp_path / name, name))
         shutil.rmtree(tmp_path / name)
+
+
+def test_code_that_a_base_brings_is_neither_run_nor_asked_for_on_the_terminal(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama")
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    with_config(auto_map=code)(base)
+    BaseModel.from_pretrained(base)  # transformers has its type
+    with_config(model_type="own")(base)
+    (base / "configuration_own.py").write_text("raise SystemExit(1)", encoding="utf-8")
+    with pytest.raises(FailedPreconditionError, match="brings code of its own") as refused:
+        BaseModel.from_pretrained(base)
+    assert refused.value.reason == "UNSUPPORTED_BASE"

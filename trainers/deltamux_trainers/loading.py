@@ -78,8 +78,9 @@ def load_tokenizer(model: str) -> Any:
         FailedPreconditionError: the base has no tokenizer files, or damaged ones.
     """
     try:
-        # As the engine does: a base may have Mistral's own files next to the Hugging Face ones.
-        return with_processor_template(AutoTokenizer.from_pretrained(model, mistral_format=False), model)
+        # As the engine does: a base may have Mistral's own files next to the Hugging Face ones, or code of its own.
+        tokenizer = AutoTokenizer.from_pretrained(model, mistral_format=False, trust_remote_code=False)
+        return with_processor_template(tokenizer, model)
     except DeltamuxError:
         raise
     except Exception as error:  # damaged files raise errors of many classes

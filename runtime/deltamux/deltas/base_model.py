@@ -217,10 +217,17 @@ def read_base_config(model: str | Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model)
+        # Not None, with which transformers would ask on the terminal.
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except ImportError:
         raise
     except Exception as error:  # transformers' checks raise errors of many kinds
+        if "trust_remote_code" in str(error):
+            raise FailedPreconditionError(
+                f"base model {str(model)!r} brings code of its own (auto_map in config.json) for a type that "
+                "transformers does not have: bases are served and trained as transformers and vLLM implement them",
+                reason="UNSUPPORTED_BASE",
+            ) from error
         raise FailedPreconditionError(
             f"base model {str(model)!r} cannot be read: {_sentence(error)}. Give a directory with config.json and "
             "safetensors, or a Hugging Face id",

@@ -103,10 +103,8 @@ def _cause(error: Exception) -> str:
 
 
 def _known(config: VllmConfig) -> str:
-    """Returns the known obstacles of bases of this kind, as a sentence that follows the cause."""
+    """Returns a known obstacle of bases of this kind, as a sentence that follows the cause."""
     model = config.model_config
-    if model.is_moe:
-        return ". It is a mixture of experts, and vLLM may have no experts for this device with adapters"
     if model.using_transformers_backend():
         return f". vLLM has no implementation of its own of {model.architecture}, and runs it as transformers has it"
     return ""
