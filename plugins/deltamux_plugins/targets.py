@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, ClassVar
 
 from deltamux.deltas import BaseModel, LinearSite
+from deltamux.deltas.leftovers import SINGLE_EXPERT, SINGLE_EXPERTS
 from deltamux.errors import InvalidConfigError, listed
 from deltamux.patterns import match
 from deltamux_plugins.configs import invalid
@@ -118,7 +119,11 @@ def nothing_matches(
 def _made_for(names: Names, base: BaseModel) -> str:
     """Returns what an adapter is for that targets no module of a base's language model."""
     stored = () if base.files is None or isinstance(names, str) else base.files.names()
-    if any(matches(names, name.rpartition(".")[0]) for name in stored):
+    named = [name for name in stored if matches(names, name.rpartition(".")[0])]
+    if any(SINGLE_EXPERT.search(name) for name in named):
+        return SINGLE_EXPERTS
+    decoder = base.embedding.name.rpartition(".")[0]
+    if any(not name.startswith(f"{decoder}.") for name in named):
         return "what reads images or sound in this base, which is not loaded: requests have text alone"
     return "a model of another family: serve it on that one"
 

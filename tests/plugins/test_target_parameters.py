@@ -96,6 +96,25 @@ def test_all_linear_of_peft_is_read_with_router_and_experts(name: str, tmp_path:
     torch.testing.assert_close(ours, logits_of_peft(directory, tmp_path / "adapter"), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("with_attention", [False, True])
+def test_lora_of_single_experts_is_refused_as_what_it_is(with_attention: bool, tmp_path: Path) -> None:
+    """As PEFT wrote it on transformers 4, where each expert had projections of its own."""
+    base = BaseModel.from_pretrained(save_base(tmp_path, "qwen3_moe"))
+    paths = {f"model.layers.{layer}.mlp.experts.2.gate_proj": (64, 64) for layer in range(2)}
+    if with_attention:
+        queries = [site for site in base.linears if site.name.endswith("q_proj")]
+        paths |= {site.name: (site.in_features, site.out_features) for site in queries}
+    tensors = {
+        f"base_model.model.{path}.lora_{side}.weight": torch.ones(shape)
+        for path, (width, out) in paths.items()
+        for side, shape in (("A", (4, width)), ("B", (out, 4)))
+    }
+    targets = ["gate_proj", *["q_proj"] * with_attention]
+    error = refusal({"peft_type": "LORA", "r": 4, "target_modules": targets}, base, tensors)
+    assert "projections of single experts" in error.message
+    assert error.message.endswith("train with target_parameters")
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_experts_merge_into_the_files_of_the_base(name: str, tmp_path: Path) -> None:
     """Of a base in several files, each of which holds some experts."""

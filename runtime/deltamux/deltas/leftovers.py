@@ -4,6 +4,7 @@ PEFT's files may carry whole modules: copies of the base's own (an embedding sav
 (`modules_to_save`). A copy changes nothing and is passed over; a trained one is refused, by the name of the module.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,13 @@ from deltamux.deltas.sites import SiteKind
 from deltamux.deltas.tensor_names import PREFIX, Reading, parse, read_names, unwrapped
 from deltamux.errors import DeltamuxError, InvalidAdapterError, listed
 
+SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In the name of a projection of one expert, as checkpoints have it, and transformers before version 5."""
+
+SINGLE_EXPERTS = (
+    "projections of single experts, which are one parameter for all experts in transformers 5, and not served so: "
+    "train with target_parameters"
+)
 SHOWN = 3
 NAMING = frozenset({"MISSING_TENSOR", "UNCLAIMED_TENSOR", "INVALID_CONFIG", "RANK_MISMATCH", "BASE_MISMATCH"})
 """Reasons of errors that may come from names which PEFT does not write."""
@@ -102,6 +110,8 @@ def _about(name: str, tensor: Tensor, base: BaseModel) -> str:
     module, _, _ = parameter.rpartition(".")
     if "token_adapter" in name or "trainable_tokens" in name:
         return "; they are trained rows of the token embedding (trainable_token_indices), which are not served"
+    if SINGLE_EXPERT.search(name):
+        return f"; they change {SINGLE_EXPERTS}"
     if (outside := _outside_the_decoder(name, base)) is not None:
         return (
             f"; {outside!r} is outside the base's language model, in what reads images or sound, which is not loaded "
