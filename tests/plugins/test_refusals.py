@@ -169,6 +169,7 @@ SLOW = r"(\w+\.?)+\d\d"
 """Takes ages on a path, and matches none."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "values",
     [
