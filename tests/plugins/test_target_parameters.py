@@ -35,9 +35,10 @@ CHOICES: dict[str, dict[str, Any]] = {
         "use_rslora": True,
     },
 }
+FIRST, *OTHERS = MIXTURES
 
 
-@pytest.fixture(scope="module", params=MIXTURES)
+@pytest.fixture(scope="module", params=[FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp(request.param), request.param)
 
@@ -80,6 +81,7 @@ def test_what_we_write_peft_loads_with_equal_logits(
     assert not torch.allclose(ours, logits(directory), atol=1e-2), "the adapter must be visible"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe", "deepseek_v2"])
 def test_all_linear_of_peft_is_read_with_router_and_experts(name: str, tmp_path: Path) -> None:
     """PEFT writes target_parameters by itself here, and doubles the rank of the two projections that are one."""
@@ -115,6 +117,7 @@ def test_lora_of_single_experts_is_refused_as_what_it_is(with_attention: bool, t
     assert error.message.endswith("train with target_parameters")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
 def test_experts_merge_into_the_files_of_the_base(name: str, tmp_path: Path) -> None:
     """Of a base in several files, each of which holds some experts."""
