@@ -28,10 +28,10 @@ TEXT_ALONE = ("llama4", "qwen3_5")
 NEED_TORCHVISION = ("qwen2_vl", "qwen2_5_vl", "gemma3", "llama4")
 
 FIRST, *OTHERS = READ_IMAGES
-SLOW_BUT_FIRST = [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
+MARKED = [FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)]
 
 
-@pytest.mark.parametrize("name", SLOW_BUT_FIRST)
+@pytest.mark.parametrize("name", MARKED)
 def test_the_sites_are_those_of_the_language_model(name: str) -> None:
     config = base_config(name)
     base = BaseModel.from_config(config)
@@ -44,7 +44,7 @@ def test_the_sites_are_those_of_the_language_model(name: str) -> None:
     assert (base.head.name, base.head.vocab_size) == ("lm_head", config.get_text_config().vocab_size)
 
 
-@pytest.mark.parametrize("name", SLOW_BUT_FIRST)
+@pytest.mark.parametrize("name", MARKED)
 def test_the_weights_are_found_by_the_names_that_the_files_have(name: str, tmp_path: Path) -> None:
     """The checkpoint is that of the whole model, in whose names transformers saves it."""
     base = describe_base(str(save_base(tmp_path, name)))
